@@ -1,0 +1,117 @@
+"""What is measured, and for whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .servers import SERVERS, Server
+
+EVERYBODY = tuple(SERVERS)
+OURS = ("starcast_frames", "starcast", "connection_manager")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One measurement: the load's settings, and the server it is for."""
+
+    scenario: str
+    variant: str
+    server: Server
+    settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    key: str
+    title: str
+    servers: tuple[str, ...]
+    # What each variant changes of the load's settings; their names go into tables.
+    variants: dict[str, dict[str, Any]]
+
+    def points(self, names: list[str]) -> list[Point]:
+        return [
+            Point(self.key, variant, SERVERS[name], self._settings(SERVERS[name], settings))
+            for variant, settings in self.variants.items()
+            for name in names
+            if name in self.servers
+        ]
+
+    def _settings(self, server: Server, settings: dict[str, Any]) -> dict[str, Any]:
+        path = server.path
+        if settings.get("stuff") and path == "/ws/{room}":
+            path = "/patient/{room}"
+        return {"path": path, "socketio": server.socketio, **settings}
+
+
+_DEFLATE = {"deflate": True, "payload": "json"}
+
+SCENARIOS = {
+    scenario.key: scenario
+    for scenario in (
+        Scenario(
+            "A",
+            "300 clients, 128 bytes, one message at a time",
+            EVERYBODY,
+            {"": {"clients": 300}},
+        ),
+        Scenario(
+            "B",
+            "300 clients, 128 bytes, 32 messages in flight",
+            EVERYBODY,
+            {"": {"clients": 300, "batch": 32}},
+        ),
+        Scenario(
+            "C",
+            "300 clients, 1 KiB of JSON, permessage-deflate, one message at a time",
+            EVERYBODY,
+            {"": {"clients": 300, "size": 1024, **_DEFLATE}},
+        ),
+        Scenario(
+            "D",
+            "300 clients, 16 KiB of JSON, permessage-deflate, one message at a time",
+            EVERYBODY,
+            {"": {"clients": 300, "size": 16384, **_DEFLATE}},
+        ),
+        Scenario(
+            "E",
+            "1,000 rooms of 10 clients, 128 bytes, published to in turn, 40 rooms in flight",
+            ("starcast_frames", "floor"),
+            {"": {"kind": "rooms", "clients": 10_000, "rooms": 1000, "in_flight": 40}},
+        ),
+        Scenario(
+            "F",
+            "one client in 20 never reads, 128 bytes, one message at a time",
+            OURS,
+            {
+                "285 read": {"clients": 285, "stuff": 4 << 20},
+                "285 read, 15 don't": {"clients": 300, "silent": 20, "stuff": 4 << 20},
+            },
+        ),
+        Scenario(
+            "G",
+            "memory per idle connection, 1,000 connections",
+            OURS,
+            {
+                "plain": {"kind": "memory", "clients": 1000},
+                "deflate agreed": {"kind": "memory", "clients": 1000, "deflate": True},
+                "deflate agreed, after 20 messages of 1 KiB": {
+                    "kind": "memory",
+                    "clients": 1000,
+                    "size": 1024,
+                    "messages": 20,
+                    **_DEFLATE,
+                },
+            },
+        ),
+        Scenario(
+            "H",
+            "more and more clients, 128 bytes, one message at a time",
+            (*OURS, "floor"),
+            {
+                f"{count:,} clients": {"clients": count, "pings": True}
+                for count in (100, 1000, 10_000)
+            },
+        ),
+    )
+}

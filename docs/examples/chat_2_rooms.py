@@ -1,0 +1,18 @@
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+
+from starcast import Broadcast, BroadcastEndpoint
+
+hub = Broadcast("memory://")
+
+
+# --8<-- [start:endpoint]
+class Chat(BroadcastEndpoint):
+    broadcast = hub
+
+    def get_channel(self, websocket):
+        return "room:" + websocket.path_params["room"]
+
+
+app = Starlette(routes=[WebSocketRoute("/ws/{room}", Chat)])
+# --8<-- [end:endpoint]

@@ -1,0 +1,41 @@
+# --8<-- [start:imports]
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import WebSocketException
+from starlette.responses import FileResponse
+from starlette.routing import Route, WebSocketRoute
+
+from starcast import Broadcast, BroadcastEndpoint
+
+hub = Broadcast("memory://")
+PAGE = Path(__file__).with_name("chat_page.html")
+# --8<-- [end:imports]
+
+
+# --8<-- [start:endpoint]
+class Chat(BroadcastEndpoint):
+    broadcast = hub
+    encoding = "json"
+
+    def get_channel(self, websocket):
+        return "room:" + websocket.path_params["room"]
+
+    async def on_connect(self, websocket):
+        self.name = websocket.query_params.get("name", "somebody")[:20]
+        await super().on_connect(websocket)
+
+    async def on_receive(self, websocket, data):
+        if not isinstance(data, str):
+            raise WebSocketException(1008, "a JSON string, please")
+        await super().on_receive(websocket, {"name": self.name, "text": data[:1000]})
+        # --8<-- [end:endpoint]
+
+
+# --8<-- [start:page]
+async def page(request):
+    return FileResponse(PAGE)
+
+
+app = Starlette(routes=[Route("/", page), WebSocketRoute("/ws/{room}", Chat)])
+# --8<-- [end:page]

@@ -1,0 +1,62 @@
+import logging
+
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route, WebSocketRoute
+
+from starcast import Broadcast, BroadcastEndpoint
+
+logger = logging.getLogger("app")
+
+
+# --8<-- [start:hub]
+def note(overflowed):
+    """Called on the event loop of the client. It must not block."""
+    logger.warning("%s: %d messages lost", overflowed.overflow, len(overflowed.dropped))
+
+
+hub = Broadcast("memory://", max_buffer=256 * 1024, overflow="disconnect", on_overflow=note)
+# --8<-- [end:hub]
+
+
+# --8<-- [start:client]
+class Prices(BroadcastEndpoint):
+    broadcast = hub
+
+    async def on_connect(self, websocket):
+        channel = self.get_channel(websocket)
+        await hub.connect(websocket, channel, overflow="latest", max_buffer=16 * 1024)
+
+
+# --8<-- [end:client]
+
+
+class Chat(BroadcastEndpoint):
+    broadcast = hub
+
+
+# --8<-- [start:stats]
+async def stats(request):
+    snapshot = hub.stats()
+    return JSONResponse(
+        {
+            "clients": snapshot.clients,
+            "channels": dict(snapshot.channels),
+            "published": snapshot.published,
+            "delivered": snapshot.delivered,
+            "dropped": snapshot.dropped,
+            "cut_off": snapshot.cut_off,
+            "buffered": snapshot.buffered,
+        }
+    )
+
+
+# --8<-- [end:stats]
+
+app = Starlette(
+    routes=[
+        WebSocketRoute("/chat/{channel}", Chat),
+        WebSocketRoute("/prices/{channel}", Prices),
+        Route("/stats", stats),
+    ]
+)

@@ -1,0 +1,55 @@
+import asyncio
+import threading
+
+from fastapi import FastAPI, HTTPException
+
+from starcast import Broadcast, PublishQueueFull
+
+# --8<-- [start:route]
+hub = Broadcast("memory://")
+
+app = FastAPI()
+app.mount("/live", hub)
+
+
+@app.post("/orders/{number}")
+def order(number: int):  # FastAPI runs a plain function in a thread
+    try:
+        hub.publish_nowait("orders", {"order": number})
+    except PublishQueueFull:
+        raise HTTPException(503) from None
+    return {"published": True}
+
+
+# --8<-- [end:route]
+
+
+# --8<-- [start:thread]
+def watch(read, stop):
+    """Publish what a sensor says until somebody sets `stop`."""
+    while not stop.is_set():
+        hub.publish_nowait("sensor", read())
+        stop.wait(0.2)
+
+
+def start_watching(read):
+    stop = threading.Event()
+    threading.Thread(target=watch, args=(read, stop), daemon=True).start()
+    return stop
+
+
+# --8<-- [end:thread]
+
+
+# --8<-- [start:loop]
+def run_a_job():
+    """A job with an event loop of its own, in a thread of its own."""
+
+    async def job():
+        for percent in (0, 50, 100):
+            await hub.publish("job", {"percent": percent})
+
+    asyncio.run(job())
+
+
+# --8<-- [end:loop]

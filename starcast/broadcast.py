@@ -1,0 +1,946 @@
+"""Broadcast: the hub that people hold.
+
+The way of a message: `publish` makes an `Event`, the backend carries it, `_deliver` adds it to the
+shard of each event loop that has somebody on the channel, and the shard brings it to them.
+
+The registry (who is connected, and on which channels) is guarded by one short lock, which also
+gives messages their order. Nothing is awaited while it is held. Foreign code runs under it only
+when the garbage collector steps in, and finds a lock that its own thread may take again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import itertools
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self, overload
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import WebSocketException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.routing import Router, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from . import backends, codec
+from .backends import Backend
+from .codec import Dumps, Encoding
+from .connection import (
+    ABNORMAL,
+    CLOSE_TIMEOUT,
+    GOING_AWAY,
+    NORMAL,
+    POLICY_VIOLATION,
+    Connection,
+    is_gone,
+)
+from .event import Event
+from .exceptions import (
+    ClientGone,
+    ConfigurationError,
+    EncodingError,
+    InvalidChannel,
+    InvalidMessage,
+    NotConnected,
+    OriginRefused,
+    PublishQueueFull,
+)
+from .group import Member
+from .origins import Origins
+from .outbox import MAX_BUFFER, Close, Leave, OnOverflow, Outbox, Overflow
+from .shard import SLICE, Shard
+from .stats import Counters, Stats
+from .subscriber import Subscriber
+from .waiter import Lock, Waiter, running_loop
+
+logger = logging.getLogger("starcast")
+
+DEFAULT_CHANNEL = "default"
+
+# Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
+YIELD_AFTER = 64
+
+# Seconds that `publish` waits for room before it raises PublishQueueFull.
+PUBLISH_TIMEOUT = 2.0
+
+# Messages of one client that may be handed over before its next one waits for them.
+MAX_UNCONFIRMED = 256
+
+# The same in bytes: 256 clients that all send as much as they can just fill what may wait for a
+# loop (`shard.MAX_PENDING`).
+MAX_UNCONFIRMED_COST = 64 * 1024
+
+# Seconds without a failure after which the next one is logged again.
+OUTAGE_OVER = 10.0
+
+Authorize = Callable[[WebSocket, str], Awaitable[object] | object]
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def _check_close(code: int, reason: str) -> None:
+    # RFC 6455 section 7.4: 1004 is reserved, 1005, 1006 and 1015 never go over the wire; section
+    # 5.5: a control frame holds 125 bytes, two of which are the code.
+    if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or 3000 <= code <= 4999):
+        raise ConfigurationError(f"{code!r} is not a close code that may be sent")
+    if len(reason.encode()) > 123:
+        raise ConfigurationError("a close reason has at most 123 bytes")
+
+
+def has_handler(websocket: WebSocket, exc: Exception) -> bool:
+    """Whether the app brings an exception handler for this error, which shall answer the client.
+
+    Starlette's own for WebSocketException does not count: it closes at once, on a websocket object
+    of its own, and so before what the client still has to get.
+    """
+    handlers, _ = websocket.scope.get("starlette.exception_handlers", ({}, {}))
+    handler = next((handlers[cls] for cls in type(exc).__mro__ if cls in handlers), None)
+    starlettes = ExceptionMiddleware.websocket_exception
+    return handler is not None and getattr(handler, "__func__", None) is not starlettes
+
+
+class _Full(PublishQueueFull):
+    """Knows which event loop has no room."""
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__(f"an event loop has {shard.pending} messages waiting to be sent")
+        self.shard = shard
+
+
+class Broadcast:
+    """A hub: what is published to a channel reaches every client and subscriber of the channel.
+
+    Make one for the app, on any thread; it needs no event loop yet. Clients may live on several
+    event loops. Unless said otherwise, methods are called on an event loop, whichever.
+
+    Args:
+        url: Where messages travel. `memory://`, the default, is this process.
+        backend: A backend of your own instead of a URL.
+        dumps: Writes JSON for messages that are neither `str` nor bytes, and for
+            `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
+            which is `json.dumps` and knows dates, UUID, Enum, dataclasses and pydantic models.
+        origins: Which web pages may connect. `None`, the default: those of the same host name,
+            whatever their port. A list: exactly these, such as `["https://example.com"]`. `"*"`:
+            all. Clients that send no Origin are not browsers and are always let in. Nothing is
+            checked for a websocket that the app has accepted itself.
+        max_buffer: Bytes that may wait for one client or subscriber, 1 MiB by default. A message
+            counts its bytes and 64 more.
+        overflow: What happens when that is too little. `"disconnect"`, the default: the client is
+            closed with 1013. `"drop_oldest"`, `"drop_newest"`: messages are dropped.
+            `"latest"`: of each channel only the newest message waits.
+        on_overflow: A plain function that is called with an `Overflowed` whenever a client or a
+            subscriber did not keep up, on its event loop. It must not block.
+        ready_frames: Whether messages may be written as ready-made frames where the server takes
+            them (`starcast.uvicorn`), which passes by ASGI middleware that wraps `send`.
+
+    Raises:
+        ConfigurationError: One of these makes no sense.
+    """
+
+    def __init__(
+        self,
+        url: str = "memory://",
+        *,
+        backend: Backend | None = None,
+        dumps: Dumps | None = None,
+        origins: Iterable[str] | str | None = None,
+        max_buffer: int = MAX_BUFFER,
+        overflow: Overflow = "disconnect",
+        on_overflow: OnOverflow | None = None,
+        ready_frames: bool = True,
+    ) -> None:
+        self._backend = backends.from_url(url) if backend is None else backend
+        self._dumps: Dumps = codec.dumps if dumps is None else dumps
+        self._origins = Origins(origins)
+        self._outbox = functools.partial(Outbox, max_buffer, overflow)
+        self._outbox()  # refuses settings that make no sense
+        self._max_buffer = max_buffer
+        self._overflow: Overflow = overflow
+        self._on_overflow = on_overflow
+        self._ready_frames = ready_frames
+        self._open = False
+        self._closed = False
+        self._switching = Lock()  # held while the backend starts or stops
+        self._failures = 0
+        self._failure: Exception | None = None  # why it did not start last
+        self._closings = 0
+        self._lock = threading.RLock()
+        # Guarded by the lock:
+        self._shards: dict[asyncio.AbstractEventLoop, Shard] = {}
+        self._connections: dict[Connection, Shard] = {}
+        self._subscribers: dict[Subscriber, Shard] = {}
+        self._retired = Counters()  # of shards that are no more
+        self._published = 0
+        self._failed = 0
+        self._ids = itertools.count(1)
+        self._unyielded = 0  # messages since a turn was given to the loop, and since when
+        self._unyielded_since = 0.0
+        self._failed_last = -OUTAGE_OVER  # when a client's message was lost last
+        self._mount = self.app()
+
+    # Open and close
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.disconnect()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`."""
+        async with self:
+            yield
+
+    @overload
+    async def connect(self) -> None: ...
+
+    @overload
+    async def connect(
+        self,
+        websocket: WebSocket,
+        channel: str = DEFAULT_CHANNEL,
+        *,
+        subprotocol: str | None = None,
+        headers: Headers | None = None,
+        max_buffer: int | None = None,
+        overflow: Overflow | None = None,
+    ) -> None: ...
+
+    async def connect(
+        self,
+        websocket: WebSocket | None = None,
+        channel: str = DEFAULT_CHANNEL,
+        *,
+        subprotocol: str | None = None,
+        headers: Headers | None = None,
+        max_buffer: int | None = None,
+        overflow: Overflow | None = None,
+    ) -> None:
+        """Register a client on a channel; without a websocket, open the hub.
+
+        Opening is optional and may happen on another event loop than the clients': the hub opens on
+        first use. A websocket that nobody has accepted yet is accepted, after the check of its
+        Origin. A client that is registered already joins a further channel.
+
+        From then on until `disconnect` the handler's own sends take their turn behind what the hub
+        has for this client, so that nothing overtakes. Call it on the client's own event loop, and
+        before another task starts to receive from the client.
+
+        Args:
+            websocket: The client.
+            channel: 1 to 200 characters without control characters.
+            subprotocol: For `accept`; unused if the websocket was accepted before.
+            headers: For `accept`, as pairs of bytes; unused if the websocket was accepted before.
+            max_buffer: For this client instead of the hub's, in bytes. It and `overflow` count at
+                the first `connect` of a client.
+            overflow: For this client instead of the hub's.
+
+        Raises:
+            OriginRefused: The page may not connect; the app answers 403.
+            InvalidChannel: The name is not valid; the app answers 403, or closes with 1008 if the
+                websocket was accepted before.
+            ClientGone: The client has left already. A `WebSocketDisconnect`.
+            ConfigurationError: `max_buffer` or `overflow` makes no sense.
+        """
+        if websocket is None:
+            await self._ensure_open()
+            return
+        codec.check_channel(channel)
+        outbox = Outbox(
+            self._max_buffer if max_buffer is None else max_buffer,
+            self._overflow if overflow is None else overflow,
+        )
+        await self._ensure_open()
+        closings = self._closings
+        if websocket.application_state is WebSocketState.CONNECTING:
+            self._origins.check(websocket)
+            try:
+                await websocket.accept(subprotocol=subprotocol, headers=headers)
+            except OSError:
+                raise ClientGone(ABNORMAL) from None
+        if is_gone(websocket) or websocket.application_state is not WebSocketState.CONNECTED:
+            raise ClientGone(ABNORMAL)
+        with self._lock:
+            closed = self._closings != closings
+            if not closed:
+                self._register(websocket, channel, outbox)
+        if closed:  # while the websocket was being accepted
+            await websocket.close(GOING_AWAY)
+            raise ClientGone(GOING_AWAY)
+
+    @overload
+    async def disconnect(self) -> None: ...
+
+    @overload
+    async def disconnect(self, websocket: WebSocket, channel: str | None = None) -> None: ...
+
+    async def disconnect(
+        self, websocket: WebSocket | None = None, channel: str | None = None
+    ) -> None:
+        """Take a client off one channel, or off all; without a websocket, close the hub.
+
+        A client that leaves its last channel gets what was published before and keeps its socket:
+        closing that is up to the handler, or to `close`. On the client's own event loop it comes
+        back when the client has everything, or after 10 seconds without what is left. Harmless
+        twice and for a stranger, from any event loop.
+
+        Closing the hub ends every subscriber, sends every client what it still has to get and then
+        1001 (going away), and waits for that up to 10 seconds. The hub may be opened again.
+        """
+        if websocket is None:
+            await self._close()
+        elif left := self._leave(websocket, channel):
+            await left
+
+    async def close(self, websocket: WebSocket, code: int = NORMAL, reason: str = "") -> None:
+        """Close a client, after what it still has to get, and unregister it.
+
+        It comes back when the close frame is on its way, or after 10 seconds, when a client that
+        does not read is given up. Harmless when it is closed already, and for a client of nobody,
+        which is closed plainly. From any event loop for a registered client.
+
+        Args:
+            websocket: The client.
+            code: A close code of RFC 6455 section 7.4 that may be sent, or 3000 to 4999.
+            reason: At most 123 bytes in UTF-8.
+
+        Raises:
+            ConfigurationError: The code or the reason may not be sent.
+        """
+        _check_close(code, reason)
+        connection = self._find(websocket)
+        wake = False
+        with self._lock:
+            shard = self._remove(connection)
+            if connection is not None and shard is not None:
+                wake = shard.add(Close(code, reason), (connection,))
+        if connection is None or shard is None:
+            if not is_gone(websocket):
+                with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
+                    async with asyncio.timeout(CLOSE_TIMEOUT):
+                        await websocket.close(code, reason)
+            return
+        if wake:
+            self._wake([shard])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT + 1):
+                await connection.wait_ended()
+
+    # Send
+
+    async def send(
+        self,
+        data: Any,
+        *,
+        to: WebSocket | None = None,
+        channel: str = DEFAULT_CHANNEL,
+        exclude: WebSocket | Iterable[WebSocket] = (),
+        encoding: Encoding | None = None,
+    ) -> None:
+        """Send to everybody on the default channel, whoever sent it included, or to one client.
+
+        Args:
+            data: The message; see `publish`.
+            to: One client, which gets it in order with everything else it gets. A client that has
+                just left is no error.
+            channel: Another channel than the default one.
+            exclude: A websocket or several that do not get it.
+            encoding: See `publish`.
+
+        Raises:
+            NotConnected: `to` is alive and not registered with this hub.
+            EncodingError, InvalidChannel, PublishQueueFull: See `publish`.
+        """
+        if to is None:
+            await self.publish(channel, data, exclude=exclude, encoding=encoding)
+            return
+        event = self._event("", data, (), encoding)
+        connection = self._find(to)
+        if connection is None or connection.leaving is not None:
+            if is_gone(to):
+                return
+            raise NotConnected("the websocket is not registered; call connect(websocket) first")
+        try:
+            self._post(event, connection)
+        except PublishQueueFull as exc:
+            await self._retry(functools.partial(self._post, event, connection), exc)
+        await self._settled()
+
+    async def publish(
+        self,
+        channel: str,
+        message: Any,
+        *,
+        exclude: WebSocket | Iterable[WebSocket] = (),
+        encoding: Encoding | None = None,
+    ) -> None:
+        """Publish a message to a channel.
+
+        It comes back when every client of this event loop has the message in its socket or its
+        outbox, and when the other loops have been told. It does not wait for slow clients.
+
+        Args:
+            channel: 1 to 200 characters without control characters.
+            message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
+                in a text frame. It is encoded once, however many clients there are.
+            exclude: A websocket or several that do not get it. Strangers are ignored.
+            encoding: `"json"` makes JSON of a `str` too; `"text"` and `"bytes"` insist on theirs.
+
+        Raises:
+            EncodingError: The message does not fit the encoding or cannot be written as JSON.
+            InvalidChannel: The name is not valid.
+            PublishQueueFull: An event loop that has clients on the channel did not make room within
+                two seconds. Nobody got the message.
+        """
+        event = self._event(codec.check_channel(channel), message, exclude, encoding)
+        if not (self._open or self._closed):
+            await self._ensure_open()
+        try:
+            self._publish(event)
+        except PublishQueueFull as exc:
+            await self._retry(functools.partial(self._publish, event), exc)
+        await self._settled()
+
+    def publish_nowait(
+        self,
+        channel: str,
+        message: Any,
+        *,
+        exclude: WebSocket | Iterable[WebSocket] = (),
+        encoding: Encoding | None = None,
+    ) -> None:
+        """Publish a message and come back at once: a plain function, for any thread and any loop.
+
+        Messages of one thread keep their order. Arguments as for `publish`.
+
+        Raises:
+            EncodingError, InvalidChannel: See `publish`.
+            PublishQueueFull: An event loop that has clients on the channel has more than 16 MiB
+                waiting. Nobody got the message.
+        """
+        event = self._event(codec.check_channel(channel), message, exclude, encoding)
+        try:
+            self._publish(event)
+        except PublishQueueFull:
+            with self._lock:
+                self._failed += 1
+            raise
+
+    def subscribe(
+        self,
+        channel: str = DEFAULT_CHANNEL,
+        *,
+        max_buffer: int | None = None,
+        overflow: Overflow = "disconnect",
+    ) -> Subscriber:
+        """Return a channel's messages for code on the server.
+
+            async with broadcast.subscribe("room") as subscriber:
+                async for event in subscriber:
+                    print(event.message)
+
+        Args:
+            channel: 1 to 200 characters without control characters.
+            max_buffer: Bytes that may wait to be iterated over; the hub's by default.
+            overflow: What happens when that is too little. `"disconnect"`, whatever the hub's is:
+                iteration hands out what is buffered and then raises `SubscriberLagged`.
+
+        Raises:
+            InvalidChannel, ConfigurationError: An argument is not valid.
+        """
+        return Subscriber(
+            codec.check_channel(channel),
+            Outbox(self._max_buffer if max_buffer is None else max_buffer, overflow),
+            join=self._join,
+            leave=self._unsubscribe,
+            on_overflow=self._on_overflow,
+        )
+
+    # Serve
+
+    async def serve(
+        self,
+        websocket: WebSocket,
+        channel: str = DEFAULT_CHANNEL,
+        *,
+        encoding: Encoding | None = "text",
+        publish: bool = True,
+        subprotocol: str | None = None,
+        headers: Headers | None = None,
+        max_buffer: int | None = None,
+        overflow: Overflow | None = None,
+    ) -> int:
+        """Live a client's whole life: register it, publish what it sends, unregister it.
+
+        For the functions of `@app.websocket`. It ends when the client has left or was closed;
+        closing the socket any other way is up to the caller.
+
+        Args:
+            websocket, channel, subprotocol, headers, max_buffer, overflow: See `connect`.
+            encoding: `"text"`, `"bytes"` or `"json"` both ways; `None` takes frames as they come.
+            publish: Whether the client may publish. If not, it only listens.
+
+        Returns:
+            The close code. A client that sends something else than the encoding allows is closed
+            with 1003 (wrong type of frame) or 1007 (content not valid), and one that may not
+            publish with 1008; one log line says so.
+
+        Raises:
+            OriginRefused, InvalidChannel, ConfigurationError: See `connect`.
+        """
+        codec.check_encoding(encoding)
+        decode = functools.partial(codec.decode, encoding=encoding)
+        try:
+            await self.connect(
+                websocket,
+                channel,
+                subprotocol=subprotocol,
+                headers=headers,
+                max_buffer=max_buffer,
+                overflow=overflow,
+            )
+            while True:
+                message = await websocket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return int(message.get("code") or NORMAL)
+                if not publish:
+                    raise WebSocketException(POLICY_VIOLATION, "listen only")
+                await self._relay(websocket, channel, decode(message), encoding)
+        except (OriginRefused, InvalidChannel):
+            raise
+        except WebSocketException as exc:
+            await self._reject(websocket, exc)
+            return exc.code
+        except WebSocketDisconnect as exc:
+            return exc.code
+        finally:
+            self._leave(websocket)
+
+    def app(
+        self,
+        *,
+        publish: bool = False,
+        authorize: Authorize | None = None,
+        encoding: Encoding | None = "text",
+    ) -> ASGIApp:
+        """Return an ASGI app that serves `/{channel}`: `app.mount("/live", broadcast.app())`.
+
+        The hub itself is the same app with the defaults: `app.mount("/live", broadcast)`.
+
+        Whoever connects may ask for any channel of the hub, also for one that an endpoint guards
+        elsewhere: say with `authorize` who may have what, or mount a hub that holds nothing secret.
+
+        Args:
+            publish: Whether clients may publish to the channel. By default they only listen, and
+                one that sends anything is closed with 1008.
+            authorize: Called as `authorize(websocket, channel)` before the websocket is accepted;
+                a plain function runs in a thread. It refuses with 403 by raising `PermissionError`
+                or returning False; other exceptions take their way through the app. It lets in by
+                returning None or True; anything else is a mistake and raises `ConfigurationError`.
+                Write `bool(users.get(name))`, not `users.get(name)`: None lets in.
+            encoding: See `serve`; without `publish` it is unused.
+        """
+        codec.check_encoding(encoding)
+
+        async def endpoint(websocket: WebSocket) -> None:
+            channel = codec.check_channel(websocket.path_params["channel"])
+            self._origins.check(websocket)
+            if authorize is not None and not await self._authorized(authorize, websocket, channel):
+                raise WebSocketException(POLICY_VIOLATION, "not authorized")
+            await self.serve(websocket, channel, encoding=encoding, publish=publish)
+
+        async def guarded(websocket: WebSocket) -> None:
+            try:
+                await endpoint(websocket)
+            except WebSocketException as exc:
+                if has_handler(websocket, exc):
+                    raise
+                await self.close(websocket, exc.code, exc.reason)
+
+        return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=self.lifespan)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._mount(scope, receive, send)
+
+    # Look
+
+    def __len__(self) -> int:
+        """Return how many clients are connected to this process."""
+        with self._lock:
+            self._sweep()
+            return len(self._connections)
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Channel name to number of clients, for the channels that have any: a fresh copy."""
+        counts: dict[str, int] = {}
+        with self._lock:
+            self._sweep()
+            for connection in list(self._connections):
+                for channel in list(connection.channels):
+                    counts[channel] = counts.get(channel, 0) + 1
+        return counts
+
+    def stats(self) -> Stats:
+        """Return a snapshot of counters and health. From any thread."""
+        channels = self.channels
+        counters = Counters()
+        with self._lock:
+            counters.add(self._retired)
+            for shard in list(self._shards.values()):
+                counters.add(shard.counters)
+            return Stats(
+                open=self._open,
+                clients=len(self._connections),
+                subscribers=len(self._subscribers),
+                channels=channels,
+                published=self._published,
+                failed=self._failed,
+                delivered=counters.delivered,
+                dropped=counters.dropped,
+                cut_off=counters.cut_off,
+                pending=sum(shard.pending for shard in self._shards.values()),
+                buffered=sum(member.outbox.size for member, _ in self._members()),
+            )
+
+    # The registry
+
+    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> None:
+        connection = self._find(websocket)
+        if connection is not None and connection.code is not None:
+            raise ClientGone(connection.code)
+        if connection is None or connection.ended:
+            shard = self._shard()
+            connection = Connection(
+                websocket,
+                shard,
+                outbox,
+                id=next(self._ids),
+                on_end=self._forget,
+                on_overflow=self._on_overflow,
+                ready_frames=self._ready_frames,
+            )
+            websocket.scope.setdefault("starcast", {})[self] = connection
+        connection.leaving = None
+        shard = self._connections.setdefault(connection, self._shard())
+        connection.channels.add(channel)
+        shard.join(connection, channel)
+
+    def _find(self, websocket: WebSocket) -> Connection | None:
+        """Return what was registered for this websocket last, even if it is no more."""
+        found: Connection | None = websocket.scope.get("starcast", {}).get(self)
+        return found
+
+    def _members(self) -> Iterator[tuple[Member, Shard]]:
+        return itertools.chain(self._connections.items(), self._subscribers.items())
+
+    def _clients(self) -> list[WebSocket]:
+        with self._lock:
+            self._sweep()
+            return [connection.websocket for connection in self._connections]
+
+    def _shard(self) -> Shard:
+        loop = asyncio.get_running_loop()
+        if loop not in self._shards:
+            self._sweep()
+            self._shards[loop] = Shard(loop, self._lock)
+        return self._shards[loop]
+
+    def _sweep(self) -> None:
+        for shard in [shard for shard in self._shards.values() if shard.loop.is_closed()]:
+            self._drop(shard)
+
+    def _drop(self, shard: Shard) -> None:
+        """Forget a shard whose loop is closed, and who was on it."""
+        if self._shards.pop(shard.loop, None) is not None:
+            self._retired.add(shard.counters)
+            for connection in [c for c, its in self._connections.items() if its is shard]:
+                del self._connections[connection]
+            for subscriber in [s for s, its in self._subscribers.items() if its is shard]:
+                del self._subscribers[subscriber]
+
+    def _remove(self, connection: Connection | None) -> Shard | None:
+        shard = None if connection is None else self._connections.pop(connection, None)
+        if connection is not None and shard is not None:
+            for channel in connection.channels:
+                shard.leave(connection, channel)
+            connection.channels.clear()
+        return shard
+
+    def _forget(self, connection: Connection) -> None:
+        with self._lock:
+            self._remove(connection)
+
+    def _leave(self, websocket: WebSocket, channel: str | None = None) -> Waiter | None:
+        """Take it off; return what this loop may wait for until the client has everything."""
+        connection = self._find(websocket)
+        with self._lock:
+            shard = None if connection is None else self._connections.get(connection)
+            if connection is None or shard is None:
+                return None
+            if channel in connection.channels:
+                connection.channels.remove(channel)
+                shard.leave(connection, channel)
+            if channel is not None and connection.channels:
+                return None
+            self._remove(connection)
+            here = running_loop() is shard.loop
+            left = Waiter() if here else None
+            connection.leaving = Leave(left)
+            dead = here and is_gone(websocket)
+            wake = not dead and shard.add(connection.leaving, (connection,))
+        if dead:
+            connection.kill()
+        if wake:
+            self._wake([shard])
+        return None if dead else left
+
+    async def _join(self, subscriber: Subscriber) -> Counters:
+        await self._ensure_open()
+        with self._lock:
+            shard = self._subscribers[subscriber] = self._shard()
+            shard.join(subscriber, subscriber.channel)
+        return shard.counters
+
+    def _unsubscribe(self, subscriber: Subscriber) -> None:
+        with self._lock:
+            shard = self._subscribers.pop(subscriber, None)
+            if shard is not None:
+                shard.leave(subscriber, subscriber.channel)
+
+    # The way of a message
+
+    async def _ensure_open(self) -> None:
+        if self._open:
+            return
+        failures = self._failures
+        async with self._switching:
+            if self._open:
+                return
+            if self._failure is not None and self._failures > failures:
+                raise self._failure.with_traceback(None)  # of the attempt that this one waited for
+            try:
+                await self._backend.start(self._deliver)
+            except Exception as exc:
+                self._failures += 1
+                self._failure = exc
+                raise
+            self._open, self._closed, self._failure = True, False, None
+
+    async def _close(self) -> None:
+        connections: list[Connection] = []
+        try:
+            async with self._switching:
+                self._open, self._closed = False, True
+                self._closings += 1
+                try:
+                    await self._backend.stop()
+                finally:
+                    connections = self._dismiss()
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT + 1):
+                    for connection in connections:
+                        await connection.wait_ended()
+
+    def _dismiss(self) -> list[Connection]:
+        """Say goodbye to everybody, and return the clients that are to be waited for."""
+        close = Close(GOING_AWAY, "going away")
+        with self._lock:
+            self._sweep()
+            connections = list(self._connections)
+            members: dict[Shard, list[Member]] = {}
+            for member, shard in self._members():
+                members.setdefault(shard, []).append(member)
+            wake = [shard for shard, its in members.items() if shard.add(close, tuple(its))]
+            for connection in connections:
+                self._remove(connection)
+        self._wake(wake)
+        return connections
+
+    def _event(
+        self,
+        channel: str,
+        message: Any,
+        exclude: WebSocket | Iterable[WebSocket],
+        encoding: Encoding | None,
+    ) -> Event:
+        if encoding is not None:
+            codec.check_encoding(encoding)
+        content, payload = codec.encode(message, encoding, self._dumps)
+        if exclude == ():
+            return Event(channel, content, payload)
+        excluded = (exclude,) if isinstance(exclude, WebSocket) else exclude
+        found = [self._find(websocket) for websocket in excluded]
+        ids = frozenset(connection.id for connection in found if connection is not None)
+        return Event(channel, content, payload, ids)
+
+    def _publish(self, event: Event) -> None:
+        self._backend.publish(event)
+        with self._lock:
+            self._published += 1
+
+    def _deliver(self, event: Event) -> None:
+        """Add an event to every loop that has somebody on its channel. The backend calls this."""
+        with self._lock:
+            targets = [
+                (shard, members)
+                for shard in self._shards.values()
+                if (members := shard.members(event.channel))
+            ]
+            if not targets:
+                return
+            if any(shard.loop.is_closed() for shard, _ in targets):
+                self._sweep()
+                targets = [target for target in targets if not target[0].loop.is_closed()]
+            wake = self._add(event, targets)
+        self._wake(wake)
+
+    def _post(self, event: Event, connection: Connection) -> None:
+        """Add an event for one client."""
+        with self._lock:
+            shard = self._connections.get(connection)
+            wake = [] if shard is None else self._add(event, [(shard, (connection,))])
+        self._wake(wake)
+
+    def _add(self, event: Event, targets: list[tuple[Shard, tuple[Member, ...]]]) -> list[Shard]:
+        for shard, _ in targets:
+            if not shard.has_room(event):
+                raise _Full(shard)
+        return [shard for shard, members in targets if shard.add(event, members)]
+
+    def _wake(self, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            try:
+                shard.wake()
+            except RuntimeError:  # its loop was closed in this moment
+                with self._lock:
+                    self._drop(shard)
+
+    async def _retry(self, hand_over: Callable[[], None], full: PublishQueueFull) -> None:
+        """Call it again whenever there is room, for two seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PUBLISH_TIMEOUT
+        while loop.time() < deadline and isinstance(full, _Full):
+            await self._room(full.shard, deadline)
+            try:
+                return hand_over()
+            except PublishQueueFull as exc:
+                full = exc
+        with self._lock:
+            self._failed += 1
+        raise full
+
+    async def _room(self, shard: Shard, deadline: float) -> None:
+        room = Waiter()
+        with self._lock:
+            shard.tell_room(room)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await room
+        finally:
+            with self._lock:
+                shard.forget_room(room)
+
+    async def _settled(self) -> None:
+        """Bring everything published so far to the sockets or outboxes of this loop."""
+        shard = self._shards.get(asyncio.get_running_loop())
+        late = False
+        if shard is not None and shard.awake:
+            if not self._unyielded:
+                self._unyielded_since = time.monotonic()
+            if not shard.flush():
+                sent = Waiter()
+                with self._lock:
+                    shard.add(None, done=sent.set)  # it is awake: nobody needs to wake it
+                await sent
+                self._unyielded = 0
+                return
+            late = time.monotonic() - self._unyielded_since > SLICE
+        # What ends without waiting must leave time to other tasks now and then.
+        self._unyielded += 1
+        if late or self._unyielded >= YIELD_AFTER:
+            self._unyielded = 0
+            await asyncio.sleep(0)
+
+    # The life of a client
+
+    async def _relay(
+        self, websocket: WebSocket, channel: str, data: Any, encoding: Encoding | None
+    ) -> None:
+        """Publish what a client sent, without waiting unless too much of it is unconfirmed."""
+        try:
+            event = self._event(codec.check_channel(channel), data, (), encoding)
+        except EncodingError as exc:
+            # It could be read and cannot be written: a number too large for `dumps=`, say.
+            raise InvalidMessage(1007, "cannot be sent on") from exc
+        if not (self._open or self._closed):
+            await self._ensure_open()
+        try:
+            try:
+                self._publish(event)
+            except PublishQueueFull as exc:
+                await self._retry(functools.partial(self._publish, event), exc)
+        except PublishQueueFull as exc:
+            if (now := time.monotonic()) > self._failed_last + OUTAGE_OVER:
+                logger.error("messages of clients are being lost: %s", exc)
+            self._failed_last = now
+        connection = self._find(websocket)
+        if connection is not None:
+            connection.unconfirmed += 1
+            connection.unconfirmed_cost += event.cost
+            if (
+                connection.unconfirmed < MAX_UNCONFIRMED
+                and connection.unconfirmed_cost < MAX_UNCONFIRMED_COST
+            ):
+                return
+            connection.unconfirmed = connection.unconfirmed_cost = 0
+        await self._settled()
+
+    async def _reject(self, websocket: WebSocket, exc: WebSocketException) -> None:
+        """Close a client for what it sent, with one line in the log."""
+        address = websocket.client
+        logger.warning(
+            "closed the client %s with %d: %s",
+            "?" if address is None else f"{address.host}:{address.port}",
+            exc.code,
+            exc.reason,
+        )
+        await self.close(websocket, exc.code, exc.reason)
+
+    @staticmethod
+    async def _authorized(authorize: Authorize, websocket: WebSocket, channel: str) -> bool:
+        is_async = inspect.iscoroutinefunction(authorize) or inspect.iscoroutinefunction(
+            getattr(authorize, "__call__", None)  # noqa: B004  # an object with an async __call__
+        )
+        try:
+            if is_async:
+                answer = authorize(websocket, channel)
+            else:
+                answer = await run_in_threadpool(authorize, websocket, channel)
+            if inspect.isawaitable(answer):
+                answer = await answer
+        except PermissionError:
+            return False
+        if answer is None or answer is True:
+            return True
+        if answer is False:
+            return False
+        raise ConfigurationError(f"authorize returned {answer!r}, not None, True or False")

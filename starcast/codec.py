@@ -1,0 +1,157 @@
+"""What people publish becomes a frame's content; a client's frame becomes what a handler gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import functools
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
+
+from starlette.types import Message
+
+from .exceptions import ConfigurationError, EncodingError, InvalidChannel, InvalidMessage
+
+Encoding = Literal["text", "bytes", "json"]
+Dumps = Callable[[Any], str | bytes]
+
+MAX_CHANNEL = 200
+
+# C0 and C1 control characters, and halves of surrogate pairs, which have no UTF-8 form.
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def check_channel(channel: str) -> str:
+    """Return the name if it is a valid channel, or raise `InvalidChannel`.
+
+    Every backend has the same rule, so a name that works in memory works everywhere.
+    """
+    if not isinstance(channel, str):
+        raise InvalidChannel(f"a channel's name must be a str, not {type(channel).__name__}")
+    return _checked(channel)
+
+
+@functools.lru_cache(maxsize=1024)  # the same few names come with every message
+def _checked(channel: str) -> str:
+    if not 1 <= len(channel) <= MAX_CHANNEL:
+        raise InvalidChannel(
+            f"a channel's name must have 1 to {MAX_CHANNEL} characters, not {len(channel)}"
+        )
+    if found := _FORBIDDEN.search(channel):
+        raise InvalidChannel(
+            f"a channel's name must not contain the character {found.group()!r}: {channel!r}"
+        )
+    return channel
+
+
+def check_encoding(encoding: Encoding | None) -> Encoding | None:
+    """Return the encoding if it is one, or raise `ConfigurationError`."""
+    if encoding not in ("text", "bytes", "json", None):
+        raise ConfigurationError(f"encoding must be text, bytes, json or None, not {encoding!r}")
+    return encoding
+
+
+def _default(value: Any) -> Any:
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(
+        type(value), "model_dump"
+    ):  # a pydantic model, recognised without importing pydantic
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def dumps(value: Any) -> str:
+    """Write a value as JSON: compact, in UTF-8, without NaN and infinities.
+
+    Besides what `json` knows: date, time, datetime (ISO 8601), UUID, Enum (its value), dataclasses
+    and pydantic models.
+    """
+    return json.dumps(
+        value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_default
+    )
+
+
+def encode(data: Any, encoding: Encoding | None, dumps: Dumps) -> tuple[str | bytes, bytes]:
+    """Return a frame's content as `str` (a text frame) or `bytes` (binary), and as bytes.
+
+    Raises:
+        EncodingError: The data does not fit the encoding or cannot be serialised.
+    """
+    if encoding is None and not isinstance(data, str):
+        encoding = "bytes" if isinstance(data, (bytes, bytearray, memoryview)) else "json"
+    if encoding == "bytes":
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise EncodingError(f'encoding="bytes" needs bytes, not {type(data).__name__}')
+        payload = bytes(data)
+        return payload, payload
+    if encoding == "json":
+        try:
+            data = dumps(data)
+        except Exception as exc:  # whatever a serialiser raises: it cannot write this
+            raise EncodingError(f"the message cannot be written as JSON: {exc}") from exc
+        if isinstance(data, bytes):  # orjson and msgspec return bytes
+            try:
+                return data.decode(), data
+            except UnicodeDecodeError as exc:
+                raise EncodingError(f"dumps= returned something else than UTF-8: {exc}") from exc
+    if not isinstance(data, str):
+        raise EncodingError(f"a text message needs a str, not {type(data).__name__}")
+    data = str.__str__(data)  # of an Enum that is a str, its value
+    try:
+        return data, data.encode()
+    except UnicodeEncodeError as exc:
+        raise EncodingError(f"the message has no UTF-8 form: {exc}") from exc
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(literal: str) -> float:
+    if math.isinf(value := float(literal)):  # 1e999
+        raise ValueError(f"{literal} is too large")
+    return value
+
+
+def decode(message: Message, encoding: Encoding | None) -> Any:
+    """Return what a client's `websocket.receive` message holds.
+
+    `encoding=None` takes a frame as it is. `"json"` reads text and binary frames.
+
+    Raises:
+        InvalidMessage: 1003 for a frame of the wrong type, 1007 for content that is not valid.
+    """
+    text: str | None = message.get("text")
+    content: bytes | None = message.get("bytes")
+    if encoding == "bytes" and content is None:
+        raise InvalidMessage(1003, "binary frames only")
+    if encoding == "text" and text is None:
+        raise InvalidMessage(1003, "text frames only")
+    try:
+        if text is None:
+            if encoding != "json":
+                return content
+            text = (content or b"").decode()
+        text.encode()  # a lone surrogate can be received and could not be sent on
+        if encoding != "json":
+            return text
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, written as an escape
+            dumps(value).encode()
+        return value
+    except UnicodeError:
+        raise InvalidMessage(1007, "not valid UTF-8") from None
+    except (ValueError, RecursionError):
+        raise InvalidMessage(1007, "not valid JSON") from None

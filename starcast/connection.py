@@ -1,0 +1,467 @@
+"""Connection: one client of a hub, the writes to it, and what waits while it is behind.
+
+A connection belongs to the event loop of its websocket, and everything here runs on that loop.
+
+At most one send is in flight. While one is, the connection is busy and whatever comes meanwhile
+goes to the outbox; who finished a send goes on with the outbox. That keeps the order, also under
+backpressure, where a server may let a later send overtake an earlier one. The handler's own sends
+(`websocket.send_text`, `websocket.close`, ...) stand in the same line: they reach `_guarded_send`,
+which takes the place of `websocket.send` while the client is registered.
+
+There are three ends. A handler that leaves has its socket back once the client has what it still
+had to get. A client that was closed, or did not take what it had to get in time, is over: its
+handler's next `receive` says so. A client to which a send failed gets no more, but what the server
+still has from it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.types import Message
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from .event import Event
+from .frames import PLAIN, Setting
+from .outbox import Close, Item, Leave, OnOverflow, Outbox, OutboxFull, Overflowed, Turn
+from .stats import Counters
+from .waiter import Waiter
+
+# Seconds that a client has for what it still has to get and for the close frame. After that the
+# send that is stuck ends, the hub's or the handler's: a client that reads nothing would hold it for
+# as long as the TCP connection lasts.
+CLOSE_TIMEOUT = 10.0
+
+# Seconds that a connection waits before it goes on after a cancellation, in case it is the end of
+# the event loop, which cancels all tasks and does not wait for new ones.
+AFTER_CANCEL = 0.1
+
+DISCONNECTED = WebSocketState.DISCONNECTED
+
+# Close codes: RFC 6455 section 7.4.1, and 1013 from the IANA registry that it set up.
+NORMAL = 1000
+GOING_AWAY = 1001
+ABNORMAL = 1006
+POLICY_VIOLATION = 1008
+INTERNAL_ERROR = 1011
+TRY_AGAIN_LATER = 1013
+
+
+# Bytes of frames that are joined for one write.
+MAX_JOIN = 64 * 1024
+
+
+class Wire(Protocol):
+    """A way to the socket around ASGI; `starcast.uvicorn` has one."""
+
+    setting: Setting
+    write: Callable[[bytes], None]  # only while it is ready
+    changed: Callable[[], None] | None  # called when `ready` may have changed
+
+    @property
+    def ready(self) -> bool:
+        """Whether whole frames may be written now."""
+
+    async def drain(self) -> bool:
+        """Wait until it may be possible again; False if it never will be."""
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+
+
+class Line(Protocol):
+    """What a connection needs of its shard."""
+
+    loop: asyncio.AbstractEventLoop
+    counters: Counters
+    awake: bool
+
+    def post(self, item: Turn, connection: Connection) -> None:
+        """Bring an item to a connection after everything that is already on its way."""
+
+
+def wire_of(websocket: WebSocket) -> Wire | None:
+    """Return the way around ASGI, if the server has announced one."""
+    announced = (websocket.scope.get("extensions") or {}).get("starcast")
+    if announced is None:
+        return None
+    wire: Wire | None = announced.open()
+    return wire
+
+
+def is_gone(websocket: WebSocket) -> bool:
+    """Whether either side has closed it, as far as the app was told."""
+    return DISCONNECTED in (websocket.client_state, websocket.application_state)
+
+
+class Connection:
+    """One registered client. See the module for how it works."""
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        line: Line,
+        outbox: Outbox,
+        *,
+        id: int,
+        on_end: Callable[[Connection], None],
+        on_overflow: OnOverflow | None = None,
+        ready_frames: bool = True,
+    ) -> None:
+        self.websocket = websocket
+        self.line = line
+        self.outbox = outbox
+        self.id = id
+        # The hub's, under its lock:
+        self.channels: set[str] = set()
+        self.leaving: Leave | None = None  # the handler has taken it off every channel
+        # On the loop:
+        self.code: int | None = None  # set as soon as the socket is closed, dead or about to be
+        self.ended = False
+        self.unconfirmed = 0  # this client's own messages since the last wait for them,
+        self.unconfirmed_cost = 0  # and what they cost
+        self.idle = True  # nothing is in flight, and the client is neither closed nor left
+        # How frames are written as long as it is idle; None when they must not be.
+        self.direct: Callable[[bytes], None] | None = None
+        self.setting: Setting = PLAIN
+        self._wire: Wire | None = None
+        self._on_end = on_end
+        self._on_overflow = on_overflow
+        self._busy = False
+        self._over = False  # `websocket.receive` has nothing more to say
+        self._writer: asyncio.Task[None] | None = None
+        self._killed = False
+        self._receiving: asyncio.Timeout | None = None
+        self._sending: asyncio.Timeout | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._waiters: list[Waiter] = []
+        if ready_frames and "send" not in vars(websocket):  # of nobody else's making
+            self._wire = wire_of(websocket)
+        if self._wire is not None:
+            self.setting = self._wire.setting
+            self._wire.changed = self._look
+        self._install()
+        self._look()
+
+    # What the shard calls
+
+    def put(self, item: Item) -> bool:
+        """Take an item. If this returns True, the caller must await `write(item)` at once."""
+        if self.ended or self.code is not None:
+            self._let_go(item)
+            return False
+        if isinstance(item, Close):
+            self.code = item.code
+            self.idle = False
+            self._expect(self.kill)
+        if not self._busy:
+            self.work()
+            return True
+        if isinstance(item, Leave):
+            self._expect(self._expire, item)
+        try:
+            dropped = self.outbox.offer(item)
+        except OutboxFull:
+            self._cut_off(item)
+        else:
+            self._report(dropped)
+        return False
+
+    def work(self) -> None:
+        """Begin to write: `write` follows at once. Only while it is idle."""
+        self._busy = True
+        self.idle = False
+        self.direct = None
+
+    async def write(self, item: Item | None, task: asyncio.Task[None] | None) -> None:
+        """Send the item and whatever comes meanwhile, in this task. After `work`, or true `put`."""
+        self._writer = task
+        items = self.outbox.items
+        try:
+            while item is not None:
+                if isinstance(item, Event):
+                    websocket = self.websocket
+                    if (
+                        websocket.client_state is DISCONNECTED
+                        or websocket.application_state is DISCONNECTED
+                    ):
+                        self.end(ABNORMAL)
+                    elif self._wire is not None:
+                        await self._write_frames(self._wire, item)
+                    else:
+                        # A fresh dict each time: middleware may change what it is given.
+                        await self._send_event({"type": "websocket.send", item.kind: item.message})
+                        self.line.counters.delivered += 1
+                elif isinstance(item, Turn):
+                    if not item.abandoned:
+                        item.granted = True
+                        item.waiter.set()
+                        return  # stays busy: the handler's send is the one in flight now
+                elif isinstance(item, Close):
+                    await self._write_close(item)
+                else:
+                    if item is self.leaving:
+                        self.end()
+                    item.reached()
+                item = self.outbox.take() if items else None
+            self._rest()
+        except asyncio.CancelledError:
+            self._failed()
+            # If it was the hub, only this send was meant, not the other work of the task.
+            if task is None or not self._killed or task.uncancel():
+                raise
+        except Exception:
+            # Servers disagree about what a send to a client that is gone raises, so everything
+            # means that. It is no error of whoever published.
+            self._failed()
+        finally:
+            self._writer = None
+
+    def kill(self) -> None:
+        """Give the client up: forget it, tell its handler, stop a send that does not come back."""
+        self._over = True
+        stuck = self._stop_writer() or self._sending is not None
+        self.end(ABNORMAL)
+        if stuck and self._wire is not None:
+            self._wire.abort()  # a close would wait for the client to read
+        for waiting in (self._receiving, self._sending):
+            if waiting is not None:
+                waiting.reschedule(self.line.loop.time())
+
+    def end(self, code: int | None = None) -> None:
+        """Let go of the client. Without a code its socket stays open and is the handler's alone."""
+        if self.ended:
+            return
+        self.ended = True
+        self.idle = False
+        self.direct = None
+        if code is None:
+            self._uninstall()
+        elif self.code is None:
+            self.code = code
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._discard()
+        self._on_end(self)
+        if self.code is not None and self._receiving is not None:
+            # What the server still has of this client is read, and it should say when that is all.
+            self._receiving.reschedule(self.line.loop.time() + CLOSE_TIMEOUT)
+        for waiter in self._waiters:
+            waiter.set()
+
+    async def wait_ended(self) -> None:
+        """Wait until the connection is let go of. From any loop."""
+        waiter = Waiter()
+        self._waiters.append(waiter)
+        if not self.ended:
+            await waiter
+
+    # Inside
+
+    def _rest(self) -> None:
+        self._busy = False
+        self.idle = not self.ended and self.code is None
+        if self._wire is not None:
+            self._look()
+
+    def _look(self) -> None:
+        """Open or close the short way, which is open only if nothing speaks against it."""
+        wire = self._wire
+        if wire is None or not self.idle or not wire.ready:
+            self.direct = None
+        elif self.outbox.max_buffer >= MAX_JOIN:  # else a join might be too much for it
+            self.direct = wire.write
+
+    async def _write_frames(self, wire: Wire, event: Event) -> None:
+        if not await wire.drain():
+            self.end(ABNORMAL)
+            return
+        frames = [event.frame(self.setting)]
+        size = len(frames[0])
+        while (following := self.outbox.next_event()) is not None:
+            frame = following.frame(self.setting)
+            size += len(frame)
+            if size > min(MAX_JOIN, self.outbox.max_buffer):
+                break
+            frames.append(frame)
+            self.outbox.take()
+        wire.write(b"".join(frames))
+        self.line.counters.delivered += len(frames)
+
+    async def _write_close(self, close: Close) -> None:
+        if not is_gone(self.websocket):
+            await self._send(
+                {"type": "websocket.close", "code": close.code, "reason": close.reason}
+            )
+            self._stay_readable()
+        self.kill()  # the handler need not wait for the server to say so
+
+    def _failed(self) -> None:
+        self._stay_readable()
+        self.end(ABNORMAL)
+
+    def _stay_readable(self) -> None:
+        # In the state that Starlette sets when a send has failed or was a close, the handler's
+        # next `receive_text` would raise RuntimeError, before it could see that the client left.
+        self.websocket.application_state = WebSocketState.CONNECTED
+
+    def _expect(self, then: Callable[..., None], *args: object) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self.line.loop.call_later(CLOSE_TIMEOUT, then, *args)
+
+    def _expire(self, leave: Leave) -> None:
+        """Leave although the client has not got everything."""
+        if leave is self.leaving:
+            self._stop_writer()
+            self.end()
+        leave.reached()
+
+    def _stop_writer(self) -> bool:
+        if self._writer is None or self._writer is asyncio.current_task():
+            return False
+        self._killed = True
+        self._writer.cancel()
+        return True
+
+    def _cut_off(self, item: Item) -> None:
+        dropped = [*self._discard(), item]
+        self.line.counters.cut_off += 1
+        self.put(Close(TRY_AGAIN_LATER, "too slow"))
+        self._on_end(self)
+        self._report([event for event in dropped if isinstance(event, Event)])
+
+    def _report(self, dropped: list[Event]) -> None:
+        if dropped:
+            self.line.counters.dropped += len(dropped)
+            overflowed = Overflowed(self.websocket, self.outbox.overflow, tuple(dropped))
+            overflowed.tell(self._on_overflow)
+
+    def _discard(self) -> list[Item]:
+        items = self.outbox.clear()
+        for item in items:
+            self._let_go(item)
+        return items
+
+    @staticmethod
+    def _let_go(item: Item) -> None:
+        if isinstance(item, Turn):
+            item.waiter.set()
+        elif isinstance(item, Leave):
+            item.reached()
+
+    # The handler's own sends and receives
+
+    def _install(self) -> None:
+        # Starlette's accept, send_text, close and so on all call `self.send`, and receive_text and
+        # the like `self.receive`: attributes of the instance see them all. If another hub's are
+        # there already, that hub takes us for the handler.
+        self._send, self._receive = self.websocket.send, self.websocket.receive
+        # What `WebSocket.send` calls after its checks. They are made in `write`, and a coroutine
+        # less for each message is worth the look behind it.
+        self._send_event = self._send
+        if "send" not in vars(self.websocket):
+            self._send_event = getattr(self.websocket, "_send", self._send)
+        vars(self.websocket).update(send=self._guarded_send, receive=self._guarded_receive)
+
+    def _uninstall(self) -> None:
+        above = _owner(self.websocket.send)
+        if above is self and _owner(self._send) is self.websocket:
+            del self.websocket.send, self.websocket.receive  # as if nobody had been there
+        elif above is self:
+            vars(self.websocket).update(send=self._send, receive=self._receive)
+        while isinstance(above, Connection):
+            if _owner(above._send) is self:
+                above._send, above._receive = self._send, self._receive
+            above = _owner(above._send)
+
+    async def _guarded_send(self, message: Message) -> None:
+        held = await self._acquire()
+        closing = message["type"] == "websocket.close"
+        try:
+            if self.code is None:
+                try:
+                    async with asyncio.timeout(None) as self._sending:
+                        await self._send(message)
+                except TimeoutError:
+                    if self.code is None:
+                        raise
+                    raise WebSocketDisconnect(self.code) from None
+                finally:
+                    self._sending = None
+                if closing and not self.ended:
+                    self.end(message.get("code", NORMAL))
+            elif not closing:
+                raise WebSocketDisconnect(self.code)
+        except (WebSocketDisconnect, OSError):
+            if self.code is None and not self.ended:
+                self._failed()
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            if held:
+                self._go_on_later()
+                held = False
+            raise
+        finally:
+            if held:
+                self._go_on()
+
+    async def _acquire(self) -> bool:
+        """Wait for the handler's turn; True if the connection is busy on its behalf now."""
+        if self.ended:
+            return False
+        if not (self._busy or self.line.awake):
+            self.work()
+            return True
+        turn = Turn()
+        self.line.post(turn, self)
+        try:
+            await turn.waiter
+        except asyncio.CancelledError:
+            turn.abandoned = True
+            if turn.granted:
+                self._go_on_later()
+            raise
+        return turn.granted
+
+    def _go_on(self) -> None:
+        if self.outbox.items:
+            self._writer = self.line.loop.create_task(self._write_outbox())
+        else:
+            self._rest()
+
+    def _go_on_later(self) -> None:
+        # Who cancels a handler may be about to end the loop, and would not see a new task.
+        if not self.outbox.items:
+            self._rest()
+        elif not self.line.loop.is_closed():
+            self.line.loop.call_later(AFTER_CANCEL, self._go_on)
+
+    async def _write_outbox(self) -> None:
+        await self.write(self.outbox.take(), asyncio.current_task())
+
+    async def _guarded_receive(self) -> Message:
+        """Like `websocket.receive`, but a client that was closed or given up has left.
+
+        A server that has nothing to say any more, because its client does not read, would let the
+        handler wait for as long as the TCP connection lasts.
+        """
+        told = self.websocket.client_state is WebSocketState.DISCONNECTED  # and Starlette says so
+        if told or not self._over:
+            try:
+                timeout = None if self.code is None else CLOSE_TIMEOUT
+                async with asyncio.timeout(timeout) as self._receiving:
+                    return await self._receive()
+            except TimeoutError:
+                if self.code is None:
+                    raise
+            finally:
+                self._receiving = None
+        self.websocket.client_state = WebSocketState.DISCONNECTED
+        return {"type": "websocket.disconnect", "code": self.code, "reason": ""}
+
+
+def _owner(method: object) -> object:
+    return getattr(method, "__self__", None)

@@ -1,0 +1,167 @@
+"""Outbox: what a client that is behind still has to get, and what happens when that is too much."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from .event import Event
+from .exceptions import ConfigurationError
+from .waiter import Waiter
+
+logger = logging.getLogger("starcast")
+
+Overflow = Literal["disconnect", "drop_oldest", "drop_newest", "latest"]
+
+MAX_BUFFER = 1024 * 1024
+OVERFLOWS: tuple[str, ...] = get_args(Overflow)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Overflowed:
+    """What `on_overflow` is told: a client or a subscriber did not keep up.
+
+    Attributes:
+        client: The `WebSocket` or the `Subscriber` that is behind.
+        overflow: The policy that was applied.
+        dropped: The messages that it will not get. For `disconnect` and a client: what was waiting
+            and the one that was too much; it is being closed with 1013. For a subscriber: the one
+            that was too much; what was waiting is still handed out.
+    """
+
+    client: Any
+    overflow: Overflow
+    dropped: tuple[Event, ...]
+
+    def tell(self, on_overflow: OnOverflow | None) -> None:
+        """Call the hook. An error in it is logged: whoever published can't do anything about it."""
+        if on_overflow is not None:
+            try:
+                on_overflow(self)
+            except (Exception, asyncio.CancelledError):
+                logger.exception("on_overflow raised")
+
+
+OnOverflow = Callable[[Overflowed], None]
+
+
+class Close:
+    """Ends a client with a close frame, after what it still has to get."""
+
+    __slots__ = ("code", "reason")
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        self.code = code
+        self.reason = reason
+
+
+class Leave:
+    """Ends the hub's part in a client, after what it still has to get; the socket stays open."""
+
+    __slots__ = ("waiter",)
+
+    def __init__(self, waiter: Waiter | None = None) -> None:
+        self.waiter = waiter  # set when everything before it is sent, or given up
+
+    def reached(self) -> None:
+        if self.waiter is not None:
+            self.waiter.set()
+
+
+class Turn:
+    """A handler's own `websocket.send`, waiting for what the client has to get first."""
+
+    __slots__ = ("abandoned", "granted", "waiter")
+
+    def __init__(self) -> None:
+        self.waiter = Waiter()
+        self.granted = False  # the send may go out; the connection is busy until it has
+        self.abandoned = False  # cancelled while it waited
+
+
+# What reaches a client in order. The control items weigh nothing and are never dropped. There is at
+# most one Close and one Leave a client, and one Turn for each of its handler's tasks that sends.
+Item = Event | Close | Leave | Turn
+
+
+class OutboxFull(Exception):
+    """The policy is `disconnect` and the buffer has no room."""
+
+
+class Outbox:
+    """A queue with a bound in bytes and a policy. It belongs to one event loop."""
+
+    __slots__ = ("items", "max_buffer", "overflow", "size")
+
+    def __init__(self, max_buffer: int = MAX_BUFFER, overflow: Overflow = "disconnect") -> None:
+        if not isinstance(max_buffer, int) or isinstance(max_buffer, bool) or max_buffer < 1:
+            raise ConfigurationError(f"max_buffer is a number of bytes above 0, not {max_buffer!r}")
+        if overflow not in OVERFLOWS:
+            raise ConfigurationError(
+                f"overflow must be one of {', '.join(OVERFLOWS)}, not {overflow!r}"
+            )
+        self.max_buffer = max_buffer
+        self.overflow: Overflow = overflow
+        self.size = 0
+        self.items: deque[Item] = deque()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def offer(self, item: Item) -> list[Event]:
+        """Add an item at the end and return what was dropped for it, which may be the item itself.
+
+        Raises:
+            OutboxFull: There is no room, and the policy is `disconnect`.
+        """
+        dropped: list[Event] = []
+        if isinstance(item, Event):
+            if self.overflow == "latest" and item.channel:
+                self._drop_first(dropped, item.channel)
+            if item.cost > self.max_buffer or (
+                self.overflow == "drop_newest" and self.size + item.cost > self.max_buffer
+            ):
+                if self.overflow == "disconnect":
+                    raise OutboxFull
+                dropped.append(item)
+                return dropped
+            while self.size + item.cost > self.max_buffer:
+                if self.overflow == "disconnect":
+                    raise OutboxFull
+                self._drop_first(dropped)
+            self.size += item.cost
+        self.items.append(item)
+        return dropped
+
+    def _drop_first(self, dropped: list[Event], channel: str | None = None) -> None:
+        for index, item in enumerate(self.items):
+            if isinstance(item, Event) and channel in (None, item.channel):
+                del self.items[index]
+                self.size -= item.cost
+                dropped.append(item)
+                return
+
+    def take(self) -> Item | None:
+        """Remove and return the oldest item, or None."""
+        if not self.items:
+            return None
+        item = self.items.popleft()
+        if isinstance(item, Event):
+            self.size -= item.cost
+        return item
+
+    def next_event(self) -> Event | None:
+        """Return the oldest item, which stays, if it is an event."""
+        item = self.items[0] if self.items else None
+        return item if isinstance(item, Event) else None
+
+    def clear(self) -> list[Item]:
+        """Remove and return everything."""
+        items = list(self.items)
+        self.items.clear()
+        self.size = 0
+        return items

@@ -1,0 +1,276 @@
+"""Shard: the channels and the clients of one event loop, and the way of a message to them.
+
+`add` may be called from any thread, with the hub's lock held. Everything else happens on the
+shard's own loop and needs no lock.
+
+What is added is delivered by runners: real tasks that share one generator, `_deliveries`, and await
+one write after another. While the sockets take what they are given, nothing suspends, and a single
+runner serves everybody in one step. When a write does suspend, because a client is behind, its
+runner stays with that client, and `_look`, which the loop calls next, lets another one carry on
+with the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from .connection import AFTER_CANCEL, Connection
+from .event import Event
+from .frames import PLAIN
+from .group import Done, Entry, Group, Member, grouped
+from .outbox import Item, Turn
+from .stats import Counters
+from .waiter import Waiter, running_loop
+
+logger = logging.getLogger("starcast")
+
+Work = Iterator[tuple[Connection, Item] | None]
+
+# Bytes that may wait for one event loop: sixteen times the buffer of a client. A loop that is
+# further behind is blocked or not running.
+MAX_PENDING = 16 * 1024 * 1024
+
+# Seconds that deliveries may take before other tasks of the loop get their turn.
+SLICE = 0.005
+
+# Members that get an item in their outbox, or are excluded, before the time is looked at.
+LOOKED_AT = 128
+
+# Runners that are started at once when all before them are waiting for their clients. Their number
+# doubles up to here, so that a server whose every send suspends costs few turns of the loop.
+MAX_CREW = 64
+
+
+class Shard:
+    """See the module. `lock` is the hub's."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, lock: AbstractContextManager[object]
+    ) -> None:
+        self.loop = loop
+        self.counters = Counters()
+        self.awake = False  # there is something to deliver
+        self.channels: dict[str, dict[Member, None]] = {}
+        self._snapshots: dict[str, tuple[Member, ...]] = {}
+        self._lock = lock
+        self._pending: deque[Entry] = deque()
+        self._size = 0
+        self._work: Work | None = None  # what is being delivered
+        self._first: tuple[Connection, Item] | None = None  # what the next runner begins with
+        self._turn = 0
+        self._paused = False
+        self._halted = False
+        self._room: set[Waiter] = set()
+        self._runners: set[asyncio.Task[None]] = set()
+
+    # With the hub's lock held
+
+    def join(self, member: Member, channel: str) -> None:
+        self.channels.setdefault(channel, {})[member] = None
+        self._snapshots.pop(channel, None)
+
+    def leave(self, member: Member, channel: str) -> None:
+        members = self.channels[channel]
+        del members[member]
+        self._snapshots.pop(channel, None)
+        if not members:
+            del self.channels[channel]
+
+    def members(self, channel: str) -> tuple[Member, ...]:
+        """Who is on the channel now. What is published later does not reach who left before."""
+        snapshot = self._snapshots.get(channel)
+        if snapshot is None:
+            members = self.channels.get(channel)
+            if not members:
+                return ()
+            snapshot = self._snapshots[channel] = tuple(members)
+        return snapshot
+
+    def has_room(self, event: Event) -> bool:
+        return not self._size or self._size + event.cost <= MAX_PENDING
+
+    def tell_room(self, waiter: Waiter) -> None:
+        """Set the waiter when what waits now is on its way."""
+        if self._pending:
+            self._room.add(waiter)
+        else:
+            waiter.set()
+
+    def forget_room(self, waiter: Waiter) -> None:
+        self._room.discard(waiter)
+
+    @property
+    def pending(self) -> int:
+        return len(self._pending)
+
+    def add(
+        self, item: Item | None, members: tuple[Member, ...] = (), done: Done | None = None
+    ) -> bool:
+        """Queue an item; `done` is called when it has reached all of them.
+
+        If this returns True, the caller must call `wake`, after releasing the lock.
+        """
+        self._pending.append((item, members, done))
+        if isinstance(item, Event):
+            self._size += item.cost
+        wake, self.awake = not self.awake, True
+        return wake
+
+    # From any thread, without the lock
+
+    def wake(self) -> None:
+        """Let the loop deliver.
+
+        Raises:
+            RuntimeError: The loop is closed.
+        """
+        if running_loop() is self.loop:
+            self.loop.call_soon(self._begin)
+        else:
+            self.loop.call_soon_threadsafe(self._begin)
+
+    def post(self, item: Turn, connection: Connection) -> None:
+        with self._lock:
+            wake = self.add(item, (connection,))
+        if wake:
+            self.wake()
+
+    # On the loop
+
+    def _begin(self) -> None:
+        if self.awake and self._work is None:
+            self._work = self._deliveries()
+            self._start(self._work, 1)
+
+    def flush(self) -> bool:
+        """Deliver here and now, if nobody does so already; False if it does not end here.
+
+        That costs no task. What would have to wait for a client, and what takes longer than a
+        slice, is left to runners.
+        """
+        if self._work is not None:
+            return False
+        work = self._work = self._deliveries()
+        deadline = time.monotonic() + SLICE
+        for delivery in work:
+            if delivery is not None:
+                self._first = delivery
+                self._start(work, 1)
+                return False
+            if time.monotonic() > deadline:
+                self._start(work, 1)
+                return False
+        return True
+
+    def _start(self, work: Work, size: int) -> None:
+        if not self.awake or work is not self._work:
+            return
+        crew = [self.loop.create_task(self._run(work)) for _ in range(size)]
+        for runner in crew:
+            self._runners.add(runner)
+            runner.add_done_callback(self._runners.discard)
+        # After the first steps of the runners: whoever is still on its way then has suspended.
+        self.loop.call_soon(self._look, work, crew)
+
+    def _look(self, work: Work, crew: list[asyncio.Task[None]]) -> None:
+        self._turn += 1
+        size = 1 if self._paused else min(2 * len(crew), MAX_CREW)
+        self._paused = False
+        if self._halted or any(runner.cancelled() for runner in crew):
+            # Somebody cancels tasks that are not theirs. That may be the end of the loop, which
+            # would not wait for new tasks; if it is not, this goes on in a moment.
+            self._halted = False
+            self.loop.call_later(AFTER_CANCEL, self._start, work, 1)
+        else:
+            self._start(work, size)
+
+    async def _run(self, work: Work) -> None:
+        if self._paused:
+            return  # another one of this crew has used up the time
+        task = asyncio.current_task()
+        turn = self._turn
+        deadline = time.monotonic() + SLICE
+        if self._first is not None:
+            work, self._first = itertools.chain([self._first], work), None
+        for delivery in work:
+            if delivery is not None:
+                connection, item = delivery
+                try:
+                    await connection.write(item, task)
+                except asyncio.CancelledError:
+                    self._halted = True
+                    raise
+            if self._turn != turn:
+                return  # this one has suspended, and others carry on
+            if time.monotonic() > deadline:
+                self._paused = True
+                return
+
+    def _deliveries(self) -> Work:
+        """Yield what has to be written, and None now and then, to be asked for the time."""
+        batch: deque[Entry] = deque()
+        try:
+            while True:
+                with self._lock:
+                    if not self._pending:
+                        self.awake = False
+                        self._work = None
+                        return
+                    batch, self._pending = self._pending, deque()
+                    room, self._room = self._room, set()
+                    self._size = 0
+                for waiter in room:
+                    waiter.set()
+                for group in grouped(batch):
+                    yield from self._deliver(group)
+                    for done in group.done:
+                        done()
+                    yield None
+        except Exception:
+            # A mistake of ours. It must not be the end of everything that is still to come.
+            logger.exception("messages were lost")
+            for entry in batch:
+                if (told := entry[2]) is not None:
+                    told()
+            self._work = None
+            self.loop.call_soon(self._begin)
+
+    def _deliver(self, group: Group) -> Work:
+        members: Sequence[Member] = group.members
+        if group.exclude:
+            members = [member for member in members if member.id not in group.exclude]
+        count = len(group.items)
+        setting, joined = PLAIN, b""
+        for start in range(0, len(members), LOOKED_AT):
+            delivered = looked = 0
+            for member in members[start : start + LOOKED_AT]:
+                # The short way: nothing is in flight, and the socket takes ready frames.
+                direct = member.direct
+                if direct is not None and group.exclude is not None:
+                    if member.setting != setting or not joined:
+                        setting, joined = member.setting, group.joined(member.setting)
+                    direct(joined)
+                    delivered += count
+                    continue
+                looked += count
+                if count == 1 and member.idle and group.exclude is not None:
+                    assert isinstance(member, Connection)  # a Subscriber is never idle
+                    member.work()
+                    yield member, group.items[0]
+                    continue
+                for item in group.items:
+                    if member.put(item):
+                        assert isinstance(member, Connection)  # a Subscriber writes nothing
+                        yield member, item
+                if looked >= LOOKED_AT:
+                    looked = 0
+                    yield None
+            self.counters.delivered += delivered
+            if start:
+                yield None

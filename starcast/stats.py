@@ -1,0 +1,55 @@
+"""What a hub has done and how it is: counters, and snapshots of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of a hub; it does not change any more.
+
+    Counters run from the making of the hub and count this process only.
+
+    Attributes:
+        open: Whether the hub is open.
+        clients: How many clients are registered now.
+        subscribers: How many `Subscriber` blocks are running now.
+        channels: Channel name to number of clients, for channels that have any.
+        published: Messages handed to the backend.
+        failed: Messages that could not be handed over.
+        delivered: Messages written to a client's socket or handed out by a subscriber.
+        dropped: Messages that an overflow policy kept from a client or a subscriber.
+        cut_off: Clients and subscribers that were cut off because they did not keep up.
+        pending: Messages that wait for their event loop now.
+        buffered: Bytes in the outboxes of clients and subscribers now.
+    """
+
+    open: bool
+    clients: int
+    subscribers: int
+    channels: dict[str, int]
+    published: int
+    failed: int
+    delivered: int
+    dropped: int
+    cut_off: int
+    pending: int
+    buffered: int
+
+
+class Counters:
+    """What the members of one event loop count; written on that loop only."""
+
+    __slots__ = ("cut_off", "delivered", "dropped")
+
+    def __init__(self) -> None:
+        self.delivered = 0
+        self.dropped = 0
+        self.cut_off = 0
+
+    def add(self, other: Counters) -> None:
+        """Take over what another one counted."""
+        self.delivered += other.delivered
+        self.dropped += other.dropped
+        self.cut_off += other.cut_off

@@ -1,0 +1,118 @@
+"""Subscriber: a channel's messages for code on the server, as an async iterator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+from .event import Event
+from .exceptions import SubscriberLagged
+from .frames import PLAIN
+from .outbox import Close, Item, OnOverflow, Outbox, OutboxFull, Overflowed
+from .stats import Counters
+
+
+class Subscriber:
+    """What `Broadcast.subscribe` returns: an async context manager and an async iterator of events.
+
+    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed or
+    the block has been left, after what was already buffered at a close.
+
+    It belongs to the event loop that entered the block; iterate in one task there.
+
+    Raises:
+        SubscriberLagged: On iteration, when the subscriber did not keep up and its policy is
+            `disconnect`: after the events that were buffered. It has been unsubscribed then.
+    """
+
+    def __init__(
+        self,
+        channel: str,
+        outbox: Outbox,
+        *,
+        join: Callable[[Subscriber], Awaitable[Counters]],
+        leave: Callable[[Subscriber], None],
+        on_overflow: OnOverflow | None = None,
+    ) -> None:
+        self.channel = channel
+        self.outbox = outbox
+        # What a Connection has and a shard looks at: there is no socket, and nobody excludes it.
+        self.idle = False
+        self.direct: None = None
+        self.setting = PLAIN
+        self.id = 0
+        self._join = join
+        self._leave = leave
+        self._on_overflow = on_overflow
+        self._counters = Counters()
+        self._ready: asyncio.Event | None = None
+        self._ended = False
+        self._lagged = False
+
+    async def __aenter__(self) -> Self:
+        if self._ready is not None:
+            raise RuntimeError("a Subscriber can be entered once; call subscribe() again")
+        self._ready = asyncio.Event()
+        self._counters = await self._join(self)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave(self)
+        self.outbox.clear()
+        self.end()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._ready is None:
+            raise RuntimeError("a Subscriber gets events inside `async with` only")
+        while (item := self.outbox.take()) is None:
+            if self._lagged:
+                self._lagged = False
+                raise SubscriberLagged(
+                    f"the subscriber of {self.channel!r} fell more than "
+                    f"{self.outbox.max_buffer} bytes behind"
+                )
+            if self._ended:
+                raise StopAsyncIteration
+            self._ready.clear()
+            await self._ready.wait()
+        assert isinstance(item, Event)  # `put` lets nothing else in
+        self._counters.delivered += 1
+        return item
+
+    def put(self, item: Item) -> bool:
+        """Take an item from the shard, on the loop of the block. Nothing is left to be written."""
+        if self._ended:
+            return False
+        if isinstance(item, Close):
+            self.end()
+        elif isinstance(item, Event):
+            try:
+                dropped = self.outbox.offer(item)
+            except OutboxFull:
+                dropped = [item]
+                self._counters.cut_off += 1
+                self._lagged = True
+                self._leave(self)
+                self.end()
+            if dropped:
+                self._counters.dropped += len(dropped)
+                Overflowed(self, self.outbox.overflow, tuple(dropped)).tell(self._on_overflow)
+        if self._ready is not None:
+            self._ready.set()
+        return False
+
+    def end(self) -> None:
+        """End the iteration after what is buffered."""
+        self._ended = True
+        if self._ready is not None:
+            self._ready.set()

@@ -1,0 +1,181 @@
+"""A WebSocket protocol for uvicorn that writes ready-made frames.
+
+    uvicorn main:app --ws starcast.uvicorn:BroadcastProtocol
+
+It is uvicorn's own protocol, and says in `scope["extensions"]["starcast"]` that frames may be given
+to it directly. A hub that finds it there makes the frames of a message once for all clients, joins
+what a turn of the event loop published, and writes to the transport, without an ASGI message and
+a coroutine for each client.
+
+What is written this way passes by any ASGI middleware that wraps `send`. If such middleware has to
+see every message, make the hub with `ready_frames=False`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.frames import Frame
+from websockets.protocol import State
+
+from .frames import PLAIN, Setting
+
+logger = logging.getLogger("starcast")
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGISendEvent
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+else:
+    try:
+        from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+    except ImportError:
+        from uvicorn.protocols.websockets.auto import (
+            AutoWebSocketsProtocol as WebSocketsSansIOProtocol,
+        )
+
+
+class Wire:
+    """The way around ASGI to one client's socket. It belongs to the event loop of the server.
+
+    Attributes:
+        setting: What kind of frames the client takes.
+        write: Writes whole frames to the transport. Only while `ready`.
+        ready: Whether frames may be written: the connection is open and its buffer not full.
+        abort: Drops the connection at once, with what it has not taken.
+        changed: Called when `ready` may have changed.
+    """
+
+    __slots__ = ("_protocol", "_writable", "abort", "changed", "closed", "setting", "write")
+
+    def __init__(self, protocol: BroadcastProtocol) -> None:
+        self._protocol = protocol
+        self.write: Callable[[bytes], None] = protocol.transport.write
+        self.abort: Callable[[], None] = protocol.transport.abort  # at once, unsent bytes and all
+        self.changed: Callable[[], None] | None = None
+        self._writable = protocol.writable
+        self.closed = protocol.conn.state is not State.OPEN or protocol.transport.is_closing()
+        self.setting: Setting = PLAIN
+        for extension in protocol.conn.extensions:
+            if isinstance(extension, PerMessageDeflate):
+                self.setting = extension.local_max_window_bits
+                # Our frames move the client's window on without the connection's own compressor,
+                # so that must not refer back over one: it starts afresh for each message. The one
+                # that it has kept so far is let go of, with its tens of kilobytes.
+                extension.local_no_context_takeover = True
+                vars(extension).pop("encoder", None)
+
+    @property
+    def ready(self) -> bool:
+        return not self.closed and self._writable.is_set()
+
+    async def drain(self) -> bool:
+        """Wait until the buffer has room; False if the connection is closing."""
+        await self._writable.wait()
+        return not self.closed
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that the socket has not taken yet."""
+        return self._protocol.transport.get_write_buffer_size()
+
+
+class _Announcement(dict[str, Any]):
+    """What stands in the scope: an ASGI extension is a dict. `open()` returns the wire."""
+
+    def __init__(self, protocol: BroadcastProtocol) -> None:
+        super().__init__(version=1)
+        self._protocol = protocol
+
+    def open(self) -> Wire | None:
+        """Return the wire, once the handshake is done; None if this uvicorn is not understood."""
+        global _complained
+        try:
+            wire = self._protocol.wire = Wire(self._protocol)
+        except AttributeError as exc:
+            if not _complained:
+                _complained = True
+                logger.warning("this uvicorn is not understood (%s): going on without frames", exc)
+            return None
+        return wire
+
+
+_complained = False
+
+
+class BroadcastProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's default WebSocket protocol, which lets a hub write frames.
+
+    A frame must not follow a close frame, nor go to a buffer that is full. So whatever closes the
+    connection or fills its buffer tells the wire first.
+    """
+
+    wire: Wire | None = None
+    _deadline: asyncio.TimerHandle | None = None
+
+    async def run_asgi(self) -> None:
+        """Announce it to the app. uvicorn calls this for each connection."""
+        extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
+        extensions["starcast"] = _Announcement(self)
+        try:
+            await super().run_asgi()
+        finally:
+            self._close_wire()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if message["type"] == "websocket.close":
+            await self.writable.wait()  # what was to be written before is written until then
+            self._close_wire()
+            if self.handshake_complete:
+                self._abort_later()
+        await super().send(message)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._change_wire()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._change_wire()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._close_wire()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        self._close_wire()
+        super().shutdown()
+        self._abort_later()
+
+    def handle_close(self, event: Frame) -> None:
+        self._close_wire()
+        super().handle_close(event)
+
+    def handle_parser_exception(self) -> None:
+        self._close_wire()
+        super().handle_parser_exception()
+
+    def keepalive_timeout(self) -> None:
+        self._close_wire()
+        super().keepalive_timeout()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # nobody is there to take it
+
+    def _abort_later(self) -> None:
+        """Do not wait for ever until somebody who does not read has read everything."""
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.close_timeout, self.transport.abort)
+
+    def _close_wire(self) -> None:
+        if self.wire is not None and not self.wire.closed:
+            self.wire.closed = True
+            self._change_wire()
+
+    def _change_wire(self) -> None:
+        if self.wire is not None and self.wire.changed is not None:
+            self.wire.changed()

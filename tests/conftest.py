@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from support import OtherLoop, Peer, Served
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Tests marked `anyio` run on asyncio, the one that starcast supports."""
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def no_stray_log_records(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """An error in the log that no test asked for fails that test.
+
+    A test that expects one takes it out of `caplog` with `caplog.clear()` after looking at it.
+    """
+    yield
+    errors = [record for record in caplog.get_records("call") if record.levelname == "ERROR"]
+    assert not errors, [record.getMessage() for record in errors]
+
+
+@pytest.fixture
+async def serve(anyio_backend: str):
+    """`server = await serve(app)` runs uvicorn on this event loop and a free port of loopback."""
+    servers: list[Served] = []
+
+    async def start(app, **config) -> Served:
+        server = Served(app, **config)
+        servers.append(server)
+        await server.start()
+        return server
+
+    yield start
+    await asyncio.gather(*(server.stop() for server in servers))
+
+
+@pytest.fixture
+def other() -> Iterator[OtherLoop]:
+    """A second event loop, in a thread of its own."""
+    loop = OtherLoop()
+    yield loop
+    if not loop.loop.is_closed():
+        loop.close()
+
+
+@pytest.fixture(params=["asgi", "frames"])
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both roads to a `Peer`: ASGI messages, and ready-made frames."""
+    monkeypatch.setattr(Peer, "frames", request.param == "frames")
+    return request.param

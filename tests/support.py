@@ -1,0 +1,261 @@
+"""What several test modules need: a real server, a client in memory, waiting on conditions."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import websockets
+from starlette.types import Message
+from starlette.websockets import WebSocket
+
+import starcast
+
+DEADLINE = 20.0  # seconds that a test waits for something before it fails
+
+
+async def until(condition: Callable[[], object], deadline: float = DEADLINE) -> None:
+    """Wait on the event loop until the condition is true; fail after `deadline` seconds."""
+    end = time.monotonic() + deadline
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not true within {deadline} seconds; {starcast_tasks()}")
+        await asyncio.sleep(0.002)
+
+
+def until_sync(condition: Callable[[], object], deadline: float = DEADLINE) -> None:
+    """The same in a thread without an event loop."""
+    end = time.monotonic() + deadline
+    while not condition():
+        assert time.monotonic() < end, f"did not become true within {deadline} seconds"
+        time.sleep(0.002)
+
+
+def starcast_tasks() -> set[asyncio.Task[Any]]:
+    """The tasks of this loop that starcast has made and that have not ended."""
+    ours = str(Path(starcast.__file__).parent)
+    return {t for t in asyncio.all_tasks() if t.get_coro().cr_code.co_filename.startswith(ours)}
+
+
+class Served:
+    """A uvicorn server for one app, on the event loop of the test."""
+
+    def __init__(self, app: Any, **config: Any) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        config = {"log_config": None, "timeout_graceful_shutdown": 5, **config}
+        self.server = uvicorn.Server(uvicorn.Config(app, **config))
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self.server.serve([self._socket]))
+        await until(lambda: self.server.started or self._task.done())
+        assert self.server.started
+
+    async def stop(self) -> None:
+        self.server.should_exit = True
+        if self._task is not None:
+            await asyncio.wait_for(self._task, DEADLINE)
+        self._socket.close()
+
+    def url(self, path: str) -> str:
+        return f"ws://127.0.0.1:{self.port}{path}"
+
+    def connect(self, path: str, **options: Any) -> Any:
+        """Return `websockets.connect(...)`: to be awaited or entered."""
+        return websockets.connect(self.url(path), **{"proxy": None, **options})
+
+
+def read_frames(data: bytes) -> list[str | bytes]:
+    """Take apart frames of a server that are whole and not compressed."""
+    messages: list[str | bytes] = []
+    while data:
+        opcode, size, start = data[0] & 15, data[1], 2
+        assert data[0] & 0xF0 == 0x80, "final, and no extension"
+        if size > 125:
+            start = 4 if size == 126 else 10
+            size = int.from_bytes(data[2:start])
+        payload, data = data[start : start + size], data[start + size :]
+        assert len(payload) == size, "cut off"
+        messages.append(payload.decode() if opcode == 1 else payload)
+    return messages
+
+
+class PeerWire(dict[str, Any]):
+    """What `starcast.uvicorn` announces, for a `Peer`."""
+
+    setting = 0
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.changed: Callable[[], None] | None = None
+        self.writes: list[int] = []  # messages in each write
+        self.aborted = False
+
+    @property
+    def ready(self) -> bool:
+        peer = self.peer
+        return peer.open.is_set() and not peer.gone and peer.fail is None
+
+    def look(self) -> None:
+        if self.changed is not None:
+            self.changed()
+
+    def open(self) -> PeerWire:
+        return self
+
+    def write(self, frames: bytes) -> None:
+        assert self.ready
+        messages = read_frames(frames)
+        for message in messages:
+            kind = "text" if isinstance(message, str) else "bytes"
+            self.peer.sent.append({"type": "websocket.send", kind: message})
+        self.writes.append(len(messages))
+
+    async def drain(self) -> bool:
+        if not self.peer.open.is_set():
+            self.peer.stalled += 1
+            try:
+                await self.peer.open.wait()
+            finally:
+                self.peer.stalled -= 1
+        return self.peer.fail is None and not self.peer.gone
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Gate(asyncio.Event):
+    """An event whose every change is looked at."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self._look = look
+
+    def set(self) -> None:
+        super().set()
+        self._look()
+
+    def clear(self) -> None:
+        super().clear()
+        self._look()
+
+
+class Peer:
+    """The ASGI side of a real Starlette `WebSocket`: takes what is sent, says what it is told to.
+
+    For what a server on a socket can't be made to do at a given moment: to suspend in a certain
+    send, to break in another.
+    """
+
+    frames = False  # whether it takes ready-made frames
+
+    def __init__(self, headers: dict[str, str] | None = None, path_params: Any = None) -> None:
+        self.sent: list[Message] = []
+        self.wire = PeerWire(self)
+        self._fail: BaseException | None = None
+        self.gone = False  # the app was told that it has left
+        self.open = Gate(self.wire.look)  # while it is clear, a send suspends
+        self.open.set()
+        self.stalled = 0  # sends that are suspended now
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._inbox.put_nowait({"type": "websocket.connect"})
+        self.scope: dict[str, Any] = {
+            "type": "websocket",
+            "path": "/",
+            "path_params": path_params or {},
+            "query_string": b"",
+            "client": ("192.0.2.1", 4711),
+            "subprotocols": [],
+            "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
+        }
+        if self.frames:
+            self.scope["extensions"] = {"starcast": self.wire}
+        self.websocket = WebSocket(self.scope, self.receive, self.send)
+
+    @property
+    def fail(self) -> BaseException | None:
+        """What the next sends raise."""
+        return self._fail
+
+    @fail.setter
+    def fail(self, error: BaseException | None) -> None:
+        self._fail = error
+        self.wire.look()
+
+    async def receive(self) -> Message:
+        message = await self._inbox.get()
+        self.gone = message["type"] == "websocket.disconnect"
+        self.wire.look()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self.open.is_set():
+            self.stalled += 1
+            try:
+                await self.open.wait()
+            finally:
+                self.stalled -= 1
+        if self.fail is not None:
+            raise self.fail
+        self.sent.append(dict(message))
+
+    def say(self, text: str) -> None:
+        self._inbox.put_nowait({"type": "websocket.receive", "text": text})
+
+    def say_bytes(self, content: bytes) -> None:
+        self._inbox.put_nowait({"type": "websocket.receive", "bytes": content})
+
+    def leave(self, code: int = 1000) -> None:
+        self._inbox.put_nowait({"type": "websocket.disconnect", "code": code})
+
+    @property
+    def got(self) -> list[str | bytes]:
+        """The messages, without the handshake and the close."""
+        messages = [message for message in self.sent if message["type"] == "websocket.send"]
+        return [m["text"] if m.get("text") is not None else m["bytes"] for m in messages]
+
+    @property
+    def closed(self) -> int | None:
+        """The code that it was closed with."""
+        for message in self.sent:
+            if message["type"] == "websocket.close":
+                return int(message.get("code", 1000))
+        return None
+
+
+async def _ended(tasks: set[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks)
+
+
+class OtherLoop:
+    """An event loop in a thread of its own, with clients on it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(20)
+
+    def close(self) -> None:
+        """End as `asyncio.run` does: with every task cancelled."""
+        self.stop()
+        if tasks := asyncio.all_tasks(self.loop):
+            for task in tasks:
+                task.cancel()
+            ending = threading.Thread(target=self.loop.run_until_complete, args=[_ended(tasks)])
+            ending.start()
+            ending.join(20)
+        self.loop.close()

@@ -1,0 +1,273 @@
+"""The demo in a real browser: headless Chromium, a real server, three tabs.
+
+It runs where a Chromium is found: STARCAST_CHROMIUM, or one of the usual names on the path. With
+CI_REQUIRE_BROWSER=1 a missing one is a failure. STARCAST_SCREENSHOTS names a folder that gets the
+pictures of the documentation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+import demo_app
+from support import DEADLINE, Served
+
+pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+# Without a sandbox, because CI runs as root; the rest keeps Chromium from calling home.
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+ATTACK = "<img src=x onerror=window.hacked=1>"
+TALK = [
+    ("Mira", "Morning! The new board is up at the north gate."),
+    ("Mira", "Three tabs open here, and each of them keeps up."),
+    ("Jonas", "I see it in Lisbon too. No refresh."),
+    ("Ada", "Same here. What if I pull the network cable?"),
+    ("Jonas", "The page says so, tries again by itself, and carries on."),
+    ("Mira", f"And {ATTACK} stays what I typed."),
+    ("Ada", "Lovely. Let’s show it to the others at noon."),  # noqa: RUF001  # as people type it
+]
+
+
+def missing(reason: str) -> None:
+    if os.environ.get("CI_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"CI_REQUIRE_BROWSER is set and {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+async def browser(anyio_backend):
+    path = os.environ.get("STARCAST_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        missing(f"none of {', '.join(NAMES)} is on the path")
+    try:
+        from playwright.async_api import async_playwright
+    except ImportError:
+        missing("playwright is not installed")
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=path, args=ARGS)
+        yield chromium
+        await chromium.close()
+
+
+class ServedAt(Served):
+    """A server on the port that another one had."""
+
+    def __init__(self, app, port: int) -> None:
+        super().__init__(app)
+        self._socket.close()
+        self._socket = socket.create_server(("127.0.0.1", port))
+        self.port = port
+
+
+async def open_tab(context, server: Served, name: str | None = None, query: str = ""):
+    """Open the demo in a tab, wait until it is connected, and give its user a name."""
+    page = await context.new_page()
+    page.set_default_timeout(DEADLINE * 1000)
+    await page.goto(f"http://127.0.0.1:{server.port}/{query}")
+    await wait_for(page, "document.querySelector('#status').textContent.endsWith(' here')")
+    if name is not None:
+        await page.fill("#name", name)
+        await page.press("#name", "Enter")
+    return page
+
+
+async def wait_for(page, condition: str, argument=None) -> None:
+    await page.wait_for_function(condition, arg=argument)
+
+
+async def say(page, text: str) -> None:
+    await page.fill("#text", text)
+    await page.press("#text", "Enter")
+    assert await page.input_value("#text") == ""
+
+
+async def texts(page) -> list[str]:
+    return await page.locator("article p").all_text_contents()
+
+
+async def wait_for_texts(page, expected: list[str]) -> None:
+    """Wait until the tab has as many messages, then compare them."""
+    await wait_for(page, "n => document.querySelectorAll('article').length >= n", len(expected))
+    assert await texts(page) == expected
+
+
+async def assert_no_html(page) -> None:
+    """What was typed made no element and ran no script."""
+    assert await page.locator("img, script:not([type=module])").count() == 0
+    assert await page.evaluate("[window.hacked, window.z]") == [None, None]
+
+
+async def test_three_tabs_see_every_message_as_it_was_typed(serve, browser):
+    folder = os.environ.get("STARCAST_SCREENSHOTS")
+    if folder:  # a ticker that has been running for a while
+        rng = random.Random(7)
+        for _ in range(120):
+            demo_app.walk.append(demo_app.walk[-1] + rng.gauss(0, 0.7))
+    server = await serve(demo_app.app)
+    context = await browser.new_context(locale="en-GB", viewport={"width": 1280, "height": 800})
+    tabs = {name: await open_tab(context, server, name) for name in ("Mira", "Jonas", "Ada")}
+    for tab in tabs.values():
+        await wait_for(tab, "document.querySelector('#status').textContent === '3 here'")
+
+    said: list[str] = []
+    for name, text in TALK:
+        await say(tabs[name], text)
+        said.append(text)
+        for tab in tabs.values():
+            await wait_for_texts(tab, said)
+    for name, tab in tabs.items():
+        mine = await tab.locator("article.mine p").all_text_contents()
+        assert mine == [text for author, text in TALK if author == name]
+        authors = set(await tab.locator("article:not(.mine) bdi").all_text_contents())
+        assert authors == {*tabs} - {name}
+        await assert_no_html(tab)
+
+    await tabs["Mira"].press("#text", "a")
+    await wait_for(
+        tabs["Ada"], "document.querySelector('#typing').textContent === 'Mira is typing'"
+    )
+    assert await tabs["Mira"].text_content("#typing") == ""
+    if folder:
+        await take_pictures(tabs["Ada"], Path(folder))
+
+
+async def take_pictures(page, folder: Path) -> None:
+    await page.focus("#text")
+    await page.screenshot(path=folder / "demo-desktop.png")
+    await page.set_viewport_size({"width": 390, "height": 844})
+    await page.emulate_media(color_scheme="dark")
+    await page.screenshot(path=folder / "demo-phone.png")
+
+
+async def test_names_and_rooms_are_no_html_either(serve, browser):
+    server = await serve(demo_app.app)
+    context = await browser.new_context()
+    name = "<img src=x onerror=z=1>"
+    assert len(name) <= demo_app.MAX_NAME
+    query = "?room=%3Cimg%20src%3Dx%20onerror%3Dwindow.z%3D1%3E"
+    tabs = [await open_tab(context, server, name, query) for _ in range(2)]
+    await tabs[0].press("#text", "h")  # typing
+    await wait_for(tabs[1], "document.querySelector('#typing').textContent.endsWith('is typing')")
+    await say(tabs[0], ATTACK)
+    await say(tabs[0], "later")  # whatever the first one would have loaded had its time
+    for tab in tabs:
+        await wait_for_texts(tab, [ATTACK, "later"])
+        assert await tab.text_content("h1") == "<img src=x onerror=window.z=1>"
+        await assert_no_html(tab)
+    assert await tabs[1].text_content("bdi") == name
+
+
+async def test_a_page_reconnects_by_itself(serve, browser):
+    first = await serve(demo_app.app)
+    context = await browser.new_context()
+    tabs = [await open_tab(context, first, name) for name in ("Mira", "Jonas")]
+    await say(tabs[0], "before")
+    for tab in tabs:
+        await wait_for_texts(tab, ["before"])
+    await first.stop()
+    for tab in tabs:
+        await wait_for(tab, "document.querySelector('#status').textContent.includes('Next try')")
+        await wait_for(tab, "document.querySelector('#ticker').matches('.off')")
+    await tabs[0].fill("#text", "kept")
+    await tabs[0].press("#text", "Enter")
+    assert await tabs[0].input_value("#text") == "kept"  # not lost, not sent
+
+    second = ServedAt(demo_app.app, first.port)
+    try:
+        await second.start()
+        for tab in tabs:
+            await wait_for(tab, "document.querySelector('#status').textContent === '2 here'")
+            await wait_for(tab, "!document.querySelector('#ticker').matches('.off')")
+            assert await tab.locator(".rule").last.text_content() == (
+                "Connected again. You may have missed messages."
+            )
+        await tabs[0].press("#text", "Enter")
+        await wait_for_texts(tabs[1], ["before", "kept"])
+        await say(tabs[1], "and back")
+        await wait_for_texts(tabs[0], ["before", "kept", "and back"])
+    finally:
+        await second.stop()
+
+
+async def test_a_page_takes_whatever_the_server_sends(serve, browser):
+    server = await serve(demo_app.app)
+    context = await browser.new_context()
+    page = await open_tab(context, server)
+    room, hub = "room:lobby", demo_app.hub
+    await hub.publish(room, "{ not JSON", encoding="text")
+    await hub.publish(room, b"\x00")
+    for odd in (None, 7, "text", [], {}, {"type": 7}, {"type": "here"}, {"type": "message"}):
+        await hub.publish(room, odd, encoding="json")
+    await hub.publish(room, {"type": "message", "text": {"a": 1}, "author": [], "time": []})
+    await hub.publish(room, {"type": "message", "text": "no more than a text"})
+    await hub.publish(room, {"type": "message", "text": "odd time", "time": "soon", "id": 7})
+    for odd in ({}, {"values": 7}, {"values": "x"}, {"values": [None, "1"]}, {"delivered": "x"}):
+        await hub.publish("ticker", odd)
+    await wait_for_texts(page, ["no more than a text", "odd time"])
+    assert await page.locator("bdi").first.text_content() == "Somebody"
+    await say(page, "still alive")
+    await wait_for_texts(page, ["no more than a text", "odd time", "still alive"])
+    ticks = await page.text_content("#facts")
+    await wait_for(page, "old => document.querySelector('#facts').textContent !== old", ticks)
+
+
+async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser):
+    server = await serve(demo_app.app)
+    context = await browser.new_context(viewport={"width": 360, "height": 640})
+    page = await open_tab(context, server, "W" * demo_app.MAX_NAME, "?room=" + "w" * 60)
+    await say(page, "w" * demo_app.MAX_TEXT)
+    last = {"type": "message", "id": "x", "author": "W" * 24, "text": "last"}
+    for number in range(250):
+        await demo_app.hub.publish("room:" + "w" * 40, {**last, "text": f"line {number}"})
+    await demo_app.hub.publish("room:" + "w" * 40, {**last, "type": "typing"})
+    await demo_app.hub.publish("room:" + "w" * 40, last)
+    await wait_for(page, "document.querySelector('#log').lastChild.textContent.endsWith('last')")
+    assert await page.locator("#log > :not(#empty)").count() == 200
+    assert await page.evaluate("document.documentElement.scrollWidth") == 360
+    assert await page.evaluate("document.documentElement.scrollHeight") == 640
+    assert await page.evaluate("document.querySelector('#log').scrollWidth") <= 360
+    at_bottom = "(log => log.scrollHeight - log.scrollTop - log.clientHeight)"
+    assert await page.evaluate(f"{at_bottom}(document.querySelector('#log'))") < 2
+
+    await page.evaluate("document.querySelector('#log').scrollTop = 100")
+    await page.evaluate("new Promise(requestAnimationFrame)")
+    await demo_app.hub.publish("room:" + "w" * 40, {**last, "text": "unseen"})
+    await wait_for(page, "document.querySelector('#log').lastChild.textContent.endsWith('unseen')")
+    assert await page.evaluate(f"{at_bottom}(document.querySelector('#log'))") > 100  # stays there
+
+
+async def test_a_new_tab_has_a_name_of_its_own_until_one_is_chosen(serve, browser):
+    server = await serve(demo_app.app)
+    context = await browser.new_context()
+    first = await open_tab(context, server)
+    guest = await first.input_value("#name")
+    assert guest.strip()
+    await first.reload()
+    assert await first.input_value("#name") == guest
+    await first.fill("#name", "  Mira ")
+    await first.press("#name", "Enter")
+    assert await first.input_value("#name") == "Mira"
+    await first.fill("#name", "   ")
+    await first.press("#name", "Enter")
+    assert await first.input_value("#name") == "Mira"
+    second = await open_tab(context, server)
+    assert await second.input_value("#name") == "Mira"
+    await asyncio.gather(first.close(), second.close())

@@ -1,0 +1,335 @@
+"""The demo: its page, its rooms, its ticker, and what it makes of clients that send nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import websockets
+from starlette.testclient import TestClient
+
+import demo_app
+from starcast import PublishQueueFull
+from support import DEADLINE, Peer, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def receive(client, kind: str) -> dict:
+    """Return the next message of this type, past those of others."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            message = json.loads(await client.recv())
+            if message["type"] == kind:
+                return message
+
+
+async def receive_count(client, count: int) -> None:
+    """Read until the room says that this many are here."""
+    while (await receive(client, "here"))["count"] != count:
+        pass
+
+
+async def say(client, text: str, author: str = "Mira") -> None:
+    await client.send(json.dumps({"type": "message", "author": author, "text": text}))
+
+
+async def close_code(client) -> int:
+    """Read to the end and return the code that the server closed with."""
+    async with asyncio.timeout(DEADLINE):
+        with contextlib.suppress(websockets.ConnectionClosedError):
+            async for _ in client:
+                pass
+    return client.close_code
+
+
+def tickers() -> list[asyncio.Task]:
+    return [task for task in asyncio.all_tasks() if task.get_name() == "ticker"]
+
+
+# The page
+
+
+def test_the_file_is_short():
+    assert len(Path(demo_app.__file__).read_text().splitlines()) < 250
+
+
+def test_the_page_is_served():
+    response = TestClient(demo_app.app).get("/?room=tea")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.text == demo_app.PAGE
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_makes_no_html_of_text():
+    assert "//" not in re.sub(r"\s+//.*", "", demo_app.PAGE)  # neither https:// nor //cdn
+    assert "import " not in demo_app.PAGE
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", demo_app.PAGE)
+
+
+def test_the_page_and_the_server_have_the_same_limits():
+    limits = set(map(int, re.findall(r'maxlength="(\d+)"', demo_app.PAGE)))
+    assert limits == {demo_app.MAX_NAME, demo_app.MAX_TEXT}
+    assert f"str(author, {demo_app.MAX_NAME})" in demo_app.PAGE
+    assert f"str(text, {demo_app.MAX_TEXT})" in demo_app.PAGE
+
+
+# The rooms
+
+
+async def test_a_message_reaches_everybody_in_its_room_and_nobody_else(serve):
+    server = await serve(demo_app.app)
+    async with (
+        server.connect("/ws?room=tea") as mira,
+        server.connect("/ws?room=tea") as jonas,
+        server.connect("/ws?room=tea") as ada,
+        server.connect("/ws?room=coffee") as stranger,
+    ):
+        me = (await receive(mira, "welcome"))["id"]
+        await receive_count(mira, 3)
+        before = datetime.datetime.now(datetime.UTC)
+        await say(mira, "Hello, <b>tea</b>")
+        copies = [await receive(client, "message") for client in (mira, jonas, ada)]
+        assert copies[0] == copies[1] == copies[2]
+        sent_at = datetime.datetime.fromisoformat(copies[0].pop("time"))
+        assert before <= sent_at <= datetime.datetime.now(datetime.UTC)
+        expected = {"type": "message", "id": me, "author": "Mira", "text": "Hello, <b>tea</b>"}
+        assert copies[0] == expected
+        await say(stranger, "Only coffee here")
+        assert (await receive(stranger, "message"))["text"] == "Only coffee here"
+
+
+async def test_without_a_room_it_is_the_lobby(serve):
+    server = await serve(demo_app.app)
+    async with (
+        server.connect("/ws") as one,
+        server.connect("/ws?room=") as two,
+        server.connect("/ws?room=lobby") as three,
+    ):
+        await receive_count(one, 3)
+        await say(one, "hi")
+        assert (await receive(two, "message"))["text"] == "hi"
+        assert (await receive(three, "message"))["text"] == "hi"
+
+
+async def test_messages_of_one_client_keep_their_order(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as one, server.connect("/ws") as two:
+        await receive_count(one, 2)
+        for number in range(300):
+            await say(one, str(number))
+        for client in (one, two):
+            got = [(await receive(client, "message"))["text"] for _ in range(300)]
+            assert got == [str(number) for number in range(300)]
+
+
+async def test_joining_and_leaving_is_told_with_the_count(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws?room=tea") as first:
+        assert await receive(first, "here") == {"type": "here", "count": 1}
+        async with server.connect("/ws?room=tea") as second:
+            assert (await receive(first, "here"))["count"] == 2
+            assert (await receive(second, "here"))["count"] == 2
+            async with server.connect("/ws?room=coffee") as elsewhere:
+                assert (await receive(elsewhere, "here"))["count"] == 1
+        assert (await receive(first, "here"))["count"] == 1
+        third = await server.connect("/ws?room=tea")
+        assert (await receive(first, "here"))["count"] == 2
+        third.transport.abort()  # gone without a word
+        assert (await receive(first, "here"))["count"] == 1
+
+
+async def test_typing_is_told_to_the_others_only(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as mira, server.connect("/ws") as jonas:
+        me = (await receive(mira, "welcome"))["id"]
+        await receive_count(mira, 2)
+        await mira.send(json.dumps({"type": "typing", "author": "Mira"}))
+        assert await receive(jonas, "typing") == {"type": "typing", "id": me, "author": "Mira"}
+        await say(mira, "there")
+        assert json.loads(await mira.recv())["type"] == "message"  # and no typing before it
+
+
+def test_it_works_with_the_test_client():
+    with TestClient(demo_app.app) as client:
+        with client.websocket_connect("/ws") as one, client.websocket_connect("/ws") as two:
+            one.send_json({"type": "message", "author": "Mira", "text": "hi"})
+            for websocket in (one, two):
+                while (message := websocket.receive_json())["type"] != "message":
+                    pass
+                assert message["text"] == "hi"
+        with client.websocket_connect("/live/ticker") as websocket:
+            assert websocket.receive_json()["values"]
+
+
+def test_it_works_with_a_bare_test_client_where_each_socket_has_a_loop_of_its_own():
+    client = TestClient(demo_app.app)
+    with client.websocket_connect("/ws") as one, client.websocket_connect("/ws") as two:
+        one.send_json({"type": "message", "author": "Mira", "text": "hi"})
+        while (message := two.receive_json())["type"] != "message":
+            pass
+        assert message["text"] == "hi"
+
+
+# The ticker
+
+
+async def test_the_ticker_sends_the_past_and_then_four_ticks_a_second(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/live/ticker") as client, asyncio.timeout(DEADLINE):
+        past = json.loads(await client.recv())["values"]
+        assert 1 <= len(past) <= 120
+        started = time.monotonic()
+        ticks = [json.loads(await client.recv()) for _ in range(9)]
+        assert time.monotonic() - started > 1  # two seconds when nothing is in the way
+    for tick in ticks:
+        assert len(tick["values"]) == 1
+        assert all(isinstance(value, float) for value in tick["values"])
+    assert ticks[-1]["delivered"] > ticks[0]["delivered"] > 0
+
+
+async def test_who_listens_to_the_ticker_counts_in_no_room(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/live/ticker") as listener, server.connect("/ws") as client:
+        await listener.recv()
+        assert (await receive(client, "here"))["count"] == 1
+
+
+async def test_the_ticker_goes_on_after_a_tick_that_could_not_be_sent(serve, monkeypatch):
+    publish, calls = demo_app.hub.publish, []
+
+    async def fail_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise PublishQueueFull("full")
+        await publish(*args, **kwargs)
+
+    monkeypatch.setattr(demo_app.hub, "publish", fail_once)
+    server = await serve(demo_app.app)
+    async with server.connect("/live/ticker") as client, asyncio.timeout(DEADLINE):
+        await client.recv()
+        assert "delivered" in json.loads(await client.recv())
+    assert len(calls) >= 2
+
+
+async def test_a_listener_that_is_gone_at_once_is_no_error():
+    peer = Peer()
+    await peer.websocket.accept()
+    peer.leave()
+    await peer.websocket.receive()
+    await demo_app.ticker(peer.websocket, demo_app.hub)
+    assert len(demo_app.hub) == 0
+
+
+async def test_the_ticker_ends_with_the_lifespan():
+    async with demo_app.lifespan(demo_app.app):
+        (task,) = tickers()
+        await asyncio.sleep(0)
+        assert not task.done()
+    assert task.cancelled()
+    assert tickers() == []
+
+
+async def test_nothing_is_left_when_the_server_has_stopped(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as client, server.connect("/live/ticker") as listener:
+        await until(lambda: len(demo_app.hub) == 2)
+        assert len(tickers()) == 1
+        await server.stop()
+        assert await close_code(client) in (1001, 1012)
+        assert await close_code(listener) in (1001, 1012)
+    assert tickers() == []
+    assert len(demo_app.hub) == 0
+    assert demo_app.hub.channels == {}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        ("hello", 1007),
+        ("{", 1007),
+        ("[" * 100_000, 1007),
+        ('{"type":"message","author":"M","text":"\\ud800"}', 1007),
+        (b"\xff", 1007),
+        ("null", 1008),
+        ("[]", 1008),
+        ('"message"', 1008),
+        ("{}", 1008),
+        ('{"type":"message"}', 1008),
+        ('{"type":"shout","author":"M","text":"x"}', 1008),
+        ('{"type":"message","author":"M","text":7}', 1008),
+        ('{"type":"message","author":["M"],"text":"x"}', 1008),
+        ('{"type":"message","author":"","text":"x"}', 1008),
+        ('{"type":"message","author":"M","text":""}', 1008),
+        ('{"type":"message","author":"%s","text":"x"}' % ("M" * 25), 1008),
+        ('{"type":"message","author":"M","text":"%s"}' % ("x" * 501), 1008),
+        ('{"type":"typing"}', 1008),
+        ('{"type":"typing","author":"%s"}' % ("M" * 25), 1008),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+async def test_who_sends_nonsense_is_closed_and_nobody_else_notices(serve, frame, code):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as good, server.connect("/ws") as bad:
+        await receive_count(good, 2)
+        await bad.send(frame)
+        assert await close_code(bad) == code
+        await receive_count(good, 1)
+        await say(good, "still here")
+        assert (await receive(good, "message"))["text"] == "still here"
+
+
+async def test_what_just_fits_is_taken(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as client:
+        await say(client, "😀" * demo_app.MAX_TEXT, author="ß" * demo_app.MAX_NAME)
+        message = await receive(client, "message")
+        assert message["text"] == "😀" * demo_app.MAX_TEXT
+        assert message["author"] == "ß" * demo_app.MAX_NAME
+
+
+async def test_only_what_a_message_has_is_passed_on(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as client:
+        forged = {"type": "message", "author": "M", "text": "x", "id": "you", "time": "1999"}
+        await client.send(json.dumps({**forged, "html": "<b>"}))
+        message = await receive(client, "message")
+        assert set(message) == {"type", "id", "author", "text", "time"}
+        assert message["id"] != "you"
+        assert message["time"] != "1999"
+
+
+@pytest.mark.parametrize("frame", ["x", b"x", '{"values":[1000000]}'])
+async def test_who_talks_to_the_ticker_is_closed(serve, frame):
+    server = await serve(demo_app.app)
+    async with server.connect("/live/ticker") as client:
+        await client.send(frame)
+        assert await close_code(client) == 1008
+    await until(lambda: len(demo_app.hub) == 0)
+
+
+@pytest.mark.parametrize("path", ["/ws", "/live/ticker"])
+async def test_a_page_from_another_host_is_refused(serve, path):
+    server = await serve(demo_app.app)
+    with pytest.raises(websockets.InvalidStatus) as info:
+        await server.connect(path, origin="https://evil.example")
+    assert info.value.response.status_code == 403
+    async with server.connect(path, origin="http://127.0.0.1:5173"):
+        pass
+
+
+@pytest.mark.parametrize("room", ["x" * 201, "a%00b", "a%0Ab"])
+async def test_a_room_with_an_impossible_name_is_refused(serve, room):
+    server = await serve(demo_app.app)
+    with pytest.raises(websockets.InvalidStatus) as info:
+        await server.connect(f"/ws?room={room}")
+    assert info.value.response.status_code == 403

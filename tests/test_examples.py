@@ -1,0 +1,557 @@
+"""Every program in docs/examples runs, and does what its page says."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import socket
+import sys
+import threading
+import tokenize
+from pathlib import Path
+
+import anyio
+import pytest
+import websockets
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from support import until, until_sync
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """`example("name")` imports docs/examples/name.py afresh, with hubs that nobody has used."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def source(name):
+    return (EXAMPLES / f"{name}.py").read_text()
+
+
+def tokens(program):
+    """The words of a program, without its blank lines and the shape of its lines."""
+    blank = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    words = tokenize.generate_tokens(io.StringIO(program).readline)
+    return [word.string for word in words if word.type not in blank]
+
+
+def refused(client, path, **options):
+    """The close code before accept, which a server turns into HTTP 403."""
+    with pytest.raises(WebSocketDisconnect) as info:
+        client.websocket_connect(path, **options).__enter__()
+    return info.value.code
+
+
+def closed(websocket):
+    with pytest.raises(WebSocketDisconnect) as info:
+        websocket.receive_text()
+    return info.value.code
+
+
+@contextlib.contextmanager
+def stalled(server, path):
+    """A client that shakes hands and then reads nothing."""
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+            "Sec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        yield
+
+
+# The README and the tutorial
+
+
+async def test_quickstart(example, serve):
+    server = await serve(example("quickstart").app)
+    async with (
+        server.connect("/ws/tea") as ann,
+        server.connect("/ws/tea") as ben,
+        server.connect("/ws/bar") as eve,
+    ):
+        await ann.send("hello")
+        assert await ann.recv() == "hello"
+        assert await ben.recv() == "hello"
+        await eve.send("anybody?")
+        assert await eve.recv() == "anybody?"
+
+
+def test_chat_1_endpoint(example):
+    client = TestClient(example("chat_1_endpoint").app)
+    with client.websocket_connect("/ws") as ann, client.websocket_connect("/ws") as ben:
+        ann.send_text("hello")
+        assert ann.receive_text() == "hello"
+        assert ben.receive_text() == "hello"
+
+
+def test_chat_2_rooms(example):
+    module = example("chat_2_rooms")
+    client = TestClient(module.app)
+    with (
+        client.websocket_connect("/ws/tea") as ann,
+        client.websocket_connect("/ws/tea") as ben,
+        client.websocket_connect("/ws/bar") as eve,
+    ):
+        assert module.hub.channels == {"room:tea": 2, "room:bar": 1}
+        ann.send_text("tea?")
+        assert ben.receive_text() == "tea?"
+        eve.send_text("beer?")
+        assert eve.receive_text() == "beer?"
+
+
+def test_chat_3_names(example):
+    client = TestClient(example("chat_3_names").app)
+    assert "<title>Chat</title>" in client.get("/").text
+    with (
+        client.websocket_connect("/ws/tea?name=Ann") as ann,
+        client.websocket_connect("/ws/tea") as ben,
+    ):
+        ann.send_json("hello")
+        assert ann.receive_text() == ben.receive_text() == '{"name":"Ann","text":"hello"}'
+        ben.send_json("hi")
+        assert ann.receive_json() == {"name": "somebody", "text": "hi"}
+        ann.send_json({"name": "Ben", "text": "I am Ben"})
+        assert closed(ann) == 1008
+        assert ben.receive_json() == {"name": "somebody", "text": "hi"}
+        ben.send_text("no JSON")
+        assert closed(ben) == 1007
+
+
+def test_chat_4_here(example):
+    module = example("chat_4_here")
+    client = TestClient(module.app)
+    with client.websocket_connect("/ws/tea?name=Ben") as ben:
+        assert ben.receive_json() == {"here": ["Ben"]}
+        with client.websocket_connect("/ws/tea?name=Ann") as ann:
+            assert ann.receive_json() == ben.receive_json() == {"here": ["Ann", "Ben"]}
+            ann.send_json("hello")
+            assert ben.receive_json() == {"name": "Ann", "text": "hello"}
+        assert ben.receive_json() == {"here": ["Ben"]}
+    until_sync(lambda: not module.names)
+    assert len(module.hub) == 0
+
+
+async def test_chat_5_clock(example, serve):
+    module = example("chat_5_clock")
+    server = await serve(module.app)
+    async with server.connect("/ws/clock?name=Ann") as ann:
+        await ann.send('"hello"')
+        got = [json.loads(await ann.recv()) for _ in range(4)]
+        assert module.hub.channels == {"room:clock": 1, "clock": 1}
+    assert {"here": ["Ann"]} in got
+    assert {"name": "Ann", "text": "hello"} in got
+    first, second = (message["seconds"] for message in got if "seconds" in message)
+    assert second == first + 1
+    await server.stop()
+    assert not module.hub.stats().open
+
+
+def test_chat_page_speaks_what_the_chat_speaks():
+    page = (EXAMPLES / "chat_page.html").read_text()
+    for key in ("here", "seconds", "name", "text"):
+        assert f"message.{key}" in page
+        assert f'"{key}": ' in source("chat_5_clock")
+    assert ".innerHTML" not in page
+
+
+# Starlette and FastAPI
+
+
+def test_starlette_routes(example):
+    with TestClient(example("starlette_routes").app) as client:
+        with client.websocket_connect("/rooms/tea") as ann:
+            ann.send_text("hello")
+            assert ann.receive_text() == "hello"
+        with client.websocket_connect("/live/today") as ann:
+            ann.send_text("hello")
+            assert closed(ann) == 1008
+
+
+def test_starlette_hooks(example):
+    with TestClient(example("starlette_routes").app) as client:
+        assert refused(client, "/members/tea") == 1008
+        with client.websocket_connect("/members/tea?key=sesame") as ann:
+            with client.websocket_connect("/members/tea?key=sesame") as ben:
+                assert ann.receive_text() == "somebody came in"
+                ben.send_text("hello")
+                assert ann.receive_text() == ben.receive_text() == "hello"
+                ben.send_text("bye")
+                assert closed(ben) == 1000
+            assert ann.receive_text() == "somebody left (1000)"
+
+
+def test_fastapi_depends_serve(example):
+    with TestClient(example("fastapi_depends").app) as client:
+        assert refused(client, "/rooms/tea") == 1008
+        assert refused(client, "/rooms/tea?token=wrong") == 1008
+        with (
+            client.websocket_connect("/rooms/tea?token=a-token") as ann,
+            client.websocket_connect("/rooms/tea?token=b-token") as ben,
+        ):
+            ann.send_text("hello")
+            assert ann.receive_text() == ben.receive_text() == "hello"
+
+
+def test_fastapi_depends_loop(example):
+    module = example("fastapi_depends")
+    with TestClient(module.app) as client:
+        assert refused(client, "/signed/tea") == 1008
+        with client.websocket_connect("/signed/tea?token=b-token") as ben:
+            with client.websocket_connect("/signed/tea?token=a-token") as ann:
+                ann.send_text("hello")
+                assert ann.receive_json() == {"from": "Ann", "text": "hello"}
+            assert ben.receive_json() == {"from": "Ann", "text": "hello"}
+            until_sync(lambda: module.hub.channels == {"tea": 1})
+
+
+def test_fastapi_mount(example):
+    client = TestClient(example("fastapi_mount").app)
+    with client.websocket_connect("/live/today") as ann:
+        response = client.post("/news/today", params={"headline": "It rains."})
+        assert response.json() == {"listeners": 1}
+        assert ann.receive_text() == "It rains."
+        ann.send_text("no, it does not")
+        assert closed(ann) == 1008
+
+
+def test_fastapi_authorize(example):
+    client = TestClient(example("fastapi_mount").app)
+    assert refused(client, "/staff/bar") == 1008
+    assert refused(client, "/staff/bar?key=k-key") == 1008
+    assert refused(client, "/staff/cellar?key=k-key") == 1008
+    with (
+        client.websocket_connect("/staff/bar?key=b-key") as ann,
+        client.websocket_connect("/staff/bar?key=b-key") as ben,
+    ):
+        ann.send_text("two coffees")
+        assert ann.receive_text() == ben.receive_text() == "two coffees"
+
+
+def test_fastapi_endpoint_on_a_sub_app(example):
+    client = TestClient(example("fastapi_mount").app)
+    with (
+        client.websocket_connect("/api/ws/tea") as ann,
+        client.websocket_connect("/api/ws/tea") as ben,
+    ):
+        ann.send_text("hello")
+        assert ann.receive_text() == ben.receive_text() == "hello"
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("starlette_routes", "/members/tea"),
+        ("fastapi_depends", "/rooms/tea"),
+        ("fastapi_mount", "/staff/bar"),
+    ],
+)
+async def test_refusals_are_http_403(name, path, example, serve):
+    server = await serve(example(name).app)
+    with pytest.raises(websockets.InvalidStatus) as info:
+        await server.connect(path)
+    assert info.value.response.status_code == 403
+
+
+# Programs that people have already
+
+FASTAPI_PAGE = """
+manager = ConnectionManager()
+
+@app.get("/")
+async def get():
+    return HTMLResponse(html)
+
+@app.websocket("/ws/{client_id}")
+async def websocket_endpoint(websocket: WebSocket, client_id: int):
+    await manager.connect(websocket)
+    try:
+        while True:
+            data = await websocket.receive_text()
+            await manager.send_personal_message(f"You wrote: {data}", websocket)
+            await manager.broadcast(f"Client #{client_id} says: {data}")
+    except WebSocketDisconnect:
+        manager.disconnect(websocket)
+        await manager.broadcast(f"Client #{client_id} left the chat")
+"""
+
+BROADCAST_PROGRAM = """
+app = FastAPI()
+broadcaster = Broadcast("memory://")
+
+@app.websocket("/ws")
+async def websocket_endpoint(websocket: WebSocket):
+    await websocket.accept()
+    await broadcaster.connect(websocket)
+    try:
+        while True:
+            data = await websocket.receive_text()
+            await broadcaster.send(data)
+    except WebSocketDisconnect:
+        await broadcaster.disconnect(websocket)
+"""
+
+
+def section(text, name):
+    return re.search(rf"# --8<-- \[start:{name}\]\n(.*)\n# --8<-- \[end:{name}\]", text, re.S)[1]
+
+
+def test_the_programs_are_word_for_word():
+    assert tokens(section(source("manager_chat"), "endpoint")) == tokens(FASTAPI_PAGE)
+    *_, program = source("broadcast_loop").partition("from starcast import Broadcast\n")
+    assert tokens(program) == tokens(BROADCAST_PROGRAM)
+    endpoint = BROADCAST_PROGRAM[BROADCAST_PROGRAM.index("@app") :]
+    assert source("broadcast_loop_startup").replace("\n\n\n", "\n\n").endswith(endpoint)
+
+
+async def test_manager_chat(example, serve):
+    module = example("manager_chat")
+    server = await serve(module.app)
+    async with server.connect("/ws/1") as one:
+        async with server.connect("/ws/2") as two:
+            await two.send("hello")
+            assert await two.recv() == "You wrote: hello"
+            assert await two.recv() == "Client #2 says: hello"
+            assert await one.recv() == "Client #2 says: hello"
+            assert len(module.manager.active_connections) == 2
+        assert await one.recv() == "Client #2 left the chat"
+        assert len(module.manager.active_connections) == 1
+
+
+def test_manager_chat_page(example):
+    client = TestClient(example("manager_chat").app)
+    assert "<title>Chat</title>" in client.get("/").text
+
+
+def test_manager_rooms(example):
+    client = TestClient(example("manager_rooms").app)
+    with (
+        client.websocket_connect("/ws") as old,
+        client.websocket_connect("/rooms/tea") as new,
+    ):
+        old.send_text("from the old one")
+        assert old.receive_text() == "from the old one"
+        new.send_text("from the new one")
+        assert new.receive_text() == "from the new one"
+        answer = client.get("/clients").json()
+        assert answer == {"all": 2, "channels": {"default": 1, "room:tea": 1}}
+
+
+@pytest.mark.parametrize("name", ["broadcast_loop", "broadcast_loop_startup"])
+async def test_broadcast_loop(name, example, serve):
+    module = example(name)
+    server = await serve(module.app)
+    async with server.connect("/ws") as two:
+        async with server.connect("/ws") as one:
+            await one.send("hello")
+            assert await one.recv() == "hello"
+            assert await two.recv() == "hello"
+        await until(lambda: len(module.broadcaster) == 1)
+
+
+@pytest.mark.parametrize("name", ["broadcast_loop", "broadcast_loop_startup"])
+def test_broadcast_loop_on_several_event_loops(name, example):
+    client = TestClient(example(name).app)  # bare: each client has its own loop
+    with client.websocket_connect("/ws") as one, client.websocket_connect("/ws") as two:
+        one.send_text("hello")
+        assert one.receive_text() == two.receive_text() == "hello"
+
+
+def test_broadcast_loop_opened_on_another_loop(example):
+    module = example("broadcast_loop_startup")
+
+    async def start():
+        await module.broadcaster.connect()
+
+    anyio.run(start)
+    assert module.broadcaster.stats().open
+    client = TestClient(module.app)
+    with client.websocket_connect("/ws") as one, client.websocket_connect("/ws") as two:
+        one.send_text("hello")
+        assert one.receive_text() == two.receive_text() == "hello"
+    with TestClient(module.app):
+        assert module.broadcaster.stats().open
+    assert not module.broadcaster.stats().open
+
+
+@pytest.mark.parametrize("name", ["broadcaster_chat", "broadcaster_endpoint"])
+async def test_broadcaster_chat(name, example, serve):
+    module = example(name)
+    server = await serve(module.app)
+    async with server.connect("/") as ann, server.connect("/") as ben:
+        stats = module.broadcast.stats
+        await until(lambda: stats().subscribers + stats().clients == 2)
+        await ann.send("hello")
+        assert await ann.recv() == "hello"
+        assert await ben.recv() == "hello"
+        await ben.send("hi")
+        assert await ann.recv() == "hi"
+    await until(lambda: stats().subscribers + stats().clients == 0)
+
+
+# Slow clients
+
+
+async def flood(hub, channel, condition, healthy=None):
+    """Publish until the condition is true: as much as the buffers of the sockets take.
+
+    The healthy client reads each message before the next one is published.
+    """
+    for _ in range(1000):
+        await hub.publish(channel, "x" * 60_000)
+        if healthy is not None:
+            await healthy.recv()
+        if condition():
+            return
+    raise AssertionError("60 MB were not enough")
+
+
+async def test_slow_clients_are_cut_off(example, serve, caplog):
+    hub = (module := example("slow_clients")).hub
+    server = await serve(module.app)
+    async with server.connect("/chat/tea", max_size=None) as healthy:
+        with stalled(server, "/chat/tea"):
+            await until(lambda: len(hub) == 2)
+            await flood(hub, "tea", lambda: hub.stats().cut_off, healthy)
+            assert hub.channels == {"tea": 1}
+            assert "disconnect: " in caplog.text
+            assert hub.stats().dropped > 1
+
+
+async def test_slow_clients_get_the_latest(example, serve, caplog):
+    hub = (module := example("slow_clients")).hub
+    server = await serve(module.app)
+    with stalled(server, "/prices/tea"):
+        await until(lambda: len(hub) == 1)
+        await flood(hub, "tea", lambda: hub.stats().dropped > 3)
+        assert hub.stats().cut_off == 0
+        assert hub.stats().buffered <= 16 * 1024
+        assert len(hub) == 1
+        assert "latest: 1 messages lost" in caplog.text
+
+
+def test_slow_clients_stats(example):
+    client = TestClient(example("slow_clients").app)
+    with client.websocket_connect("/chat/tea") as ann:
+        ann.send_text("hello")
+        assert ann.receive_text() == "hello"
+        snapshot = client.get("/stats").json()
+        assert snapshot["clients"] == 1
+        assert snapshot["channels"] == {"tea": 1}
+        assert snapshot["published"] == 1
+        assert snapshot["dropped"] == 0
+
+
+async def test_subscriber_lagged(example):
+    module = example("subscriber_lagged")
+    log = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(module.record, "tea", log)
+        await until(lambda: module.hub.stats().subscribers)
+        for number in range(50):
+            module.hub.publish_nowait("tea", f"{number}" + " " * 10_000)
+        await until(lambda: "(messages are missing here)" in log and module.hub.stats().subscribers)
+        await module.hub.publish("tea", "after")
+        await until(lambda: log[-1] == "after")
+        await module.hub.disconnect()  # ends `record`
+    assert [line.strip() for line in log[:6]] == ["0", "1", "2", "3", "4", "5"]
+    assert log[-2:] == ["(messages are missing here)", "after"]
+
+
+# Testing, threads
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_everybody_in_the_room_gets_it",
+        "test_another_room_does_not_get_it",
+        "test_pages_from_elsewhere_are_refused",
+    ],
+)
+def test_testing(name, example):
+    example("quickstart")  # which it imports
+    getattr(example("testing"), name)()
+
+
+async def test_testing_on_a_real_socket(example):
+    example("quickstart")
+    await example("testing").test_on_a_real_socket()
+
+
+def test_threads_route(example):
+    module = example("threads")
+    client = TestClient(module.app)
+    with client.websocket_connect("/live/orders") as ann:
+        assert client.post("/orders/7").json() == {"published": True}
+        assert ann.receive_json() == {"order": 7}
+
+
+def test_threads_route_when_full(example, monkeypatch):
+    module = example("threads")
+
+    def full(channel, message):
+        raise module.PublishQueueFull
+
+    monkeypatch.setattr(module.hub, "publish_nowait", full)
+    assert TestClient(module.app).post("/orders/7").status_code == 503
+
+
+def test_threads_thread(example):
+    module = example("threads")
+    before = threading.active_count()
+    with TestClient(module.app).websocket_connect("/live/sensor") as ann:
+        stop = module.start_watching(lambda: {"celsius": 21})
+        assert ann.receive_json() == {"celsius": 21}
+        stop.set()
+    until_sync(lambda: threading.active_count() <= before)
+
+
+def test_threads_loop(example):
+    module = example("threads")
+    with TestClient(module.app).websocket_connect("/live/job") as ann:
+        thread = threading.Thread(target=module.run_a_job)
+        thread.start()
+        assert [ann.receive_json()["percent"] for _ in range(3)] == [0, 50, 100]
+        thread.join()
+
+
+# Reference
+
+
+def test_own_backend(example):
+    module = example("own_backend")
+    with TestClient(module.app).websocket_connect("/ws") as ann:
+        ann.send_text("hello")
+        assert ann.receive_text() == "hello"
+        assert module.backend.carried == 1
+
+
+async def test_await_order(example, serve):
+    module = example("await_order")
+    server = await serve(module.app)
+    async with server.connect("/ws") as client:
+        assert [message async for message in client] == [
+            "first, from the hub",
+            "second, from the handler",
+            "third, from the hub again",
+        ]
+        assert client.close_code == 1000
+    assert len(module.hub) == 0

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+from starlette.applications import Starlette
+from starlette.exceptions import WebSocketException
+from starlette.routing import WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from starcast import exceptions
+from starcast.exceptions import (
+    ClientGone,
+    ConfigurationError,
+    EncodingError,
+    InvalidChannel,
+    InvalidMessage,
+    NotConnected,
+    OriginRefused,
+    PublishQueueFull,
+    StarcastError,
+    SubscriberLagged,
+)
+
+ERRORS = {
+    name: cls
+    for name, cls in vars(exceptions).items()
+    if inspect.isclass(cls) and cls.__module__ == exceptions.__name__
+}
+
+# "    ├── Name   (Base, 1008)" -> {"Name": "Base, 1008"}
+TREE = dict(re.findall(r"^    (?:[├└]── )?(\w+)(?: +\((.+?)\))?", exceptions.__doc__, re.MULTILINE))
+
+
+def test_the_docstring_draws_every_error_of_the_module():
+    assert set(TREE) == set(ERRORS)
+
+
+@pytest.mark.parametrize("name", sorted(ERRORS))
+def test_an_error_is_what_the_tree_says(name):
+    cls = ERRORS[name]
+    assert issubclass(cls, StarcastError)
+    named = set(re.findall(r"[A-Z]\w+", TREE[name]))
+    for other in (ValueError, WebSocketDisconnect):
+        assert issubclass(cls, other) is (other.__name__ in named)
+    assert issubclass(cls, WebSocketException) is bool(re.search(r"\b1\d{3}\b", TREE[name]))
+
+
+def test_an_error_is_caught_by_the_base_only_if_it_is_starcasts():
+    assert StarcastError.__bases__ == (Exception,)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason", "says"),
+    [
+        (InvalidChannel("'' is too short"), 1008, "invalid channel", "'' is too short"),
+        (OriginRefused("'http://x' may not"), 1008, "origin not allowed", "'http://x' may not"),
+        (InvalidMessage(1007, "not valid JSON"), 1007, "not valid JSON", "not valid JSON (1007)"),
+        (InvalidMessage(1003, "text only"), 1003, "text only", "text only (1003)"),
+    ],
+)
+def test_an_error_with_a_close_code(error, code, reason, says):
+    assert isinstance(error, WebSocketException)
+    assert error.code == code
+    assert error.reason == reason
+    assert str(error) == says
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        StarcastError,
+        ConfigurationError,
+        EncodingError,
+        NotConnected,
+        PublishQueueFull,
+        SubscriberLagged,
+    ],
+)
+def test_an_error_without_a_close_code_says_its_message(cls):
+    assert str(cls("what was wrong")) == "what was wrong"
+
+
+def test_a_client_that_is_gone_has_the_code_it_left_with():
+    assert ClientGone(1006).code == 1006
+    assert ClientGone(4000, "bye").reason == "bye"
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidChannel("no"), 1008),
+        (OriginRefused("no"), 1008),
+        (InvalidMessage(1007, "no"), 1007),
+    ],
+)
+def test_raised_in_a_route_it_closes_the_client_and_nothing_else(error, code, accept):
+    async def endpoint(websocket):
+        if accept:
+            await websocket.accept()
+        raise error
+
+    with TestClient(Starlette(routes=[WebSocketRoute("/", endpoint)])) as client:
+        with pytest.raises(WebSocketDisconnect) as raised, client.websocket_connect("/") as socket:
+            socket.receive_text()
+        assert raised.value.code == code

@@ -1,0 +1,302 @@
+"""One event loop's clients: fan-out, fairness to other tasks, threads, loops that end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import AsyncIterator
+
+import pytest
+
+from starcast import Broadcast, shard
+from starcast.waiter import Waiter
+from support import Peer, starcast_tasks, until, until_sync
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("road")]
+
+
+async def joined(hub: Broadcast, count: int, channel: str = "default") -> list[Peer]:
+    peers = [Peer() for _ in range(count)]
+    for peer in peers:
+        await hub.connect(peer.websocket, channel)
+    return peers
+
+
+@contextlib.asynccontextmanager
+async def ticking() -> AsyncIterator[list[int]]:
+    """Another task of the loop, which counts how often it gets its turn."""
+    turns = [0]
+
+    async def tick() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(tick())
+    try:
+        yield turns
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_nobody_waits_for_clients_that_are_behind():
+    hub = Broadcast()
+    peers = await joined(hub, 200)
+    for peer in peers[::2]:
+        peer.open.clear()
+    for number in range(3):
+        await hub.send(str(number))
+    assert all(peer.got == ["0", "1", "2"] for peer in peers[1::2])
+    assert len(starcast_tasks()) == 100  # one for each that is behind, none for the others
+    for peer in peers[::2]:
+        peer.open.set()
+    await until(lambda: not starcast_tasks())
+    assert all(peer.got == ["0", "1", "2"] for peer in peers)
+    assert hub.stats().delivered == 600
+
+
+async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
+    hub = Broadcast()
+    peers = await joined(hub, 500)
+    for peer in peers:
+        send = peer.send
+
+        async def suspending(message, send=send):
+            await asyncio.sleep(0)
+            await send(message)
+
+        hub._find(peer.websocket)._send_event = suspending
+    async with ticking() as turns:
+        await hub.send("hello")
+        await until(lambda: not starcast_tasks())
+    assert all(peer.got == ["hello"] for peer in peers)
+    assert turns[0] < 100
+
+
+async def test_many_deliveries_leave_turns_to_other_tasks(monkeypatch):
+    monkeypatch.setattr(shard, "SLICE", 0)
+    monkeypatch.setattr(shard, "LOOKED_AT", 1)
+    hub = Broadcast()
+    peers = await joined(hub, 50)
+    async with ticking() as turns:
+        await hub.send("hello")
+        assert turns[0] >= 49  # with slices of no length, each delivery is one
+        assert len(starcast_tasks()) <= 1
+    assert all(peer.got == ["hello"] for peer in peers)
+
+
+@pytest.mark.parametrize("road", ["asgi"], indirect=True)
+async def test_a_pause_in_a_large_crew_pauses_all_of_it(monkeypatch):
+    hub = Broadcast()
+    peers = await joined(hub, 300)
+    slow = set(map(id, peers[:100]))
+    for peer in peers:
+        send = peer.send
+
+        async def suspending(message, peer=peer, send=send):
+            if peer is peers[99]:
+                monkeypatch.setattr(shard, "SLICE", -1)
+            if id(peer) in slow:
+                await asyncio.sleep(0)
+            await send(message)
+
+        hub._find(peer.websocket)._send_event = suspending
+    async with ticking() as turns:
+        await hub.send("hello")
+        assert turns[0] >= 200
+    await until(lambda: not starcast_tasks())
+    assert all(peer.got == ["hello"] for peer in peers)
+
+
+async def test_exclude_and_the_handlers_own_turn():
+    hub = Broadcast()
+    peers = await joined(hub, 2)
+    peers[0].open.clear()
+    await hub.send("1", exclude=peers[1].websocket)
+    own = asyncio.create_task(peers[0].websocket.send_text("2"))
+    await until(lambda: hub.stats().pending == 0 and len(starcast_tasks()) == 1)
+    peers[0].open.set()
+    await own
+    hub.publish_nowait("default", "3")
+    await peers[0].websocket.send_text("4")
+    assert [peer.got for peer in peers] == [["1", "2", "3", "4"], ["3"]]
+
+
+async def test_a_burst_for_clients_that_are_behind_leaves_turns_to_other_tasks(monkeypatch):
+    monkeypatch.setattr(shard, "SLICE", 0)
+    hub = Broadcast()
+    (peer,) = await joined(hub, 1)
+    peer.open.clear()
+    async with ticking() as turns:
+        for number in range(50):
+            hub.publish_nowait("default", str(number) + "x" * 15_000)
+        await hub.send("last")
+        assert turns[0] >= 12  # 64 KiB are one step
+    peer.open.set()
+    await until(lambda: len(peer.got) == 51)
+
+
+async def test_one_message_for_very_many_that_are_behind_leaves_turns_to_other_tasks(monkeypatch):
+    monkeypatch.setattr(shard, "SLICE", 0)
+    hub = Broadcast()
+    peers = await joined(hub, 1000)
+    for peer in peers:
+        peer.open.clear()
+    await hub.send("1")
+    async with ticking() as turns:
+        await hub.send("2")
+        assert turns[0] >= 7  # one for each 128 of them
+    for peer in peers:
+        peer.open.set()
+    await until(lambda: not starcast_tasks())
+    assert all(peer.got == ["1", "2"] for peer in peers)
+
+
+def test_the_end_of_asyncio_run_destroys_no_task(caplog):
+    async def main() -> None:
+        hub = Broadcast()
+        peers = await joined(hub, 50)
+        for peer in peers[::2]:
+            peer.open.clear()
+        await hub.send("1")
+        hub.publish_nowait("default", "2")
+        own = asyncio.create_task(peers[0].websocket.send_text("own"))
+        await asyncio.sleep(0)
+        hub.publish_nowait("default", "3")
+        await asyncio.sleep(0)
+        assert not own.done()
+
+    asyncio.run(main())
+    gc.collect()
+    assert not caplog.records
+
+
+async def test_publish_nowait_from_a_thread_keeps_that_threads_order():
+    hub = Broadcast()
+    peers = await joined(hub, 3)
+
+    def publish(name: str) -> None:
+        for number in range(200):
+            hub.publish_nowait("default", f"{name}{number}")
+
+    await asyncio.gather(*(asyncio.to_thread(publish, name) for name in "abc"))
+    await until(lambda: all(len(peer.got) == 600 for peer in peers))
+    assert peers[0].got == peers[1].got == peers[2].got
+    for name in "abc":
+        mine = [message for message in peers[0].got if message.startswith(name)]
+        assert mine == [f"{name}{number}" for number in range(200)]
+
+
+async def test_clients_on_several_loops_see_one_order(other):
+    hub = Broadcast()
+    here = await joined(hub, 2)
+    there = other.run(joined(hub, 2))
+
+    async def publish(name: str) -> None:
+        for number in range(100):
+            await hub.publish("default", f"{name}{number}")
+
+    theirs = asyncio.run_coroutine_threadsafe(publish("there"), other.loop)
+    await publish("here")
+    await asyncio.wrap_future(theirs)
+    await until(lambda: all(len(peer.got) == 200 for peer in here + there))
+    assert here[0].got == here[1].got == there[0].got == there[1].got
+
+
+async def test_a_client_may_be_told_and_left_and_closed_from_another_loop(other):
+    hub = Broadcast()
+    one, two = other.run(joined(hub, 2))
+    await hub.send("to you", to=one.websocket)
+    await hub.disconnect(one.websocket)
+    await hub.close(two.websocket, 4000)
+    assert two.closed == 4000
+    await until(lambda: one.got == ["to you"])
+    assert len(hub) == 0
+
+
+def test_a_publisher_without_any_loop(other):
+    hub = Broadcast()
+    (peer,) = other.run(joined(hub, 1))
+    hub.publish_nowait("default", "from a plain thread")
+    until_sync(lambda: peer.got)
+    assert peer.got == ["from a plain thread"]
+
+
+async def test_a_publisher_in_a_tight_loop_starves_nobody_and_grows_nothing():
+    hub = Broadcast()
+    (peer,) = await joined(hub, 1)
+    stop = asyncio.Event()
+
+    async def publish(channel: str) -> int:
+        count = 0
+        while not stop.is_set():
+            await hub.publish(channel, "x" * 100)
+            count += 1
+        return count
+
+    publishers = [asyncio.create_task(publish(channel)) for channel in ("default", "empty")]
+    async with ticking() as turns:
+        for _ in range(5):
+            before, got = turns[0], len(peer.got)
+            await until(lambda: turns[0] > before + 100 and len(peer.got) > got)  # noqa: B023  # awaited here
+            assert hub.stats().pending < 10
+            assert hub.stats().buffered == 0
+    stop.set()
+    assert all(await asyncio.gather(*publishers))
+
+
+async def test_whoever_waits_for_room_is_told_when_what_waits_is_on_its_way():
+    hub = Broadcast()
+    await joined(hub, 1)
+    its = hub._shards[asyncio.get_running_loop()]
+    at_once, later, never = Waiter(), Waiter(), Waiter()
+    its.tell_room(at_once)
+    await at_once
+    hub.publish_nowait("default", "1")
+    its.tell_room(later)
+    its.tell_room(never)
+    its.forget_room(never)
+    await asyncio.wait_for(later, 10)
+    assert not never._future.done()
+
+
+async def test_cancelled_runners_are_replaced_in_a_moment():
+    hub = Broadcast()
+    peers = await joined(hub, 3)
+    peers[0].open.clear()
+    monitored = asyncio.create_task(hub.send("1"))
+    await until(lambda: peers[0].stalled)
+    hub.publish_nowait("default", "2")
+    await asyncio.sleep(0)
+    for task in starcast_tasks():
+        task.cancel()
+    await monitored
+    await until(lambda: peers[1].got == peers[2].got == ["1", "2"])
+    await until(lambda: len(hub) == 2)
+
+
+async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch, caplog):
+    hub = Broadcast()
+    peers = await joined(hub, 2)
+    peers[0].open.clear()
+    await hub.send("1")
+
+    def mistaken(item):
+        monkeypatch.undo()
+        raise LookupError("a mistake")
+
+    monkeypatch.setattr(hub._find(peers[0].websocket), "put", mistaken)
+    hub.publish_nowait("default", "lost")
+    told = [Waiter(), Waiter()]
+    for waiter in told:
+        hub._shards[asyncio.get_running_loop()].add(None, done=waiter.set)
+    for waiter in told:
+        await asyncio.wait_for(waiter, 10)
+    hub.publish_nowait("default", "3")
+    await until(lambda: peers[1].got[-1] == "3")
+    assert [record.getMessage() for record in caplog.records] == ["messages were lost"]
+    caplog.clear()
+    peers[0].open.set()
+    await until(lambda: not starcast_tasks())

@@ -1,0 +1,1037 @@
+"""uvicorn with `starcast.uvicorn:BroadcastProtocol`: ready-made frames on real sockets.
+
+The promises are those of the hub everywhere; what is looked at here is what could go wrong when
+frames are written past ASGI: compression, order, backpressure, the ends of a connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib.util
+import random
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import types
+import zlib
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn.protocols.websockets.auto
+import uvloop
+import websockets
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.websockets import websockets_sansio_impl as sansio
+from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.extensions.permessage_deflate import (
+    ClientPerMessageDeflateFactory,
+    ServerPerMessageDeflateFactory,
+)
+from websockets.protocol import State
+
+import starcast.uvicorn
+from starcast import Broadcast, connection, frames
+from starcast.uvicorn import Wire
+from support import Served, starcast_tasks, until
+from test_frames import CLOSE, CONTINUATION, PING, PONG, SIZES, WINDOWS, Frame, Reader, content
+
+pytestmark = pytest.mark.anyio
+
+KIB = 1024
+PROTOCOL = "starcast.uvicorn:BroadcastProtocol"
+
+
+class App:
+    """A hub behind `/ws/{channel}`, and how many messages went through ASGI's `send`."""
+
+    def __init__(self, hub: Broadcast | None = None) -> None:
+        self.hub = hub or Broadcast()
+        self.websockets: list[WebSocket] = []  # in the order of their connections
+        self.asked: list[str] = []  # what clients sent
+        self.ended: list[int] = []
+        self.through_asgi = 0
+        self._app = Starlette(routes=[WebSocketRoute("/ws/{channel}", self._endpoint)])
+
+    async def __call__(self, scope, receive, send):
+        async def counting(message):
+            self.through_asgi += message["type"] == "websocket.send"
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+    async def _endpoint(self, websocket: WebSocket) -> None:
+        await self.hub.connect(websocket, websocket.path_params["channel"])
+        self.websockets.append(websocket)
+        try:
+            while True:
+                self.asked.append(await websocket.receive_text())
+        except WebSocketDisconnect as exc:
+            self.ended.append(exc.code)
+        finally:
+            await self.hub.disconnect(websocket)
+
+
+@pytest.fixture
+def start(serve):
+    """`server = await start(app)`, with the protocol."""
+    return functools.partial(serve, ws=PROTOCOL)
+
+
+@pytest.fixture
+async def back(anyio_backend):
+    """After the test, no task of starcast is left."""
+    yield
+    await until(lambda: not starcast_tasks())
+
+
+@pytest.fixture
+def any_window(monkeypatch):
+    """uvicorn agrees on 12 bits at most; here it takes what the client offers."""
+
+    def factory(**options):
+        return ServerPerMessageDeflateFactory(**{**options, "server_max_window_bits": None})
+
+    monkeypatch.setattr(sansio, "ServerPerMessageDeflateFactory", factory)
+
+
+def window(bits: int, **options) -> dict[str, object]:
+    """Options of a `websockets` client with this window."""
+    factory = ClientPerMessageDeflateFactory(server_max_window_bits=bits, **options)
+    return {"compression": None, "extensions": [factory]}
+
+
+class Client:
+    """A client that sends and reads bytes as the test wants, with a small inflater of its own."""
+
+    def __init__(self, sock: socket.socket, reader: Reader) -> None:
+        self.sock = sock
+        self._reader = reader
+        self._frames: list[Frame] = []
+        self._loop = asyncio.get_running_loop()
+
+    @classmethod
+    async def connect(
+        cls,
+        server: Served,
+        path: str = "/ws/x",
+        window: int = 0,
+        offer: str = "",
+        small: bool = False,
+    ) -> Client:
+        sock = socket.socket()
+        if small:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(sock, ("127.0.0.1", server.port))
+        extensions = f"permessage-deflate; server_max_window_bits={window}{offer}"
+        request = (
+            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            + f"Sec-WebSocket-Extensions: {extensions}\r\n" * bool(window)
+            + "Sec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await loop.sock_sendall(sock, request.encode())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += await loop.sock_recv(sock, 1)
+        assert head.startswith(b"HTTP/1.1 101 ")
+        assert (f"server_max_window_bits={window}".encode() in head) == bool(window)
+        return cls(sock, Reader(window))
+
+    async def frame(self) -> Frame:
+        while not self._frames:
+            data = await asyncio.wait_for(self._loop.sock_recv(self.sock, 64 * KIB), 20)
+            if not data:
+                raise EOFError
+            self._frames += self._reader.feed(data)
+        return self._frames.pop(0)
+
+    async def recv(self) -> str | bytes:
+        """The next message; pings are answered."""
+        while True:
+            frame = await self.frame()
+            if frame.opcode == PING:
+                await self.send(frame.payload, PONG)
+            elif frame.opcode == CLOSE:
+                raise EOFError(struct.unpack("!H", frame.payload[:2])[0])
+            elif frame.opcode != PONG:
+                return self._reader.message(frame)
+
+    async def send(self, payload: bytes, opcode: int = frames.TEXT, bits: int = 0x80) -> None:
+        await self._loop.sock_sendall(self.sock, masked(payload, opcode, bits))
+
+    async def rest(self) -> list[Frame]:
+        """Everything until the connection ends, in whatever way."""
+        got = []
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                got.append(await self.frame())
+        return got
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def masked(payload: bytes, opcode: int, bits: int = 0x80) -> bytes:
+    """A client's frame, with a mask that changes nothing."""
+    head = bytearray(frames.header(opcode, len(payload)))
+    head[0] = bits | opcode
+    head[1] |= 0x80
+    return bytes(head) + bytes(4) + payload
+
+
+async def read(client, count: int) -> list[str | bytes]:
+    return [await asyncio.wait_for(client.recv(), 20) for _ in range(count)]
+
+
+async def read_all(client: websockets.ClientConnection) -> tuple[list[str | bytes], int]:
+    """Everything until the close, and its code."""
+    got = []
+    try:
+        while True:
+            got.append(await asyncio.wait_for(client.recv(), 20))
+    except ConnectionClosed as exc:
+        return got, exc.rcvd.code
+
+
+def message(size: int, kind: type, seed: int = 0) -> str | bytes:
+    return content(size, seed).decode() if kind is str else content(size, seed)
+
+
+# What arrives
+
+CLIENTS = [
+    {"compression": None},
+    {},  # as `websockets` offers it
+    window(9),
+    window(12, server_no_context_takeover=True),
+    window(15, client_no_context_takeover=True),
+]
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+async def test_every_size_for_clients_of_every_kind_on_one_hub(start, any_window, back, kind):
+    app = App()
+    server = await start(app)
+    sent = [message(size, kind) for size in SIZES]
+    sent.insert(3, random.Random(7).randbytes(5000) if kind is bytes else "\U0001f7e2" * 100)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(server.connect("/ws/x", max_size=None, **options))
+            for options in CLIENTS
+        ]
+        raw = [await Client.connect(server, window=bits) for bits in (0, *WINDOWS)]
+        everybody = [*clients, *raw]
+        await until(lambda: len(app.hub) == len(everybody))
+        readers = [asyncio.create_task(read(client, len(sent))) for client in everybody]
+        for each in sent:
+            await app.hub.publish("x", each)
+        for got in await asyncio.gather(*readers):
+            assert got == sent
+        assert app.through_asgi == 0
+        settings = sorted(its.setting for its in app.hub._connections)
+        assert settings == sorted([0, 12, 9, 12, 15, 0, *WINDOWS]) or settings == sorted(
+            [0, 15, 9, 12, 15, 0, *WINDOWS]
+        )
+        for client in raw:
+            client.close()
+    await until(lambda: len(app.hub) == 0)
+
+
+@pytest.mark.parametrize("bits", [0, *WINDOWS])
+async def test_ordinary_messages_before_between_and_after(start, any_window, back, bits):
+    """The connection's own compressor must not refer back over a frame it did not make."""
+    app = App()
+    server = await start(app)
+    client = await Client.connect(server, window=bits)
+    await until(lambda: app.websockets)
+    (websocket,) = app.websockets
+    text = message(3000, str)
+    expected = []
+    for number in range(8):
+        await websocket.send_text(f"own {number} {text}")
+        await app.hub.publish("x", f"hub {number} {text}")
+        await websocket.send_bytes(content(2000, number))
+        app.hub.publish_nowait("x", f"joined {number} {text}")
+        app.hub.publish_nowait("x", random.Random(number).randbytes(300))  # not compressed
+        await websocket.send_text(text)
+        expected += [f"own {number} {text}", f"hub {number} {text}", content(2000, number)]
+        expected += [f"joined {number} {text}", random.Random(number).randbytes(300), text]
+    assert await read(client, len(expected)) == expected
+    assert app.through_asgi == 24
+    client.close()
+
+
+async def test_ordinary_messages_sent_before_the_hub_had_the_client(start, any_window, back):
+    """The compressor has a past then, and must forget it."""
+    hub = Broadcast()
+    text = message(3000, str)
+
+    async def endpoint(websocket: WebSocket):
+        await websocket.accept()
+        await websocket.send_text(text)
+        await websocket.send_text(text)
+        await hub.connect(websocket)
+        await hub.send(text)
+        await websocket.send_text(text)
+        await hub.disconnect(websocket)
+        await websocket.send_text(text)
+        await hub.connect(websocket)
+        await hub.send(text)
+        await websocket.send_text(text)
+        with contextlib.suppress(WebSocketDisconnect):
+            await websocket.receive_text()
+
+    server = await start(Starlette(routes=[WebSocketRoute("/ws", endpoint)]))
+    for bits in (9, 15):
+        client = await Client.connect(server, "/ws", window=bits)
+        assert await read(client, 7) == [text] * 7
+        client.close()
+        await until(lambda: not server.server.server_state.tasks)
+        await hub.send("x")
+        assert len(hub) == 0
+
+
+async def test_a_client_that_fragments_and_pings_in_between(start, any_window, back):
+    hub = Broadcast()
+
+    async def endpoint(websocket: WebSocket):
+        await hub.serve(websocket)
+
+    server = await start(Starlette(routes=[WebSocketRoute("/ws", endpoint)]))
+    client = await Client.connect(server, "/ws", window=10)
+    other = await Client.connect(server, "/ws", window=9)
+    await until(lambda: len(hub) == 2)
+    big = message(2000, str)
+    compressor = zlib.compressobj(wbits=-15)
+    parts = [compressor.compress(big.encode()), compressor.flush(zlib.Z_SYNC_FLUSH)[:-4]]
+    await client.send(parts[0], frames.TEXT, 0x40)  # the first fragment, compressed
+    await hub.send(big)
+    assert await client.recv() == big
+    await client.send(b"ping", PING)
+    assert (await client.frame()).opcode == PONG
+    await client.send(b"", CONTINUATION, 0)
+    hub.publish_nowait("default", "joined 1")
+    hub.publish_nowait("default", big)
+    await client.send(parts[1], CONTINUATION)
+    assert await read(client, 3) == ["joined 1", big, big]
+    assert await read(other, 4) == [big, "joined 1", big, big]
+    for one in (client, other):
+        one.close()
+    await until(lambda: len(hub) == 0)
+
+
+# Order, whatever comes in whatever way
+
+SENT_SIZES = [0, 1, 125, 126, 127, 128, 1000, 8000, 65_535, 65_536, 100_000]
+
+
+class Listener:
+    """A client of the fuzz, what it should get, and what it got; it may pause reading."""
+
+    def __init__(self, client) -> None:
+        self.client = client
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.expected: list[str | bytes] = []
+        self.got: list[str | bytes] = []
+        self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        while True:
+            await self.reading.wait()
+            self.got.append(await self.client.recv())
+
+
+async def interleave(server: Served, app: App, seed: int, steps: int = 150) -> None:
+    rng = random.Random(seed)
+    hub = app.hub
+    options = [*CLIENTS, *(window(bits) for bits in rng.sample(WINDOWS, 2))]
+    listeners = []
+    async with contextlib.AsyncExitStack() as stack:
+        for offered in options:
+            offered = {"max_queue": 1, "ping_interval": None, **offered}
+            client = await stack.enter_async_context(server.connect("/ws/x", **offered))
+            listeners.append(Listener(client))
+        for bits in (0, *rng.sample(WINDOWS, 3)):
+            listeners.append(Listener(await Client.connect(server, window=bits, small=True)))
+        await until(lambda: len(hub) == len(listeners))
+        tasks = []
+
+        async def own(index: int, data: str | bytes) -> None:
+            listeners[index].expected.append(data)
+            if isinstance(data, str):
+                await app.websockets[index].send_text(data)
+            else:
+                await app.websockets[index].send_bytes(data)
+
+        async def personal(index: int, data: str | bytes) -> None:
+            listeners[index].expected.append(data)
+            await hub.send(data, to=app.websockets[index])
+
+        async def publish(data: str | bytes, excluded: list[int]) -> None:
+            for index, listener in enumerate(listeners):
+                if index not in excluded:
+                    listener.expected.append(data)
+            await hub.publish("x", data, exclude=[app.websockets[index] for index in excluded])
+
+        for step in range(steps):
+            size = rng.choice(SENT_SIZES)
+            seeds = rng.randrange(3)
+            data = rng.choice(
+                [message(size, str, seeds), message(size, bytes, seeds), rng.randbytes(size % 9000)]
+            )
+            index = rng.randrange(len(listeners))
+            kind = rng.choice(["publish"] * 3 + ["nowait"] * 4 + ["own", "personal", "exclude"] * 2)
+            if kind == "publish":
+                tasks.append(asyncio.create_task(publish(data, [])))
+            elif kind == "exclude":
+                tasks.append(asyncio.create_task(publish(data, rng.sample(range(6), 2))))
+            elif kind == "own":
+                tasks.append(asyncio.create_task(own(index, data)))
+            elif kind == "personal":
+                tasks.append(asyncio.create_task(personal(index, data)))
+            else:
+                for listener in listeners:
+                    listener.expected.append(data)
+                hub.publish_nowait("x", data)
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)
+            if rng.random() < 0.1:
+                await asyncio.gather(*tasks)
+            if rng.random() < 0.1:
+                pinging = listeners[rng.randrange(len(options))].client
+                await pinging.ping(str(step))
+            if rng.random() < 0.1:
+                reading = rng.choice(listeners).reading
+                reading.clear() if reading.is_set() else reading.set()
+        for listener in listeners:
+            listener.reading.set()
+        await asyncio.gather(*tasks)
+        for listener in listeners:
+            count = len(listener.expected)
+            await until(lambda: len(listener.got) >= count or listener.task.done())  # noqa: B023  # now
+            assert listener.got == listener.expected
+        for listener in listeners:
+            assert not listener.task.done()
+            listener.task.cancel()
+        await asyncio.wait([listener.task for listener in listeners])
+        for listener in listeners[len(options) :]:
+            listener.client.close()
+    await until(lambda: len(hub) == 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_everybody_gets_what_was_published_in_order(start, any_window, back, seed):
+    app = App(Broadcast(max_buffer=64 * KIB * KIB))
+    server = await start(app, ws_ping_interval=0.05)
+    await interleave(server, app, seed)
+    assert app.hub.stats().dropped == 0
+
+
+def test_the_same_on_uvloop(any_window):
+    async def main() -> None:
+        app = App(Broadcast(max_buffer=64 * KIB * KIB))
+        server = Served(app, ws=PROTOCOL, ws_ping_interval=0.05)
+        await server.start()
+        async with asyncio.timeout(15):
+            await interleave(server, app, 99)
+        await server.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+async def test_a_burst_goes_out_in_few_writes(start, back):
+    writes = []
+    app = App()
+    server = await start(app)
+    async with server.connect("/ws/x", compression=None) as one, server.connect("/ws/x") as two:
+        await until(lambda: len(app.hub) == 2)
+        for its in app.hub._connections:
+
+            def counting(data, write=its._wire.write):
+                writes.append(len(data))
+                write(data)
+
+            its._wire.write = counting
+            its._look()
+        sent = [str(number) for number in range(1000)]
+        for number in sent:
+            app.hub.publish_nowait("x", number)
+        assert await read(one, 1000) == await read(two, 1000) == sent
+        assert len(writes) == 4  # 1,000 messages count for a little more than 64 KiB
+        assert app.hub.stats().delivered == 2000
+
+
+async def test_what_was_awaited_comes_before_the_handlers_own(start, back):
+    app = App()
+    server = await start(app)
+    async with server.connect("/ws/x") as client, server.connect("/ws/x") as other:
+        await until(lambda: len(app.websockets) == 2)
+        first, second = app.websockets
+        await app.hub.publish("x", "1")
+        await first.send_text("2")
+        await app.hub.publish("x", "3", exclude=second)
+        await app.hub.publish("x", "4", exclude=first)
+        await app.hub.send("5", to=first)
+        await app.hub.publish("x", "bye")
+        await first.close(4000)
+        assert await read_all(client) == (["1", "2", "3", "5", "bye"], 4000)
+        await app.hub.publish("x", "still here")
+        assert await read(other, 4) == ["1", "4", "bye", "still here"]
+
+
+# Ends
+
+
+@pytest.mark.parametrize("who", ["client", "client vanishes", "handler", "hub"])
+@pytest.mark.parametrize("options", CLIENTS[:2], ids=["plain", "deflate"])
+async def test_closes_in_mid_stream(start, back, who, options):
+    app = App(Broadcast(max_buffer=64 * KIB * KIB))
+    server = await start(app)
+    sent = []
+    async with server.connect("/ws/x", **options) as other:
+        await until(lambda: len(app.hub) == 1)
+        client = await server.connect("/ws/x", max_queue=None, **options)
+        await until(lambda: len(app.hub) == 2)
+
+        async def publish() -> None:
+            for number in range(300):
+                sent.append(f"{number} ".ljust(20 * KIB, "x"))
+                await app.hub.publish("x", sent[-1])
+
+        reading = asyncio.create_task(read(other, 300))
+        publishing = asyncio.create_task(publish())
+        await until(lambda: len(sent) > 100)
+        if who == "client":
+            await client.close()
+        elif who == "client vanishes":
+            client.transport.abort()
+            await client.wait_closed()
+        else:
+            its = app.websockets[1]
+            before = len(sent)
+            closing = asyncio.create_task(
+                its.close(4000) if who == "handler" else app.hub.close(its, 4000)
+            )
+            got, code = await read_all(client)
+            assert code == 4000
+            assert got == sent[: len(got)]
+            assert len(got) >= before
+            await closing
+        await publishing
+        assert await reading == sent
+        await until(lambda: len(app.hub) == 1)
+        await until(lambda: len(app.ended) == 1)
+    await until(lambda: len(app.hub) == 0)
+
+
+async def test_a_client_that_stops_reading_is_cut_off(start, back, monkeypatch):
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.5)
+    app = App(Broadcast(max_buffer=256 * KIB))
+    server = await start(app)
+    dead = await Client.connect(server, small=True)
+    await until(lambda: len(app.hub) == 1)
+    (protocol,) = server.server.server_state.connections
+    async with server.connect("/ws/x", compression=None) as healthy:
+        await until(lambda: len(app.hub) == 2)
+        most = 0
+        while len(app.hub) == 2:
+            await app.hub.publish("x", "x" * 32 * KIB)
+            most = max(most, protocol.transport.get_write_buffer_size())
+            assert await healthy.recv() == "x" * 32 * KIB
+        assert len(app.hub) == 1
+        cut_off = time.monotonic()
+        assert most <= 2 * 64 * KIB + 32 * KIB  # the transport's own bound and one write more
+        await until(lambda: protocol.transport.get_write_buffer_size() == 0)
+        await until(lambda: protocol not in server.server.server_state.connections)
+        assert time.monotonic() - cut_off < 0.5 + 2
+        await until(lambda: app.ended == [1013])
+        assert not any(frame.opcode == CLOSE for frame in await dead.rest())  # it was cut off
+    dead.close()
+    assert app.hub.stats().cut_off == 1
+
+
+async def test_a_client_that_stops_reading_the_handlers_own_messages(start, back, monkeypatch):
+    """The hub has nothing in flight then, and must drop the connection all the same."""
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.3)
+    app = App(Broadcast(max_buffer=64 * KIB))
+    server = await start(app)
+    dead = await Client.connect(server, small=True)
+    await until(lambda: app.websockets)
+    (websocket,) = app.websockets
+
+    async def own() -> None:
+        while True:
+            await websocket.send_bytes(bytes(64 * KIB))
+
+    sending = asyncio.create_task(own())
+    await until(lambda: not next(iter(server.server.server_state.connections)).writable.is_set())
+    await app.hub.publish("x", "x" * 64 * KIB)
+    with pytest.raises(WebSocketDisconnect):
+        await sending
+    await until(lambda: app.ended == [1013])
+    await until(lambda: not server.server.server_state.connections, 3)
+    dead.close()
+
+
+async def unread_close(start, monkeypatch) -> float:
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.3)
+    app = App()
+    server = await start(app)
+    dead = await Client.connect(server, small=True)
+    await until(lambda: app.websockets)
+    (protocol,) = server.server.server_state.connections
+    protocol.close_timeout = 0.3
+    while not protocol.transport.get_write_buffer_size():
+        await app.hub.publish("x", "x" * 8 * KIB)
+    assert protocol.writable.is_set()
+    await app.hub.close(app.websockets[0], 4000)
+    began = time.monotonic()
+    try:
+        await until(lambda: not server.server.server_state.connections, 2)
+    finally:
+        dead.close()
+    return time.monotonic() - began
+
+
+async def test_a_close_that_is_never_read_ends_the_connection(start, back, monkeypatch):
+    """The close frame fits into the buffer, so nothing is stuck, but the client reads nothing."""
+    assert await unread_close(start, monkeypatch) < 2
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+async def test_shutdown_with_open_clients(start, back, stalled):
+    app = App()
+    server = await start(app, timeout_graceful_shutdown=None)
+    clients = [await server.connect("/ws/x", **options) for options in CLIENTS]
+    dead = await Client.connect(server, small=True)
+    await until(lambda: len(app.hub) == 6)
+    protocol = next(
+        its
+        for its in server.server.server_state.connections
+        if its.client == dead.sock.getsockname()
+    )
+    if stalled:
+        protocol.close_timeout = 0.3
+        while protocol.writable.is_set():
+            await app.websockets[-1].send_bytes(bytes(64 * KIB))
+    began = time.monotonic()
+    stopping = asyncio.create_task(server.stop())
+    for client in clients:
+        assert await read_all(client) == ([], 1012)
+    done, _ = await asyncio.wait([stopping], timeout=2)
+    elapsed = time.monotonic() - began
+    dead.close()
+    await stopping
+    assert done
+    assert elapsed < 2
+    assert len(app.hub) == 0
+
+
+# FAULTS.md, rows 2 to 4
+
+
+class Proxy:
+    """Stands between client and server; may stop forwarding, as a cut cable does."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.cut = asyncio.Event()
+        self._tasks: set[asyncio.Task] = set()
+
+    @contextlib.asynccontextmanager
+    async def run(self) -> AsyncIterator[int]:
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connected(self, reader, writer) -> None:
+        self._tasks.add(asyncio.current_task())
+        upstream_reader, upstream_writer = await asyncio.open_connection(
+            "127.0.0.1", self._port, limit=4 * KIB
+        )
+        sock = upstream_writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
+        both = self._forward(reader, upstream_writer), self._forward(upstream_reader, writer)
+        with contextlib.suppress(asyncio.CancelledError):  # the end of the test
+            await asyncio.gather(*both)
+        writer.transport.abort()
+        upstream_writer.transport.abort()
+
+    async def _forward(self, reader, writer) -> None:
+        while data := await reader.read(4 * KIB):
+            if self.cut.is_set():
+                await asyncio.Event().wait()
+            writer.write(data)
+            await writer.drain()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("unsent", [False, True])
+async def test_a_client_that_vanishes_without_a_word(start, back, unsent):
+    """Nothing comes back from it, not even that its TCP connection is gone."""
+    app = App()
+    server = await start(app, ws_ping_interval=0.2, ws_ping_timeout=0.2)
+    proxy = Proxy(server.port)
+    async with proxy.run() as port, server.connect("/ws/x") as healthy:
+        await until(lambda: len(app.hub) == 1)
+        client = await websockets.connect(
+            f"ws://127.0.0.1:{port}/ws/x", proxy=None, compression=None, ping_interval=None
+        )
+        await until(lambda: len(app.hub) == 2)
+        proxy.cut.set()
+        if unsent:
+            connections = server.server.server_state.connections
+            reading = asyncio.create_task(read_until(healthy, "the last"))
+            while all(its.writable.is_set() for its in connections):
+                await app.hub.publish("x", random.randbytes(64 * KIB))
+            await app.hub.publish("x", "the last")
+            await reading
+        await until(lambda: len(app.ended) == 1, 2)
+        assert len(app.hub) == 1
+        assert len(server.server.server_state.connections) == 1
+        await app.hub.publish("x", "alive")
+        assert await healthy.recv() == "alive"
+        client.transport.abort()
+        await client.wait_closed()
+
+
+async def read_until(client, last: str) -> None:
+    while await client.recv() != last:
+        pass
+
+
+@pytest.mark.parametrize("how", ["plain", "fragments", "compressed", "bomb", "bomb in fragments"])
+async def test_an_oversize_message_gets_1009_and_the_handler_is_not_called(start, back, how):
+    limit = 1024 * KIB
+    app = App()
+    server = await start(app, ws_max_size=limit)
+    bad = await Client.connect(server, window=12)
+    compressor = zlib.compressobj(9, wbits=-12)
+    count = 64 if how.startswith("bomb") else 1
+    zeros = bytes(limit)
+    deflated = b"".join(compressor.compress(zeros) for _ in range(count))
+    deflated += compressor.compress(b"x") + compressor.flush(zlib.Z_SYNC_FLUSH)[:-4]
+    if how == "plain":
+        sent = [masked(bytes(limit + 1), frames.TEXT)]
+    elif how == "fragments":
+        sent = [masked(bytes(limit // 2), frames.TEXT, 0)]
+        sent += [masked(bytes(limit // 2), CONTINUATION, 0), masked(b"x", CONTINUATION)]
+    elif how == "bomb in fragments":
+        pieces = [deflated[at : at + 500] for at in range(0, len(deflated), 500)]
+        sent = [masked(pieces[0], frames.TEXT, 0x40)]
+        sent += [masked(piece, CONTINUATION, 0) for piece in pieces[1:]]
+    else:
+        sent = [masked(deflated, frames.TEXT, 0xC0)]
+    del zeros
+    async with server.connect("/ws/x") as good:
+        await until(lambda: len(app.hub) == 2)
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            with contextlib.suppress(ConnectionError):
+                await asyncio.get_running_loop().sock_sendall(bad.sock, b"".join(sent))
+            got = await bad.rest()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert [frame.payload[:2] for frame in got] == [struct.pack("!H", 1009)]
+        if how.startswith("bomb"):
+            assert peak - before < 2 * limit + 512 * KIB
+        await until(lambda: app.ended == [1009])
+        assert app.asked == []
+        await app.hub.publish("x", "alive")
+        assert await good.recv() == "alive"
+        assert len(app.hub) == 1
+        await good.send("as large as may be")
+        await until(lambda: app.asked == ["as large as may be"])
+    bad.close()
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+        + [
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+        ]
+        + ["-keyout", str(key), "-out", str(cert)],
+        check=True,
+        capture_output=True,
+    )
+    return cert, key
+
+
+async def test_tls(start, back, certificate, monkeypatch):
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.5)
+    cert, key = certificate
+    app = App(Broadcast(max_buffer=512 * KIB))
+    server = await start(app, ssl_certfile=cert, ssl_keyfile=key)
+    trusting = ssl.create_default_context(cafile=cert)
+    url = f"wss://127.0.0.1:{server.port}/ws/x"
+    connect = functools.partial(websockets.connect, url, ssl=trusting, proxy=None)
+    async with connect(compression=None) as plain, connect() as deflated:
+        await until(lambda: len(app.hub) == 2)
+        sent = [message(size, str, size) for size in (0, 300, 70_000)]
+        for each in sent:
+            app.hub.publish_nowait("x", each)
+        await app.websockets[0].send_text("own")
+        await app.websockets[1].send_text("own")
+        assert await read(plain, 4) == await read(deflated, 4) == [*sent, "own"]
+        dead = await connect(max_queue=1, compression=None)
+        await until(lambda: len(app.hub) == 3)
+        while len(app.hub) == 3:
+            await app.hub.publish("x", "x" * 64 * KIB)
+            assert await plain.recv() == await deflated.recv() == "x" * 64 * KIB
+        await until(lambda: app.ended == [1013])
+        dead.transport.abort()
+        await dead.wait_closed()
+    assert app.ended[0] == 1013
+    assert app.through_asgi == 2
+
+
+# Around it
+
+
+async def test_without_ready_frames_middleware_sees_every_message(start, back):
+    app = App(Broadcast(ready_frames=False))
+    server = await start(app)
+    async with server.connect("/ws/x") as one, server.connect("/ws/x") as two:
+        await until(lambda: len(app.hub) == 2)
+        sent = [message(size, str) for size in (0, 200, 3000)] * 2
+        for each in sent:
+            await app.hub.publish("x", each)
+        assert await read(one, 6) == await read(two, 6) == sent
+        assert app.through_asgi == 12
+
+
+@pytest.mark.parametrize("ws", ["auto", "wsproto", PROTOCOL])
+async def test_uvicorn_as_it_comes_announces_nothing(serve, back, ws):
+    app = App()
+    server = await serve(app, ws=ws)
+    async with server.connect("/ws/x") as client:
+        await until(lambda: len(app.hub) == 1)
+        announced = app.websockets[0].scope["extensions"].get("starcast")
+        assert announced == ({"version": 1} if ws == PROTOCOL else None)
+        await app.hub.publish("x", "hello")
+        assert await client.recv() == "hello"
+        assert app.through_asgi == (0 if ws == PROTOCOL else 1)
+
+
+async def test_extensions_may_be_missing(start, back, monkeypatch):
+    handle_connect = sansio.WebSocketsSansIOProtocol.run_asgi
+
+    async def run_asgi(self):
+        announced = self.scope["extensions"]["starcast"]
+        assert self.scope["extensions"] == {"starcast": announced}
+        await handle_connect(self)
+
+    connected = sansio.WebSocketsSansIOProtocol.handle_connect
+
+    def without(self, event):
+        connected(self, event)
+        del self.scope["extensions"]
+
+    monkeypatch.setattr(sansio.WebSocketsSansIOProtocol, "run_asgi", run_asgi)
+    monkeypatch.setattr(sansio.WebSocketsSansIOProtocol, "handle_connect", without)
+    app = App()
+    server = await start(app)
+    async with server.connect("/ws/x") as client:
+        await until(lambda: len(app.hub) == 1)
+        await app.hub.publish("x", "hello")
+        assert await client.recv() == "hello"
+        assert app.through_asgi == 0
+
+
+@pytest.mark.parametrize("missing", ["conn", "transport"])
+async def test_a_uvicorn_that_is_not_understood(start, back, monkeypatch, caplog, missing):
+    monkeypatch.setattr(starcast.uvicorn, "_complained", False)
+    its = starcast.uvicorn._Announcement
+
+    def announce(protocol):
+        known = {"conn", "writable", "transport"} - {missing}
+        return its(types.SimpleNamespace(**{name: getattr(protocol, name) for name in known}))
+
+    monkeypatch.setattr(starcast.uvicorn, "_Announcement", announce)
+    app = App()
+    server = await start(app)
+    async with server.connect("/ws/x") as one, server.connect("/ws/x") as two:
+        await until(lambda: len(app.hub) == 2)
+        sent = [message(3000, str, number) for number in range(3)]
+        for each in sent:
+            await app.hub.publish("x", each)
+        assert await read(one, 3) == await read(two, 3) == sent
+    assert app.through_asgi == 6
+    (line,) = [record for record in caplog.records if record.name == "starcast"]
+    assert line.levelname == "WARNING"
+    assert "not understood" in line.getMessage()
+    assert missing in line.getMessage()
+
+
+async def test_a_uvicorn_without_that_protocol(serve, back, monkeypatch, caplog):
+    """Its default is taken then; here the one on wsproto, which has no such insides."""
+    monkeypatch.setitem(sys.modules, sansio.__name__, None)
+    monkeypatch.setattr(uvicorn.protocols.websockets.auto, "AutoWebSocketsProtocol", WSProtocol)
+    spec = importlib.util.spec_from_file_location("starcast._old", starcast.uvicorn.__file__)
+    old = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(old)
+    assert issubclass(old.BroadcastProtocol, WSProtocol)
+    app = App()
+    server = await serve(app, ws=old.BroadcastProtocol)
+    async with server.connect("/ws/x") as client:
+        await until(lambda: len(app.hub) == 1)
+        await app.hub.publish("x", "hello")
+        assert await client.recv() == "hello"
+    assert app.through_asgi == 1
+    assert len([record for record in caplog.records if record.name == "starcast"]) == 1
+
+
+# The wire by itself
+
+
+async def test_a_wire_knows_what_is_buffered_and_when_it_is_over(start, back):
+    app = App()
+    server = await start(app)
+    dead = await Client.connect(server, small=True)
+    await until(lambda: app.websockets)
+    wire = app.websockets[0].scope["extensions"]["starcast"].open()
+    assert isinstance(wire, Wire)
+    assert wire.setting == 0
+    assert wire.buffered == 0
+    assert await wire.drain()
+    frame = frames.make(frames.BINARY, bytes(64 * KIB))
+    written = 0
+    told = []
+    wire.changed = lambda: told.append(wire.ready)
+    while wire.ready:
+        wire.write(frame)
+        written += 1
+    assert written > 1
+    assert told == [False]
+    assert 0 < wire.buffered <= 64 * KIB + len(frame)
+    draining = asyncio.create_task(wire.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+    for _ in range(written):
+        assert await dead.recv() == bytes(64 * KIB)
+    assert await draining
+    assert told == [False, True]
+    wire.abort()
+    await until(lambda: told == [False, True, False])
+    assert not wire.ready
+    assert not await wire.drain()
+    assert await dead.rest() == []
+    dead.close()
+
+
+async def test_nothing_is_written_after_a_close_frame(start, back):
+    app = App()
+    server = await start(app)
+    client = await Client.connect(server)
+    await until(lambda: app.websockets)
+    wire = app.websockets[0].scope["extensions"]["starcast"].open()
+    await client.send(struct.pack("!H", 1000), CLOSE)
+    await until(lambda: app.ended)
+    assert not wire.ready
+    assert not await wire.drain()
+    assert [frame.opcode for frame in await client.rest()] == [CLOSE]
+    client.close()
+
+
+async def test_a_message_that_finds_the_socket_full_again_is_not_lost(start, back):
+    """uvicorn's pongs fill the buffer between the word that there is room and the write."""
+    app = App()
+    server = await start(app)
+    client = await Client.connect(server, small=True)
+    await until(lambda: app.websockets)
+    (protocol,) = server.server.server_state.connections
+    while protocol.writable.is_set():
+        await app.hub.publish("x", "x" * 64 * KIB)
+    await app.hub.publish("x", "not to be lost")
+    resume, pending = protocol.resume_writing, [True]
+
+    def resume_writing() -> None:
+        resume()
+        if pending and pending.pop():
+            protocol.transport.write(frames.header(PONG, 125) + bytes(125))
+            protocol.pause_writing()
+            asyncio.get_running_loop().call_later(0.05, resume)
+
+    protocol.resume_writing = resume_writing
+
+    async def reading() -> None:
+        while await client.recv() != "not to be lost":
+            pass
+
+    await asyncio.wait_for(reading(), 5)
+    await app.hub.publish("x", "alive")
+    assert await client.recv() == "alive"
+    client.close()
+
+
+async def test_a_refusal_before_the_handshake(start, back):
+    async def refuse(websocket):
+        await websocket.close()
+
+    server = await start(Starlette(routes=[WebSocketRoute("/ws", refuse)]))
+    with pytest.raises(InvalidStatus) as caught:
+        await server.connect("/ws")
+    assert caught.value.response.status_code == 403
+
+
+async def test_an_extension_that_does_not_compress_changes_no_frame():
+    loop = asyncio.get_running_loop()
+    one, two = socket.socketpair()
+    transport, _ = await loop.create_connection(asyncio.Protocol, sock=one)
+    conn = types.SimpleNamespace(state=State.OPEN, extensions=[object()])
+    wire = Wire(types.SimpleNamespace(transport=transport, conn=conn, writable=asyncio.Event()))
+    assert wire.setting == 0
+    assert wire.buffered == 0
+    assert not wire.ready
+    transport.abort()
+    two.close()
+
+
+async def test_a_shutdown_while_a_client_is_being_closed(start, back):
+    app = App()
+    server = await start(app)
+    dead = await Client.connect(server, small=True)
+    await until(lambda: len(app.hub) == 1)
+    (protocol,) = server.server.server_state.connections
+    protocol.close_timeout = 0.3
+    while not protocol.transport.get_write_buffer_size():
+        await app.hub.publish("x", "x" * 8 * KIB)
+    await app.hub.close(app.websockets[0], 4000)
+    await asyncio.wait_for(server.stop(), 10)
+    dead.close()
