@@ -45,16 +45,14 @@ class Wire:
         setting: What kind of frames the client takes.
         write: Writes whole frames to the transport. Only while `ready`.
         ready: Whether frames may be written: the connection is open and its buffer not full.
-        abort: Drops the connection at once, with what it has not taken.
         changed: Called when `ready` may have changed.
     """
 
-    __slots__ = ("_protocol", "_writable", "abort", "changed", "closed", "setting", "write")
+    __slots__ = ("_protocol", "_writable", "changed", "closed", "setting", "write")
 
     def __init__(self, protocol: BroadcastProtocol) -> None:
         self._protocol = protocol
         self.write: Callable[[bytes], None] = protocol.transport.write
-        self.abort: Callable[[], None] = protocol.transport.abort  # at once, unsent bytes and all
         self.changed: Callable[[], None] | None = None
         self._writable = protocol.writable
         self.closed = protocol.conn.state is not State.OPEN or protocol.transport.is_closing()
@@ -76,6 +74,10 @@ class Wire:
         """Wait until the buffer has room; False if the connection is closing."""
         await self._writable.wait()
         return not self.closed
+
+    def abort(self) -> None:
+        """Drop the connection at once, with what the socket has not taken."""
+        self._protocol.abort()
 
     @property
     def buffered(self) -> int:
@@ -164,12 +166,17 @@ class BroadcastProtocol(WebSocketsSansIOProtocol):
         self._close_wire()
         super().keepalive_timeout()
         if self.transport.get_write_buffer_size():
-            self.transport.abort()  # nobody is there to take it
+            self.abort()  # nobody is there to take it
+
+    def abort(self) -> None:
+        """Drop the connection at once, with what the socket has not taken."""
+        if not self.disconnected:  # asyncio's transport raises AttributeError once it is over
+            self.transport.abort()
 
     def _abort_later(self) -> None:
         """Do not wait for ever until somebody who does not read has read everything."""
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.close_timeout, self.transport.abort)
+            self._deadline = self.loop.call_later(self.close_timeout, self.abort)
 
     def _close_wire(self) -> None:
         if self.wire is not None and not self.wire.closed:

@@ -46,8 +46,10 @@ def starcast_tasks() -> set[asyncio.Task[Any]]:
 class Served:
     """A uvicorn server for one app, on the event loop of the test."""
 
-    def __init__(self, app: Any, **config: Any) -> None:
+    def __init__(self, app: Any, send_buffer: int = 0, **config: Any) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
+        if send_buffer:  # bytes, of each connection; how much a kernel takes by itself varies
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.port: int = self._socket.getsockname()[1]
         config = {"log_config": None, "timeout_graceful_shutdown": 5, **config}
         self.server = uvicorn.Server(uvicorn.Config(app, **config))

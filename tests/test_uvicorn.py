@@ -409,6 +409,8 @@ async def interleave(server: Served, app: App, seed: int, steps: int = 150) -> N
             if rng.random() < 0.3:
                 await asyncio.sleep(0)
             if rng.random() < 0.1:
+                for listener in listeners:
+                    listener.reading.set()  # what is awaited may wait for any of them
                 await asyncio.gather(*tasks)
             if rng.random() < 0.1:
                 pinging = listeners[rng.randrange(len(options))].client
@@ -433,9 +435,12 @@ async def interleave(server: Served, app: App, seed: int, steps: int = 150) -> N
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_everybody_gets_what_was_published_in_order(start, any_window, back, seed):
+@pytest.mark.parametrize("send_buffer", [4 * KIB, 256 * KIB, 0])
+async def test_everybody_gets_what_was_published_in_order(
+    start, any_window, back, seed, send_buffer
+):
     app = App(Broadcast(max_buffer=64 * KIB * KIB))
-    server = await start(app, ws_ping_interval=0.05)
+    server = await start(app, send_buffer=send_buffer, ws_ping_interval=0.05)
     await interleave(server, app, seed)
     assert app.hub.stats().dropped == 0
 
@@ -966,6 +971,24 @@ async def test_nothing_is_written_after_a_close_frame(start, back):
     assert not wire.ready
     assert not await wire.drain()
     assert [frame.opcode for frame in await client.rest()] == [CLOSE]
+    client.close()
+
+
+async def test_an_abort_comes_too_late(start, back):
+    """The client has closed, then read what the socket still had: asyncio's transport is over."""
+    app = App()
+    server = await start(app, send_buffer=4 * KIB)
+    client = await Client.connect(server, small=True)
+    await until(lambda: app.websockets)
+    (protocol,) = server.server.server_state.connections
+    while not protocol.transport.get_write_buffer_size():
+        await app.hub.publish("x", "x" * 8 * KIB)
+    wire = app.websockets[0].scope["extensions"]["starcast"].open()
+    await client.send(struct.pack("!H", 1000), CLOSE)
+    await until(lambda: wire.closed)
+    assert (await client.rest())[-1].opcode == CLOSE
+    await until(lambda: protocol.disconnected)
+    wire.abort()  # the transport's own would raise AttributeError, on Python 3.11 at least
     client.close()
 
 
