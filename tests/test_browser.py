@@ -1,4 +1,4 @@
-"""The demo in a real browser: headless Chromium, a real server, three tabs.
+"""The demo in a real browser: headless Chromium, a real server, three tabs; and ready-made frames.
 
 It runs where a Chromium is found: STARCAST_CHROMIUM, or one of the usual names on the path. With
 CI_REQUIRE_BROWSER=1 a missing one is a failure. STARCAST_SCREENSHOTS names a folder that gets the
@@ -8,6 +8,7 @@ pictures of the documentation.
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import random
 import shutil
@@ -15,9 +16,15 @@ import socket
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 import demo_app
-from support import DEADLINE, Served
+from starcast import Broadcast
+from support import DEADLINE, Served, until
+from test_frames import content
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
 
@@ -271,3 +278,108 @@ async def test_a_new_tab_has_a_name_of_its_own_until_one_is_chosen(serve, browse
     second = await open_tab(context, server)
     assert await second.input_value("#name") == "Mira"
     await asyncio.gather(first.close(), second.close())
+
+
+# Ready-made frames, compressed: Chromium inflates with one context for the whole connection, so
+# one wrong frame makes it fail or garbles whatever follows.
+
+RECEIVER = """
+<!doctype html>
+<script>
+  const got = []
+  let ended = null
+  const socket = new WebSocket(`ws://${location.host}/ws`)
+  socket.binaryType = "arraybuffer"
+  socket.onmessage = ({data}) => { got.push(data); socket.send(data) }
+  socket.onclose = ({code, reason}) => { ended = [code, reason] }
+  function base64(data) {
+    const bytes = typeof data === "string" ? new TextEncoder().encode(data) : new Uint8Array(data)
+    let binary = ""
+    for (const byte of bytes) binary += String.fromCharCode(byte)
+    return btoa(binary)
+  }
+  function differing(expected) {  // the numbers of those that are not what was sent
+    return expected.flatMap(([kind, payload], number) =>
+      typeof got[number] === kind && base64(got[number]) === payload ? [] : [number])
+  }
+</script>
+"""
+
+
+async def test_compressed_frames_and_the_handlers_own_in_chromium(serve, browser):
+    hub = Broadcast()
+    websockets: list[WebSocket] = []
+    returned: list[str | bytes] = []
+    through_asgi = 0
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await hub.connect(websocket)
+        websockets.append(websocket)
+        try:
+            while True:
+                received = await websocket.receive()
+                if received["type"] == "websocket.disconnect":
+                    break
+                text = received.get("text")
+                returned.append(received["bytes"] if text is None else text)
+        finally:
+            await hub.disconnect(websocket)
+
+    routes = [
+        Route("/", lambda request: HTMLResponse(RECEIVER)),
+        WebSocketRoute("/ws", endpoint),
+    ]
+    app = Starlette(routes=routes)
+
+    async def counting_app(scope, receive, send):
+        async def counting(message):
+            nonlocal through_asgi
+            through_asgi += message["type"] == "websocket.send"
+            await send(message)
+
+        await app(scope, receive, counting)
+
+    server = await serve(counting_app, ws="starcast.uvicorn:BroadcastProtocol")
+    page = await (await browser.new_context()).new_page()
+    page.set_default_timeout(DEADLINE * 1000)
+    await page.goto(f"http://127.0.0.1:{server.port}/")
+    await until(lambda: websockets)
+    (websocket,) = websockets
+    (connection,) = hub._connections
+    assert connection._wire.setting != 0  # deflate was agreed upon
+
+    sent: list[str | bytes] = []
+    own = 0
+    for number, size in enumerate([128, 129, 500, 4096, 5000, 40_000, 65_535, 65_536] * 2):
+        payload = content(size, number % 3)  # some come again, and refer far back
+        text = payload.decode()
+        umlauts = "\u00e4\U0001f7e2" * (size // 6)
+        noise = random.Random(number).randbytes(size)  # sent as it is
+        await hub.send(text)
+        await websocket.send_text(text)
+        hub.publish_nowait("default", payload)  # these four are joined
+        hub.publish_nowait("default", noise)
+        hub.publish_nowait("default", umlauts)
+        hub.publish_nowait("default", text)
+        await websocket.send_bytes(payload)
+        await hub.send(umlauts, to=websocket)
+        await websocket.send_text("short")
+        sent += [text, text, payload, noise, umlauts, text, payload, umlauts, "short"]
+        own += 3
+    await wait_for(page, "count => got.length >= count || ended", len(sent))
+    expected = [
+        ["object", base64.b64encode(its).decode()]
+        if isinstance(its, bytes)
+        else ["string", base64.b64encode(its.encode()).decode()]
+        for its in sent
+    ]
+    assert await page.evaluate("[got.length, ended]") == [len(sent), None]
+    assert await page.evaluate("differing", expected) == []
+    await until(lambda: len(returned) >= len(sent))
+    assert returned == sent
+    assert through_asgi == own
+    assert hub.stats().dropped == 0
+    await hub.close(websocket, 4000, "enough")
+    await wait_for(page, "ended")
+    assert await page.evaluate("ended") == [4000, "enough"]
+    await until(lambda: len(hub) == 0)
