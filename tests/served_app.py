@@ -1,0 +1,66 @@
+"""The app of test_servers.py, for a server in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from starcast import Broadcast, BroadcastEndpoint, connection
+
+connection.CLOSE_TIMEOUT = 0.3
+
+hub = Broadcast()
+ended: dict[str, list[int]] = {}  # of each channel, the close codes that `on_disconnect` was told
+
+
+class Chat(BroadcastEndpoint):
+    broadcast = hub
+    encoding = None
+
+    async def on_receive(self, websocket: WebSocket, data: str | bytes) -> None:
+        channel = self.get_channel(websocket)
+        command = data.partition(" ")[0] if isinstance(data, str) else ""
+        if command == "others":
+            await hub.publish(channel, data, exclude=websocket)
+        elif command == "me":
+            await hub.send(data, to=websocket)
+        elif command == "burst":
+            for number in range(int(data.split()[1])):
+                hub.publish_nowait(channel, str(number))
+        elif command == "own":
+            await hub.publish(channel, "before it")
+            await websocket.send_text(data)
+        elif command == "close":
+            await hub.publish(channel, "bye")
+            await hub.close(websocket, 4000, "enough")
+        else:
+            await super().on_receive(websocket, data)
+
+    async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
+        await super().on_disconnect(websocket, close_code)
+        ended.setdefault(self.get_channel(websocket), []).append(close_code)
+
+
+async def state(websocket: WebSocket) -> None:
+    """Say how a channel and the hub are, as often as asked."""
+    await websocket.accept()
+    with contextlib.suppress(WebSocketDisconnect):
+        while True:
+            channel = await websocket.receive_text()
+            channels = hub.channels
+            await websocket.send_json(
+                {
+                    "here": channels.get(channel, 0),
+                    "ended": ended.get(channel, []),
+                    "channels": channels,
+                }
+            )
+
+
+app = Starlette(
+    routes=[WebSocketRoute("/ws/{channel}", Chat), WebSocketRoute("/state", state)],
+    lifespan=hub.lifespan,
+)

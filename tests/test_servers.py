@@ -1,0 +1,227 @@
+"""Other ASGI servers than uvicorn: each in a process of its own, with real clients.
+
+Nothing here knows a server. What is promised must hold wherever ASGI is spoken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import websockets
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from support import DEADLINE, until_sync
+
+pytestmark = pytest.mark.anyio
+
+APP = "served_app:app"
+SERVERS = {
+    "hypercorn": ["hypercorn", "--graceful-timeout", "1", "--bind", "127.0.0.1:{port}", APP],
+    "granian": ["granian", "--interface", "asgi", "--port", "{port}", APP],
+    "daphne": ["daphne", "--bind", "127.0.0.1", "--port", "{port}", APP],
+}
+SHUTDOWN = 10.0  # seconds that a server may take to end after SIGTERM
+
+# What the servers themselves do not do.
+TELLS_NO_CODE = {"hypercorn"}  # what a client closes with; the app is told 1006
+SENDS_NO_REASON = {"daphne"}  # of a close
+NEVER_SUSPENDS = {"daphne"}  # a send, whoever does not read: it keeps everything itself
+
+
+class Process:
+    """A server with the app, on a port of loopback that was free."""
+
+    def __init__(self, name: str, log: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.name = name
+        command = [part.format(port=self.port) for part in SERVERS[name]]
+        here = Path(__file__).parent
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdout=output,
+                stderr=output,
+                cwd=here,
+                env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+                start_new_session=True,  # a server may have workers
+            )
+        try:
+            until_sync(self._answers)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self.log
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            return True
+        return False
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def connect(self, path: str, **options):
+        url = f"ws://127.0.0.1:{self.port}{path}"
+        return websockets.connect(url, proxy=None, **options)
+
+    async def until(self, channel: str, **expected) -> None:
+        """Wait until the hub is in this state: see `served_app.state`."""
+        said: dict = {}
+        with contextlib.suppress(TimeoutError):
+            async with self.connect("/state") as asking, asyncio.timeout(DEADLINE):
+                while said != expected:
+                    await asking.send(channel)
+                    everything = json.loads(await asking.recv())
+                    said = {name: everything[name] for name in expected}
+        assert said == expected
+
+    def stop(self) -> None:
+        """End it as a supervisor does, which would not wait for ever."""
+        self._process.terminate()
+        self._process.wait(SHUTDOWN)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture(params=SERVERS, scope="module")
+def server(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[Process]:
+    """One for all tests: each has channels of its own and leaves nobody behind."""
+    process = Process(request.param, tmp_path_factory.mktemp("server") / "log")
+    yield process
+    process.kill()
+    assert "Traceback" not in process.log, process.log
+
+
+async def read(client, count: int) -> list[str | bytes]:
+    return [await asyncio.wait_for(client.recv(), DEADLINE) for _ in range(count)]
+
+
+async def read_all(client) -> tuple[list[str | bytes], int, str]:
+    """Everything until the end, and the close code and reason; 1006 if there was no close frame."""
+    got: list[str | bytes] = []
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            got += await read(client, 1)
+    return got, client.close_code, client.close_reason
+
+
+async def test_what_is_published_arrives_in_order(server):
+    async with (
+        server.connect("/ws/a") as one,
+        server.connect("/ws/a") as two,
+        server.connect("/ws/a", compression=None) as three,
+        server.connect("/ws/b") as elsewhere,
+    ):
+        await server.until("", channels={"a": 3, "b": 1})
+        await one.send("others but not me")
+        await one.send("me alone")
+        await one.send("own message")
+        await one.send(b"\0\xff")
+        await one.send("x" * 70_000)
+        assert await read(one, 5) == [
+            "me alone",
+            "before it",
+            "own message",
+            b"\0\xff",
+            "x" * 70_000,
+        ]
+        everybody = [one, two, three]
+        for other in everybody[1:]:
+            expected = ["others but not me", "before it", b"\0\xff", "x" * 70_000]
+            assert await read(other, 4) == expected
+        await one.send("burst 1000")
+        for client in everybody:
+            assert await read(client, 1000) == [str(number) for number in range(1000)]
+
+        for number in range(100):  # three publishers at once
+            for name, client in zip("123", everybody, strict=True):
+                await client.send(f"{name} {number}")
+        first = await read(one, 300)
+        assert await read(two, 300) == first
+        assert await read(three, 300) == first
+        for name in "123":
+            its = [text for text in first if text[0] == name]
+            assert its == [f"{name} {number}" for number in range(100)]
+
+        await elsewhere.send("nobody else")
+        assert await read(elsewhere, 1) == ["nobody else"]
+    await server.until("a", channels={})
+
+
+async def test_clients_come_and_go(server):
+    async with server.connect("/ws/come") as healthy:
+        says_goodbye = await server.connect("/ws/come")
+        vanishes = await server.connect("/ws/come")
+        is_closed = await server.connect("/ws/come")
+        await server.until("come", here=4)
+
+        await says_goodbye.close(4001)
+        codes = [1006 if server.name in TELLS_NO_CODE else 4001, 4000]
+        await server.until("come", here=3, ended=codes[:1])
+        await is_closed.send("close me")
+        reason = "" if server.name in SENDS_NO_REASON else "enough"
+        assert await read_all(is_closed) == (["bye"], 4000, reason)
+        await server.until("come", here=2, ended=codes)
+        vanishes.transport.abort()
+        await vanishes.wait_closed()
+        await healthy.send("hello")
+        assert await read(healthy, 2) == ["bye", "hello"]
+        await server.until("come", here=1)
+
+        with pytest.raises(InvalidStatus) as caught:
+            await server.connect("/ws/come", origin="https://elsewhere.example")
+        assert caught.value.response.status_code == 403
+        await healthy.send("still here")
+        assert await read(healthy, 1) == ["still here"]
+    await server.until("come", here=0, channels={})
+
+
+async def test_a_client_that_does_not_read_delays_nobody(server):
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    options = {"max_queue": 1, "compression": None, "ping_interval": None}
+    dead = await server.connect("/ws/slow", sock=sock, **options)
+    async with server.connect("/ws/slow", compression=None) as healthy:
+        await server.until("slow", here=2)
+        message = "x" * 256 * 1024
+        for _ in range(40):  # more than the sockets and its outbox in the hub hold
+            await healthy.send(message)
+            assert await read(healthy, 1) == [message]
+        if server.name not in NEVER_SUSPENDS:
+            await server.until("slow", here=1, ended=[1013])
+    dead.transport.abort()
+    await dead.wait_closed()
+    await server.until("slow", here=0, channels={})
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_shutdown_with_open_clients(name, tmp_path):
+    server = Process(name, tmp_path / "log")
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(server.kill)
+        clients = [await stack.enter_async_context(server.connect("/ws/a")) for _ in range(5)]
+        await server.until("a", here=5)
+        await clients[0].send("the last")
+        for client in clients:
+            assert await read(client, 1) == ["the last"]
+        readers = asyncio.gather(*map(read_all, clients))
+        await asyncio.to_thread(server.stop)
+        assert [got for got, _, _ in await readers] == [[]] * 5
