@@ -27,6 +27,8 @@ import pytest
 import uvicorn.protocols.websockets.auto
 import uvloop
 import websockets
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -151,7 +153,8 @@ class Client:
 
     async def frame(self) -> Frame:
         while not self._frames:
-            data = await asyncio.wait_for(self._loop.sock_recv(self.sock, 64 * KIB), 20)
+            async with asyncio.timeout(20):  # Python 3.11's `wait_for` may miss a cancellation
+                data = await self._loop.sock_recv(self.sock, 64 * KIB)
             if not data:
                 raise EOFError
             self._frames += self._reader.feed(data)
@@ -354,108 +357,133 @@ class Listener:
             self.got.append(await self.client.recv())
 
 
-async def interleave(server: Served, app: App, seed: int, steps: int = 150) -> None:
-    rng = random.Random(seed)
+Step = tuple[str, int, tuple[str, int, int]]  # what happens, to which client, with which data
+# Hypothesis makes steps simpler by taking what stands further left.
+ACTIONS = ["turn"] * 4 + ["nowait"] * 5 + ["publish"] * 4 + ["own", "personal", "exclude"] * 3
+ACTIONS += ["settle", "ping", "pause", "resume"]
+KINDS = ["str", "bytes", "noise"]
+DATA = st.tuples(st.sampled_from(KINDS), st.sampled_from(SENT_SIZES), st.integers(0, 2))
+STEPS = st.lists(
+    st.tuples(st.sampled_from(ACTIONS), st.integers(0, 20), DATA), min_size=60, max_size=150
+)
+
+
+@functools.cache
+def made(kind: str, size: int, seed: int) -> str | bytes:
+    if kind == "noise":
+        return random.Random(seed).randbytes(size % 9000)
+    return message(size, str if kind == "str" else bytes, seed)
+
+
+async def interleave(server: Served, app: App, steps: list[Step], windows: list[int]) -> None:
+    """Do all this, and see what everybody got."""
     hub = app.hub
-    options = [*CLIENTS, *(window(bits) for bits in rng.sample(WINDOWS, 2))]
-    listeners = []
-    async with contextlib.AsyncExitStack() as stack:
-        for offered in options:
+    app.websockets.clear()
+    listeners: list[Listener] = []
+    sending: list[asyncio.Task] = []
+
+    async def own(index: int, data: str | bytes) -> None:
+        listeners[index].expected.append(data)
+        if isinstance(data, str):
+            await app.websockets[index].send_text(data)
+        else:
+            await app.websockets[index].send_bytes(data)
+
+    async def personal(index: int, data: str | bytes) -> None:
+        listeners[index].expected.append(data)
+        await hub.send(data, to=app.websockets[index])
+
+    async def publish(data: str | bytes, *excluded: int) -> None:
+        for index, listener in enumerate(listeners):
+            if index not in excluded:
+                listener.expected.append(data)
+        await hub.publish("x", data, exclude=[app.websockets[index] for index in excluded])
+
+    async def settle() -> None:
+        for listener in listeners:
+            listener.reading.set()  # what is awaited may wait for any of them
+        await asyncio.gather(*sending)
+
+    async with asyncio.timeout(15), contextlib.AsyncExitStack() as stack:
+        for offered in CLIENTS:
             offered = {"max_queue": 1, "ping_interval": None, **offered}
             client = await stack.enter_async_context(server.connect("/ws/x", **offered))
             listeners.append(Listener(client))
-        for bits in (0, *rng.sample(WINDOWS, 3)):
-            listeners.append(Listener(await Client.connect(server, window=bits, small=True)))
+        for bits in windows:
+            client = await Client.connect(server, window=bits, small=True)
+            stack.callback(client.close)
+            listeners.append(Listener(client))
         await until(lambda: len(hub) == len(listeners))
-        tasks = []
-
-        async def own(index: int, data: str | bytes) -> None:
-            listeners[index].expected.append(data)
-            if isinstance(data, str):
-                await app.websockets[index].send_text(data)
-            else:
-                await app.websockets[index].send_bytes(data)
-
-        async def personal(index: int, data: str | bytes) -> None:
-            listeners[index].expected.append(data)
-            await hub.send(data, to=app.websockets[index])
-
-        async def publish(data: str | bytes, excluded: list[int]) -> None:
-            for index, listener in enumerate(listeners):
-                if index not in excluded:
-                    listener.expected.append(data)
-            await hub.publish("x", data, exclude=[app.websockets[index] for index in excluded])
-
-        for step in range(steps):
-            size = rng.choice(SENT_SIZES)
-            seeds = rng.randrange(3)
-            data = rng.choice(
-                [message(size, str, seeds), message(size, bytes, seeds), rng.randbytes(size % 9000)]
-            )
-            index = rng.randrange(len(listeners))
-            kind = rng.choice(["publish"] * 3 + ["nowait"] * 4 + ["own", "personal", "exclude"] * 2)
-            if kind == "publish":
-                tasks.append(asyncio.create_task(publish(data, [])))
-            elif kind == "exclude":
-                tasks.append(asyncio.create_task(publish(data, rng.sample(range(6), 2))))
-            elif kind == "own":
-                tasks.append(asyncio.create_task(own(index, data)))
-            elif kind == "personal":
-                tasks.append(asyncio.create_task(personal(index, data)))
-            else:
-                for listener in listeners:
-                    listener.expected.append(data)
-                hub.publish_nowait("x", data)
-            if rng.random() < 0.3:
-                await asyncio.sleep(0)
-            if rng.random() < 0.1:
-                for listener in listeners:
-                    listener.reading.set()  # what is awaited may wait for any of them
-                await asyncio.gather(*tasks)
-            if rng.random() < 0.1:
-                pinging = listeners[rng.randrange(len(options))].client
-                await pinging.ping(str(step))
-            if rng.random() < 0.1:
-                reading = rng.choice(listeners).reading
-                reading.clear() if reading.is_set() else reading.set()
-        for listener in listeners:
-            listener.reading.set()
-        await asyncio.gather(*tasks)
-        for listener in listeners:
-            count = len(listener.expected)
-            await until(lambda: len(listener.got) >= count or listener.task.done())  # noqa: B023  # now
-            assert listener.got == listener.expected
-        for listener in listeners:
-            assert not listener.task.done()
-            listener.task.cancel()
-        await asyncio.wait([listener.task for listener in listeners])
-        for listener in listeners[len(options) :]:
-            listener.client.close()
+        try:
+            for action, which, (kind, size, seed) in steps:
+                data = made(kind, size, seed)
+                index = which % len(listeners)
+                if action == "turn":
+                    await asyncio.sleep(0)
+                elif action == "publish":
+                    sending.append(asyncio.create_task(publish(data)))
+                elif action == "exclude":
+                    others = index, which % 4
+                    sending.append(asyncio.create_task(publish(data, *others)))
+                elif action == "own":
+                    sending.append(asyncio.create_task(own(index, data)))
+                elif action == "personal":
+                    sending.append(asyncio.create_task(personal(index, data)))
+                elif action == "nowait":
+                    for listener in listeners:
+                        listener.expected.append(data)
+                    hub.publish_nowait("x", data)
+                elif action == "settle":
+                    await settle()
+                elif action == "ping":
+                    await listeners[which % len(CLIENTS)].client.ping()
+                elif action == "pause":
+                    listeners[index].reading.clear()
+                else:
+                    listeners[index].reading.set()
+            await settle()
+            await publish("the last")  # so what is missing before it is not waited for
+            for listener in listeners:
+                await until(lambda: listener.task.done() or "the last" in listener.got)  # noqa: B023  # now
+                assert listener.got == listener.expected
+                assert not listener.task.done()
+            assert hub.stats().dropped == 0
+        finally:
+            tasks = [*sending, *(listener.task for listener in listeners)]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for listener in listeners[: len(CLIENTS)]:
+                listener.client.transport.abort()  # a close would wait until all is read
     await until(lambda: len(hub) == 0)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("send_buffer", [4 * KIB, 256 * KIB, 0])
-async def test_everybody_gets_what_was_published_in_order(
-    start, any_window, back, seed, send_buffer
-):
+@pytest.mark.timeout(400)  # a failure is made as short as possible, which takes a while
+@pytest.mark.parametrize(
+    ("loop", "send_buffer"),
+    [(None, 4 * KIB), (None, 256 * KIB), (None, 0), (uvloop.new_event_loop, 0)],
+    ids=["4 KiB", "256 KiB", "as it comes", "uvloop"],
+)
+def test_everybody_gets_what_was_published_in_order(any_window, loop, send_buffer):
     app = App(Broadcast(max_buffer=64 * KIB * KIB))
-    server = await start(app, send_buffer=send_buffer, ws_ping_interval=0.05)
-    await interleave(server, app, seed)
-    assert app.hub.stats().dropped == 0
+    with asyncio.Runner(loop_factory=loop) as runner:
 
+        async def start() -> Served:
+            server = Served(app, send_buffer=send_buffer, ws=PROTOCOL, ws_ping_interval=0.05)
+            await server.start()
+            return server
 
-def test_the_same_on_uvloop(any_window):
-    async def main() -> None:
-        app = App(Broadcast(max_buffer=64 * KIB * KIB))
-        server = Served(app, ws=PROTOCOL, ws_ping_interval=0.05)
-        await server.start()
-        async with asyncio.timeout(15):
-            await interleave(server, app, 99)
-        await server.stop()
+        server = runner.run(start())
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
+        @settings(max_examples=8, deadline=None)
+        @given(STEPS, st.lists(st.sampled_from([0, *WINDOWS]), min_size=1, max_size=4))
+        def check(steps: list[Step], windows: list[int]) -> None:
+            runner.run(interleave(server, app, steps, windows))
+
+        try:
+            check()
+        finally:
+            runner.run(server.stop())
 
 
 async def test_a_burst_goes_out_in_few_writes(start, back):
@@ -706,7 +734,7 @@ async def test_a_client_that_vanishes_without_a_word(start, back, unsent):
         if unsent:
             connections = server.server.server_state.connections
             reading = asyncio.create_task(read_until(healthy, "the last"))
-            while all(its.writable.is_set() for its in connections):
+            while not app.ended and all(its.writable.is_set() for its in connections):
                 await app.hub.publish("x", random.randbytes(64 * KIB))
             await app.hub.publish("x", "the last")
             await reading
