@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
+import types
 from collections.abc import AsyncIterator
 
 import pytest
 
 from starcast import Broadcast, shard
+from starcast.connection import Connection
 from starcast.waiter import Waiter
 from support import Peer, starcast_tasks, until, until_sync
 
@@ -152,6 +155,55 @@ async def test_one_message_for_very_many_that_are_behind_leaves_turns_to_other_t
         peer.open.set()
     await until(lambda: not starcast_tasks())
     assert all(peer.got == ["1", "2"] for peer in peers)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+async def test_a_fan_out_to_ten_thousand_does_not_hold_the_loop(monkeypatch, behind):
+    cost = 10e-6  # seconds of the clock below that a client costs; no other clock is looked at
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(shard, "time", clock)
+    put = Connection.put
+
+    class Sent(list):
+        def append(self, message) -> None:
+            clock.now += cost
+            super().append(message)
+
+    def costly_put(self, item):
+        clock.now += cost * behind
+        return put(self, item)
+
+    monkeypatch.setattr(Connection, "put", costly_put)
+    hub = Broadcast()
+    peers = await joined(hub, 10_000)
+    if behind:
+        for peer in peers:
+            peer.open.clear()
+        await hub.publish("default", "stuck")
+    for peer in peers:
+        peer.sent = Sent()
+    clock.now = 0.0
+    turns: list[float] = []  # when another task of the loop had its turn
+
+    async def watch() -> None:
+        while True:
+            turns.append(clock.now)
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    await until(lambda: turns)
+    await hub.publish("default", "hello")
+    assert clock.now == pytest.approx(10_000 * cost)
+    turns.append(clock.now)
+    watching.cancel()
+    held = [later - earlier for earlier, later in itertools.pairwise(turns)]
+    assert max(held) < shard.SLICE + (shard.LOOKED_AT + 1) * cost  # a slice and one step more
+    during = [turn for turn in turns if 0 < turn < 9999 * cost]
+    assert len(set(during)) >= 10_000 * cost / (shard.SLICE + shard.LOOKED_AT * cost) - 1
+    for peer in peers:
+        peer.open.set()
+    await until(lambda: not starcast_tasks())
+    assert all(peer.got[-1] == "hello" for peer in peers)
 
 
 def test_the_end_of_asyncio_run_destroys_no_task(caplog):
