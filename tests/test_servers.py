@@ -35,6 +35,8 @@ SHUTDOWN = 10.0  # seconds that a server may take to end after SIGTERM
 # What the servers themselves do not do.
 TELLS_NO_CODE = {"hypercorn"}  # what a client closes with; the app is told 1006
 SENDS_NO_REASON = {"daphne"}  # of a close
+# From Python 3.12 on, hypercorn 0.18 never ends while a client is there, whatever the app.
+END = [name for name in SERVERS if name != "hypercorn" or sys.version_info < (3, 12)]
 NEVER_SUSPENDS = {"daphne"}  # a send, whoever does not read: it keeps everything itself
 
 
@@ -212,7 +214,7 @@ async def test_a_client_that_does_not_read_delays_nobody(server):
     await server.until("slow", here=0, channels={})
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", END)
 async def test_shutdown_with_open_clients(name, tmp_path):
     server = Process(name, tmp_path / "log")
     async with contextlib.AsyncExitStack() as stack:
