@@ -854,6 +854,45 @@ async def test_tls(start, back, certificate, monkeypatch):
     assert app.through_asgi == 2
 
 
+async def test_a_client_that_stalls_over_tls_is_aborted(start, back, certificate, monkeypatch):
+    """asyncio's SSL transport keeps more than a plain one, and must not wait until it is read."""
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.5)
+    cert, key = certificate
+    app = App()
+    config = {"ssl_certfile": cert, "ssl_keyfile": key, "loop": "asyncio"}
+    server = await start(app, send_buffer=4 * KIB, **config)
+    trusting = ssl.create_default_context(cafile=cert)
+    url = f"wss://127.0.0.1:{server.port}/ws/x"
+    options = {"ssl": trusting, "proxy": None, "compression": None}
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
+    sock.connect(("127.0.0.1", server.port))
+    dead = await websockets.connect(url, sock=sock, ping_interval=None, **options)
+    dead.transport.pause_reading()
+    await until(lambda: len(app.hub) == 1)
+    (protocol,) = server.server.server_state.connections
+    transport = protocol.transport
+    assert transport.get_extra_info("ssl_object") is not None
+    its_socket = transport.get_extra_info("socket")
+    async with websockets.connect(url, **options) as healthy:
+        await until(lambda: len(app.hub) == 2)
+        while len(app.hub) == 2:
+            await app.hub.publish("x", "x" * 32 * KIB)
+            assert await healthy.recv() == "x" * 32 * KIB
+        cut_off = time.monotonic()
+        assert app.hub.stats().cut_off == 1
+        assert not protocol.writable.is_set()
+        assert transport.get_write_buffer_size()
+        await until(lambda: protocol not in server.server.server_state.connections)
+        assert time.monotonic() - cut_off < 0.5 + 2
+        await until(lambda: app.ended == [1013])
+        await until(lambda: its_socket.fileno() == -1)
+        await app.hub.publish("x", "alive")
+        assert await healthy.recv() == "alive"
+    dead.transport.abort()
+    await dead.wait_closed()
+
+
 # Around it
 
 
