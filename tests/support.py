@@ -46,11 +46,13 @@ def starcast_tasks() -> set[asyncio.Task[Any]]:
 class Served:
     """A uvicorn server for one app, on the event loop of the test."""
 
-    def __init__(self, app: Any, send_buffer: int = 0, **config: Any) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
+    def __init__(
+        self, app: Any, send_buffer: int = 0, sock: socket.socket | None = None, **config: Any
+    ) -> None:
+        self._socket = sock or socket.create_server(("127.0.0.1", 0))
         if send_buffer:  # bytes, of each connection; how much a kernel takes by itself varies
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        self.port: int = self._socket.getsockname()[1]
+        self.host, self.port = self._socket.getsockname()
         config = {"log_config": None, "timeout_graceful_shutdown": 5, **config}
         self.server = uvicorn.Server(uvicorn.Config(app, **config))
         self._task: asyncio.Task[None] | None = None
@@ -67,7 +69,7 @@ class Served:
         self._socket.close()
 
     def url(self, path: str) -> str:
-        return f"ws://127.0.0.1:{self.port}{path}"
+        return f"ws://{self.host}:{self.port}{path}"
 
     def connect(self, path: str, **options: Any) -> Any:
         """Return `websockets.connect(...)`: to be awaited or entered."""

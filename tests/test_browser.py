@@ -74,16 +74,6 @@ async def browser(anyio_backend):
         await chromium.close()
 
 
-class ServedAt(Served):
-    """A server on the port that another one had."""
-
-    def __init__(self, app, port: int) -> None:
-        super().__init__(app)
-        self._socket.close()
-        self._socket = socket.create_server(("127.0.0.1", port))
-        self.port = port
-
-
 async def open_tab(context, server: Served, name: str | None = None, query: str = ""):
     """Open the demo in a tab, wait until it is connected, and give its user a name."""
     page = await context.new_page()
@@ -197,7 +187,7 @@ async def test_a_page_reconnects_by_itself(serve, browser):
     await tabs[0].press("#text", "Enter")
     assert await tabs[0].input_value("#text") == "kept"  # not lost, not sent
 
-    second = ServedAt(demo_app.app, first.port)
+    second = Served(demo_app.app, sock=socket.create_server(("127.0.0.1", first.port)))
     try:
         await second.start()
         for tab in tabs:
