@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -77,6 +77,7 @@ class Line(Protocol):
     loop: asyncio.AbstractEventLoop
     counters: Counters
     awake: bool
+    version: int  # changes with any connection's `direct`
 
     def post(self, item: Turn, connection: Connection) -> None:
         """Bring an item to a connection after everything that is already on its way."""
@@ -99,6 +100,41 @@ def is_gone(websocket: WebSocket) -> bool:
 class Connection:
     """One registered client. See the module for how it works."""
 
+    # Less memory, and less to fetch for a delivery: a fan-out finds little of it in any cache.
+    __slots__ = (
+        "_busy",
+        "_cancelled",
+        "_deadline",
+        "_killed",
+        "_on_end",
+        "_on_overflow",
+        "_over",
+        "_patience",
+        "_receive",
+        "_receiving",
+        "_send",
+        "_send_event",
+        "_sending",
+        "_waiters",
+        "_wire",
+        "_writer",
+        "behind",
+        "channels",
+        "code",
+        "direct",
+        "ended",
+        "gone",
+        "id",
+        "idle",
+        "leaving",
+        "line",
+        "outbox",
+        "setting",
+        "unconfirmed",
+        "unconfirmed_cost",
+        "websocket",
+    )
+
     def __init__(
         self,
         websocket: WebSocket,
@@ -120,6 +156,8 @@ class Connection:
         # On the loop:
         self.code: int | None = None  # set as soon as the socket is closed, dead or about to be
         self.ended = False
+        self.gone = False  # its handler was told that it has left
+        self.behind = False  # there is something in the outbox, or was a moment ago
         self.unconfirmed = 0  # this client's own messages since the last wait for them,
         self.unconfirmed_cost = 0  # and what they cost
         self.idle = True  # nothing is in flight, and the client is neither closed nor left
@@ -133,7 +171,9 @@ class Connection:
         self._over = False  # `websocket.receive` has nothing more to say
         self._writer: asyncio.Task[None] | None = None
         self._killed = False
-        self._receiving: asyncio.Timeout | None = None
+        self._receiving: asyncio.Task[Any] | None = None
+        self._cancelled: int | None = None  # how often that was before we interrupted it
+        self._patience: asyncio.TimerHandle | None = None
         self._sending: asyncio.Timeout | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
@@ -166,6 +206,7 @@ class Connection:
         except OutboxFull:
             self._cut_off(item)
         else:
+            self.behind = True
             self._report(dropped)
         return False
 
@@ -173,20 +214,15 @@ class Connection:
         """Begin to write: `write` follows at once. Only while it is idle."""
         self._busy = True
         self.idle = False
-        self.direct = None
+        self._write_with(None)
 
     async def write(self, item: Item | None, task: asyncio.Task[None] | None) -> None:
         """Send the item and whatever comes meanwhile, in this task. After `work`, or true `put`."""
         self._writer = task
-        items = self.outbox.items
         try:
             while item is not None:
                 if isinstance(item, Event):
-                    websocket = self.websocket
-                    if (
-                        websocket.client_state is DISCONNECTED
-                        or websocket.application_state is DISCONNECTED
-                    ):
+                    if self.gone:
                         self.end(ABNORMAL)
                     elif self._wire is not None:
                         await self._write_frames(self._wire, item)
@@ -205,7 +241,9 @@ class Connection:
                     if item is self.leaving:
                         self.end()
                     item.reached()
-                item = self.outbox.take() if items else None
+                if not self.behind:
+                    break
+                item = self.outbox.take()
             self._rest()
         except asyncio.CancelledError:
             self._failed()
@@ -226,9 +264,9 @@ class Connection:
         self.end(ABNORMAL)
         if stuck and self._wire is not None:
             self._wire.abort()  # a close would wait for the client to read
-        for waiting in (self._receiving, self._sending):
-            if waiting is not None:
-                waiting.reschedule(self.line.loop.time())
+        self._interrupt()
+        if self._sending is not None:
+            self._sending.reschedule(self.line.loop.time())
 
     def end(self, code: int | None = None) -> None:
         """Let go of the client. Without a code its socket stays open and is the handler's alone."""
@@ -236,7 +274,7 @@ class Connection:
             return
         self.ended = True
         self.idle = False
-        self.direct = None
+        self._write_with(None)
         if code is None:
             self._uninstall()
         elif self.code is None:
@@ -246,8 +284,7 @@ class Connection:
         self._discard()
         self._on_end(self)
         if self.code is not None and self._receiving is not None:
-            # What the server still has of this client is read, and it should say when that is all.
-            self._receiving.reschedule(self.line.loop.time() + CLOSE_TIMEOUT)
+            self._limit()
         for waiter in self._waiters:
             waiter.set()
 
@@ -261,8 +298,8 @@ class Connection:
     # Inside
 
     def _rest(self) -> None:
-        self._busy = False
-        self.idle = not self.ended and self.code is None
+        self._busy = self.behind = False
+        self.idle = not self.ended and self.code is None and not self.gone
         if self._wire is not None:
             self._look()
 
@@ -270,9 +307,14 @@ class Connection:
         """Open or close the short way, which is open only if nothing speaks against it."""
         wire = self._wire
         if wire is None or not self.idle or not wire.ready:
-            self.direct = None
+            self._write_with(None)
         elif self.outbox.max_buffer >= MAX_JOIN:  # else a join might be too much for it
-            self.direct = wire.write
+            self._write_with(wire.write)
+
+    def _write_with(self, direct: Callable[[bytes], None] | None) -> None:
+        if direct is not self.direct:
+            self.direct = direct
+            self.line.version += 1
 
     async def _write_frames(self, wire: Wire, event: Event) -> None:
         if not await wire.drain():
@@ -448,19 +490,47 @@ class Connection:
         A server that has nothing to say any more, because its client does not read, would let the
         handler wait for as long as the TCP connection lasts.
         """
-        told = self.websocket.client_state is WebSocketState.DISCONNECTED  # and Starlette says so
-        if told or not self._over:
+        if self.gone or not self._over:  # if it was told already, Starlette says so
+            # What asyncio.timeout does, without an object for each message.
+            task = self._receiving = asyncio.current_task()
+            assert task is not None  # Starlette's own receive needs one too
+            if self.code is not None:
+                self._limit()
             try:
-                timeout = None if self.code is None else CLOSE_TIMEOUT
-                async with asyncio.timeout(timeout) as self._receiving:
-                    return await self._receive()
-            except TimeoutError:
-                if self.code is None:
+                message = await self._receive()
+                if message["type"] == "websocket.disconnect":
+                    self._leave()
+                return message
+            except asyncio.CancelledError:
+                if self._cancelled is None or task.cancelling() > self._cancelled + 1:
                     raise
             finally:
                 self._receiving = None
-        self.websocket.client_state = WebSocketState.DISCONNECTED
+                if self._cancelled is not None:
+                    self._cancelled = None
+                    task.uncancel()
+                if self._patience is not None:
+                    self._patience.cancel()
+                    self._patience = None
+        self.websocket.client_state = DISCONNECTED
+        self._leave()
         return {"type": "websocket.disconnect", "code": self.code, "reason": ""}
+
+    def _leave(self) -> None:
+        self.gone = True
+        self.idle = False
+        self._write_with(None)
+
+    def _limit(self) -> None:
+        """Give the server time for what it still has of this client; then that is all."""
+        if self._patience is None:
+            self._patience = self.line.loop.call_later(CLOSE_TIMEOUT, self._interrupt)
+
+    def _interrupt(self) -> None:
+        """Let `receive` say now that the client has left."""
+        if self._receiving is not None and self._cancelled is None:
+            self._cancelled = self._receiving.cancelling()
+            self._receiving.cancel()
 
 
 def _owner(method: object) -> object:

@@ -11,8 +11,38 @@ from .outbox import Item
 from .subscriber import Subscriber
 
 Member = Connection | Subscriber
+Write = Callable[[bytes], None]
 Done = Callable[[], None]
 Entry = tuple[Item | None, tuple[Member, ...], Done | None]
+
+
+class Snapshot(tuple[Member, ...]):
+    """Who is on a channel, and how frames are written to those who take them, looked up once.
+
+    Attributes:
+        writers: By wire setting: the calls that write, and whose each is.
+        others: Everybody else.
+        version: Of the shard, when these were right; it changes whenever a client's state does.
+    """
+
+    version = -1
+    writers: dict[Setting, tuple[list[Write], list[Member]]]
+    others: list[Member]
+
+    def look(self, version: int) -> None:
+        """Look them up, unless they are known."""
+        if self.version == version:
+            return
+        self.version = version
+        self.writers = {}
+        self.others = []
+        for member in self:
+            if member.direct is None:
+                self.others.append(member)
+            else:
+                writes, members = self.writers.setdefault(member.setting, ([], []))
+                writes.append(member.direct)
+                members.append(member)
 
 
 class Group:

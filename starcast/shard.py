@@ -17,13 +17,12 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from .connection import AFTER_CANCEL, Connection
 from .event import Event
-from .frames import PLAIN
-from .group import Done, Entry, Group, Member, grouped
+from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Turn
 from .stats import Counters
 from .waiter import Waiter, running_loop
@@ -56,8 +55,9 @@ class Shard:
         self.loop = loop
         self.counters = Counters()
         self.awake = False  # there is something to deliver
+        self.version = 0
         self.channels: dict[str, dict[Member, None]] = {}
-        self._snapshots: dict[str, tuple[Member, ...]] = {}
+        self._snapshots: dict[str, Snapshot] = {}
         self._lock = lock
         self._pending: deque[Entry] = deque()
         self._size = 0
@@ -89,7 +89,7 @@ class Shard:
             members = self.channels.get(channel)
             if not members:
                 return ()
-            snapshot = self._snapshots[channel] = tuple(members)
+            snapshot = self._snapshots[channel] = Snapshot(members)
         return snapshot
 
     def has_room(self, event: Event) -> bool:
@@ -245,17 +245,16 @@ class Shard:
         members: Sequence[Member] = group.members
         if group.exclude:
             members = [member for member in members if member.id not in group.exclude]
+        elif group.exclude is not None and isinstance(members, Snapshot):
+            members = yield from self._write(group, members)
         count = len(group.items)
-        setting, joined = PLAIN, b""
         for start in range(0, len(members), LOOKED_AT):
             delivered = looked = 0
             for member in members[start : start + LOOKED_AT]:
                 # The short way: nothing is in flight, and the socket takes ready frames.
                 direct = member.direct
                 if direct is not None and group.exclude is not None:
-                    if member.setting != setting or not joined:
-                        setting, joined = member.setting, group.joined(member.setting)
-                    direct(joined)
+                    direct(group.joined(member.setting))
                     delivered += count
                     continue
                 looked += count
@@ -274,3 +273,21 @@ class Shard:
             self.counters.delivered += delivered
             if start:
                 yield None
+
+    def _write(self, group: Group, snapshot: Snapshot) -> Generator[None, None, Sequence[Member]]:
+        """Write to all who take frames; return the others, and those who may not take them now."""
+        snapshot.look(self.version)
+        version = self.version
+        others = snapshot.others
+        for setting, (writes, members) in snapshot.writers.items():
+            joined = group.joined(setting)
+            for start in range(0, len(writes), LOOKED_AT):
+                if self.version != version:
+                    others = others + members[start:]
+                    break
+                for write in writes[start : start + LOOKED_AT]:
+                    write(joined)
+                self.counters.delivered += len(group.items) * len(writes[start : start + LOOKED_AT])
+                if start:
+                    yield None
+        return others

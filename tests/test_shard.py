@@ -335,11 +335,11 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
     peers[0].open.clear()
     await hub.send("1")
 
-    def mistaken(item):
+    def mistaken(connection, item):
         monkeypatch.undo()
         raise LookupError("a mistake")
 
-    monkeypatch.setattr(hub._find(peers[0].websocket), "put", mistaken)
+    monkeypatch.setattr(Connection, "put", mistaken)
     hub.publish_nowait("default", "lost")
     told = [Waiter(), Waiter()]
     for waiter in told:
