@@ -20,7 +20,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from starlette.types import Message
+from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from .event import Event
@@ -177,7 +177,7 @@ class Connection:
         self._sending: asyncio.Timeout | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
-        if ready_frames and "send" not in vars(websocket):  # of nobody else's making
+        if ready_frames and _owner(websocket.send) is websocket:  # of nobody else's making
             self._wire = wire_of(websocket)
         if self._wire is not None:
             self.setting = self._wire.setting
@@ -404,16 +404,20 @@ class Connection:
         # What `WebSocket.send` calls after its checks. They are made in `write`, and a coroutine
         # less for each message is worth the look behind it.
         self._send_event = self._send
-        if "send" not in vars(self.websocket):
+        if _owner(self._send) is self.websocket:
             self._send_event = getattr(self.websocket, "_send", self._send)
-        vars(self.websocket).update(send=self._guarded_send, receive=self._guarded_receive)
+        self._set(self._guarded_send, self._guarded_receive)
+
+    def _set(self, send: Send, receive: Receive) -> None:
+        for name, call in (("send", send), ("receive", receive)):
+            setattr(self.websocket, name, call)
 
     def _uninstall(self) -> None:
         above = _owner(self.websocket.send)
         if above is self and _owner(self._send) is self.websocket:
             del self.websocket.send, self.websocket.receive  # as if nobody had been there
         elif above is self:
-            vars(self.websocket).update(send=self._send, receive=self._receive)
+            self._set(self._send, self._receive)
         while isinstance(above, Connection):
             if _owner(above._send) is self:
                 above._send, above._receive = self._send, self._receive

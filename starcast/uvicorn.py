@@ -65,6 +65,9 @@ class Wire:
                 # that it has kept so far is let go of, with its tens of kilobytes.
                 extension.local_no_context_takeover = True
                 vars(extension).pop("encoder", None)
+        # The handshake is over, and the app has a copy in its scope: some 2 KiB a connection.
+        protocol.request.headers.clear()
+        protocol.response.headers.clear()
 
     @property
     def ready(self) -> bool:
@@ -88,8 +91,11 @@ class Wire:
 class _Announcement(dict[str, Any]):
     """What stands in the scope: an ASGI extension is a dict. `open()` returns the wire."""
 
+    __slots__ = ("_protocol",)
+    version = 1
+
     def __init__(self, protocol: BroadcastProtocol) -> None:
-        super().__init__(version=1)
+        super().__init__()
         self._protocol = protocol
 
     def open(self) -> Wire | None:
