@@ -103,8 +103,8 @@ class Connection:
     # Less memory, and less to fetch for a delivery: a fan-out finds little of it in any cache.
     __slots__ = (
         "_busy",
-        "_cancelled",
         "_deadline",
+        "_interrupted",
         "_killed",
         "_on_end",
         "_on_overflow",
@@ -172,7 +172,7 @@ class Connection:
         self._writer: asyncio.Task[None] | None = None
         self._killed = False
         self._receiving: asyncio.Task[Any] | None = None
-        self._cancelled: int | None = None  # how often that was before we interrupted it
+        self._interrupted = False  # whether we have cancelled that
         self._patience: asyncio.TimerHandle | None = None
         self._sending: asyncio.Timeout | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -498,6 +498,7 @@ class Connection:
             # What asyncio.timeout does, without an object for each message.
             task = self._receiving = asyncio.current_task()
             assert task is not None  # Starlette's own receive needs one too
+            cancelled = task.cancelling()
             if self.code is not None:
                 self._limit()
             try:
@@ -506,19 +507,22 @@ class Connection:
                     self._leave()
                 return message
             except asyncio.CancelledError:
-                if self._cancelled is None or task.cancelling() > self._cancelled + 1:
+                if not self._interrupted or task.cancelling() > cancelled + 1:
                     raise
             finally:
-                self._receiving = None
-                if self._cancelled is not None:
-                    self._cancelled = None
-                    task.uncancel()
-                if self._patience is not None:
-                    self._patience.cancel()
-                    self._patience = None
+                self._received(task)
         self.websocket.client_state = DISCONNECTED
         self._leave()
         return {"type": "websocket.disconnect", "code": self.code, "reason": ""}
+
+    def _received(self, task: asyncio.Task[Any]) -> None:
+        self._receiving = None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+            if self._interrupted:
+                self._interrupted = False
+                task.uncancel()
 
     def _leave(self) -> None:
         self.gone = True
@@ -532,8 +536,8 @@ class Connection:
 
     def _interrupt(self) -> None:
         """Let `receive` say now that the client has left."""
-        if self._receiving is not None and self._cancelled is None:
-            self._cancelled = self._receiving.cancelling()
+        if self._receiving is not None and not self._interrupted:
+            self._interrupted = True
             self._receiving.cancel()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import weakref
 
@@ -884,6 +885,53 @@ async def test_receive_ends_when_the_hub_gives_the_client_up(monkeypatch):
     await hub.send("1")
     await hub.send(BIG)
     assert await asyncio.wait_for(serving, 5) == 1013
+
+
+async def test_a_receive_that_begins_while_a_close_waits_ends_with_it():
+    hub = Broadcast()
+    peer = await joined(hub)
+    behind(peer)
+    await hub.send("1")
+    closing = asyncio.create_task(hub.close(peer.websocket, 4000))
+    await until(lambda: len(hub) == 0)
+    reading = asyncio.create_task(peer.websocket.receive_text())
+    await asyncio.sleep(0)
+    peer.open.set()
+    with pytest.raises(WebSocketDisconnect) as caught:
+        await reading
+    assert caught.value.code == 4000
+    await closing
+    assert reading.cancelling() == 0
+
+
+async def test_a_message_that_comes_when_the_client_is_given_up():
+    hub = Broadcast()
+    peer = Peer()
+
+    async def receive():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return {"type": "websocket.receive", "text": "the last"}
+
+    await hub.connect(peer.websocket)
+    peer.websocket._receive = receive
+    reading = asyncio.create_task(peer.websocket.receive_text())
+    await asyncio.sleep(0)
+    await hub.close(peer.websocket)
+    assert await reading == "the last"
+    assert reading.cancelling() == 0
+
+
+async def test_who_cancels_a_handler_is_not_taken_for_the_hub():
+    hub = Broadcast()
+    peer = await joined(hub)
+    reading = asyncio.create_task(peer.websocket.receive_text())
+    await asyncio.sleep(0)
+    reading.cancel()
+    hub._find(peer.websocket).kill()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert reading.cancelling() == 1
 
 
 async def test_a_timeout_inside_receive_is_not_taken_for_the_hubs():
