@@ -30,19 +30,19 @@ class Snapshot(tuple[Member, ...]):
     others: list[Member]
 
     def look(self, version: int) -> None:
-        """Look them up, unless they are known."""
-        if self.version == version:
-            return
+        """Begin to look them up: `add` follows for each member."""
         self.version = version
         self.writers = {}
         self.others = []
-        for member in self:
+
+    def add(self, members: Iterable[Member]) -> None:
+        for member in members:
             if member.direct is None:
                 self.others.append(member)
             else:
-                writes, members = self.writers.setdefault(member.setting, ([], []))
+                writes, whose = self.writers.setdefault(member.setting, ([], []))
                 writes.append(member.direct)
-                members.append(member)
+                whose.append(member)
 
 
 class Group:

@@ -276,8 +276,16 @@ class Shard:
 
     def _write(self, group: Group, snapshot: Snapshot) -> Generator[None, None, Sequence[Member]]:
         """Write to all who take frames; return the others, and those who may not take them now."""
-        snapshot.look(self.version)
         version = self.version
+        if snapshot.version != version:
+            snapshot.look(version)
+            for start in range(0, len(snapshot), LOOKED_AT):
+                if start:
+                    yield None
+                if self.version != version:
+                    snapshot.version = -1
+                    return snapshot
+                snapshot.add(snapshot[start : start + LOOKED_AT])
         others = snapshot.others
         for setting, (writes, members) in snapshot.writers.items():
             joined = group.joined(setting)

@@ -352,3 +352,23 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
     caplog.clear()
     peers[0].open.set()
     await until(lambda: not starcast_tasks())
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_client_falls_behind_while_the_others_are_looked_up(monkeypatch, turns):
+    monkeypatch.setattr(shard, "LOOKED_AT", 2)
+    monkeypatch.setattr(shard, "SLICE", -1)
+    hub = Broadcast()
+    peers = await joined(hub, 12)
+    sending = asyncio.create_task(hub.send("1"))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    peers[-1].open.clear()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    peers[-1].open.set()
+    await sending
+    await hub.send("2")
+    await until(lambda: peers[-1].got[-1:] == ["2"])
+    assert all(peer.got == ["1", "2"] for peer in peers)
+    await until(lambda: not starcast_tasks())
