@@ -4,6 +4,7 @@ from .broadcast import Broadcast
 from .endpoint import BroadcastEndpoint
 from .event import Event
 from .exceptions import (
+    BackendUnavailable,
     ClientGone,
     ConfigurationError,
     EncodingError,
@@ -11,18 +12,22 @@ from .exceptions import (
     InvalidMessage,
     NotConnected,
     OriginRefused,
+    PayloadTooLarge,
     PublishQueueFull,
     StarcastError,
     SubscriberLagged,
 )
+from .gap import Gap
 from .manager import ConnectionManager
 from .outbox import Overflowed
-from .stats import Stats
-from .subscriber import Subscriber
+from .stats import BackendStats, Stats
+from .subscriber import GapSubscriber, Subscriber
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendStats",
+    "BackendUnavailable",
     "Broadcast",
     "BroadcastEndpoint",
     "ClientGone",
@@ -30,11 +35,14 @@ __all__ = [
     "ConnectionManager",
     "EncodingError",
     "Event",
+    "Gap",
+    "GapSubscriber",
     "InvalidChannel",
     "InvalidMessage",
     "NotConnected",
     "OriginRefused",
     "Overflowed",
+    "PayloadTooLarge",
     "PublishQueueFull",
     "StarcastError",
     "Stats",

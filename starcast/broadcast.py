@@ -1,7 +1,8 @@
 """Broadcast: the hub that people hold.
 
-The way of a message: `publish` makes an `Event`, the backend carries it, `_deliver` adds it to the
-shard of each event loop that has somebody on the channel, and the shard brings it to them.
+The way of a message: `publish` makes an `Event`, the link brings it to the broker and back from
+there, `_deliver` adds it to the shard of each event loop that has somebody on the channel, and the
+shard brings it to them. In memory there is no broker, and no link.
 
 The registry (who is connected, and on which channels) is guarded by one short lock, which also
 gives messages their order. Nothing is awaited while it is held. Foreign code runs under it only
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import WebSocketException
@@ -38,11 +39,13 @@ from .connection import (
     GOING_AWAY,
     NORMAL,
     POLICY_VIOLATION,
+    SERVICE_RESTART,
     Connection,
     is_gone,
 )
 from .event import Event
 from .exceptions import (
+    BackendUnavailable,
     ClientGone,
     ConfigurationError,
     EncodingError,
@@ -50,14 +53,17 @@ from .exceptions import (
     InvalidMessage,
     NotConnected,
     OriginRefused,
+    PayloadTooLarge,
     PublishQueueFull,
 )
+from .gap import Gap
 from .group import Member
+from .link import Link, Taken
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, Leave, OnOverflow, Outbox, Overflow
 from .shard import SLICE, Shard
 from .stats import Counters, Stats
-from .subscriber import Subscriber
+from .subscriber import GapSubscriber, Subscriber, Subscription
 from .waiter import Lock, Waiter, running_loop
 
 logger = logging.getLogger("starcast")
@@ -80,6 +86,7 @@ MAX_UNCONFIRMED_COST = 64 * 1024
 # Seconds without a failure after which the next one is logged again.
 OUTAGE_OVER = 10.0
 
+AfterGap = Literal["carry_on", "close"]
 Authorize = Callable[[WebSocket, str], Awaitable[object] | object]
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -120,7 +127,8 @@ class Broadcast:
     event loops. Unless said otherwise, methods are called on an event loop, whichever.
 
     Args:
-        url: Where messages travel. `memory://`, the default, is this process.
+        url: Where messages travel. `memory://`, the default, is this process; `redis://`,
+            `nats://` and `postgresql://` with their variants join any number of processes.
         backend: A backend of your own instead of a URL.
         dumps: Writes JSON for messages that are neither `str` nor bytes, and for
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
@@ -138,6 +146,10 @@ class Broadcast:
             subscriber did not keep up, on its event loop. It must not block.
         ready_frames: Whether messages may be written as ready-made frames where the server takes
             them (`starcast.uvicorn`), which passes by ASGI middleware that wraps `send`.
+        on_gap: A plain function that is called with a `Gap` when the broker was away and is back,
+            on the event loop that the hub was opened on. It must not block.
+        after_gap: What becomes of the clients then. `"carry_on"`, the default: nothing. `"close"`:
+            they are closed with 1012 (service restart), so that they connect again.
 
     Raises:
         ConfigurationError: One of these makes no sense.
@@ -154,8 +166,15 @@ class Broadcast:
         overflow: Overflow = "disconnect",
         on_overflow: OnOverflow | None = None,
         ready_frames: bool = True,
+        on_gap: Callable[[Gap], None] | None = None,
+        after_gap: AfterGap = "carry_on",
     ) -> None:
-        self._backend = backends.from_url(url) if backend is None else backend
+        backend = backends.from_url(url) if backend is None else backend
+        self._link = None if backend is None else Link(backend, self._bring, self._tell_gap)
+        if after_gap not in ("carry_on", "close"):
+            raise ConfigurationError(f"after_gap must be carry_on or close, not {after_gap!r}")
+        self._on_gap = on_gap
+        self._after_gap = after_gap
         self._dumps: Dumps = codec.dumps if dumps is None else dumps
         self._origins = Origins(origins)
         self._outbox = functools.partial(Outbox, max_buffer, overflow)
@@ -174,7 +193,7 @@ class Broadcast:
         # Guarded by the lock:
         self._shards: dict[asyncio.AbstractEventLoop, Shard] = {}
         self._connections: dict[Connection, Shard] = {}
-        self._subscribers: dict[Subscriber, Shard] = {}
+        self._subscribers: dict[Subscription[Any], Shard] = {}
         self._retired = Counters()  # of shards that are no more
         self._published = 0
         self._failed = 0
@@ -253,6 +272,9 @@ class Broadcast:
             InvalidChannel: The name is not valid; the app answers 403, or closes with 1008 if the
                 websocket was accepted before.
             ClientGone: The client has left already. A `WebSocketDisconnect`.
+            BackendUnavailable: The broker has not confirmed within two seconds that it will send
+                the channel's messages. The app answers 403, or closes with 1013 if the websocket
+                was accepted before.
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
         """
         if websocket is None:
@@ -263,23 +285,31 @@ class Broadcast:
             self._max_buffer if max_buffer is None else max_buffer,
             self._overflow if overflow is None else overflow,
         )
-        await self._ensure_open()
-        closings = self._closings
         if websocket.application_state is WebSocketState.CONNECTING:
             self._origins.check(websocket)
-            try:
-                await websocket.accept(subprotocol=subprotocol, headers=headers)
-            except OSError:
-                raise ClientGone(ABNORMAL) from None
-        if is_gone(websocket) or websocket.application_state is not WebSocketState.CONNECTED:
-            raise ClientGone(ABNORMAL)
-        with self._lock:
-            closed = self._closings != closings
-            if not closed:
-                self._register(websocket, channel, outbox)
-        if closed:  # while the websocket was being accepted
-            await websocket.close(GOING_AWAY)
-            raise ClientGone(GOING_AWAY)
+        await self._ensure_open()
+        closings = self._closings
+        registered = False
+        if self._link is not None:
+            await self._link.hold(channel)
+        try:
+            if websocket.application_state is WebSocketState.CONNECTING:
+                try:
+                    await websocket.accept(subprotocol=subprotocol, headers=headers)
+                except OSError:
+                    raise ClientGone(ABNORMAL) from None
+            if is_gone(websocket) or websocket.application_state is not WebSocketState.CONNECTED:
+                raise ClientGone(ABNORMAL)
+            with self._lock:
+                closed = self._closings != closings
+                if not closed:
+                    registered = self._register(websocket, channel, outbox)
+            if closed:  # while the websocket was being accepted
+                await websocket.close(GOING_AWAY)
+                raise ClientGone(GOING_AWAY)
+        finally:
+            if not registered:
+                self._release(channel)
 
     @overload
     async def disconnect(self) -> None: ...
@@ -389,8 +419,9 @@ class Broadcast:
     ) -> None:
         """Publish a message to a channel.
 
-        It comes back when every client of this event loop has the message in its socket or its
-        outbox, and when the other loops have been told. It does not wait for slow clients.
+        In memory it comes back when every client of this event loop has the message in its socket
+        or its outbox, and when the other loops have been told. With a broker it comes back when the
+        broker has it. It does not wait for slow clients.
 
         Args:
             channel: 1 to 200 characters without control characters.
@@ -403,16 +434,15 @@ class Broadcast:
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
             InvalidChannel: The name is not valid.
             PublishQueueFull: An event loop that has clients on the channel did not make room within
-                two seconds. Nobody got the message.
+                two seconds, or more than 16 MiB wait for the broker. Nobody got the message.
+            BackendUnavailable: The broker was away for two seconds, or did not answer. It may have
+                the message all the same if the connection was lost in this moment.
+            PayloadTooLarge: The broker takes no message of this size.
         """
         event = self._event(codec.check_channel(channel), message, exclude, encoding)
-        if not (self._open or self._closed):
+        if not (self._running or self._closed):
             await self._ensure_open()
-        try:
-            self._publish(event)
-        except PublishQueueFull as exc:
-            await self._retry(functools.partial(self._publish, event), exc)
-        await self._settled()
+        await self._publish_and_wait(event)
 
     def publish_nowait(
         self,
@@ -424,12 +454,14 @@ class Broadcast:
     ) -> None:
         """Publish a message and come back at once: a plain function, for any thread and any loop.
 
-        Messages of one thread keep their order. Arguments as for `publish`.
+        Messages of one thread keep their order. Arguments as for `publish`. A message that a broker
+        could not be given, because it was away, is counted in `stats().backend.lost`.
 
         Raises:
-            EncodingError, InvalidChannel: See `publish`.
-            PublishQueueFull: An event loop that has clients on the channel has more than 16 MiB
-                waiting. Nobody got the message.
+            EncodingError, InvalidChannel, PayloadTooLarge: See `publish`.
+            PublishQueueFull: An event loop that has clients on the channel, or the broker, has more
+                than 16 MiB waiting. Nobody got the message.
+            BackendUnavailable: The hub has a broker and is not open.
         """
         event = self._event(codec.check_channel(channel), message, exclude, encoding)
         try:
@@ -439,13 +471,34 @@ class Broadcast:
                 self._failed += 1
             raise
 
+    @overload
     def subscribe(
         self,
         channel: str = DEFAULT_CHANNEL,
         *,
         max_buffer: int | None = None,
         overflow: Overflow = "disconnect",
-    ) -> Subscriber:
+        gaps: Literal[False] = False,
+    ) -> Subscriber: ...
+
+    @overload
+    def subscribe(
+        self,
+        channel: str = DEFAULT_CHANNEL,
+        *,
+        max_buffer: int | None = None,
+        overflow: Overflow = "disconnect",
+        gaps: Literal[True],
+    ) -> GapSubscriber: ...
+
+    def subscribe(
+        self,
+        channel: str = DEFAULT_CHANNEL,
+        *,
+        max_buffer: int | None = None,
+        overflow: Overflow = "disconnect",
+        gaps: bool = False,
+    ) -> Subscriber | GapSubscriber:
         """Return a channel's messages for code on the server.
 
             async with broadcast.subscribe("room") as subscriber:
@@ -457,11 +510,13 @@ class Broadcast:
             max_buffer: Bytes that may wait to be iterated over; the hub's by default.
             overflow: What happens when that is too little. `"disconnect"`, whatever the hub's is:
                 iteration hands out what is buffered and then raises `SubscriberLagged`.
+            gaps: Whether to get a `Gap` among the events, in its place, when the broker was away.
 
         Raises:
-            InvalidChannel, ConfigurationError: An argument is not valid.
+            InvalidChannel, ConfigurationError: An argument is not valid. On entering the block,
+                BackendUnavailable: the broker has not confirmed it within two seconds.
         """
-        return Subscriber(
+        return (GapSubscriber if gaps else Subscriber)(
             codec.check_channel(channel),
             Outbox(self._max_buffer if max_buffer is None else max_buffer, overflow),
             join=self._join,
@@ -617,11 +672,20 @@ class Broadcast:
                 cut_off=counters.cut_off,
                 pending=sum(shard.pending for shard in self._shards.values()),
                 buffered=sum(member.outbox.size for member, _ in self._members()),
+                backend=None if self._link is None else self._link.stats(),
             )
+
+    async def healthy(self) -> bool:
+        """Whether the hub is open and its broker answers, for a readiness check. From any loop.
+
+        With a broker it sends itself a message by way of it, and waits two seconds at most.
+        """
+        return self._open and (self._link is None or await self._link.healthy())
 
     # The registry
 
-    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> None:
+    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> bool:
+        """Put it on the channel; False if it was there already."""
         connection = self._find(websocket)
         if connection is not None and connection.code is not None:
             raise ClientGone(connection.code)
@@ -639,8 +703,11 @@ class Broadcast:
             websocket.scope.setdefault("starcast", {})[self] = connection
         connection.leaving = None
         shard = self._connections.setdefault(connection, self._shard())
+        if channel in connection.channels:
+            return False
         connection.channels.add(channel)
         shard.join(connection, channel)
+        return True
 
     def _find(self, websocket: WebSocket) -> Connection | None:
         """Return what was registered for this websocket last, even if it is no more."""
@@ -671,15 +738,16 @@ class Broadcast:
         if self._shards.pop(shard.loop, None) is not None:
             self._retired.add(shard.counters)
             for connection in [c for c, its in self._connections.items() if its is shard]:
-                del self._connections[connection]
+                self._remove(connection)
             for subscriber in [s for s, its in self._subscribers.items() if its is shard]:
-                del self._subscribers[subscriber]
+                self._unsubscribe(subscriber)
 
     def _remove(self, connection: Connection | None) -> Shard | None:
         shard = None if connection is None else self._connections.pop(connection, None)
         if connection is not None and shard is not None:
             for channel in connection.channels:
                 shard.leave(connection, channel)
+                self._release(channel)
             connection.channels.clear()
         return shard
 
@@ -697,6 +765,7 @@ class Broadcast:
             if channel in connection.channels:
                 connection.channels.remove(channel)
                 shard.leave(connection, channel)
+                self._release(channel)
             if channel is not None and connection.channels:
                 return None
             self._remove(connection)
@@ -711,32 +780,48 @@ class Broadcast:
             self._wake([shard])
         return None if dead else left
 
-    async def _join(self, subscriber: Subscriber) -> Counters:
+    async def _join(self, subscriber: Subscription[Any]) -> Counters:
         await self._ensure_open()
+        closings = self._closings
+        if self._link is not None:
+            await self._link.hold(subscriber.channel)
         with self._lock:
+            if self._link is not None and self._closings != closings:
+                self._release(subscriber.channel)
+                raise BackendUnavailable("the hub was closed")
             shard = self._subscribers[subscriber] = self._shard()
             shard.join(subscriber, subscriber.channel)
         return shard.counters
 
-    def _unsubscribe(self, subscriber: Subscriber) -> None:
+    def _unsubscribe(self, subscriber: Subscription[Any]) -> None:
         with self._lock:
             shard = self._subscribers.pop(subscriber, None)
             if shard is not None:
                 shard.leave(subscriber, subscriber.channel)
+                self._release(subscriber.channel)
+
+    def _release(self, channel: str) -> None:
+        if self._link is not None:
+            self._link.release(channel)
 
     # The way of a message
 
+    @property
+    def _running(self) -> bool:
+        return self._open and (self._link is None or self._link.alive)
+
     async def _ensure_open(self) -> None:
-        if self._open:
+        if self._running:
             return
         failures = self._failures
         async with self._switching:
-            if self._open:
+            if self._running:
                 return
             if self._failure is not None and self._failures > failures:
                 raise self._failure.with_traceback(None)  # of the attempt that this one waited for
             try:
-                await self._backend.start(self._deliver)
+                if self._link is not None:
+                    await self._link.start()
             except Exception as exc:
                 self._failures += 1
                 self._failure = exc
@@ -750,7 +835,8 @@ class Broadcast:
                 self._open, self._closed = False, True
                 self._closings += 1
                 try:
-                    await self._backend.stop()
+                    if self._link is not None:
+                        await self._link.stop()
                 finally:
                     connections = self._dismiss()
         finally:
@@ -791,13 +877,56 @@ class Broadcast:
         ids = frozenset(connection.id for connection in found if connection is not None)
         return Event(channel, content, payload, ids)
 
-    def _publish(self, event: Event) -> None:
-        self._backend.publish(event)
+    def _publish(self, event: Event, wait: bool = False) -> Taken | None:
+        """Hand an event over; what comes back is set when the broker has it."""
+        taken = None
+        if self._link is not None:
+            if not self._open:
+                raise BackendUnavailable("the hub is not open")
+            taken = self._link.publish(event, wait)
+        elif self._open:
+            self._deliver(event)
         with self._lock:
             self._published += 1
+        return taken
+
+    async def _publish_and_wait(self, event: Event) -> None:
+        try:
+            taken = self._publish(event, wait=True)
+        except PublishQueueFull as exc:
+            taken = await self._retry(functools.partial(self._publish, event, wait=True), exc)
+        if taken is None:
+            await self._settled()
+            return
+        try:
+            await taken.wait()
+        except BackendUnavailable:
+            with self._lock:
+                self._failed += 1
+            raise
+
+    def _tell_gap(self, gap: Gap) -> None:
+        """Tell everybody who wants to know. The link calls this."""
+        with self._lock:
+            wake = []
+            for subscriber, shard in self._subscribers.items():
+                if subscriber.gaps and shard.add(gap, (subscriber,)):
+                    wake.append(shard)
+            clients = list(self._connections) if self._after_gap == "close" else []
+            close = Close(SERVICE_RESTART, "messages may be missing")
+            for connection in clients:
+                its = self._remove(connection)
+                if its is not None and its.add(close, (connection,)):
+                    wake.append(its)
+        self._wake(wake)
+        if self._on_gap is not None:
+            try:
+                self._on_gap(gap)
+            except Exception:
+                logger.exception("on_gap raised")
 
     def _deliver(self, event: Event) -> None:
-        """Add an event to every loop that has somebody on its channel. The backend calls this."""
+        """Add an event to every loop that has somebody on its channel."""
         with self._lock:
             targets = [
                 (shard, members)
@@ -811,6 +940,20 @@ class Broadcast:
                 targets = [target for target in targets if not target[0].loop.is_closed()]
             wake = self._add(event, targets)
         self._wake(wake)
+
+    def _bring(self, event: Event) -> None:
+        """Add what came from the broker to every loop that has room. The link calls this."""
+        with self._lock:
+            targets = [
+                (shard, members)
+                for shard in list(self._shards.values())
+                if not shard.loop.is_closed() and (members := shard.members(event.channel))
+            ]
+            roomy = [target for target in targets if target[0].has_room(event)]
+            wake = self._add(event, roomy)
+        self._wake(wake)
+        if len(roomy) < len(targets):
+            raise PublishQueueFull("an event loop is blocked")
 
     def _post(self, event: Event, connection: Connection) -> None:
         """Add an event for one client."""
@@ -833,7 +976,9 @@ class Broadcast:
                 with self._lock:
                     self._drop(shard)
 
-    async def _retry(self, hand_over: Callable[[], None], full: PublishQueueFull) -> None:
+    async def _retry(
+        self, hand_over: Callable[[], Taken | None], full: PublishQueueFull
+    ) -> Taken | None:
         """Call it again whenever there is room, for two seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PUBLISH_TIMEOUT
@@ -891,28 +1036,34 @@ class Broadcast:
         except EncodingError as exc:
             # It could be read and cannot be written: a number too large for `dumps=`, say.
             raise InvalidMessage(1007, "cannot be sent on") from exc
-        if not (self._open or self._closed):
+        if not (self._running or self._closed):
             await self._ensure_open()
+        connection = self._find(websocket)
+        wait = connection is None or self._is_enough(connection, event)
         try:
+            if wait:
+                await self._publish_and_wait(event)
+                return
             try:
                 self._publish(event)
             except PublishQueueFull as exc:
                 await self._retry(functools.partial(self._publish, event), exc)
-        except PublishQueueFull as exc:
+        except (PublishQueueFull, PayloadTooLarge, BackendUnavailable) as exc:
             if (now := time.monotonic()) > self._failed_last + OUTAGE_OVER:
                 logger.error("messages of clients are being lost: %s", exc)
             self._failed_last = now
-        connection = self._find(websocket)
-        if connection is not None:
-            connection.unconfirmed += 1
-            connection.unconfirmed_cost += event.cost
-            if (
-                connection.unconfirmed < MAX_UNCONFIRMED
-                and connection.unconfirmed_cost < MAX_UNCONFIRMED_COST
-            ):
-                return
-            connection.unconfirmed = connection.unconfirmed_cost = 0
-        await self._settled()
+
+    @staticmethod
+    def _is_enough(connection: Connection, event: Event) -> bool:
+        connection.unconfirmed += 1
+        connection.unconfirmed_cost += event.cost
+        if (
+            connection.unconfirmed < MAX_UNCONFIRMED
+            and connection.unconfirmed_cost < MAX_UNCONFIRMED_COST
+        ):
+            return False
+        connection.unconfirmed = connection.unconfirmed_cost = 0
+        return True
 
     async def _reject(self, websocket: WebSocket, exc: WebSocketException) -> None:
         """Close a client for what it sent, with one line in the log."""

@@ -46,6 +46,7 @@ GOING_AWAY = 1001
 ABNORMAL = 1006
 POLICY_VIOLATION = 1008
 INTERNAL_ERROR = 1011
+SERVICE_RESTART = 1012
 TRY_AGAIN_LATER = 1013
 
 
@@ -238,6 +239,7 @@ class Connection:
                 elif isinstance(item, Close):
                     await self._write_close(item)
                 else:
+                    assert isinstance(item, Leave)  # a Gap is for subscribers
                     if item is self.leaving:
                         self.end()
                     item.reached()

@@ -9,6 +9,8 @@
     ├── ClientGone           (WebSocketDisconnect) the client had left before it was registered
     ├── NotConnected                               `send(to=)` for a client that is not registered
     ├── PublishQueueFull                           more is waiting to be sent than may wait
+    ├── BackendUnavailable   (1013)                there is no connection to the broker
+    ├── PayloadTooLarge      (ValueError)          a message is larger than the broker takes
     └── SubscriberLagged                           a subscriber fell behind its buffer
 
 A number in brackets is a WebSocket close code of RFC 6455, section 7.4. An error with a number is
@@ -93,6 +95,25 @@ class PublishQueueFull(StarcastError):
 
     `publish_nowait` raises it at once, `publish` and `send` after waiting two seconds for room.
     """
+
+
+class BackendUnavailable(StarcastError, WebSocketException):
+    """There is no connection to the broker, or it did not answer in time.
+
+    In a WebSocket route it refuses or closes the client with 1013 (try again later). The message
+    names the broker's host and never a password.
+    """
+
+    def __init__(self, message: str) -> None:
+        WebSocketException.__init__(self, code=1013, reason="try again later")
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class PayloadTooLarge(StarcastError, ValueError):
+    """A message is larger than the broker takes. Nothing of it was sent."""
 
 
 class SubscriberLagged(StarcastError):

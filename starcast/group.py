@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from .connection import MAX_JOIN, Connection
 from .event import Event
 from .frames import Setting
 from .outbox import Item
-from .subscriber import Subscriber
+from .subscriber import Subscription
 
-Member = Connection | Subscriber
+Member = Connection | Subscription[Any]
 Write = Callable[[bytes], None]
 Done = Callable[[], None]
 Entry = tuple[Item | None, tuple[Member, ...], Done | None]

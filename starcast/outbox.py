@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from .event import Event
 from .exceptions import ConfigurationError
+from .gap import Gap
 from .waiter import Waiter
 
 logger = logging.getLogger("starcast")
@@ -85,7 +86,7 @@ class Turn:
 
 # What reaches a client in order. The control items weigh nothing and are never dropped. There is at
 # most one Close and one Leave a client, and one Turn for each of its handler's tasks that sends.
-Item = Event | Close | Leave | Turn
+Item = Event | Gap | Close | Leave | Turn
 
 
 class OutboxFull(Exception):

@@ -6,6 +6,32 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class BackendStats:
+    """How the connection of a hub to its broker is; a snapshot.
+
+    Attributes:
+        state: `"connected"`, `"reconnecting"` or `"closed"`.
+        since: Since when, in seconds since 1970.
+        error: The last error, also if it is over; None if there was none.
+        gaps: How often the connection was lost and found again.
+        lost: Messages that did not reach the broker, or this process's clients, and that nobody
+            waited for.
+        malformed: What arrived and was neither text nor of a form that is known.
+        channels: Channels that this process is subscribed to, or wants to be.
+        waiting: Messages that wait for the broker.
+    """
+
+    state: str
+    since: float
+    error: str | None
+    gaps: int
+    lost: int
+    malformed: int
+    channels: int
+    waiting: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot of a hub; it does not change any more.
 
@@ -23,6 +49,7 @@ class Stats:
         cut_off: Clients and subscribers that were cut off because they did not keep up.
         pending: Messages that wait for their event loop now.
         buffered: Bytes in the outboxes of clients and subscribers now.
+        backend: How the connection to the broker is; None for `memory://`.
     """
 
     open: bool
@@ -36,6 +63,7 @@ class Stats:
     cut_off: int
     pending: int
     buffered: int
+    backend: BackendStats | None = None
 
 
 class Counters:

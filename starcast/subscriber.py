@@ -5,35 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar, cast
 
 from .event import Event
 from .exceptions import SubscriberLagged
 from .frames import PLAIN
+from .gap import Gap
 from .outbox import Close, Item, OnOverflow, Outbox, OutboxFull, Overflowed
 from .stats import Counters
 
+Got = TypeVar("Got")
 
-class Subscriber:
-    """What `Broadcast.subscribe` returns: an async context manager and an async iterator of events.
 
-    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed or
-    the block has been left, after what was already buffered at a close.
+class Subscription(Generic[Got]):
+    """What both kinds of subscribers have."""
 
-    It belongs to the event loop that entered the block; iterate in one task there.
-
-    Raises:
-        SubscriberLagged: On iteration, when the subscriber did not keep up and its policy is
-            `disconnect`: after the events that were buffered. It has been unsubscribed then.
-    """
+    gaps = False  # whether it gets any
 
     def __init__(
         self,
         channel: str,
         outbox: Outbox,
         *,
-        join: Callable[[Subscriber], Awaitable[Counters]],
-        leave: Callable[[Subscriber], None],
+        join: Callable[[Subscription[Got]], Awaitable[Counters]],
+        leave: Callable[[Subscription[Got]], None],
         on_overflow: OnOverflow | None = None,
     ) -> None:
         self.channel = channel
@@ -71,7 +66,7 @@ class Subscriber:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> Got:
         if self._ready is None:
             raise RuntimeError("a Subscriber gets events inside `async with` only")
         while (item := self.outbox.take()) is None:
@@ -85,9 +80,8 @@ class Subscriber:
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
-        assert isinstance(item, Event)  # `put` lets nothing else in
-        self._counters.delivered += 1
-        return item
+        self._counters.delivered += isinstance(item, Event)
+        return cast(Got, item)  # `put` lets nothing else in
 
     def put(self, item: Item) -> bool:
         """Take an item from the shard, on the loop of the block. Nothing is left to be written."""
@@ -95,10 +89,11 @@ class Subscriber:
             return False
         if isinstance(item, Close):
             self.end()
-        elif isinstance(item, Event):
+        elif isinstance(item, (Event, Gap)):
             try:
                 dropped = self.outbox.offer(item)
             except OutboxFull:
+                assert isinstance(item, Event)  # a gap weighs nothing
                 dropped = [item]
                 self._counters.cut_off += 1
                 self._lagged = True
@@ -116,3 +111,23 @@ class Subscriber:
         self._ended = True
         if self._ready is not None:
             self._ready.set()
+
+
+class Subscriber(Subscription[Event]):
+    """What `Broadcast.subscribe` returns: an async context manager and an async iterator of events.
+
+    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed or
+    the block has been left, after what was already buffered at a close.
+
+    It belongs to the event loop that entered the block; iterate in one task there.
+
+    Raises:
+        SubscriberLagged: On iteration, when the subscriber did not keep up and its policy is
+            `disconnect`: after the events that were buffered. It has been unsubscribed then.
+    """
+
+
+class GapSubscriber(Subscription[Event | Gap]):
+    """The same with `gaps=True`: among the events stands a `Gap` where some may be missing."""
+
+    gaps = True

@@ -263,3 +263,86 @@ class OtherLoop:
             ending.start()
             ending.join(20)
         self.loop.close()
+
+
+class Broker:
+    """What several `Bus`es share; a broker that does what a test wants when it wants it.
+
+    The real ones stand in `tests/backends`. This one can suspend in a given call.
+    """
+
+    def __init__(self) -> None:
+        self.up = True
+        self.open = asyncio.Event()  # while it is clear, every call suspends
+        self.open.set()
+        self.buses: dict[Bus, set[str]] = {}
+        self.calls: list[tuple[str, Any]] = []
+        self.refused: set[str] = set()  # channels that nobody may have
+        self.stalled = 0
+
+    def kill(self, error: Exception | None = None) -> None:
+        """Break every connection, and take none until `up` is True."""
+        self.up = False
+        for bus in list(self.buses):
+            del self.buses[bus]
+            bus.lost(error or ConnectionError("the broker was killed"))
+
+    async def called(self, name: str, what: Any = None) -> None:
+        self.calls.append((name, what))
+        if not self.open.is_set():
+            self.stalled += 1
+            try:
+                await self.open.wait()
+            finally:
+                self.stalled -= 1
+
+
+class Bus:
+    """A backend whose broker is in this process, on one event loop."""
+
+    def __init__(self, broker: Broker | None = None, max_payload: int = 1024 * 1024) -> None:
+        self.broker = broker or Broker()
+        self.max_payload = max_payload
+        self.starts = 0
+
+    async def start(self, deliver: Callable[[str, bytes], None], lost: Any) -> None:
+        self.starts += 1
+        await self.broker.called("start")
+        if not self.broker.up:
+            raise starcast.BackendUnavailable("the broker is down")
+        self.deliver, self.lost = deliver, lost
+        self.broker.buses[self] = set()
+
+    async def stop(self) -> None:
+        self.broker.buses.pop(self, None)
+
+    async def subscribe(self, channel: str) -> None:
+        await self.broker.called("subscribe", channel)
+        self.allowed(channel)
+        self.channels.add(channel)
+
+    async def unsubscribe(self, channel: str) -> None:
+        await self.broker.called("unsubscribe", channel)
+        self.channels.discard(channel)
+
+    async def publish(self, messages: list[tuple[str, bytes]]) -> None:
+        await self.broker.called("publish", list(messages))
+        if self not in self.broker.buses:
+            raise ConnectionError("there is no connection")
+        for channel, data in messages:
+            self.allowed(channel)
+            for bus, channels in list(self.broker.buses.items()):
+                if channel in channels:
+                    bus.deliver(channel, data)
+
+    def allowed(self, channel: str) -> None:
+        if channel in self.broker.refused:
+            raise PermissionError(f"nobody may have {channel}")
+
+    @property
+    def channels(self) -> set[str]:
+        """What it is subscribed to."""
+        try:
+            return self.broker.buses[self]
+        except KeyError:
+            raise ConnectionError("there is no connection") from None

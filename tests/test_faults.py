@@ -21,7 +21,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from starcast import Broadcast, BroadcastEndpoint, ConnectionManager, InvalidChannel, connection
-from support import Peer, Served, starcast_tasks, until
+from support import Bus, Peer, Served, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -248,10 +248,12 @@ async def test_thousands_of_channels_leave_nothing_behind():
 
 
 async def test_names_are_checked_before_anything_else_sees_them(all_back, serve):
-    class Never:
-        async def start(self, deliver): ...
-        async def stop(self): ...
-        def publish(self, event):
+    class Never(Bus):
+        async def subscribe(self, channel):
+            assert channel.startswith("starcast-probe"), "a backend saw it"
+            await super().subscribe(channel)
+
+        async def publish(self, messages):
             raise AssertionError("a backend saw it")
 
     hub = Broadcast(backend=Never())

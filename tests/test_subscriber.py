@@ -18,7 +18,7 @@ from starcast import (
 from starcast.event import OVERHEAD
 from starcast.outbox import Leave, Outbox
 from starcast.stats import Counters
-from support import DEADLINE, Peer, until
+from support import DEADLINE, Broker, Bus, Peer, until
 
 pytestmark = pytest.mark.anyio
 
@@ -371,28 +371,12 @@ async def test_a_wait_that_was_given_up_loses_no_message():
     await hub.disconnect()
 
 
-class SlowToOpen:
-    """A backend whose start takes until it is told."""
-
-    def __init__(self) -> None:
-        self.starting = asyncio.Event()
-
-    async def start(self, deliver) -> None:
-        self.starting.set()
-        await asyncio.get_running_loop().create_future()
-
-    async def stop(self) -> None:
-        pass
-
-    def publish(self, event: Event) -> None:
-        pass
-
-
 async def test_cancellation_while_entering_leaves_nothing_in_the_hub():
-    backend = SlowToOpen()
-    hub = Broadcast(backend=backend)
+    broker = Broker()
+    broker.open.clear()
+    hub = Broadcast(backend=Bus(broker))
     task = asyncio.create_task(hub.subscribe().__aenter__())
-    await asyncio.wait_for(backend.starting.wait(), DEADLINE)
+    await until(lambda: broker.stalled)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -1,34 +1,58 @@
-"""The contract of a backend."""
+"""The contract of a backend: what carries messages between hubs, over a broker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..event import Event
-
-Deliver = Callable[[Event], None]
+Deliver = Callable[[str, bytes], None]
+Lost = Callable[[Exception], None]
 
 
 class Backend(Protocol):
-    """Carries events from whoever publishes to every hub that shall deliver them.
+    """A connection to a broker. Implement these five calls and pass it as `Broadcast(backend=...)`.
 
-    Implement these three calls and pass an instance as `Broadcast(backend=...)`.
+    Everything happens on the event loop that called `start`. A backend need not reconnect, wait or
+    remember anything: when its connection breaks it says so once, and the hub stops it, starts it
+    again when the broker is back, and subscribes to what it needs.
+
+    Attributes:
+        max_payload: Bytes that one message may have. It may change in `start`.
     """
 
-    async def start(self, deliver: Deliver) -> None:
-        """Begin to carry. Call `deliver(event)` for each event that arrives, from any thread.
+    max_payload: int
 
-        `deliver` returns at once; it raises `PublishQueueFull` if nothing was delivered because an
-        event loop has too much waiting already.
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        """Connect to the broker.
+
+        From then on `deliver(channel, payload)` is called for each message on a channel that is
+        subscribed to, in order; it returns at once and raises nothing. Call `lost(error)` once, if
+        the connection breaks by itself: `stop` follows.
+
+        Raises:
+            BackendUnavailable: There is no connection. The message names the host, and no password.
         """
 
     async def stop(self) -> None:
-        """Stop carrying. Harmless when it is stopped; `start` may follow."""
+        """Disconnect, and let calls that wait for the broker raise. Harmless when it is stopped."""
 
-    def publish(self, event: Event) -> None:
-        """Hand an event over, in order. From any thread; before `start` there is nobody to get it.
+    async def subscribe(self, channel: str) -> None:
+        """Come back when the broker has confirmed it: what is published from then on arrives.
+
+        Several channels may be subscribed to at the same time, one channel only in turn.
 
         Raises:
-            PublishQueueFull: The event was not taken.
+            Exception: The connection is broken.
+        """
+
+    async def unsubscribe(self, channel: str) -> None:
+        """Undo `subscribe`. Messages that are on their way already may still arrive."""
+
+    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+        """Hand messages over, pairs of channel and payload; come back when the broker has them.
+
+        They arrive in this order at every process that is subscribed. Only one call at a time.
+
+        Raises:
+            Exception: The connection is broken; the broker has some of them or none.
         """

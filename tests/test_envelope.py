@@ -1,0 +1,67 @@
+"""What goes over a broker, and what may come from one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from starcast import Event
+from starcast.envelope import Malformed, pack, unpack
+
+US, THEM = b"12345678", b"87654321"
+IDS = st.frozensets(st.integers(0, 2**64 - 1), max_size=20)
+
+
+def made(message: str | bytes, exclude: frozenset[int] = frozenset()) -> Event:
+    payload = message.encode() if isinstance(message, str) else message
+    return Event("room", message, payload, exclude)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.binary(), IDS)
+@example("", frozenset())
+@example(b"\xff", frozenset())
+@example("\xff", frozenset())
+def test_an_event_comes_back_as_it_was(message, exclude):
+    data = pack(made(message, exclude), US)
+    event = unpack("room", data, US)
+    assert (event.channel, event.message, event.exclude) == ("room", message, exclude)
+    assert event.payload == made(message).payload
+    assert event.cost == made(message).cost
+    elsewhere = unpack("room", data, THEM)
+    assert elsewhere.message == message
+    assert not elsewhere.exclude
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_plain_text_travels_bare_and_is_never_taken_for_an_envelope(text):
+    assert pack(made(text), US) == text.encode()
+    assert unpack("room", text.encode(), US).message == text
+
+
+@given(st.binary())
+@example(b"\xff")
+@example(b"\xff\x01")
+@example(b"\xff\x01\x02")
+@example(b"\xff\x01\x02" + US + b"\xff\xff\xff\xff")
+@example(b"\xff\x01\x04x")
+@example(b"\xff\x02\x00x")
+@example(b"\xff\x01\x00\xff")
+@example(b"\xfe")
+@example(b"\x80\x04\x95\x05")  # a pickle
+def test_whatever_comes_is_text_or_an_envelope_or_refused(data):
+    try:
+        event = unpack("room", data, US)
+    except Malformed:
+        with pytest.raises(UnicodeDecodeError):
+            data.decode()
+    else:
+        assert event.payload in data
+        assert event.message in (event.payload, event.payload.decode(errors="replace"))
+
+
+def test_the_bytes_are_those_of_the_documentation():
+    assert pack(made(b"\0"), US) == b"\xff\x01\x01\0"
+    assert pack(made("x", frozenset([258])), US) == (
+        b"\xff\x01\x02" + US + b"\0\0\0\x01" + b"\0\0\0\0\0\0\x01\x02" + b"x"
+    )

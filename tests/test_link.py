@@ -1,0 +1,689 @@
+"""The connection to a broker: kept, lost, found again. On a broker that a test can stop at will."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import pytest
+
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    ClientGone,
+    ConfigurationError,
+    Gap,
+    PayloadTooLarge,
+    PublishQueueFull,
+    link,
+    testing,
+)
+from support import Broker, Bus, OtherLoop, Peer, starcast_tasks, until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(link, "TIMEOUT", 0.5)
+    monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
+
+
+@pytest.fixture
+def broker(anyio_backend):
+    return Broker()
+
+
+@pytest.fixture
+async def hub(broker):
+    hub = Broadcast(backend=Bus(broker))
+    yield hub
+    broker.open.set()
+    await hub.disconnect()
+    await until(lambda: not starcast_tasks())
+    assert not hub._link._holds
+    assert not hub._link._queue
+
+
+async def joined(hub: Broadcast, *channels: str) -> Peer:
+    peer = Peer()
+    for channel in channels:
+        await hub.connect(peer.websocket, channel)
+    return peer
+
+
+def subscribed(broker: Broker) -> set[str]:
+    names = set().union(*broker.buses.values())
+    return {name for name in names if not name.startswith("starcast-probe")}
+
+
+def asked(broker: Broker) -> list[tuple[str, str]]:
+    return [
+        (name, what)
+        for name, what in broker.calls
+        if name in ("subscribe", "unsubscribe") and not what.startswith("starcast-probe")
+    ]
+
+
+async def lost(hub: Broadcast) -> None:
+    await until(lambda: hub.stats().backend.state == "reconnecting")
+
+
+# Messages
+
+
+async def test_two_hubs_are_one_room(hub, broker):
+    other = Broadcast(backend=Bus(broker))
+    here, there = await joined(hub, "room"), await joined(other, "room")
+    await hub.publish("room", "text")
+    await other.publish("room", b"bytes")
+    await hub.publish("room", {"a": 1})
+    await hub.publish("room", "not here", exclude=here.websocket)
+    await hub.publish("elsewhere", "nobody")
+    expected = ["text", b"bytes", '{"a":1}']
+    await until(lambda: there.got == [*expected, "not here"])
+    assert here.got == expected
+    await other.disconnect()
+
+
+async def test_awaited_means_that_the_broker_has_it(hub, broker):
+    await joined(hub, "room")
+    broker.open.clear()
+    publishing = asyncio.create_task(hub.publish("room", "x"))
+    await until(lambda: broker.stalled)
+    assert not publishing.done()
+    broker.open.set()
+    await publishing
+
+
+async def test_what_comes_while_a_batch_is_under_way_is_the_next_one(hub, broker):
+    peer = await joined(hub, "room")
+    broker.open.clear()
+    hub.publish_nowait("room", "0")
+    await until(lambda: broker.stalled)
+    for number in range(1, 100):
+        hub.publish_nowait("room", str(number))
+    broker.open.set()
+    await until(lambda: len(peer.got) == 100)
+    assert peer.got == [str(number) for number in range(100)]
+    sizes = [len(what) for name, what in broker.calls if name == "publish"]
+    assert sizes == [1, 99]
+
+
+async def test_a_batch_has_its_bounds(hub, broker, monkeypatch):
+    monkeypatch.setattr(link, "BATCH", 10)
+    monkeypatch.setattr(link, "BATCH_BYTES", 20)
+    peer = await joined(hub, "room")
+    for _ in range(15):
+        hub.publish_nowait("room", "x")
+    for _ in range(3):
+        hub.publish_nowait("room", "x" * 15)
+    await until(lambda: len(peer.got) == 18)
+    assert [len(what) for name, what in broker.calls if name == "publish"] == [10, 6, 2]
+
+
+async def test_from_threads_and_other_loops(hub, other):
+    peer = await joined(hub, "room")
+    elsewhere = Peer()
+    await asyncio.to_thread(other.run, hub.connect(elsewhere.websocket, "room"))
+    thread = threading.Thread(target=hub.publish_nowait, args=("room", "thread"))
+    thread.start()
+    await until(lambda: peer.got == ["thread"])
+    thread.join()
+    await asyncio.to_thread(other.run, hub.publish("room", "loop"))
+    await until(lambda: peer.got == elsewhere.got == ["thread", "loop"])
+    await asyncio.to_thread(other.run, hub.disconnect(elsewhere.websocket))
+
+
+async def test_a_message_that_is_too_large_is_refused_before_anything_is_sent(hub, broker):
+    peer = await joined(hub, "room")
+    hub._link._backend.max_payload = 10
+    for message in ("x" * 11, b"x" * 8):
+        with pytest.raises(PayloadTooLarge, match="at most 10"):
+            await hub.publish("room", message)
+        with pytest.raises(PayloadTooLarge):
+            hub.publish_nowait("room", message)
+    await hub.publish("room", "x" * 10)
+    await until(lambda: peer.got == ["x" * 10])
+
+
+async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
+    monkeypatch.setattr(link, "MAX_WAITING", 100)
+    peer = await joined(hub, "room")
+    broker.open.clear()
+    hub.publish_nowait("room", "first")
+    await until(lambda: broker.stalled)
+    hub.publish_nowait("room", "x" * 200)  # one always may
+    with pytest.raises(PublishQueueFull):
+        hub.publish_nowait("room", "x")
+    with pytest.raises(PublishQueueFull):
+        await hub.publish("room", "x")
+    assert hub.stats().failed == 2
+    broker.open.set()
+    await until(lambda: len(peer.got) == 2)
+
+
+async def test_what_is_neither_text_nor_ours_is_dropped_and_counted(hub, broker):
+    peer = await joined(hub, "room")
+    await hub._link._backend.publish([("room", b"\xfe"), ("room", b"\xff\x09"), ("room", b"text")])
+    assert hub.stats().backend.malformed == 2
+    await until(lambda: peer.got == ["text"])
+
+
+async def test_a_blocked_event_loop_loses_what_it_has_no_room_for(hub, broker, other, monkeypatch):
+    monkeypatch.setattr("starcast.shard.MAX_PENDING", 100)
+    elsewhere = Peer()
+    await hub.connect()
+    await asyncio.to_thread(other.run, hub.connect(elsewhere.websocket, "room"))
+    go, blocked = threading.Event(), threading.Event()
+
+    def block():
+        blocked.set()
+        go.wait(20)
+
+    other.loop.call_soon_threadsafe(block)
+    await asyncio.to_thread(blocked.wait, 20)
+    for number in range(3):
+        await hub.publish("room", str(number).ljust(60))
+    assert hub.stats().backend.lost == 2
+    go.set()
+    await until(lambda: len(elsewhere.got) == 1)
+    await asyncio.to_thread(other.run, hub.disconnect(elsewhere.websocket))
+
+
+# Subscriptions
+
+
+async def test_one_subscription_a_channel_until_the_last_one_leaves(hub, broker):
+    peers = [await joined(hub, "room") for _ in range(3)]
+    async with hub.subscribe("room"):
+        await hub.connect(peers[0].websocket, "room")  # again
+        assert subscribed(broker) == {"room"}
+        for peer in peers:
+            await hub.disconnect(peer.websocket)
+        assert subscribed(broker) == {"room"}
+    await until(lambda: not subscribed(broker))
+    assert asked(broker) == [("subscribe", "room"), ("unsubscribe", "room")]
+
+
+async def test_everybody_who_comes_at_once_waits_for_the_same_confirmation(hub, broker):
+    await hub.connect()
+    broker.open.clear()
+    peers = [Peer() for _ in range(5)]
+    connecting = [asyncio.create_task(hub.connect(peer.websocket, "room")) for peer in peers]
+    await until(lambda: broker.stalled)
+    assert not any(task.done() for task in connecting)
+    assert not any(peer.sent for peer in peers)  # not even accepted
+    broker.open.set()
+    await asyncio.gather(*connecting)
+    await hub.publish("room", "hello")
+    await until(lambda: all(peer.got == ["hello"] for peer in peers))
+    assert asked(broker) == [("subscribe", "room")]
+
+
+async def test_a_channel_that_is_left_and_wanted_again_meanwhile(hub, broker):
+    peer = await joined(hub, "room")
+    broker.open.clear()
+    await hub.disconnect(peer.websocket)
+    await until(lambda: broker.stalled)  # in unsubscribe
+    again = Peer()
+    connecting = asyncio.create_task(hub.connect(again.websocket, "room"))
+    await asyncio.sleep(0)
+    assert not connecting.done()
+    broker.open.set()
+    await connecting
+    await hub.publish("room", "hello")
+    await until(lambda: again.got == ["hello"])
+    assert [name for name, _ in asked(broker)] == ["subscribe", "unsubscribe", "subscribe"]
+
+
+async def test_a_broker_that_does_not_confirm(hub, broker):
+    await hub.connect()
+    broker.open.clear()
+    peer, accepted = Peer(), Peer()
+    with pytest.raises(BackendUnavailable):
+        await hub.connect(peer.websocket, "room")
+    assert not peer.sent
+    await accepted.websocket.accept()
+    with pytest.raises(BackendUnavailable) as caught:
+        await hub.connect(accepted.websocket, "room")
+    assert caught.value.code == 1013
+    with pytest.raises(BackendUnavailable):
+        await hub.subscribe("room").__aenter__()
+    assert not hub._link._holds["room"].count
+    assert not hub._link._holds["room"].waiting
+    broker.open.set()
+    await until(lambda: not hub._link._holds)
+    assert not subscribed(broker)
+
+
+async def test_a_channel_that_the_broker_refuses(hub, broker, caplog):
+    broker.refused.add("secret")
+    peer = await joined(hub, "room")
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match="nobody may have secret"):
+            await hub.connect(peer.websocket, "secret")
+    with pytest.raises(BackendUnavailable, match="nobody may have secret"):
+        await hub.publish("secret", "x")
+    hub.publish_nowait("secret", "x")
+    await until(lambda: hub.stats().backend.lost == 1)
+    assert hub.channels == {"room": 1}
+    await until(lambda: list(hub._link._holds) == ["room"])
+    await hub.publish("room", "still there")
+    await until(lambda: peer.got == ["still there"])
+    assert hub._link._backend.starts == 1
+    broker.refused.clear()
+    await hub.connect(peer.websocket, "secret")
+    assert caplog.text.count("does not give the channel 'secret'") == 2
+
+
+async def test_a_channel_that_the_broker_refuses_after_an_outage(hub, broker, caplog):
+    peer = await joined(hub, "room", "secret")
+    broker.refused.add("secret")
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.gaps)
+    assert subscribed(broker) == {"room"}
+    await hub.publish("room", "still there")
+    await until(lambda: peer.got == ["still there"])
+    await hub.disconnect(peer.websocket)
+    await until(lambda: not hub._link._holds)
+
+
+async def test_who_is_cancelled_while_waiting_holds_nothing(hub, broker):
+    await hub.connect()
+    broker.open.clear()
+    connecting = asyncio.create_task(hub.connect(Peer().websocket, "room"))
+    await until(lambda: broker.stalled)
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    broker.open.set()
+    await until(lambda: not hub._link._holds)
+
+
+async def test_a_client_that_leaves_while_the_broker_confirms(hub, broker):
+    await hub.connect()
+    peer = Peer()
+    await peer.websocket.accept()
+    broker.open.clear()
+    connecting = asyncio.create_task(hub.connect(peer.websocket, "room"))
+    await until(lambda: broker.stalled)
+    await peer.websocket.close()
+    broker.open.set()
+    with pytest.raises(ClientGone):
+        await connecting
+    await until(lambda: not hub._link._holds)
+
+
+# Outages
+
+
+async def test_after_an_outage_everything_is_subscribed_to_and_a_gap_is_told(broker, caplog):
+    gaps: list[Gap] = []
+    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append)
+    peer = await joined(hub, "a", "b")
+    async with hub.subscribe("a", gaps=True) as careful, hub.subscribe("a") as plain:
+        await hub.publish("a", "1")
+        broker.kill()
+        await lost(hub)
+        backend = hub.stats().backend
+        assert "killed" in backend.error
+        broker.up = True
+        await until(lambda: gaps)
+        await hub.publish("a", "2")
+        got = [await anext(careful) for _ in range(3)]
+        assert [got[0].message, got[2].message] == ["1", "2"]
+        assert got[1] is gaps[0]
+        assert [(await anext(plain)).message for _ in range(2)] == ["1", "2"]
+    assert subscribed(broker) == {"a", "b"}
+    assert peer.got == ["1", "2"]
+    assert gaps[0].seconds >= 0
+    assert "killed" in gaps[0].error
+    assert hub.stats().backend.gaps == 1
+    assert hub.stats().backend.state == "connected"
+    await hub.disconnect()
+    assert hub.stats().backend.state == "closed"
+
+
+async def test_it_tries_for_ever(hub, broker):
+    await joined(hub, "room")
+    starts = hub._link._backend.starts
+    broker.kill()
+    await until(lambda: hub._link._backend.starts >= starts + 20)
+    assert "the broker is down" in hub.stats().backend.error
+    broker.up = True
+    await until(lambda: hub.stats().backend.state == "connected")
+    assert subscribed(broker) == {"room"}
+
+
+async def test_publishing_during_an_outage(hub, broker):
+    peer = await joined(hub, "room")
+    broker.kill()
+    await lost(hub)
+    with pytest.raises(BackendUnavailable):
+        await hub.publish("room", "in vain")
+    hub.publish_nowait("room", "lost")
+    assert hub.stats().backend.lost == 1
+    assert hub.stats().failed == 1
+    publishing = asyncio.create_task(hub.publish("room", "patient"))
+    await asyncio.sleep(0)
+    broker.up = True
+    await publishing
+    await until(lambda: peer.got == ["patient"])
+
+
+async def test_what_was_under_way_when_the_connection_broke(hub, broker):
+    await joined(hub, "room")
+    broker.open.clear()
+    publishing = asyncio.create_task(hub.publish("room", "x"))
+    await until(lambda: broker.stalled)
+    hub.publish_nowait("room", "y")
+    hub.publish_nowait("room", "z")
+    broker.kill()
+    broker.open.set()
+    with pytest.raises(BackendUnavailable):
+        await publishing
+    await lost(hub)
+    await until(lambda: hub.stats().backend.lost == 2)
+    assert not await hub.healthy()
+
+
+async def test_a_broker_that_says_nothing_any_more_is_noticed(broker, monkeypatch):
+    monkeypatch.setattr(link, "PROBE_EVERY", 0.02)
+    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.1)
+    gaps: list[Gap] = []
+    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append)
+    await joined(hub, "room")
+    assert await hub.healthy()
+    heard = hub._link._heard
+    await until(lambda: hub._link._heard > heard)
+    broker.open.clear()
+    assert not await hub.healthy()
+    await lost(hub)
+    assert "did not answer" in hub.stats().backend.error
+    broker.open.set()
+    await until(lambda: gaps)
+    assert await hub.healthy()
+    await hub.disconnect()
+
+
+async def test_a_loop_that_is_blocked_is_no_outage(broker, monkeypatch):
+    monkeypatch.setattr(link, "PROBE_EVERY", 0.01)
+    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.2)
+    hub = Broadcast(backend=Bus(broker))
+    await joined(hub, "room")
+    for _ in range(3):
+        asked = sum(name == "publish" for name, _ in broker.calls)
+        broker.open.clear()  # the answer is there when the loop looks again
+        await until(lambda: sum(name == "publish" for name, _ in broker.calls) > asked)  # noqa: B023  # now
+        asyncio.get_running_loop().call_soon(time.sleep, 0.25)
+        asyncio.get_running_loop().call_soon(broker.open.set)
+        await asyncio.sleep(0.02)
+    assert hub.stats().backend.gaps == 0
+    assert hub.stats().backend.state == "connected"
+    await hub.disconnect()
+
+
+async def test_a_connection_that_breaks_while_it_is_being_made(hub, broker):
+    await joined(hub, "room")
+    broker.kill()
+    await lost(hub)
+    broker.open.clear()
+    broker.up = True
+    await until(lambda: broker.stalled)
+    broker.open.set()
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.state == "connected")
+    assert subscribed(broker) == {"room"}
+
+
+async def test_clients_may_be_closed_after_a_gap(broker):
+    hub = Broadcast(backend=Bus(broker), after_gap="close")
+    peer, other = await joined(hub, "room"), await joined(hub, "room")
+    broker.kill()
+    broker.up = True
+    await until(lambda: peer.closed == other.closed == 1012)
+    assert len(hub) == 0
+    await hub.disconnect()
+
+
+async def test_an_error_in_on_gap_is_logged(broker, caplog):
+    def raising(gap: Gap) -> None:
+        raise LookupError("a mistake")
+
+    hub = Broadcast(backend=Bus(broker), on_gap=raising)
+    peer = await joined(hub, "room")
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.gaps)
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    assert "on_gap raised" in caplog.text
+    caplog.clear()
+    await hub.disconnect()
+
+
+async def test_clients_that_send_during_an_outage_stay(hub, broker, caplog):
+    peer = Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket, "room"))
+    await until(lambda: len(hub) == 1)
+    broker.kill()
+    await lost(hub)
+    for number in range(300):
+        peer.say(str(number))
+    await until(lambda: hub.stats().backend.lost == 299)  # one is waited for
+    await until(lambda: hub.stats().failed == 1)
+    assert [r.levelname for r in caplog.records].count("ERROR") == 1
+    caplog.clear()
+    broker.up = True
+    await until(lambda: hub.stats().backend.state == "connected")
+    peer.say("works")
+    await until(lambda: peer.got == ["works"])
+    peer.leave()
+    await serving
+
+
+# Opening and closing
+
+
+async def test_a_broker_that_is_not_there_is_said_at_once(broker):
+    broker.up = False
+    hub = Broadcast(backend=Bus(broker))
+    with pytest.raises(BackendUnavailable, match="is down"):
+        await hub.connect()
+    peer = Peer()
+    with pytest.raises(BackendUnavailable):
+        await hub.connect(peer.websocket)
+    assert not peer.sent
+    with pytest.raises(BackendUnavailable, match="not open"):
+        hub.publish_nowait("room", "x")
+    assert not await hub.healthy()
+    assert hub.stats().backend.state == "closed"
+    broker.up = True
+    await hub.connect()
+    await hub.disconnect()
+    with pytest.raises(BackendUnavailable, match="not open"):
+        await hub.publish("room", "x")
+    await hub.connect()
+    assert await hub.healthy()
+    await hub.disconnect()
+
+
+async def test_a_broker_that_takes_too_long(broker, monkeypatch):
+    monkeypatch.setattr(link, "CONNECT_TIMEOUT", 0.05)
+    broker.open.clear()
+    hub = Broadcast(backend=Bus(broker))
+    with pytest.raises(BackendUnavailable, match="in time"):
+        await hub.connect()
+    assert not broker.buses
+
+
+async def test_closing_during_an_outage(broker):
+    hub = Broadcast(backend=Bus(broker))
+    peer = await joined(hub, "room")
+    broker.kill()
+    await lost(hub)
+    await hub.disconnect()
+    assert peer.closed == 1001
+    assert not starcast_tasks()
+    assert not hub._link._holds
+
+
+async def test_closing_while_a_publish_is_under_way(broker):
+    hub = Broadcast(backend=Bus(broker))
+    await joined(hub, "room")
+    broker.open.clear()
+    publishing = asyncio.create_task(hub.publish("room", "x"))
+    await until(lambda: broker.stalled)
+    await hub.disconnect()
+    with pytest.raises(BackendUnavailable):
+        await publishing
+
+
+async def test_a_backend_that_does_not_stop(broker, monkeypatch, caplog):
+    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.05)
+
+    class Stuck(Bus):
+        async def stop(self) -> None:
+            await asyncio.Event().wait()
+
+    hub = Broadcast(backend=Stuck(broker))
+    await hub.connect()
+    await hub.disconnect()
+    assert "did not end in order" in caplog.text
+
+
+async def test_closing_from_another_loop(broker, other):
+    hub = Broadcast(backend=Bus(broker))
+    peer = await joined(hub, "room")
+    await asyncio.to_thread(other.run, hub.disconnect())
+    assert hub.stats().backend.state == "closed"
+    await until(lambda: peer.closed == 1001)
+    assert not broker.buses
+
+
+async def test_the_loop_of_the_connection_ends(broker):
+    """As with bare TestClient sockets, each of which has a loop of its own."""
+    gaps: list[Gap] = []
+    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append)
+    first = OtherLoop()
+    await asyncio.to_thread(first.run, hub.connect())
+    peer = await joined(hub, "room")
+    await asyncio.to_thread(first.close)
+    assert not await hub.healthy()
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    assert hub._link._loop is asyncio.get_running_loop()
+    assert len(gaps) == 1
+    await hub.disconnect()
+
+
+async def test_a_hub_that_was_never_opened_closes(broker):
+    await Broadcast(backend=Bus(broker)).disconnect()
+    assert not broker.calls
+
+
+async def test_closing_after_the_loop_of_the_connection_has_ended(broker):
+    hub = Broadcast(backend=Bus(broker))
+    first = OtherLoop()
+    await asyncio.to_thread(first.run, hub.connect())
+    await asyncio.to_thread(first.close)
+    await hub.disconnect()
+    assert hub.stats().backend.state == "closed"
+    assert not broker.buses
+
+
+async def test_an_earlier_connection_has_no_say_any_more(hub, broker):
+    peer = await joined(hub, "room")
+    bus = hub._link._backend
+    deliver, lost_before = bus.deliver, bus.lost
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.gaps)
+    lost_before(ConnectionError("late"))
+    deliver("room", b"late")
+    await hub.publish("room", "in time")
+    await until(lambda: peer.got == ["in time"])
+    assert hub.stats().backend.state == "connected"
+
+
+async def test_a_connection_that_breaks_while_it_subscribes(broker):
+    class Fragile(Bus):
+        async def subscribe(self, channel: str) -> None:
+            if channel == "room" and self.starts == 2:
+                del self.broker.buses[self]
+                self.lost(ConnectionError("broke again"))
+            await super().subscribe(channel)
+
+    bus = Fragile(broker)
+    hub = Broadcast(backend=bus)
+    peer = await joined(hub, "room")
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.gaps)
+    assert bus.starts == 3
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    await hub.disconnect()
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+async def test_a_subscription_under_way_when_the_connection_breaks(hub, broker, leaving):
+    peer = await joined(hub, "room")
+    broker.open.clear()
+    if leaving:
+        await hub.disconnect(peer.websocket)
+    else:
+        connecting = asyncio.create_task(hub.connect(peer.websocket, "another"))
+    await until(lambda: broker.stalled)
+    broker.kill()
+    broker.up = True
+    broker.open.set()
+    await until(lambda: hub.stats().backend.gaps)
+    if leaving:
+        await until(lambda: not hub._link._holds)
+        assert not subscribed(broker)
+    else:
+        with contextlib.suppress(BackendUnavailable):  # which of both comes first
+            await connecting
+        await until(lambda: subscribed(broker) == set(hub.channels))
+
+
+def test_what_becomes_of_clients_after_a_gap_is_one_of_two():
+    with pytest.raises(ConfigurationError, match="after_gap"):
+        Broadcast(after_gap="explode")
+
+
+# What checks a backend of one's own
+
+
+async def test_a_check_says_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(testing, "DEADLINE", 0.05)
+
+    class Deaf(Bus):
+        async def publish(self, messages) -> None:
+            pass
+
+    class Leaking(Bus):
+        async def stop(self) -> None:
+            await super().stop()
+            tasks.append(asyncio.create_task(asyncio.Event().wait()))
+
+    class Complaining(Bus):
+        async def stop(self) -> None:
+            self.lost(ConnectionError("stopped"))
+
+    tasks: list[asyncio.Task] = []
+    with pytest.raises(AssertionError, match="0 of 2 messages"):
+        await testing.what_is_published_arrives(Deaf)
+    with pytest.raises(AssertionError, match="tasks are left"):
+        await testing.nothing_is_left_behind(Leaking)
+    with pytest.raises(AssertionError, match="`lost` was called"):
+        await testing.a_channel_that_is_left_is_silent(Complaining)
+    for task in tasks:
+        task.cancel()
