@@ -1,0 +1,372 @@
+"""NATS: core subjects, over nats-py.
+
+nats-py is used without its reconnecting, its queues and its flush:
+
+- A subscription of nats-py normally has a queue and a task, which breaks a publisher's order across
+  channels and drops what is too much. One with a `future=` hands each message to that future as it
+  is read, so `_Sink`, a future that takes every message, gets them all in the order of the wire.
+- `Client.flush()` writes its PING ahead of the commands that its flusher task still has, and if it
+  is cancelled, the PONG ends the task that reads. So we ask the broker by a message to ourselves:
+  it handles what one connection sends in turn, and when the message is back, all before it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import ssl
+from collections.abc import Callable, Sequence
+from functools import partial
+from secrets import token_hex
+from typing import Any
+from urllib.parse import ParseResult, unquote, urlsplit
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
+
+from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
+from .base import Deliver, Lost
+
+START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
+CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
+ANSWER_TIMEOUT = 10.0  # seconds that the broker has to confirm a call
+STOP_TIMEOUT = 1.0  # seconds for nats-py to end its tasks, which takes a few turns of the loop
+
+# Bytes that may wait in nats-py because the socket takes no more; further calls raise.
+MAX_UNSENT = 8 * 1024 * 1024
+
+# Characters. A server takes 4,096 bytes of subject; 200 characters of a channel take up to 2,400.
+MAX_PREFIX = 200
+
+# Printable ASCII but the wildcards, in tokens between dots; the last one may be empty.
+_PREFIX = re.compile(r"(?:[!-)+,\-/-=?-~]+\.)*[!-)+,\-/-=?-~]*")
+_ENCODED = re.compile(rb"[^A-Za-z0-9_-]")
+
+# What this module decides for itself; no option of the user's.
+_FIXED: dict[str, Any] = {
+    "allow_reconnect": False,
+    # With 0 it would never give up. Now each server is tried twice, without a pause.
+    "max_reconnect_attempts": 1,
+    "reconnect_time_wait": 0,
+    "connect_timeout": CONNECT_TIMEOUT,
+    # Commands are never kept for a later connection, and handing one over never suspends. (Where
+    # it would, nats-py swallows a cancellation.)
+    "pending_size": 0,
+    "flusher_queue_size": 0,
+    "no_echo": False,
+    "verbose": False,
+}
+
+
+class _Sink(asyncio.Future[Msg]):
+    """Takes every message of one subscription, in the turn in which it was read."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def set_result(self, result: Msg, /) -> None:
+        self._take(result.data)
+
+
+class _Wire(TcpTransport):
+    """The transport of nats-py, made to end at once and to insist on TLS for `tls://`."""
+
+    _plain = False  # tls:// was asked for, and there is no TLS yet
+    _login = b""
+
+    def __bool__(self) -> bool:
+        return True  # else nats-py makes a transport of its own
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
+        self._plain = uri.scheme == "tls"
+        await super().connect(uri, buffer_size, connect_timeout)
+
+    async def connect_tls(
+        self,
+        uri: str | ParseResult,
+        ssl_context: ssl.SSLContext,
+        buffer_size: int,
+        connect_timeout: int,
+    ) -> None:
+        # nats-py's own leaves the streams not knowing of TLS: asyncio logs a warning at the end,
+        # and a reader that is full stops nobody.
+        assert self._io_writer is not None
+        host = uri if isinstance(uri, str) else uri.hostname
+        async with asyncio.timeout(connect_timeout):
+            await self._io_writer.start_tls(ssl_context, server_hostname=host)
+        self._plain = False
+
+    def write(self, payload: bytes) -> None:
+        if self._plain:  # this would be the password; nats-py would send it
+            raise nats.errors.SecureConnWantedError
+        if payload.startswith(b"CONNECT "):
+            # It goes with the PING that follows. A server that refuses the login and then finds a
+            # PING unread resets the connection, and its reason may be lost.
+            self._login = payload
+            return
+        self.writelines([self._login, payload])
+        self._login = b""
+
+    def writelines(self, payload: list[bytes]) -> None:
+        assert self._io_writer is not None
+        # On uvloop an error, which would break nats-py's closing. The task that reads sees the end.
+        if not self._io_writer.transport.is_closing():
+            # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
+            super().write(b"".join(payload))
+
+    async def drain(self) -> None:
+        with contextlib.suppress(OSError):  # the same
+            await super().drain()
+
+    def close(self) -> None:
+        # An orderly close waits for a broker that may be frozen, with TLS for 30 seconds.
+        if self._io_writer is not None:
+            self._io_writer.transport.abort()
+
+
+class _Session:
+    """One connection, from its start to its end."""
+
+    def __init__(self, inbox: str, name: str, deliver: Deliver) -> None:
+        self.lost: Lost | None = None  # set when it has started
+        self.client = Client()
+        self.trouble: Exception | None = None
+        self._inbox = inbox
+        self._name = name
+        self._deliver = deliver
+        self._wire = _Wire()
+        self.client._transport = self._wire
+        self._subscriptions: dict[str, Subscription] = {}
+        self._numbers = itertools.count()
+        self._waiters: dict[bytes, asyncio.Future[str]] = {}  # "", or what is wrong
+        self._refusal = ""
+        self._connecting = False
+        self._ended = asyncio.Event()
+
+    async def open(self, servers: list[str], options: dict[str, Any]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
+        self._connecting = True
+        try:
+            await self.client.connect(
+                servers, error_cb=self._on_error, closed_cb=self._on_closed, **options, **_FIXED
+            )
+        finally:
+            self._connecting = False
+        if task.cancelling() > cancellations:  # Python 3.11's `wait_for` may have swallowed one
+            raise asyncio.CancelledError
+        if not self.client.is_connected:  # nats-py takes silence for consent
+            raise nats.errors.UnexpectedEOF
+        await self.client.subscribe(self._inbox, future=_Sink(self._on_answer))
+        await self.confirm()
+
+    async def confirm(self) -> None:
+        """Come back when the broker has handled everything that was handed over until now."""
+        number = b"%d" % next(self._numbers)
+        await self.client.publish(self._inbox, number)
+        waiter = self._waiters[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                trouble = await waiter
+        except TimeoutError:
+            trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
+        finally:
+            del self._waiters[number]
+        if trouble:
+            raise BackendUnavailable(f"{self._name}: {trouble}")
+
+    async def subscribe(self, channel: str, subject: str) -> None:
+        sink = _Sink(partial(self._deliver, channel))
+        self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
+        try:
+            await self.confirm()
+        except BaseException:
+            await self.forget(channel)
+            raise
+
+    async def forget(self, channel: str) -> None:
+        """Unsubscribe, without waiting for anything."""
+        subscription = self._subscriptions.pop(channel, None)
+        if subscription is not None and not self.client.is_closed:
+            await subscription.unsubscribe()
+
+    async def close(self) -> None:
+        """End the connection and nats-py's tasks."""
+        self.lost = None
+        self._release("it was stopped")
+        self._wire.close()
+        if self._connecting:  # nats-py would go on; `open` fails now, and `start` closes it then
+            return
+        # nats-py may complain about a connection that was never made.
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await self.client.close()
+                await self._ended.wait()  # it may have been closing by itself already
+
+    def _release(self, trouble: str) -> None:
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_result(trouble)
+
+    def _on_answer(self, number: bytes) -> None:
+        # An error that came since the last answer belongs to what was sent since then.
+        refusal, self._refusal = self._refusal, ""
+        waiter = self._waiters.get(number)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(refusal)
+
+    async def _on_error(self, error: Exception) -> None:
+        self.trouble = error
+        if "permissions violation" in str(error):  # the only error that a connection survives
+            self._refusal = str(error)
+
+    async def _on_closed(self) -> None:
+        trouble = f"the connection broke ({self.client.last_error})"
+        self._release(trouble)
+        self._ended.set()
+        if self.lost is not None:
+            self.lost(BackendUnavailable(f"{self._name}: {trouble}"))
+
+
+class NatsBackend:
+    """`Broadcast("nats://localhost:4222")`: core NATS, nothing is stored.
+
+    A channel is the subject of the prefix and the channel's name, in which every byte of its UTF-8
+    form that is not an ASCII letter, a digit, `-` or `_` is written as `%` and two upper-case hex
+    digits. The channel `room 1.b` is `starcast:room%201%2Eb`, so no name is a wildcard or has two
+    tokens. `nats pub starcast:lobby hello` reaches the clients of the channel `lobby`; headers and
+    reply subjects are ignored. With the prefix `starcast.` all channels are `starcast.*` in
+    permissions and for other subscribers.
+
+    One publisher's messages keep their order, also across channels. Those of two publishers may
+    reach two processes in different orders.
+
+    A process also has a subject `%-` and a random word after the prefix: what it sends there and
+    gets back tells that the broker has handled all that went before.
+
+    Args:
+        url: `nats://` or `tls://`, with `user:password@` or `token@` (percent-encoded) before the
+            host; port 4222 by default. More servers of a cluster follow after commas; one of them
+            is chosen at random. `tls://` refuses a server without TLS; `nats://` uses TLS when
+            the server asks for it.
+        prefix: What subjects begin with: up to 200 printable ASCII characters without blanks, `*`
+            and `>`; may be empty.
+        options: Further arguments of `nats.connect`, such as `tls` (an `ssl.SSLContext`),
+            `user_credentials`, `nkeys_seed` or `name`.
+
+    Attributes:
+        max_payload: Bytes that one message may have: 1 MiB, until a server has told its own limit.
+
+    Raises:
+        ConfigurationError: The URL, the prefix or an option makes no sense.
+    """
+
+    def __init__(self, url: str, *, prefix: str = "starcast:", **options: Any) -> None:
+        if len(prefix) > MAX_PREFIX or not _PREFIX.fullmatch(prefix):
+            raise ConfigurationError(
+                f"a prefix of subjects is up to {MAX_PREFIX} printable ASCII characters without "
+                f"blanks, '*', '>' and empty tokens, not {prefix!r}"
+            )
+        if taken := options.keys() & {*_FIXED, "servers", "error_cb", "closed_cb"}:
+            raise ConfigurationError(f"the backend sets these options: {', '.join(sorted(taken))}")
+        self._servers, login = _read(url)
+        self._name = "NATS at " + ", ".join(url.partition("://")[2] for url in self._servers)
+        self._options = {**login, **options}
+        self._prefix = prefix
+        self._session: _Session | None = None
+        self.max_payload = 1024 * 1024
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await session.open(self._servers, self._options)
+            # It may also have been stopped, or have broken just now.
+            if self._session is not session or session.client.is_closed:
+                raise nats.errors.ConnectionClosedError
+        except BaseException as error:
+            await session.close()
+            if self._session is session:
+                self._session = None
+            if isinstance(error, (OSError, ValueError, nats.errors.Error)):
+                reason = str(session.trouble or error) or "no answer in time"
+                raise self._unavailable(reason) from None
+            raise
+        self.max_payload = session.client.max_payload
+        session.lost = lost
+
+    async def stop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def subscribe(self, channel: str) -> None:
+        await self._opened().subscribe(channel, self._subject(channel))
+
+    async def unsubscribe(self, channel: str) -> None:
+        session = self._opened()
+        await session.forget(channel)
+        await session.confirm()
+
+    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+        session = self._opened()
+        for _, payload in messages:
+            if len(payload) > self.max_payload:
+                raise PayloadTooLarge(
+                    f"a message of {len(payload)} bytes is more than the {self.max_payload} that "
+                    f"{self._name} takes"
+                )
+        for channel, payload in messages:
+            await session.client.publish(self._subject(channel), payload)
+        await session.confirm()
+
+    def _opened(self) -> _Session:
+        session = self._session
+        if session is None or session.client.is_closed:
+            raise self._unavailable("not connected")
+        if session.client.pending_data_size > MAX_UNSENT:
+            raise self._unavailable("it does not take what is sent")
+        return session
+
+    def _subject(self, channel: str) -> str:
+        encoded = _ENCODED.sub(lambda match: b"%%%02X" % match[0][0], channel.encode())
+        return self._prefix + encoded.decode()
+
+    def _unavailable(self, reason: str) -> BackendUnavailable:
+        return BackendUnavailable(f"{self._name}: {reason}")
+
+
+def _read(url: str) -> tuple[list[str], dict[str, str]]:
+    """Take the servers and the login out of a URL: nats-py does not decode a password."""
+    scheme, _, rest = url.partition("://")
+    servers: list[str] = []
+    logins: list[dict[str, str]] = []
+    try:
+        for part in rest.split(","):
+            parts = urlsplit(f"{scheme}://{part.removeprefix(f'{scheme}://')}")
+            host, port = parts.hostname, parts.port or 4222
+            if scheme not in ("nats", "tls") or not host or "".join(parts[2:]) not in ("", "/"):
+                raise ValueError
+            servers.append(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+            if parts.password is not None:
+                logins.append(
+                    {"user": unquote(parts.username or ""), "password": unquote(parts.password)}
+                )
+            elif parts.username:
+                logins.append({"token": unquote(parts.username)})
+        if any(login != logins[0] for login in logins):
+            raise ValueError
+    except ValueError:
+        # Neither the URL nor what `urlsplit` says of it: both may hold the password.
+        raise ConfigurationError(
+            "a URL of NATS is nats:// or tls://, then user:password@ or token@ if there is one "
+            "(percent-encoded, the same for all servers), and host:port, more of them after commas"
+        ) from None
+    return servers, logins[0] if logins else {}

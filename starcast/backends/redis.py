@@ -1,0 +1,258 @@
+"""The backend over Redis or Valkey: SUBSCRIBE on one connection, PUBLISH on another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import RedisError, ResponseError
+
+from ..exceptions import BackendUnavailable, ConfigurationError
+from .base import Deliver, Lost
+
+Command = tuple[str | bytes, ...]
+
+_SUBSCRIBER, _PUBLISHER = range(2)  # the two connections
+
+# Seconds that both connections may take to be open, together.
+CONNECT_TIMEOUT = 5.0
+
+# What a URL or a client may have set differently.
+_SETTINGS: dict[str, Any] = {
+    # A message is an array like any other. In version 3 it is a push, of which redis-py makes a
+    # text for a debug log, message by message.
+    "protocol": 2,
+    "decode_responses": False,
+    # redis-py would connect again and re-subscribe, and nobody would know of the gap.
+    "retry": None,
+    "retry_on_error": [],
+    "retry_on_timeout": False,
+    # A channel may be silent for hours. The hub probes by itself whether the broker is alive.
+    "socket_timeout": None,
+    "socket_connect_timeout": CONNECT_TIMEOUT,
+    "health_check_interval": 0,
+}
+
+
+class RedisBackend:
+    """A connection to one Redis or Valkey server.
+
+    A channel's name there is the prefix and the name, in UTF-8: `PUBLISH starcast:news hello`
+    reaches the channel `news`. Nothing in a name is special, for it is never a pattern. A number of
+    a database in the URL makes no difference: Redis has the same channels in all of them, and apps
+    that share a server need different prefixes.
+
+    Redis forgets a message once it has handed it to who is subscribed, and drops the connection of
+    a subscriber that is behind by more than `client-output-buffer-limit pubsub`, which is 32 MB (or
+    8 MB for a minute) by default. Messages are therefore limited to 8 MiB. A user with few rights
+    needs `+ping +publish +subscribe +unsubscribe` and `&starcast:*`.
+
+    Args:
+        url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`. What
+            is special in a URL is escaped in a password (`%40` for `@`). Options of
+            `redis.asyncio.Connection` may follow: `rediss://host?ssl_ca_certs=/path/ca.pem`.
+        client: In place of the URL, a `redis.asyncio.Redis` that the app has already. Two more
+            connections are made with its settings. The client itself is neither used nor closed.
+        prefix: What the names of the channels begin with on the server. May be empty.
+
+    Raises:
+        ConfigurationError: The URL makes no sense, or there is not one of URL and client.
+    """
+
+    max_payload = 8 * 1024 * 1024
+
+    def __init__(
+        self, url: str | None = None, *, client: Redis | None = None, prefix: str = "starcast:"
+    ) -> None:
+        if url is not None and client is None:
+            pool = _pool(url)
+        elif isinstance(client, Redis) and url is None:
+            pool = client.connection_pool
+        else:
+            raise ConfigurationError("RedisBackend takes a URL or a redis.asyncio.Redis")
+        self._class: Callable[..., AbstractConnection] = pool.connection_class
+        self._settings = {**pool.connection_kwargs, **_SETTINGS}
+        # It needs version 3, and tells of another address to connect to; the hub does that.
+        self._settings.pop("maint_notifications_config", None)
+        address = "{host}:{port}".format(**{"host": "localhost", "port": 6379, **self._settings})
+        self._where = f"Redis at {self._settings.get('path', address)}"
+        self._prefix = prefix
+        self._pipes: list[_Pipe] = []
+        self._lost: Lost | None = None  # None if stopped or broken
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        connections = [self._class(**self._settings) for _ in (_SUBSCRIBER, _PUBLISHER)]
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                for connection in connections:
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                    # A server that wants a password may say so only now.
+                    await connection.send_command("PING")
+                    await connection.read_response()
+        except BaseException as error:
+            for connection in connections:
+                await _drop(connection)
+            if not isinstance(error, Exception):
+                raise
+            raise BackendUnavailable(f"no connection to {self._where}: {_reason(error)}") from None
+        cut = len(self._prefix)
+
+        def take(name: bytes, payload: bytes) -> None:
+            deliver(name.decode()[cut:], payload)
+
+        self._pipes = [_Pipe(connection, take, self._break) for connection in connections]
+        self._lost = lost
+
+    async def stop(self) -> None:
+        self._lost = None
+        pipes, self._pipes = self._pipes, []
+        self._close(pipes, "was closed")
+        for pipe in pipes:
+            await _drop(pipe.connection)
+        # On a loop that has ended, no task is left and none could be waited for.
+        if tasks := [pipe.task for pipe in pipes if not pipe.task.done()]:
+            await asyncio.wait(tasks)
+
+    async def subscribe(self, channel: str) -> None:
+        name = self._name(channel)
+        try:
+            await self._ask(_SUBSCRIBER, [("SUBSCRIBE", name)])
+        except asyncio.CancelledError:
+            if self._lost is not None:
+                self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", name)]).cancel()  # nobody waits for that
+            raise
+
+    async def unsubscribe(self, channel: str) -> None:
+        await self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", self._name(channel))])
+
+    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+        commands = [("PUBLISH", self._name(channel), payload) for channel, payload in messages]
+        await self._ask(_PUBLISHER, commands)
+
+    def _name(self, channel: str) -> bytes:
+        return (self._prefix + channel).encode()
+
+    def _ask(self, pipe: int, commands: Sequence[Command]) -> asyncio.Future[None]:
+        if self._lost is None:
+            raise BackendUnavailable(f"there is no connection to {self._where}")
+        return self._pipes[pipe].ask(commands)
+
+    def _break(self, error: BaseException) -> None:
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            lost(self._close(self._pipes, f"is lost: {_reason(error)}"))
+
+    def _close(self, pipes: list[_Pipe], how: str) -> Exception:
+        error = BackendUnavailable(f"the connection to {self._where} {how}")
+        for pipe in pipes:
+            pipe.close(error)
+        return error
+
+
+class _Pipe:
+    """One connection. Commands go out at once; a task reads the answers, which come in order.
+
+    Nobody reads or writes but this, so a call that is cancelled leaves everything in step.
+    """
+
+    def __init__(
+        self,
+        connection: AbstractConnection,
+        take: Callable[[bytes, bytes], None],
+        broken: Callable[[BaseException], None],
+    ) -> None:
+        # redis-py has no public way to write without waiting, which a cancellation would turn into
+        # a broken connection, nor to close without waiting for a server that does not read.
+        writer = connection._writer
+        assert writer is not None
+        self.connection = connection
+        self._writer = writer
+        self._take = take
+        self._broken = broken
+        # One for each answer to come. As many as there are commands in calls that wait.
+        self._asked: deque[asyncio.Future[None]] = deque()
+        self.task = asyncio.create_task(self._read())
+
+    def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
+        """Write the commands; what comes back is done when the last of them is answered."""
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if commands:
+            self._asked.extend([answered] * len(commands))
+            self._writer.writelines(self.connection.pack_commands(commands))
+        else:
+            answered.set_result(None)
+        return answered
+
+    def close(self, error: Exception) -> None:
+        self._writer.transport.abort()
+        self.task.cancel()
+        for answered in self._asked:
+            if not answered.done():
+                answered.set_exception(error)
+        self._asked.clear()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                try:
+                    # Gives no turn to the loop as long as there is something to parse.
+                    answer = await self.connection.read_response(disable_decoding=True)
+                except ResponseError as error:
+                    if not self._asked:
+                        raise
+                    self._answer(error)
+                else:
+                    if isinstance(answer, list) and answer[0] == b"message":
+                        self._take(answer[1], answer[2])
+                    else:
+                        self._answer()
+        except asyncio.CancelledError as error:
+            self._broken(error)  # unless it was `close`, the loop comes to its end
+            raise
+        except Exception as error:
+            self._broken(error)
+
+    def _answer(self, refusal: ResponseError | None = None) -> None:
+        answered = self._asked.popleft()
+        if answered.done():
+            return  # cancelled, or an earlier command of it was refused
+        if refusal is not None:
+            answered.set_exception(BackendUnavailable(f"Redis refuses: {_reason(refusal)}"))
+        elif not self._asked or self._asked[0] is not answered:
+            answered.set_result(None)
+
+
+def _pool(url: str) -> ConnectionPool:
+    try:
+        parts = urlsplit(url)
+        if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
+            raise ValueError("a password that ends the host's part of the URL")
+        pool = ConnectionPool.from_url(url)
+        pool.connection_class(**pool.connection_kwargs)  # looks at the options, and no more
+    except Exception:
+        # Not what was wrong: it may be a piece of the password.
+        raise ConfigurationError(
+            "not a URL of a Redis server, or with unknown options; it looks like "
+            "redis://user:password@host:6379, with %40 for an @ in the password and so on"
+        ) from None
+    return pool
+
+
+async def _drop(connection: AbstractConnection) -> None:
+    """Close at once. Does not suspend."""
+    if connection._writer is not None:
+        connection._writer.transport.abort()
+    await connection.disconnect(nowait=True)
+
+
+def _reason(error: BaseException) -> str:
+    """Say what happened, without what a server repeats of a command it does not know: AUTH."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {CONNECT_TIMEOUT:g} seconds"
+    text = str(error) if isinstance(error, RedisError | OSError) else type(error).__name__
+    return text.partition(", with args")[0]

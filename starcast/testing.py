@@ -1,0 +1,235 @@
+"""What every backend must do: `CHECKS` for a test suite of your own.
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("check", starcast.testing.CHECKS, ids=lambda check: check.__name__)
+    async def test_my_backend(check):
+        await check(lambda: MyBackend("my://localhost"))
+
+Each check takes a function that makes a backend, and makes as many as it needs; all of them talk to
+the same broker. It raises AssertionError if something is not as it must be, and leaves nothing
+behind. The channels that it uses begin with `check-`. Nothing here needs pytest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from .backends import Backend
+from .broadcast import Broadcast
+
+Make = Callable[[], Backend]
+Check = Callable[[Make], Awaitable[None]]
+
+# Seconds that a check waits for something before it fails.
+DEADLINE = 10.0
+
+# Names that a broker might take for something else, and the longest there is.
+ODD_NAMES = [
+    *("*", ">", "a.b", "a..b", ".", "a b", "a*", "'", '"', "\\", "%s", "%20", "{}", "$1", "#", "?"),
+    *(
+        "\N{GRINNING FACE}",
+        "\xe9",
+        "e\u0301",
+        "A",
+        "a",
+        "-",
+        "--",
+        "; DROP TABLE x",
+        "\N{DEGREE SIGN}" * 200,
+    ),
+    *("x" * 200, "x" * 199 + "y"),
+]
+
+MESSAGES = [
+    *(b"", b"text", b" ", "\N{GRINNING FACE}".encode(), b"a\r\nb", b"a\0b", b"'; DROP TABLE x; --"),
+    *(b"\xff\x01\x01\x00\xfe", b"\xff\x01\x01" + bytes(range(256)), b"x" * 7999, b"x" * 8000),
+    *("\N{DEGREE SIGN}".encode() * 5000, b"x" * 100_000),
+]
+
+
+class Inbox:
+    """Takes what a backend delivers, and its word that the connection is lost."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, bytes]] = []
+        self.errors: list[Exception] = []
+        self._news = asyncio.Event()
+
+    def deliver(self, channel: str, payload: bytes) -> None:
+        self.got.append((channel, payload))
+        self._news.set()
+
+    def lost(self, error: Exception) -> None:
+        self.errors.append(error)
+        self._news.set()
+
+    async def until(self, count: int) -> list[tuple[str, bytes]]:
+        """Wait until so many messages have come, and return all."""
+        deadline = time.monotonic() + DEADLINE
+        while len(self.got) < count:
+            assert not self.errors, f"the connection was lost: {self.errors}"
+            left = deadline - time.monotonic()
+            assert left > 0, f"{len(self.got)} of {count} messages came within {DEADLINE:g} seconds"
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._news.wait()
+        return self.got
+
+
+@contextlib.asynccontextmanager
+async def _started(make: Make) -> AsyncIterator[tuple[Backend, Inbox]]:
+    backend, inbox = make(), Inbox()
+    async with asyncio.timeout(DEADLINE):
+        await backend.start(inbox.deliver, inbox.lost)
+    try:
+        yield backend, inbox
+    finally:
+        async with asyncio.timeout(DEADLINE):
+            await backend.stop()
+        assert not inbox.errors, f"`lost` was called: {inbox.errors}"
+
+
+def _channel(name: str = "") -> str:
+    return f"check-{uuid.uuid4().hex}-{name}"[:200]
+
+
+async def what_is_published_arrives(make: Make) -> None:
+    """At every backend that is subscribed, the publishing one too."""
+    channel = _channel()
+    async with _started(make) as (one, ones), _started(make) as (two, twos):
+        await one.subscribe(channel)
+        await two.subscribe(channel)
+        await one.publish([(channel, b"1")])
+        await two.publish([(channel, b"2")])
+        for inbox in (ones, twos):
+            assert sorted(await inbox.until(2)) == [(channel, b"1"), (channel, b"2")]
+
+
+async def a_payload_arrives_as_it_was(make: Make) -> None:
+    channel = _channel()
+    async with _started(make) as (backend, inbox):
+        await backend.subscribe(channel)
+        sent = [message for message in MESSAGES if len(message) <= backend.max_payload]
+        for message in sent:
+            await backend.publish([(channel, message)])
+        assert [message for _, message in await inbox.until(len(sent))] == sent
+
+
+async def equal_messages_of_one_batch_all_arrive(make: Make) -> None:
+    channel = _channel()
+    async with _started(make) as (backend, inbox):
+        await backend.subscribe(channel)
+        await backend.publish([(channel, b"same")] * 5)
+        await backend.publish([(channel, b"last")])
+        assert [payload for _, payload in await inbox.until(6)] == [b"same"] * 5 + [b"last"]
+
+
+async def order_is_kept_within_and_across_channels(make: Make) -> None:
+    channels = [_channel(str(number)) for number in range(3)]
+    async with _started(make) as (backend, inbox):
+        for channel in channels:
+            await backend.subscribe(channel)
+        sent = [(channels[number % 3], str(number).encode()) for number in range(1000)]
+        for start in range(0, 1000, 100):
+            await backend.publish(sent[start : start + 100])
+        assert await inbox.until(1000) == sent
+
+
+async def odd_names_are_names_and_nothing_else(make: Make) -> None:
+    """None is a pattern or a command, and none is taken for another."""
+    async with _started(make) as (backend, inbox):
+        for name in ODD_NAMES:
+            await backend.subscribe(name)
+        sent = [(name, f"to {index}".encode()) for index, name in enumerate(ODD_NAMES)]
+        await backend.publish(sent)
+        assert await inbox.until(len(sent)) == sent
+        for name in ODD_NAMES:
+            await backend.unsubscribe(name)
+
+
+async def a_channel_that_is_left_is_silent(make: Make) -> None:
+    left, kept = _channel("left"), _channel("kept")
+    async with _started(make) as (backend, inbox):
+        for channel in (left, kept):
+            await backend.subscribe(channel)
+        await backend.unsubscribe(left)
+        await backend.publish([(left, b"1"), (kept, b"2")])
+        assert await inbox.until(1) == [(kept, b"2")]
+        await backend.subscribe(left)
+        await backend.publish([(left, b"3")])
+        assert await inbox.until(2) == [(kept, b"2"), (left, b"3")]
+
+
+async def many_may_be_subscribed_to_at_once(make: Make) -> None:
+    channels = [_channel(str(number)) for number in range(50)]
+    async with _started(make) as (backend, inbox):
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(*map(backend.subscribe, channels))
+        await backend.publish([(channel, b"x") for channel in channels])
+        assert await inbox.until(50) == [(channel, b"x") for channel in channels]
+
+
+async def a_backend_can_be_started_again(make: Make) -> None:
+    channel = _channel()
+    backend = make()
+    await backend.stop()
+    for number in range(2):
+        inbox = Inbox()
+        async with asyncio.timeout(DEADLINE):
+            await backend.start(inbox.deliver, inbox.lost)
+            await backend.subscribe(channel)
+            await backend.publish([(channel, str(number).encode())])
+        assert await inbox.until(1) == [(channel, str(number).encode())]
+        async with asyncio.timeout(DEADLINE):
+            await backend.stop()
+            await backend.stop()
+        assert not inbox.errors
+
+
+async def nothing_is_left_behind(make: Make) -> None:
+    before = asyncio.all_tasks()
+    async with _started(make) as (backend, _):
+        await backend.subscribe(_channel())
+    deadline = time.monotonic() + DEADLINE
+    while left := asyncio.all_tasks() - before:
+        assert time.monotonic() < deadline, f"tasks are left: {left}"
+        await asyncio.sleep(0.01)
+
+
+async def two_hubs_are_one_room(make: Make) -> None:
+    """With all that a hub does with it."""
+    channel = _channel()
+    async with (
+        Broadcast(backend=make()) as one,
+        Broadcast(backend=make()) as two,
+        one.subscribe(channel) as ones,
+        two.subscribe(channel) as twos,
+        asyncio.timeout(DEADLINE),
+    ):
+        await one.publish(channel, "text")
+        await one.publish(channel, b"\xff")
+        await one.publish(channel, {"a": [1]})
+        for subscriber in (ones, twos):
+            got = [(await anext(subscriber)).message for _ in range(3)]
+            assert got == ["text", b"\xff", '{"a":[1]}']
+        assert await one.healthy()
+        assert await two.healthy()
+
+
+CHECKS: list[Check] = [
+    what_is_published_arrives,
+    a_payload_arrives_as_it_was,
+    equal_messages_of_one_batch_all_arrive,
+    order_is_kept_within_and_across_channels,
+    odd_names_are_names_and_nothing_else,
+    a_channel_that_is_left_is_silent,
+    many_may_be_subscribed_to_at_once,
+    a_backend_can_be_started_again,
+    nothing_is_left_behind,
+    two_hubs_are_one_room,
+]

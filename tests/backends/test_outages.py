@@ -1,0 +1,173 @@
+"""FAULTS.md: what must happen when a broker breaks, with real servers, killed and frozen."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+import pytest
+
+from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, backends, link
+from support import Peer, starcast_tasks, until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def all_back(anyio_backend):
+    """After the test, no task of starcast is left."""
+    yield
+    await until(lambda: not starcast_tasks())
+
+
+async def joined(hub: Broadcast, channel: str = "room") -> Peer:
+    peer = Peer()
+    await hub.connect(peer.websocket, channel)
+    return peer
+
+
+async def test_row_11_killed_and_back_after_a_second(server, all_back):
+    gaps: list[Gap] = []
+    async with Broadcast(server.url, on_gap=gaps.append) as hub, Broadcast(server.url) as other:
+        peer, others = await joined(hub), await joined(other)
+        async with hub.subscribe("room", gaps=True) as one, hub.subscribe("b", gaps=True) as two:
+            await other.publish("room", "before")
+            await until(lambda: peer.got == others.got == ["before"])
+            server.kill()
+            await until(lambda: hub.stats().backend.state == "reconnecting", 2)
+            assert not await hub.healthy()
+            await asyncio.sleep(1)  # what the row says
+            server.start()
+            began = time.monotonic()
+            await until(lambda: gaps)
+            assert time.monotonic() - began < 2
+            await until(lambda: other.stats().backend.state == "connected")
+            await other.publish("room", "after")
+            await other.publish("b", "after")
+            async with asyncio.timeout(10):
+                got = [await anext(one) for _ in range(3)]
+                assert [got[0].message, got[1], got[2].message] == ["before", gaps[0], "after"]
+                assert await anext(two) is gaps[0]
+                assert (await anext(two)).message == "after"
+            await until(lambda: peer.got == others.got == ["before", "after"])
+        assert await hub.healthy()
+        assert gaps[0].seconds > 1
+
+
+async def test_row_12_away_for_a_while(server, all_back):
+    async with Broadcast(server.url) as hub:
+        peer = await joined(hub)
+        server.kill()
+        await until(lambda: hub.stats().backend.state == "reconnecting", 2)
+        since = hub.stats().backend.since
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(BackendUnavailable):
+                await hub.publish("room", "in vain")
+            assert time.monotonic() - began < 2.5
+        for number in range(1000):
+            hub.publish_nowait("room", str(number))
+        await until(lambda: not hub.stats().backend.waiting)
+        backend = hub.stats().backend
+        assert backend.lost == 1000
+        assert backend.since == since
+        assert backend.error
+        assert not await hub.healthy()
+        with pytest.raises(BackendUnavailable):
+            await hub.connect(Peer().websocket, "another")
+        server.start()
+        await until(hub_is_back(hub))
+        await hub.publish("room", "after")
+        await until(lambda: peer.got == ["after"])
+
+
+def hub_is_back(hub: Broadcast):
+    return lambda: hub.stats().backend.state == "connected"
+
+
+async def test_row_13_frozen(server, all_back, monkeypatch):
+    assert link.PROBE_EVERY + link.PROBE_TIMEOUT < 10
+    monkeypatch.setattr(link, "PROBE_EVERY", 0.3)
+    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.7)
+    async with Broadcast(server.url) as hub:
+        peer = await joined(hub)
+        server.freeze()
+        with pytest.raises(BackendUnavailable):
+            await hub.publish("room", "in vain")
+        await until(lambda: hub.stats().backend.state == "reconnecting", 5)
+        server.thaw()
+        await until(lambda: hub.stats().backend.gaps, 20)
+        await hub.publish("room", "after")
+        await until(lambda: peer.got[-1:] == ["after"])
+
+
+async def test_a_hub_closes_while_its_broker_is_frozen(server, all_back):
+    hub = Broadcast(server.url)
+    peer = await joined(hub)
+    server.freeze()
+    began = time.monotonic()
+    await hub.disconnect()
+    assert time.monotonic() - began < link.STOP_TIMEOUT + 1
+    assert peer.closed == 1001
+    server.thaw()
+
+
+async def test_row_16_larger_than_the_broker_takes(url, all_back, monkeypatch):
+    async with Broadcast(url) as hub:
+        peer = await joined(hub)
+        await hub.publish("room", "x" * 500_000)
+        monkeypatch.setattr(hub._link._backend, "max_payload", 600_000)
+        with pytest.raises(PayloadTooLarge):
+            await hub.publish("room", "x" * 600_001)
+        await hub.publish("room", "small")
+        await until(lambda: len(peer.got) == 2)
+        assert peer.got == ["x" * 500_000, "small"]
+
+
+async def test_row_17_foreign_bytes(url, all_back):
+    foreign, lost = backends.from_url(url), []
+    await foreign.start(lambda channel, data: None, lost.append)
+    async with Broadcast(url) as hub:
+        peer = await joined(hub)
+        pickled = b"\x80\x04\x95\x10\x00\x00\x00"
+        for data in (b"\xff", b"\xff\x01", b"\xff\x63\x00x", pickled, b"text", b"{}"):
+            await foreign.publish([("room", data)])
+        await until(lambda: len(peer.got) == 2)
+        assert peer.got == ["text", "{}"]
+        assert hub.stats().backend.malformed == 4
+    await foreign.stop()
+    assert not lost
+
+
+async def test_row_21_many_come_at_once_and_miss_nothing(url, all_back):
+    async with Broadcast(url) as hub, Broadcast(url) as publisher:
+        for round_ in range(5):
+            channel = f"row 21, {round_}"
+            peers = await asyncio.gather(*(joined(hub, channel) for _ in range(20)))
+            await publisher.publish(channel, "hello")
+            await until(lambda: all(peer.got == ["hello"] for peer in peers))  # noqa: B023  # now
+
+
+async def test_row_27_nobody_listens_there(url, all_back):
+    scheme = url.partition("://")[0]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{port}")
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"127\.0\.0\.1") as caught:
+        await hub.connect()
+    assert time.monotonic() - began < 5
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "secret" not in f"{error!r}"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    assert "secret" not in str(hub.stats())
+
+
+async def test_row_27_an_unknown_host(url, all_back):
+    scheme = url.partition("://")[0]
+    hub = Broadcast(f"{scheme}://user:secret@starcast.invalid")
+    with pytest.raises(BackendUnavailable, match=r"starcast\.invalid") as caught:
+        await hub.connect()
+    assert "secret" not in str(caught.value)
