@@ -1,0 +1,176 @@
+"""The command `starcast`: publish, subscribe and check, from a terminal or a cron job.
+
+Exit codes: 0 all went well, 1 the broker could not be reached or did not answer, 2 the command was
+not understood, 130 it was interrupted. A URL is never repeated, because it may hold a password.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TextIO
+
+from . import __version__
+from .broadcast import Broadcast
+from .event import Event
+from .exceptions import (
+    BackendUnavailable,
+    ConfigurationError,
+    InvalidChannel,
+    PayloadTooLarge,
+    SubscriberLagged,
+)
+from .gap import Gap
+from .subscriber import GapSubscriber
+
+ROUND_TRIPS = 20
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="starcast", description="Talk to a broker as starcast does."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    publish = commands.add_parser("publish", help="publish a message")
+    subscribe = commands.add_parser(
+        "subscribe", help="print messages: for people on a terminal, else a JSON object a line"
+    )
+    check = commands.add_parser("check", help="connect and time some round trips")
+    for command in (publish, subscribe, check):
+        command.add_argument("url", metavar="URL", help="of the broker: redis://localhost, say")
+    publish.add_argument("channel", metavar="CHANNEL")
+    publish.add_argument(
+        "message",
+        metavar="MESSAGE",
+        nargs="?",
+        default="-",
+        help="standard input if it is - or missing",
+    )
+    subscribe.add_argument("channels", metavar="CHANNEL", nargs="+")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. `arguments` are those of the command line."""
+    chosen = _parser().parse_args(arguments)
+    logging.getLogger("starcast").addHandler(logging.NullHandler())  # the output says it all
+    try:
+        if chosen.command == "publish":
+            work = _publish(_hub(chosen.url), chosen.channel, _content(chosen.message))
+        elif chosen.command == "subscribe":
+            work = _subscribe(_hub(chosen.url), chosen.channels, sys.stdout)
+        else:
+            work = _check(_hub(chosen.url))
+        asyncio.run(work)
+    except (ConfigurationError, InvalidChannel, PayloadTooLarge) as exc:
+        return _complain(exc, 2)
+    except (BackendUnavailable, SubscriberLagged) as exc:
+        return _complain(exc, 1)
+    except BrokenPipeError:
+        # Who read our output has gone. Python would try to write the rest at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"starcast: {error}", file=sys.stderr)
+    return code
+
+
+def _hub(url: str) -> Broadcast:
+    if url.startswith("memory://"):
+        raise ConfigurationError("memory:// is one process alone: there is nobody to talk to")
+    return Broadcast(url)
+
+
+def _content(message: str) -> str | bytes:
+    content = sys.stdin.buffer.read() if message == "-" else os.fsencode(message)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return content
+    return text.removesuffix("\n").removesuffix("\r") if message == "-" else text
+
+
+async def _publish(hub: Broadcast, channel: str, message: str | bytes) -> None:
+    async with hub:
+        await hub.publish(channel, message)
+
+
+async def _subscribe(hub: Broadcast, channels: list[str], out: TextIO) -> None:
+    show = _for_people if out.isatty() else _for_programs
+
+    async def follow(subscriber: GapSubscriber) -> None:
+        async for item in subscriber:
+            print(show(item), file=out, flush=True)
+
+    async with hub, contextlib.AsyncExitStack() as stack:
+        subscribers = [
+            await stack.enter_async_context(hub.subscribe(channel, gaps=True))
+            for channel in channels
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for subscriber in subscribers:
+                    group.create_task(follow(subscriber))
+        except* (BrokenPipeError, SubscriberLagged) as exc:
+            raise exc.exceptions[0] from None
+
+
+def _for_programs(item: Event | Gap) -> str:
+    if isinstance(item, Gap):
+        line: dict[str, object] = {"gap": {"since": item.since, "seconds": item.seconds}}
+    elif isinstance(item.message, str):
+        line = {"channel": item.channel, "text": item.message}
+    else:
+        line = {"channel": item.channel, "base64": base64.b64encode(item.message).decode()}
+    return json.dumps(line)
+
+
+def _for_people(item: Event | Gap) -> str:
+    now = time.strftime("%H:%M:%S")
+    if isinstance(item, Gap):
+        return f"{now} -- messages may be missing: the broker was away for {item.seconds:.1f} s"
+    message = item.message if isinstance(item.message, str) else repr(item.message)
+    return f"{now} {_harmless(item.channel)}: {_harmless(message)}"
+
+
+def _harmless(text: str) -> str:
+    """Without what would move a terminal's cursor, or worse."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+async def _check(hub: Broadcast) -> None:
+    began = time.perf_counter()
+    async with hub:
+        print(f"connected in {1000 * (time.perf_counter() - began):.1f} ms")
+        channel = f"starcast-check-{uuid.uuid4().hex}"
+        took = []
+        async with hub.subscribe(channel) as subscriber:
+            for number in range(ROUND_TRIPS):
+                began = time.perf_counter()
+                await hub.publish(channel, str(number))
+                try:
+                    async with asyncio.timeout(2):
+                        await anext(subscriber)
+                except TimeoutError:
+                    raise BackendUnavailable("a message did not come back within 2 s") from None
+                took.append(1000 * (time.perf_counter() - began))
+        print(
+            f"{ROUND_TRIPS} round trips: median {statistics.median(took):.2f} ms, "
+            f"slowest {max(took):.2f} ms"
+        )
