@@ -15,7 +15,7 @@ from . import accounting, report
 from .load import Failed
 from .run import NotRun, cores, measure, versions
 from .scenarios import SCENARIOS, Point
-from .servers import SERVERS
+from .servers import BROKERS, SERVERS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -96,9 +96,11 @@ def main() -> int:
         "seconds": chosen.seconds,
         "repeats": chosen.repeats,
         "spin": chosen.spin,
-        "pinned": cores()[0] != cores()[1],
+        "pinned": cores().load not in cores().workers,
+        "broker_alone": cores().broker != cores().load,
         "machine": accounting.machine(),
-        "versions": {name: versions(SERVERS[name]) for name in chosen.servers},
+        "versions": {name: versions(SERVERS[name].packages) for name in chosen.servers}
+        | {"brokers": versions(tuple(BROKERS.values()))},
         "not_run": not_run,
         "runs": [run for run in runs if run],
     }
@@ -138,6 +140,11 @@ def once(
         print(f"  {label}: {run['failed']}")
     elif "memory_kib" in run:
         print(f"  {label}: {run['memory_kib']:.1f} KiB a connection")
+    elif "trip_p50_us" in run:
+        print(
+            f"  {label}: p50 {run['trip_p50_us']:.0f} us, p99 {run['trip_p99_us']:.0f} us, "
+            f"{run['cpu_us']:.1f} us CPU of who receives"
+        )
     else:
         print(
             f"  {label}: {run['cpu_us']:.2f} us CPU, "

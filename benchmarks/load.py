@@ -35,8 +35,8 @@ BUFFER = 1 << 18
 class Task:
     """What to do. `rounds`: everybody is in one room; `rooms`: many rooms; `memory`: nothing."""
 
-    port: int
-    pid: int
+    ports: list[int]  # of the server's workers; clients are spread evenly over them
+    pids: list[int]
     kind: str = "rounds"
     path: str = "/ws"  # {room} is filled in
     clients: int = 10
@@ -102,7 +102,7 @@ class Client:
 class Load:
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.pids = accounting.family(task.pid)
+        self.pids = [pid for worker in task.pids for pid in accounting.family(worker)]
         self.buffer = bytearray(BUFFER)
         self.view = memoryview(self.buffer)
         self.epoll = select.epoll()
@@ -152,11 +152,12 @@ class Load:
         # Closing resets: thousands of ports in TIME_WAIT would be in the way of the next run.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.connect((HOST, task.port))
+        port = task.ports[number % len(task.ports)]
+        sock.connect((HOST, port))
         room = number % task.rooms
         request = [
             f"GET {task.path.format(room=f'room{room}')} HTTP/1.1",
-            f"Host: {HOST}:{task.port}",
+            f"Host: {HOST}:{port}",
             "Upgrade: websocket",
             "Connection: Upgrade",
             f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}",

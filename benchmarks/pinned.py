@@ -25,10 +25,14 @@ def allow_files() -> None:
             break
 
 
+def die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     core, *module = sys.argv[1:]
     os.sched_setaffinity(0, {int(core)})
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     allow_files()
     os.execv(sys.executable, [sys.executable, "-m", *module])
 

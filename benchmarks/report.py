@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .scenarios import SCENARIOS
-from .servers import SERVERS
+from .scenarios import SCENARIOS, workers_of
+from .servers import BROKERS, SERVERS
 
 BEGIN = "<!-- written by python -m benchmarks: begin -->"
 END = "<!-- written by python -m benchmarks: end -->"
@@ -95,8 +95,10 @@ class Goal:
     theirs: tuple[str, str, str]
     at_most: float
     key: str = "cpu_us"
+    cores: int = 1  # that the machine has to have; with less it would say nothing
 
 
+_TRIPS = {"redis": "trip_redis", "nats": "trip_nats", "postgres": "trip_asyncpg"}
 _FRAMES, _PLAIN, _MANAGER = "starcast_frames", "starcast", "connection_manager"
 
 GOALS = (
@@ -126,6 +128,48 @@ GOALS = (
         )
         for variant in SCENARIOS["G"].variants
     ),
+    *(
+        Goal(
+            f"32 in flight over {name} / memory",
+            ("J", _FRAMES, name),
+            ("J", _FRAMES, "memory"),
+            1.30,
+        )
+        for name in BROKERS
+    ),
+    # Two cores deliver 1.6 times what one does only if a delivery costs at most 2 / 1.6 as much.
+    *(
+        Goal(
+            f"CPU per delivery, two workers over {name} / one",
+            ("K", _FRAMES, workers_of(name, 2)),
+            ("K", _FRAMES, workers_of(name, 1)),
+            1.25,
+        )
+        for name in BROKERS
+    ),
+    # The other way round: 1 / 1.6. Workers, load and broker have a core each from four on.
+    *(
+        Goal(
+            f"deliveries a second, one worker over {name} / two",
+            ("K", _FRAMES, workers_of(name, 1)),
+            ("K", _FRAMES, workers_of(name, 2)),
+            0.63,
+            "deliveries_per_second",
+            cores=4,
+        )
+        for name in BROKERS
+    ),
+    *(
+        Goal(
+            f"from one process to another over {name}, {key} / {SERVERS[bare].title}",
+            ("L", "trip_starcast", name),
+            ("L", bare, name),
+            1.50,
+            f"trip_{key}_us",
+        )
+        for name, bare in _TRIPS.items()
+        for key in ("p50", "p99")
+    ),
 )
 
 
@@ -145,7 +189,7 @@ def goals(results: Results) -> str:
     rows = []
     for goal in GOALS:
         found = ratio(results, goal)
-        if found is None:
+        if found is None or results["machine"]["cores"] < goal.cores:
             continue
         reached = "yes" if found.median <= goal.at_most else "**no**"
         spread = f"{found.low:.2f} - {found.high:.2f}"
@@ -181,6 +225,8 @@ def _variants(results: Results, scenario: str, keys: dict[str, str]) -> str:
     rows = []
     for variant in SCENARIOS[scenario].variants:
         for name in servers_of(results, scenario):
+            if not SCENARIOS[scenario].takes(name, variant):
+                continue
             cells = [str(figure(results, scenario, name, key, variant) or "") for key in keys]
             if not any(cells):
                 cells[0] = failure(results, scenario, name, variant)
@@ -252,6 +298,29 @@ def sections(results: Results) -> list[tuple[str, str]]:
                 },
             ),
         ),
+        *(
+            (
+                SCENARIOS[scenario].title,
+                _variants(
+                    results,
+                    scenario,
+                    {"cpu_us": CPU, "deliveries_per_second": RATE, "p50_ms": P50, "p99_ms": P99},
+                ),
+            )
+            for scenario in ("J", "K")
+        ),
+        (
+            SCENARIOS["L"].title,
+            _variants(
+                results,
+                "L",
+                {
+                    "trip_p50_us": "p50 us",
+                    "trip_p99_us": "p99 us",
+                    "cpu_us": "CPU of who receives, us per message",
+                },
+            ),
+        ),
         (
             "The load's own CPU per delivery, microseconds",
             _side_by_side(results, everybody, "load_cpu_us"),
@@ -275,6 +344,9 @@ def about(results: Results) -> str:
         if results["pinned"]
         else "**server and load shared the only core**"
     )
+    if results["pinned"] and any(run["scenario"] in ("J", "K", "L") for run in results["runs"]):
+        alone = results["broker_alone"]
+        pinned += f", a broker to {'a third' if alone else 'the core of the load'}"
     return (
         f"Measured on {results['date']}: {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['kernel']}, {machine['python']}; {pinned}. "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .servers import SERVERS, Server
+from .servers import BROKERS, SERVERS, Server
 
-EVERYBODY = tuple(SERVERS)
+EVERYBODY = tuple(name for name, server in SERVERS.items() if server.path)
+TRIPS = tuple(name for name, server in SERVERS.items() if not server.path)
 OURS = ("starcast_frames", "starcast", "connection_manager")
 
 
@@ -34,14 +35,24 @@ class Scenario:
             Point(self.key, variant, SERVERS[name], self._settings(SERVERS[name], settings))
             for variant, settings in self.variants.items()
             for name in names
-            if name in self.servers
+            if self.takes(name, variant)
         ]
+
+    def takes(self, name: str, variant: str) -> bool:
+        """Whether a server takes part: not over a broker that it cannot use."""
+        broker = self.variants[variant].get("broker")
+        return name in self.servers and (not broker or broker in SERVERS[name].brokers)
 
     def _settings(self, server: Server, settings: dict[str, Any]) -> dict[str, Any]:
         path = server.path
         if settings.get("stuff") and path == "/ws/{room}":
             path = "/patient/{room}"
         return {"path": path, "socketio": server.socketio, **settings}
+
+
+def workers_of(broker: str, count: int) -> str:
+    """Return the name of a variant of K."""
+    return f"{broker}, {count} worker{'s' if count > 1 else ''}"
 
 
 _DEFLATE = {"deflate": True, "payload": "json"}
@@ -112,6 +123,36 @@ SCENARIOS = {
                 f"{count:,} clients": {"clients": count, "pings": True}
                 for count in (100, 1000, 10_000)
             },
+        ),
+        Scenario(
+            "J",
+            "over a broker: 300 clients, 128 bytes, 32 messages in flight",
+            ("starcast_frames", "broadcaster"),
+            {
+                "memory": {"clients": 300, "batch": 32},
+                **{name: {"clients": 300, "batch": 32, "broker": name} for name in BROKERS},
+            },
+        ),
+        Scenario(
+            "K",
+            "one worker and two: 300 clients, 128 bytes, 32 messages in flight",
+            ("starcast_frames", "starcast"),
+            {
+                workers_of(name, count): {
+                    "clients": 300,
+                    "batch": 32,
+                    "broker": name,
+                    "workers": count,
+                }
+                for name in BROKERS
+                for count in (1, 2)
+            },
+        ),
+        Scenario(
+            "L",
+            "over a broker from one process to another, 128 bytes, one message at a time",
+            TRIPS,
+            {name: {"kind": "trips", "broker": name} for name in BROKERS},
         ),
     )
 }

@@ -6,6 +6,7 @@ Nothing is said about how long anything takes.
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import zlib
 
@@ -15,8 +16,8 @@ from websockets.protocol import Protocol, Side
 from benchmarks import payloads, report
 from benchmarks.frames import PING, FrameCounter, client_frame, server_frame
 from benchmarks.load import percentile
-from benchmarks.scenarios import SCENARIOS, Point
-from benchmarks.servers import SERVERS
+from benchmarks.scenarios import SCENARIOS, TRIPS, Point
+from benchmarks.servers import BROKERS, SERVERS
 
 # Frames
 
@@ -114,17 +115,21 @@ def test_text_has_its_size_and_differs():
 # A run
 
 
-def run(name, **settings):
-    """Start a server and the load, or skip if this environment or system has not got it."""
+def need_linux():
     if not sys.platform.startswith("linux"):
         pytest.skip("the benchmarks read Linux's /proc")
-    pytest.importorskip("uvloop")  # the floor runs on it, and not every platform has it
-    from benchmarks.run import NotRun, measure
 
-    point = Point("", "", SERVERS[name], {"path": "/ws/{room}", **settings})
+
+def run(name, **settings):
+    """Start a server and the load, or skip if this environment or system has not got it."""
+    need_linux()
+    pytest.importorskip("uvloop")  # the floor runs on it, and not every platform has it
+    from benchmarks.run import NoBroker, NotRun, measure
+
+    point = Point("", "", SERVERS[name], {"path": SERVERS[name].path, **settings})
     try:
         return measure(point, 0.05, verify=True)
-    except NotRun as exc:
+    except (NotRun, NoBroker) as exc:
         pytest.skip(f"{name}: {exc}")
 
 
@@ -151,6 +156,39 @@ def test_deflated():
     assert 50 < result["bytes_per_delivery"] < 1024
 
 
+@pytest.mark.parametrize("broker", BROKERS)
+def test_two_workers_over_a_broker(broker):
+    result = run("starcast_frames", clients=6, batch=5, broker=broker, workers=2)
+    assert result["deliveries"] == result["rounds"] * 5 * 6 > 0
+
+
+def test_broadcaster_over_redis():
+    assert run("broadcaster", clients=6, batch=5, broker="redis")["clients"] == 6
+
+
+@pytest.mark.parametrize("name", TRIPS)
+def test_from_one_process_to_another(name):
+    for broker in SERVERS[name].brokers:
+        result = run(name, kind="trips", broker=broker)
+        assert result["trips"] > 0
+        assert 0 < result["trip_p50_us"] <= result["trip_p99_us"]
+
+
+def test_no_broker_is_left_behind():
+    need_linux()
+    from benchmarks.run import NoBroker, broker
+
+    for name in BROKERS:
+        try:
+            with broker(name) as url:
+                port = int(url.rpartition(":")[2].partition("/")[0])
+                socket.create_connection(("127.0.0.1", port), 5).close()
+        except NoBroker as exc:
+            pytest.skip(str(exc))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 5)
+
+
 # The report
 
 
@@ -171,6 +209,7 @@ def results(**more):
         "repeats": 3,
         "spin": False,
         "pinned": True,
+        "broker_alone": False,
         "machine": {"cpu": "A", "cores": 2, "kernel": "Linux 6", "python": "CPython 3"},
         "versions": {"floor": {"uvloop": "1"}},
         "not_run": {"picows_server": "No module named 'picows'"},
@@ -190,6 +229,36 @@ def test_nobody_is_left_out_of_the_report():
     assert "- picows (Cython): No module named 'picows'" in summary
     assert "no deflate" in summary
     assert "5.00 (4.00 - 6.00)" in summary
+
+
+def test_a_table_has_rows_only_for_brokers_that_a_server_can_use():
+    runs = [
+        {"scenario": "L", "variant": variant, "server": server, "repeat": 0, "trip_p50_us": 100.0}
+        for variant, server in [("nats", "trip_nats"), ("redis", "trip_starcast")]
+    ]
+    summary = report.summary(results(runs=runs))
+    assert "| nats | nats-py | 100 |" in summary
+    assert "| redis | nats-py |" not in summary
+    assert "a broker to the core of the load" in summary
+
+
+def test_a_machine_with_few_cores_says_nothing_about_two_workers():
+    runs = [
+        {
+            "scenario": "K",
+            "variant": f"redis, {workers}",
+            "server": "starcast_frames",
+            "repeat": 0,
+            "cpu_us": 1.0,
+            "deliveries_per_second": rate,
+        }
+        for workers, rate in (("1 worker", 1e6), ("2 workers", 2e6))
+    ]
+    few = results(runs=runs)
+    many = results(runs=runs, machine={**few["machine"], "cores": 4})
+    assert "deliveries a second, one worker over redis" not in report.goals(few)
+    assert "one worker over redis / two | 0.63 | 0.50 |" in report.goals(many)
+    assert "two workers over redis / one | 1.25 | 1.00 |" in report.goals(few)
 
 
 def test_writing_keeps_the_rest_of_the_page(tmp_path):
@@ -215,5 +284,5 @@ def test_percentiles():
 def test_goals_name_what_is_measured():
     for goal in report.GOALS:
         for scenario, server, variant in (goal.ours, goal.theirs):
-            assert server in SCENARIOS[scenario].servers
             assert variant in SCENARIOS[scenario].variants
+            assert SCENARIOS[scenario].takes(server, variant)

