@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import secrets
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
 from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
@@ -22,7 +24,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starcast import Broadcast, BroadcastEndpoint, StarcastError
 
 MAX_NAME, MAX_TEXT = 24, 500  # characters; the page has the same limits
-hub = Broadcast("memory://")
+hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"))
 
 
 class Chat(BroadcastEndpoint):
@@ -59,24 +61,22 @@ class Chat(BroadcastEndpoint):
 
     async def say_who_is_here(self, websocket: WebSocket) -> None:
         channel = self.get_channel(websocket)
-        await hub.publish(channel, {"type": "here", "count": hub.channels.get(channel, 0)})
+        if hub.stats().backend is None:  # of other workers' clients this one knows nothing
+            await hub.publish(channel, {"type": "here", "count": hub.channels.get(channel, 0)})
 
 
 live = FastAPI()
 walk = deque([100.0], maxlen=120)
-
-
-def get_hub() -> Broadcast:
-    return hub
+TICKER = f"ticker:{secrets.token_hex(4)}"  # each worker has its own walk
 
 
 @live.websocket("/ticker")
-async def ticker(websocket: WebSocket, hub: Annotated[Broadcast, Depends(get_hub)]) -> None:
+async def ticker(websocket: WebSocket, hub: Annotated[Broadcast, Depends(lambda: hub)]) -> None:
     """The ticker, as a FastAPI function. Clients only listen, and one that is slow skips ticks."""
     with contextlib.suppress(WebSocketDisconnect):  # it has left already
-        await hub.connect(websocket, "ticker", overflow="latest")
+        await hub.connect(websocket, TICKER, overflow="latest")
         await hub.send({"values": list(walk)}, to=websocket)
-        await hub.serve(websocket, "ticker", publish=False)
+        await hub.serve(websocket, TICKER, publish=False)
 
 
 async def tick() -> None:
@@ -85,7 +85,7 @@ async def tick() -> None:
         await asyncio.sleep(0.25)
         walk.append(round(walk[-1] + random.gauss(0, 0.7) + (100 - walk[-1]) / 40, 2))
         with contextlib.suppress(StarcastError):  # the next one comes soon
-            await hub.publish("ticker", {"values": [walk[-1]], "delivered": hub.stats().delivered})
+            await hub.publish(TICKER, {"values": [walk[-1]], "delivered": hub.stats().delivered})
 
 
 @contextlib.asynccontextmanager
@@ -244,6 +244,4 @@ routes = [Route("/", lambda _: HTMLResponse(PAGE)), WebSocketRoute("/ws", Chat)]
 app = Starlette(routes=[*routes, Mount("/live", live)], lifespan=lifespan)
 
 if __name__ == "__main__":  # python demo_app.py: the same, with ready-made frames
-    import uvicorn
-
     uvicorn.run(app, ws="starcast.uvicorn:BroadcastProtocol")

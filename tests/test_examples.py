@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import io
@@ -19,7 +20,9 @@ import websockets
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from support import until, until_sync
+import starcast.testing
+from starcast import Broadcast
+from support import Broker, Bus, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -533,6 +536,67 @@ def test_threads_loop(example):
         thread.join()
 
 
+# With a broker
+
+
+async def test_many_workers(example, serve, monkeypatch):
+    monkeypatch.delenv("STARCAST_URL", raising=False)
+    server = await serve(example("many_workers").app)
+    async with server.connect("/ws/a") as ann, server.connect("/ws/a") as bob:
+        await ann.send("hello")
+        assert await bob.recv() == "hello"
+
+
+async def test_gaps(example):
+    broker = Broker()
+    module = example("gaps")
+    module.hub = Broadcast(backend=Bus(broker))
+    seen = []
+
+    class Prices:
+        async def load_again(self):
+            seen.append("all of them")
+
+        def update(self, item):
+            seen.append(item)
+
+    task = asyncio.create_task(module.keep_up(Prices()))
+    await until(lambda: module.hub.stats().subscribers)
+    await module.hub.publish("prices", {"tea": 2})
+    await until(lambda: seen)
+    broker.kill()
+    broker.up = True
+    await until(lambda: len(seen) == 2)
+    await module.hub.publish("prices", {"tea": 3})
+    await until(lambda: len(seen) == 3)
+    assert seen == [{"tea": 2}, "all of them", {"tea": 3}]
+    await module.hub.disconnect()
+    await task
+
+
+async def test_from_a_job(example, monkeypatch):
+    broker = Broker()
+    module = example("from_a_job")
+    hubs = iter([Broadcast(backend=Bus(broker))])
+    monkeypatch.setattr(module, "Broadcast", lambda url: next(hubs))
+    async with Broadcast(backend=Bus(broker)) as hub, hub.subscribe("room") as subscriber:
+        await module.tell("redis://localhost", "room", {"type": "report", "ready": True})
+        assert (await anext(subscriber)).json() == {"type": "report", "ready": True}
+
+
+def test_healthz(example):
+    with TestClient(example("healthz").app) as client:
+        answer = client.get("/healthz")
+        assert (answer.status_code, answer.json()) == (200, {"healthy": True})
+
+
+@pytest.mark.parametrize("check", starcast.testing.CHECKS, ids=lambda check: check.__name__)
+async def test_check_backend(example, check):
+    module = example("own_backend")
+    assert "test_my_backend" in vars(example("check_backend"))
+    await check(module.InProcess)
+
+
 # Reference
 
 
@@ -541,7 +605,7 @@ def test_own_backend(example):
     with TestClient(module.app).websocket_connect("/ws") as ann:
         ann.send_text("hello")
         assert ann.receive_text() == "hello"
-        assert module.backend.carried == 1
+        assert module.everybody
 
 
 async def test_await_order(example, serve):

@@ -3,29 +3,39 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, BroadcastEndpoint
 
+everybody = set()
 
-class CountingBackend:
+
+class InProcess:
+    """Joins the hubs of one event loop. A broker would be here otherwise."""
+
+    max_payload = 1024 * 1024
+
     def __init__(self):
-        self.carried = 0
-        self.deliver = None
+        self.channels = set()
 
-    async def start(self, deliver):
+    async def start(self, deliver, lost):
         self.deliver = deliver
+        everybody.add(self)
 
     async def stop(self):
-        self.deliver = None
+        everybody.discard(self)
 
-    def publish(self, event):
-        self.carried += 1
-        if self.deliver is not None:
-            self.deliver(event)
+    async def subscribe(self, channel):
+        self.channels.add(channel)
 
+    async def unsubscribe(self, channel):
+        self.channels.discard(channel)
 
-backend = CountingBackend()
+    async def publish(self, messages):
+        for channel, payload in messages:
+            for backend in everybody:
+                if channel in backend.channels:
+                    backend.deliver(channel, payload)
 
 
 class Chat(BroadcastEndpoint):
-    broadcast = Broadcast(backend=backend)
+    broadcast = Broadcast(backend=InProcess())
 
 
 app = Starlette(routes=[WebSocketRoute("/ws", Chat)])
