@@ -164,7 +164,7 @@ async def test_the_tasks_are_cancelled_but_the_loop_goes_on(broker):
     await turns(10)
     try:
         await hub.publish("room", "x")
-        await until(lambda: peer.got == ["x"], 2)
+        await until(lambda: peer.got == ["x"])
     finally:
         await hub.disconnect()
 
@@ -226,7 +226,7 @@ async def test_the_lock_and_the_garbage_collector(broker):
 
 
 async def test_closing_while_a_client_waits_for_the_confirmation(broker, monkeypatch):
-    monkeypatch.setattr(link, "TIMEOUT", 2)
+    monkeypatch.setattr(link, "TIMEOUT", 60)
     hub = Broadcast(backend=Bus(broker))
     await hub.connect()
     broker.open.clear()
@@ -236,7 +236,7 @@ async def test_closing_while_a_client_waits_for_the_confirmation(broker, monkeyp
     await hub.disconnect()
     with contextlib.suppress(Exception):
         await connecting
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 30
 
 
 async def test_closing_while_a_channel_is_left(broker):
@@ -385,7 +385,7 @@ async def test_many_channels_over_a_long_way(broker, monkeypatch):
     broker.kill()
     broker.up = True
     try:
-        await until(lambda: hub.stats().backend.gaps, 3)
+        await until(lambda: hub.stats().backend.gaps)
     finally:
         await hub.disconnect()
 

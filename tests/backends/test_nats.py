@@ -113,7 +113,7 @@ async def nothing_left(anyio_backend):
     """Neither a task nor a socket, nor an object that complains when it is collected."""
     open_before = sockets()
     yield
-    await until(lambda: not tasks() and sockets() <= open_before, 5)
+    await until(lambda: not tasks() and sockets() <= open_before)
     gc.collect()
 
 
@@ -129,7 +129,7 @@ async def refused(backend, *secrets):
     inbox, start = Inbox(), time.monotonic()
     with pytest.raises(BackendUnavailable) as raised:
         await inbox.start(backend)
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 15
     texts = " ".join(chains(raised.value))
     assert not any(secret in texts for secret in secrets), texts
     assert "127.0.0.1" in str(raised.value) or ".invalid" in str(raised.value)
@@ -436,8 +436,8 @@ async def test_killed_while_calls_wait(own_server):
     for _ in range(1000):  # nats-py has something to send in every turn, also when it closes
         tasks.append(asyncio.create_task(backend.publish([("a", b"x")])))
         await asyncio.sleep(0)
-    await until(lambda: inbox.lost, 2)
-    await all_raise(tasks, 2)
+    await until(lambda: inbox.lost)
+    await all_raise(tasks, 10)
     assert len(inbox.lost) == 1
     assert isinstance(inbox.lost[0], BackendUnavailable)
     assert str(server.port) in str(inbox.lost[0])
@@ -467,8 +467,8 @@ async def test_killed_under_load(own_server):
         tasks = [asyncio.create_task(load()), asyncio.create_task(more())]
         await until(lambda inbox=inbox, round=round: len(inbox.got) > 50 + 37 * round)
         server.kill()
-        await until(lambda inbox=inbox: inbox.lost, 2)
-        await all_raise(tasks, 2)
+        await until(lambda inbox=inbox: inbox.lost)
+        await all_raise(tasks, 10)
         await backend.stop()
         assert len(inbox.lost) == 1
         gc.collect()
@@ -504,8 +504,8 @@ async def test_frozen(own_server):
     cancelled.cancel()
     start = time.monotonic()
     await backend.stop()
-    assert time.monotonic() - start < 0.5
-    await all_raise(tasks, 0.5)
+    assert time.monotonic() - start < 4
+    await all_raise(tasks, 10)
     assert cancelled.cancelled()
     server.thaw()
     assert inbox.lost == []
@@ -527,8 +527,8 @@ async def test_frozen_with_a_full_socket(own_server):
         await publishes.pop()
     start = time.monotonic()
     await backend.stop()
-    assert time.monotonic() - start < 0.5
-    await all_raise(publishes, 0.5)
+    assert time.monotonic() - start < 4
+    await all_raise(publishes, 10)
 
 
 async def test_no_answer(own_server, monkeypatch):
@@ -710,7 +710,7 @@ async def test_tls(tls_server, trusting, scheme, caplog):
     tls_server.freeze()
     start = time.monotonic()
     await backend.stop()
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 4
     tls_server.thaw()
     await inbox.start(backend)
     tls_server.stop()
@@ -802,7 +802,7 @@ async def test_cancelled_at_every_await(server, call, when, monkeypatch):
         assert task.cancelled() == (cancelled == [True]), "swallowed"
         if call in (starting, stopping):
             if task.cancelled():
-                await until(lambda: sockets() <= open_before, 2)
+                await until(lambda: sockets() <= open_before)
                 assert not tasks()
             await backend.stop()
             await inbox.start(backend)

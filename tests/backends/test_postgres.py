@@ -542,7 +542,7 @@ async def test_stop_of_a_frozen_server(server, box):
     tasks = await pending(backend)
     started = time.monotonic()
     await backend.stop()
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 4
     await all_raise(tasks)
     assert box.lost == []
     assert not starcast_tasks()
@@ -718,7 +718,7 @@ async def test_its_task_cancelled_as_at_the_end_of_the_event_loop(server, box):
 # Failures of the start
 
 
-async def refused(url: str, within: float = 2.0) -> str:
+async def refused(url: str, within: float = 10.0) -> str:
     """Return what the error says, after a look for passwords in everything that might be logged."""
     before, box = sockets(), Box(url)
     started = time.monotonic()
@@ -754,7 +754,7 @@ async def test_nobody_listens_there(server):
 
 async def test_an_unknown_host():
     url = f"postgresql://{USER}:{QUOTED}@nowhere.invalid:5433/db"
-    said = await refused(url, within=postgres.CONNECT_TIMEOUT + 1)
+    said = await refused(url, within=postgres.CONNECT_TIMEOUT + 5)
     assert "PostgreSQL at nowhere.invalid:5433, database db: " in said
 
 

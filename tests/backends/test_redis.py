@@ -382,7 +382,7 @@ async def test_a_frozen_server_does_not_hold_stop(own):
         await asyncio.sleep(0)
         began = time.monotonic()
         await inbox.backend.stop()
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 4
         await all_raise(tasks)
         await until(lambda: sockets() <= before)
         own.thaw()
@@ -514,7 +514,7 @@ async def test_wrong_credentials(own, user, unix):
     began = time.monotonic()
     with pytest.raises(BackendUnavailable) as caught:
         await Inbox(backend).start()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
     assert (own.path if unix else f"127.0.0.1:{own.port}") in str(caught.value)
     assert "uthentication" in str(caught.value) or "invalid username-password" in str(caught.value)
     assert PASSWORD not in text_of(caught.value)
@@ -539,7 +539,7 @@ async def test_no_server_there(url, where):
     began = time.monotonic()
     with pytest.raises(BackendUnavailable) as caught:
         await inbox.start()
-    assert time.monotonic() - began < module.CONNECT_TIMEOUT + 0.5
+    assert time.monotonic() - began < module.CONNECT_TIMEOUT + 5
     assert f"Redis at {where}" in str(caught.value)
     assert "secret" not in text_of(caught.value)
     await inbox.backend.stop()
@@ -553,7 +553,7 @@ async def test_a_frozen_server_at_the_start(own, monkeypatch):
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"127.0.0.1:\d+: no answer within 0.2 seconds"):
         await Inbox(backend).start()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
     gc.collect()
     own.thaw()
     async with Inbox(backend) as inbox:
@@ -666,7 +666,7 @@ async def test_no_tls_against_a_port_that_speaks_it(server, authority):
         began = time.monotonic()
         with pytest.raises(BackendUnavailable, match=f"127.0.0.1:{port}: "):
             await Inbox(backend).start()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4
 
 
 # A client that the app has already

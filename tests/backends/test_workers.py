@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +171,4 @@ async def test_readiness_over_http(url, processes):
                 answer += more
         return json.loads(answer.partition(b"\r\n\r\n")[2])
 
-    began = time.monotonic()
     assert await asyncio.to_thread(get) == {"healthy": True}
-    assert time.monotonic() - began < 2
