@@ -505,7 +505,7 @@ async def test_frozen(own_server):
     start = time.monotonic()
     await backend.stop()
     assert time.monotonic() - start < 4
-    await all_raise(tasks, 10)
+    await all_raise(tasks, 4)
     assert cancelled.cancelled()
     server.thaw()
     assert inbox.lost == []
@@ -528,7 +528,7 @@ async def test_frozen_with_a_full_socket(own_server):
     start = time.monotonic()
     await backend.stop()
     assert time.monotonic() - start < 4
-    await all_raise(publishes, 10)
+    await all_raise(publishes, 4)
 
 
 async def test_no_answer(own_server, monkeypatch):
