@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import inspect
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -96,9 +97,7 @@ def documented():
     for path in (DOCS / "reference").glob("*.md"):
         found = re.findall(r"^::: ([\w.]+)\n((?:    .*\n)*)", path.read_text(), re.M)
         for identifier, options in found:
-            target = starcast
-            for part in identifier.split(".")[1:]:
-                target = getattr(target, part)
+            target = pkgutil.resolve_name(identifier)
             if inspect.ismodule(target):
                 yield from (item for item in vars(target) if not item.startswith("_"))
             else:
