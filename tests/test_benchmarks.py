@@ -162,10 +162,6 @@ def test_two_workers_over_a_broker(broker):
     assert result["deliveries"] == result["rounds"] * 5 * 6 > 0
 
 
-def test_broadcaster_over_redis():
-    assert run("broadcaster", clients=6, batch=5, broker="redis")["clients"] == 6
-
-
 @pytest.mark.parametrize("name", TRIPS)
 def test_from_one_process_to_another(name):
     for broker in SERVERS[name].brokers:
