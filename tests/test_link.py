@@ -419,7 +419,7 @@ async def test_a_loop_that_is_blocked_is_no_outage(broker, monkeypatch):
     for _ in range(3):
         asked = sum(name == "publish" for name, _ in broker.calls)
         broker.open.clear()  # the answer is there when the loop looks again
-        await until(lambda: sum(name == "publish" for name, _ in broker.calls) > asked)  # noqa: B023  # now
+        await until(lambda: sum(name == "publish" for name, _ in broker.calls) > asked)  # noqa: B023  # awaited here
         asyncio.get_running_loop().call_soon(time.sleep, 0.25)
         asyncio.get_running_loop().call_soon(broker.open.set)
         await asyncio.sleep(0.02)

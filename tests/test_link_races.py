@@ -177,7 +177,7 @@ async def test_empty_messages_are_bounded_too(broker, monkeypatch):
     hub.publish_nowait("room", "x")
     await until(lambda: broker.stalled)
     try:
-        with pytest.raises(PublishQueueFull):  # noqa: PT012  # one of many
+        with pytest.raises(PublishQueueFull):  # noqa: PT012  # the last of a loop
             for _ in range(100_000):
                 hub.publish_nowait("room", "")
     finally:
@@ -409,13 +409,13 @@ async def test_a_connection_that_does_not_hold_is_waited_for_longer_and_longer(b
     for gaps in range(1, 5):
         broker.kill()
         broker.up = True
-        await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # now
+        await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
     assert waits == sorted(waits)
     assert waits[-1] == link.LONGEST_WAIT
     monkeypatch.setattr(link, "HELD", -1)
     for gaps in range(5, 7):
         broker.kill()
         broker.up = True
-        await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # now
+        await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
     assert waits[-1] == link.FIRST_WAIT
     await hub.disconnect()

@@ -444,7 +444,7 @@ async def interleave(server: Served, app: App, steps: list[Step], windows: list[
             await settle()
             await publish("the last")  # so what is missing before it is not waited for
             for listener in listeners:
-                await until(lambda: listener.task.done() or "the last" in listener.got)  # noqa: B023  # now
+                await until(lambda: listener.task.done() or "the last" in listener.got)  # noqa: B023  # awaited here
                 assert listener.got == listener.expected
                 assert not listener.task.done()
             assert hub.stats().dropped == 0

@@ -90,7 +90,7 @@ class RedisBackend:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 for connection in connections:
-                    await connection.connect()  # type: ignore[no-untyped-call]
+                    await connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it out
                     # A server that wants a password may say so only now.
                     await connection.send_command("PING")
                     await connection.read_response()

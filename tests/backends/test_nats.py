@@ -387,7 +387,7 @@ async def test_a_slow_loop_loses_nothing_that_the_server_has_sent(server, connec
     flood = Flood(server.port, b"starcast:room", b"x" * 1000, 20_000)
     flood.start()
     await until(lambda: inbox.got)
-    time.sleep(0.3)  # noqa: ASYNC251 - the loop is busy
+    time.sleep(0.3)  # noqa: ASYNC251  # the loop is to be busy
     await until(lambda: len(inbox.got) == 20_000)
     flood.join()
     assert inbox.lost == []
@@ -557,7 +557,7 @@ async def test_stopped_while_it_ends_by_itself(own_server):
         inbox = await Inbox().start(backend)
         server.kill()
         session = backend._session
-        while not session.client._transport.at_eof():  # noqa: ASYNC110 - to the turn
+        while not session.client._transport.at_eof():  # noqa: ASYNC110  # to the very turn of the loop
             await asyncio.sleep(0)
         for _ in range(turns):
             await asyncio.sleep(0)

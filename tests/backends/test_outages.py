@@ -145,7 +145,7 @@ async def test_row_21_many_come_at_once_and_miss_nothing(url, all_back):
             channel = f"row 21, {round_}"
             peers = await asyncio.gather(*(joined(hub, channel) for _ in range(20)))
             await publisher.publish(channel, "hello")
-            await until(lambda: all(peer.got == ["hello"] for peer in peers))  # noqa: B023  # now
+            await until(lambda: all(peer.got == ["hello"] for peer in peers))  # noqa: B023  # awaited here
 
 
 async def test_row_27_nobody_listens_there(url, all_back):
