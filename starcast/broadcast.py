@@ -35,6 +35,7 @@ from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import (
     ABNORMAL,
+    AFTER_CANCEL,
     CLOSE_TIMEOUT,
     GOING_AWAY,
     NORMAL,
@@ -58,13 +59,14 @@ from .exceptions import (
 )
 from .gap import Gap
 from .group import Member
-from .link import Link, Taken
+from .link import Link
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, Leave, OnOverflow, Outbox, Overflow
+from .sender import Taken
 from .shard import SLICE, Shard
 from .stats import Counters, Stats
 from .subscriber import GapSubscriber, Subscriber, Subscription
-from .waiter import Lock, Waiter, running_loop
+from .waiter import Full, Lock, Place, Waiter, running_loop
 
 logger = logging.getLogger("starcast")
 
@@ -110,14 +112,6 @@ def has_handler(websocket: WebSocket, exc: Exception) -> bool:
     handler = next((handlers[cls] for cls in type(exc).__mro__ if cls in handlers), None)
     starlettes = ExceptionMiddleware.websocket_exception
     return handler is not None and getattr(handler, "__func__", None) is not starlettes
-
-
-class _Full(PublishQueueFull):
-    """Knows which event loop has no room."""
-
-    def __init__(self, shard: Shard) -> None:
-        super().__init__(f"an event loop has {shard.pending} messages waiting to be sent")
-        self.shard = shard
 
 
 class Broadcast:
@@ -170,7 +164,9 @@ class Broadcast:
         after_gap: AfterGap = "carry_on",
     ) -> None:
         backend = backends.from_url(url) if backend is None else backend
-        self._link = None if backend is None else Link(backend, self._bring, self._tell_gap)
+        self._link = (
+            None if backend is None else Link(backend, self._bring, self._tell_gap, self._adopt)
+        )
         if after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {after_gap!r}")
         self._on_gap = on_gap
@@ -189,6 +185,7 @@ class Broadcast:
         self._failures = 0
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
+        self._moving: asyncio.Task[None] | None = None
         self._lock = threading.RLock()
         # Guarded by the lock:
         self._shards: dict[asyncio.AbstractEventLoop, Shard] = {}
@@ -828,6 +825,35 @@ class Broadcast:
                 raise
             self._open, self._closed, self._failure = True, False, None
 
+    def _adopt(self) -> None:
+        """Let the link live on another loop that has somebody, its own having come to its end.
+
+        If there is none, it is its own that is asked, later: it may live on, and somebody has just
+        cancelled its tasks. The link calls this.
+        """
+        here = asyncio.get_running_loop()
+        with self._lock:
+            self._sweep()
+            loops = [shard.loop for shard in self._shards.values() if shard.loop is not here]
+        for loop in loops:
+            with contextlib.suppress(RuntimeError):  # it was closed in this moment
+                loop.call_soon_threadsafe(self._begin_move)
+                return
+        here.call_later(AFTER_CANCEL, self._begin_move)
+
+    def _begin_move(self) -> None:
+        self._moving = asyncio.get_running_loop().create_task(self._move())
+
+    async def _move(self) -> None:
+        assert self._link is not None
+        try:
+            async with self._switching:
+                if self._open and not self._link.alive:
+                    await self._link.start()
+        except asyncio.CancelledError:  # this loop comes to its end too
+            self._adopt()
+            raise
+
     async def _close(self) -> None:
         connections: list[Connection] = []
         try:
@@ -928,32 +954,31 @@ class Broadcast:
     def _deliver(self, event: Event) -> None:
         """Add an event to every loop that has somebody on its channel."""
         with self._lock:
-            targets = [
-                (shard, members)
-                for shard in self._shards.values()
-                if (members := shard.members(event.channel))
-            ]
-            if not targets:
-                return
-            if any(shard.loop.is_closed() for shard, _ in targets):
-                self._sweep()
-                targets = [target for target in targets if not target[0].loop.is_closed()]
-            wake = self._add(event, targets)
+            wake = self._add(event, self._targets(event.channel))
         self._wake(wake)
 
     def _bring(self, event: Event) -> None:
         """Add what came from the broker to every loop that has room. The link calls this."""
         with self._lock:
-            targets = [
-                (shard, members)
-                for shard in list(self._shards.values())
-                if not shard.loop.is_closed() and (members := shard.members(event.channel))
-            ]
+            targets = self._targets(event.channel)
             roomy = [target for target in targets if target[0].has_room(event)]
             wake = self._add(event, roomy)
         self._wake(wake)
         if len(roomy) < len(targets):
             raise PublishQueueFull("an event loop is blocked")
+
+    def _targets(self, channel: str) -> list[tuple[Shard, tuple[Member, ...]]]:
+        """Who is on a channel, on which loop. With the lock held."""
+        while True:
+            targets = []
+            for shard in self._shards.values():
+                if members := shard.members(channel):
+                    if shard.loop.is_closed():
+                        break
+                    targets.append((shard, members))
+            else:
+                return targets
+            self._sweep()
 
     def _post(self, event: Event, connection: Connection) -> None:
         """Add an event for one client."""
@@ -965,7 +990,8 @@ class Broadcast:
     def _add(self, event: Event, targets: list[tuple[Shard, tuple[Member, ...]]]) -> list[Shard]:
         for shard, _ in targets:
             if not shard.has_room(event):
-                raise _Full(shard)
+                text = f"an event loop has {shard.pending} messages waiting to be sent"
+                raise Full(text, shard)
         return [shard for shard, members in targets if shard.add(event, members)]
 
     def _wake(self, shards: Iterable[Shard]) -> None:
@@ -982,8 +1008,8 @@ class Broadcast:
         """Call it again whenever there is room, for two seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PUBLISH_TIMEOUT
-        while loop.time() < deadline and isinstance(full, _Full):
-            await self._room(full.shard, deadline)
+        while loop.time() < deadline and isinstance(full, Full):
+            await self._room(full.place, deadline)
             try:
                 return hand_over()
             except PublishQueueFull as exc:
@@ -992,17 +1018,17 @@ class Broadcast:
             self._failed += 1
         raise full
 
-    async def _room(self, shard: Shard, deadline: float) -> None:
+    async def _room(self, place: Place, deadline: float) -> None:
         room = Waiter()
         with self._lock:
-            shard.tell_room(room)
+            place.tell_room(room)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     await room
         finally:
             with self._lock:
-                shard.forget_room(room)
+                place.forget_room(room)
 
     async def _settled(self) -> None:
         """Bring everything published so far to the sockets or outboxes of this loop."""

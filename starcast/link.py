@@ -3,11 +3,11 @@
 It lives on the event loop that started it. `publish`, `hold` and `release` may be called from any
 thread: they note what is wanted under a lock and wake that loop.
 
-What the broker is asked for is done by three tasks. `_send` hands over everything that is waiting,
-and what comes meanwhile is the next batch. `_watch` sends itself a message now and then, by way of
-the broker, so that a broker that has stopped answering is noticed. `_keep` connects again when the
-connection is lost, for ever, subscribes to what is held, and says that there was a gap. Besides,
-each channel has a task while its subscription changes: the changes of one channel happen in turn.
+What is published is up to a `Sender`. Two tasks look after the connection: `_watch` sends itself a
+message now and then, by way of the broker, so that a broker that has stopped answering is noticed.
+`_keep` connects again when the connection is lost, for ever, subscribes to what is held, and says
+that there was a gap. Besides, each channel has a task while its subscription changes: the changes
+of one channel happen in turn.
 """
 
 from __future__ import annotations
@@ -19,31 +19,21 @@ import os
 import random
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from . import envelope
 from .backends.base import Backend
-from .event import OVERHEAD, Event
+from .event import Event
 from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from .gap import Gap
+from .sender import TIMEOUT, Sender, Taken
 from .stats import BackendStats
-from .waiter import Waiter, running_loop
+from .waiter import running_loop
 
 logger = logging.getLogger("starcast")
 
 State = Literal["closed", "connected", "reconnecting"]
-
-# Seconds that `publish` and `connect` wait for the broker.
-TIMEOUT = 2.0
-
-# Bytes that may wait to be handed over. Each message counts `event.OVERHEAD` more.
-MAX_WAITING = 16 * 1024 * 1024
-
-# Messages and bytes that are handed over together.
-BATCH = 1000
-BATCH_BYTES = 1024 * 1024
 
 # Seconds between two probes, and until one must be back: together less than ten.
 PROBE_EVERY = 3.0
@@ -69,40 +59,6 @@ MAX_EARLY = 10_000
 AT_ONCE = 1000
 
 
-class Taken(Waiter):
-    """Set when the broker has a message or a subscription, or when it is known that it has not."""
-
-    __slots__ = ("abandoned", "failed")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failed: str | None = None  # why
-        self.abandoned = False  # nobody waits any more
-
-    def fail(self, why: str) -> None:
-        self.failed = why
-        self.set()
-
-    async def wait(self) -> None:
-        """Wait until it is set, two seconds at most.
-
-        Raises:
-            BackendUnavailable: The broker refused it, was lost, or did not answer in time.
-        """
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                await self
-        except TimeoutError:
-            raise BackendUnavailable("the broker did not answer in time") from None
-        finally:
-            self.abandoned = True
-        if self.failed is not None:
-            raise BackendUnavailable(self.failed)
-
-
-Entry = tuple[str, bytes, Taken | None]
-
-
 class _Hold:
     """A channel that somebody wants."""
 
@@ -126,15 +82,22 @@ class Link:
         backend: What talks to the broker.
         deliver: Called with each event that arrives, on the link's loop. Raises `PublishQueueFull`.
         on_gap: Called after each gap, on the link's loop.
+        on_orphan: Called when that loop comes to its end, or somebody has cancelled all its tasks.
     """
 
     def __init__(
-        self, backend: Backend, deliver: Callable[[Event], None], on_gap: Callable[[Gap], None]
+        self,
+        backend: Backend,
+        deliver: Callable[[Event], None],
+        on_gap: Callable[[Gap], None],
+        on_orphan: Callable[[], None],
     ) -> None:
         self.hub = b""  # names this process's hub to itself, anew with each start
         self._backend = backend
         self._deliver = deliver
         self._on_gap = on_gap
+        self._on_orphan = on_orphan
+        self._sender = Sender(backend)
         self._probe = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.RLock()  # the garbage collector may run a handler's end under it
@@ -143,16 +106,15 @@ class Link:
         self._since = time.time()
         self._error: str | None = None
         self._gaps = 0
-        self._lost = 0
+        self._blocked = 0  # messages that a blocked event loop had no room for
         self._malformed = 0
-        self._queue: deque[Entry] = deque()
-        self._size = 0
         self._holds: dict[str, _Hold] = {}
         # On the loop:
         self._tasks: set[asyncio.Task[None]] = set()
         self._generation = 0  # of the connection: what an earlier one brings does not count
         self._heard = 0.0  # when the broker was known to be there
-        self._broken = self._more = self._back = asyncio.Event()  # each its own in `start`
+        self._watching: asyncio.Task[None] | None = None
+        self._broken = self._back = asyncio.Event()  # each its own in `start`
         self._stopping: asyncio.Task[None] | None = None
         self._orphaned = False  # somebody has cancelled all tasks of the loop
         self._early: list[tuple[str, bytes]] | None = None  # what came before it is all back
@@ -171,10 +133,10 @@ class Link:
                 since=self._since,
                 error=self._error,
                 gaps=self._gaps,
-                lost=self._lost,
+                lost=self._sender.lost + self._blocked,
                 malformed=self._malformed,
                 channels=len(self._holds),
-                waiting=len(self._queue),
+                waiting=len(self._sender),
             )
 
     def publish(self, event: Event, wait: bool) -> Taken | None:
@@ -192,19 +154,7 @@ class Link:
                 f"the message takes {len(data)} bytes, and the broker at most "
                 f"{self._backend.max_payload}"
             )
-        taken = Taken() if wait else None
-        with self._lock:
-            if taken is None and (self._state != "connected" or not self.alive):
-                self._lost += 1
-                return None
-            if self._queue and self._size + len(data) + OVERHEAD > MAX_WAITING:
-                raise PublishQueueFull(f"{len(self._queue)} messages wait for the broker")
-            wake = not self._queue
-            self._queue.append((event.channel, data, taken))
-            self._size += len(data) + OVERHEAD
-        if wake:
-            self._call(self._wake)
-        return taken
+        return self._sender.put(event.channel, data, wait)
 
     async def hold(self, channel: str) -> None:
         """Want a channel, and come back when the broker has confirmed it.
@@ -292,16 +242,16 @@ class Link:
                 task.cancel()
         self._loop = asyncio.get_running_loop()
         self._orphaned = False
-        self._broken, self._more, self._back = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._broken, self._back = asyncio.Event(), asyncio.Event()
         self._tasks = set()
+        self._sender.live_here()
         if moved:
             self._break(RuntimeError("the event loop of the connection ended"), self._generation)
         else:
             await self._connect()
             self._connected()
             self._catch_up()
-        for work in (self._keep(), self._send(), self._watch()):
-            self._run(work)
+        self._run(self._keep())
 
     async def stop(self) -> None:
         """Disconnect. From any loop."""
@@ -325,10 +275,9 @@ class Link:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         await self._disconnect()
+        await self._sender.close("the hub was closed")
         with self._lock:
-            queue, self._queue, self._size = self._queue, deque(), 0
             waiting = [taken for hold in self._holds.values() for taken in hold.waiting]
-        self._fail(queue, "the hub was closed")
         for taken in waiting:
             taken.fail("the hub was closed")
         self._stopping = None
@@ -387,7 +336,11 @@ class Link:
                 hold.changing = False
         for channel in channels:
             self._change(channel)  # what was released meanwhile
-        self._wake()
+        self._sender.open()
+        if self._watching is not None:
+            self._tasks.discard(self._watching)
+            self._watching.cancel()
+        self._watching = self._run(self._watch(self._generation))
 
     async def _disconnect(self) -> None:
         self._generation += 1
@@ -403,23 +356,27 @@ class Link:
 
     # Stay connected
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._loop is not None
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if task in self._tasks:
             self._tasks.remove(task)
-            if task.cancelled() and self._state != "closed":
+            if task.cancelled() and self._state != "closed" and not self._orphaned:
                 self._orphaned = True
+                self._sender.pause()
+                self._on_orphan()
 
     def _break(self, error: Exception, generation: int) -> None:
         if generation == self._generation:
             if self._state == "connected":
                 logger.warning("lost the connection to the broker: %s", _words(error))
                 self._become("reconnecting", error)
+                self._sender.pause()
             self._broken.set()
 
     async def _keep(self) -> None:
@@ -433,7 +390,7 @@ class Link:
             error = self._error or ""
             while self._broken.is_set():
                 await self._disconnect()
-                self._lose()
+                self._sender.give_up()
                 await asyncio.sleep(random.uniform(0, longest))
                 longest = min(1.5 * longest, LONGEST_WAIT)
                 try:
@@ -458,85 +415,27 @@ class Link:
         for channel, data in early:
             self._arrived(channel, data)
 
-    async def _watch(self) -> None:
+    async def _watch(self, generation: int) -> None:
         while True:
             await asyncio.sleep(PROBE_EVERY)
-            generation = self._generation
-            if self._state == "connected":
-                self._ask()
-                for _ in range(2):  # if this loop was blocked, the answer is here in a moment
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(PROBE_TIMEOUT / 2):
-                            await self._back.wait()
-                if not self._back.is_set():
-                    error = TimeoutError(f"the broker did not answer for {PROBE_TIMEOUT:g} seconds")
-                    self._break(error, generation)
+            self._ask()
+            for _ in range(2):  # if this loop was blocked, the answer is here in a moment
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PROBE_TIMEOUT / 2):
+                        await self._back.wait()
+            if not self._back.is_set():
+                error = TimeoutError(f"the broker did not answer for {PROBE_TIMEOUT:g} seconds")
+                self._break(error, generation)
+                return
 
     def _ask(self) -> None:
         """Send a message to ourselves; `_back` is set when it has come."""
         self._back.clear()
-        with self._lock:
-            self._queue.appendleft((self._probe, b"", None))
-            self._size += OVERHEAD
-        self._wake()
+        self._sender.probe(self._probe)
 
     async def _answer(self) -> None:
         self._ask()
         await self._back.wait()
-
-    # Send
-
-    def _wake(self) -> None:
-        self._more.set()
-
-    async def _send(self) -> None:
-        while True:
-            await self._more.wait()
-            self._more.clear()
-            while self._state == "connected" and (batch := self._batch()):
-                why = "the connection to the broker was lost"
-                try:
-                    await self._backend.publish([(channel, data) for channel, data, _ in batch])
-                    why = ""
-                except Exception as exc:
-                    # If the connection is broken, the backend says so, or the probe finds out.
-                    why = _words(exc)
-                finally:
-                    if why:
-                        self._fail(batch, why)
-                for _, _, taken in batch:
-                    if taken is not None:
-                        taken.set()
-
-    def _batch(self) -> list[Entry]:
-        batch: list[Entry] = []
-        size = 0
-        with self._lock:
-            while self._queue and len(batch) < BATCH and size < BATCH_BYTES:
-                entry = self._queue.popleft()
-                _, data, taken = entry
-                self._size -= len(data) + OVERHEAD
-                if taken is None or not taken.abandoned:
-                    batch.append(entry)
-                    size += len(data)
-        return batch
-
-    def _lose(self) -> None:
-        """Give up what nobody waits for. Who waits may still see the end of the outage."""
-        with self._lock:
-            lost = [entry for entry in self._queue if entry[2] is None]
-            queue = [entry for entry in self._queue if entry[2] and not entry[2].abandoned]
-            self._queue = deque(queue)
-            self._size = sum(len(data) + OVERHEAD for _, data, _ in queue)
-        self._fail(lost, "the connection to the broker was lost")
-
-    def _fail(self, entries: Iterable[Entry], why: str) -> None:
-        for channel, _, taken in entries:
-            if taken is not None:
-                taken.fail(why)
-            elif channel != self._probe:
-                with self._lock:
-                    self._lost += 1
 
     # Receive
 
@@ -552,7 +451,7 @@ class Link:
                 self._malformed += 1
         except PublishQueueFull:  # an event loop of this process is blocked
             with self._lock:
-                self._lost += 1
+                self._blocked += 1
 
     # Subscriptions
 
@@ -580,7 +479,7 @@ class Link:
             else:
                 with self._lock:
                     hold.subscribed = False  # who wants it now has to wait
-                with contextlib.suppress(Exception):  # the connection is broken: see `_send`
+                with contextlib.suppress(Exception):  # the connection is broken: see `Sender`
                     await self._backend.unsubscribe(channel)
         if generation == self._generation:
             hold.changing = False

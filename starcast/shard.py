@@ -144,9 +144,8 @@ class Shard:
     # On the loop
 
     def _begin(self) -> None:
-        if self.awake and self._work is None:
-            self._work = self._deliveries()
-            self._start(self._work, 1)
+        if self.awake:
+            self.flush()
 
     def flush(self) -> bool:
         """Deliver here and now, if nobody does so already; False if it does not end here.

@@ -42,14 +42,15 @@ class Subscription(Generic[Got]):
         self._leave = leave
         self._on_overflow = on_overflow
         self._counters = Counters()
-        self._ready: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: asyncio.Future[None] | None = None
         self._ended = False
         self._lagged = False
 
     async def __aenter__(self) -> Self:
-        if self._ready is not None:
+        if self._loop is not None:
             raise RuntimeError("a Subscriber can be entered once; call subscribe() again")
-        self._ready = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._counters = await self._join(self)
         return self
 
@@ -67,7 +68,7 @@ class Subscription(Generic[Got]):
         return self
 
     async def __anext__(self) -> Got:
-        if self._ready is None:
+        if self._loop is None:
             raise RuntimeError("a Subscriber gets events inside `async with` only")
         while (item := self.outbox.take()) is None:
             if self._lagged:
@@ -78,8 +79,10 @@ class Subscription(Generic[Got]):
                 )
             if self._ended:
                 raise StopAsyncIteration
-            self._ready.clear()
-            await self._ready.wait()
+            if self._waiting is not None and not self._waiting.done():
+                raise RuntimeError("a Subscriber is iterated over by one task at a time")
+            self._waiting = self._loop.create_future()
+            await self._waiting
         self._counters.delivered += isinstance(item, Event)
         return cast(Got, item)  # `put` lets nothing else in
 
@@ -102,15 +105,17 @@ class Subscription(Generic[Got]):
             if dropped:
                 self._counters.dropped += len(dropped)
                 Overflowed(self, self.outbox.overflow, tuple(dropped)).tell(self._on_overflow)
-        if self._ready is not None:
-            self._ready.set()
+        self._wake()
         return False
 
     def end(self) -> None:
         """End the iteration after what is buffered."""
         self._ended = True
-        if self._ready is not None:
-            self._ready.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class Subscriber(Subscription[Event]):

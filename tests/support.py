@@ -346,3 +346,15 @@ class Bus:
             return self.broker.buses[self]
         except KeyError:
             raise ConnectionError("there is no connection") from None
+
+
+async def joined(hub: starcast.Broadcast, *channels: str) -> Peer:
+    peer = Peer()
+    for channel in channels:
+        await hub.connect(peer.websocket, channel)
+    return peer
+
+
+def subscribed(broker: Broker) -> set[str]:
+    names = set().union(*broker.buses.values())
+    return {name for name in names if not name.startswith("starcast-probe")}

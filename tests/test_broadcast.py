@@ -32,7 +32,7 @@ from starcast import (
     SubscriberLagged,
     shard,
 )
-from starcast.broadcast import _Full
+from starcast.waiter import Full
 from support import Bus, Peer, until, until_sync
 
 pytestmark = pytest.mark.anyio
@@ -1150,13 +1150,13 @@ async def test_room_that_others_have_taken_is_waited_for_again(small):
     hub = Broadcast()
     await several(hub, 1)
     shard = hub._shards[asyncio.get_running_loop()]
-    outcomes = [_Full(shard), _Full(shard), None]
+    outcomes = [Full("", shard), Full("", shard), None]
 
     def hand_over():
         if error := outcomes.pop(0):
             raise error
 
-    await hub._retry(hand_over, _Full(shard))
+    await hub._retry(hand_over, Full("", shard))
     assert outcomes == []
     assert hub.stats().failed == 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 Deliver = Callable[[str, bytes], None]
@@ -48,10 +48,11 @@ class Backend(Protocol):
     async def unsubscribe(self, channel: str) -> None:
         """Undo `subscribe`. Messages that are on their way already may still arrive."""
 
-    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> Awaitable[None]:
         """Hand messages over, pairs of channel and payload; come back when the broker has them.
 
-        They arrive in this order at every process that is subscribed. Only one call at a time.
+        They arrive in this order at every process that is subscribed. Only one call at a time. It
+        may be an `async def`; a plain function that returns a future saves a turn of the loop.
 
         Raises:
             Exception: The connection is broken; the broker has some of them or none.

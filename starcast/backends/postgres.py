@@ -56,6 +56,7 @@ _SETUP = """
 """
 
 # `unnest` gives the elements in their order, and `count` makes one row of them.
+_NOTIFY_ONE = "SELECT pg_catalog.pg_notify($1, $2)"
 _NOTIFY = "SELECT count(pg_catalog.pg_notify(c, p)) FROM unnest($1::text[], $2::text[]) AS m(c, p)"
 
 
@@ -152,7 +153,7 @@ class PostgresBackend:
     async def stop(self) -> None:
         """Drop both connections without a word to the server, which may not be listening."""
         self._disconnect()
-        if self._worker is not None:
+        if self._worker is not None and self._worker.get_loop() is asyncio.get_running_loop():
             await asyncio.wait([self._worker])
         await asyncio.sleep(0)  # the sockets are closed in the event loop's next turn
 
@@ -244,9 +245,11 @@ class PostgresBackend:
     async def _notify(self, rows: dict[tuple[str, str], None]) -> None:
         if self._publisher is None:
             raise BackendUnavailable(f"not connected to {self._where}")
-        names, texts = zip(*rows, strict=True)
         try:
-            await self._publisher.execute(_NOTIFY, names, texts)
+            if len(rows) == 1:
+                await self._publisher.execute(_NOTIFY_ONE, *next(iter(rows)))
+            else:
+                await self._publisher.execute(_NOTIFY, *zip(*rows, strict=True))
         except Exception as error:
             raise BackendUnavailable(f"{self._where}: {_reason(error)}") from error
 

@@ -114,8 +114,8 @@ class RedisBackend:
         self._close(pipes, "was closed")
         for pipe in pipes:
             await _drop(pipe.connection)
-        # On a loop that has ended, no task is left and none could be waited for.
-        if tasks := [pipe.task for pipe in pipes if not pipe.task.done()]:
+        here = asyncio.get_running_loop()  # tasks of a loop that has ended never end
+        if tasks := [pipe.task for pipe in pipes if pipe.task.get_loop() is here]:
             await asyncio.wait(tasks)
 
     async def subscribe(self, channel: str) -> None:
@@ -130,9 +130,9 @@ class RedisBackend:
     async def unsubscribe(self, channel: str) -> None:
         await self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", self._name(channel))])
 
-    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> asyncio.Future[None]:
         commands = [("PUBLISH", self._name(channel), payload) for channel, payload in messages]
-        await self._ask(_PUBLISHER, commands)
+        return self._ask(_PUBLISHER, commands)
 
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()

@@ -27,7 +27,8 @@ def test_a_backend_has_the_calls_of_the_contract(make_backend):
     assert calls == {"start", "stop", "subscribe", "unsubscribe", "publish"}
     for name in calls:
         ours, contract = (getattr(cls, name) for cls in (make_backend(), Backend))
-        assert inspect.iscoroutinefunction(ours)
+        # `publish` may return a future of its own.
+        assert inspect.iscoroutinefunction(ours) or name == "publish"
         wanted = [p for p in inspect.signature(contract).parameters if p != "self"]
         assert list(inspect.signature(ours).parameters) == wanted
 

@@ -310,12 +310,12 @@ async def test_a_server_that_dies(own, how):
         await until(lambda: inbox.lost)
         for _ in range(2):
             for call in (
-                inbox.backend.subscribe("a"),
-                inbox.backend.unsubscribe("probe"),
-                inbox.backend.publish([("a", b"")]),
+                lambda: inbox.backend.subscribe("a"),
+                lambda: inbox.backend.unsubscribe("probe"),
+                lambda: inbox.backend.publish([("a", b"")]),
             ):
                 with pytest.raises(BackendUnavailable, match=f"127.0.0.1:{own.port}"):
-                    await call
+                    await call()
             await asyncio.sleep(0)
         assert len(inbox.lost) == 1
         assert isinstance(inbox.lost[0], BackendUnavailable)
@@ -332,7 +332,7 @@ async def pending(inbox):
         inbox.backend.unsubscribe("probe"),
         inbox.backend.publish([("a", b"1"), ("b", b"2")]),
     ]
-    tasks = [asyncio.create_task(call) for call in calls]
+    tasks = [asyncio.ensure_future(call) for call in calls]
     done, _ = await asyncio.wait(tasks, timeout=0.05)
     assert not done
     return tasks
@@ -378,7 +378,7 @@ async def test_a_frozen_server_does_not_hold_stop(own):
         own.freeze()
         tasks = await pending(inbox)
         # More than the kernel takes: a close that waits for it to be sent would not come back.
-        tasks.append(asyncio.create_task(inbox.backend.publish([("a", b"x" * 2**23)] * 4)))
+        tasks.append(asyncio.ensure_future(inbox.backend.publish([("a", b"x" * 2**23)] * 4)))
         await asyncio.sleep(0)
         began = time.monotonic()
         await inbox.backend.stop()
@@ -830,7 +830,7 @@ async def test_cancelled_after_any_number_of_steps(server, call):
     while cancelled:
         inbox = Inbox(RedisBackend(server.url))
         await inbox.start()
-        task = asyncio.create_task(call(inbox))
+        task = asyncio.ensure_future(call(inbox))
         for _ in range(steps):
             await asyncio.sleep(0)
         task.cancel()

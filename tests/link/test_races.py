@@ -10,34 +10,10 @@ import time
 
 import pytest
 
-from starcast import Broadcast, PublishQueueFull, link
-from support import Broker, Bus, OtherLoop, Peer, starcast_tasks, until
+from starcast import Broadcast, PublishQueueFull, link, sender
+from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(link, "TIMEOUT", 0.5)
-    monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
-
-
-@pytest.fixture
-def broker(anyio_backend):
-    return Broker()
-
-
-async def joined(hub, *channels):
-    peer = Peer()
-    for channel in channels:
-        await hub.connect(peer.websocket, channel)
-    return peer
-
-
-def subscribed(broker):
-    names = set().union(*broker.buses.values()) if broker.buses else set()
-    return {n for n in names if not n.startswith("starcast-probe")}
 
 
 async def turns(n):
@@ -170,7 +146,7 @@ async def test_the_tasks_are_cancelled_but_the_loop_goes_on(broker):
 
 
 async def test_empty_messages_are_bounded_too(broker, monkeypatch):
-    monkeypatch.setattr(link, "MAX_WAITING", 10_000)
+    monkeypatch.setattr(sender, "MAX_WAITING", 10_000)
     hub = Broadcast(backend=Bus(broker))
     await hub.connect()
     broker.open.clear()

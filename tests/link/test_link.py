@@ -18,46 +18,12 @@ from starcast import (
     PayloadTooLarge,
     PublishQueueFull,
     link,
+    sender,
     testing,
 )
-from support import Broker, Bus, OtherLoop, Peer, starcast_tasks, until
+from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(link, "TIMEOUT", 0.5)
-    monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
-
-
-@pytest.fixture
-def broker(anyio_backend):
-    return Broker()
-
-
-@pytest.fixture
-async def hub(broker):
-    hub = Broadcast(backend=Bus(broker))
-    yield hub
-    broker.open.set()
-    await hub.disconnect()
-    await until(lambda: not starcast_tasks())
-    assert not hub._link._holds
-    assert not hub._link._queue
-
-
-async def joined(hub: Broadcast, *channels: str) -> Peer:
-    peer = Peer()
-    for channel in channels:
-        await hub.connect(peer.websocket, channel)
-    return peer
-
-
-def subscribed(broker: Broker) -> set[str]:
-    names = set().union(*broker.buses.values())
-    return {name for name in names if not name.startswith("starcast-probe")}
 
 
 def asked(broker: Broker) -> list[tuple[str, str]]:
@@ -114,8 +80,8 @@ async def test_what_comes_while_a_batch_is_under_way_is_the_next_one(hub, broker
 
 
 async def test_a_batch_has_its_bounds(hub, broker, monkeypatch):
-    monkeypatch.setattr(link, "BATCH", 10)
-    monkeypatch.setattr(link, "BATCH_BYTES", 20)
+    monkeypatch.setattr(sender, "BATCH", 10)
+    monkeypatch.setattr(sender, "BATCH_BYTES", 20)
     peer = await joined(hub, "room")
     for _ in range(15):
         hub.publish_nowait("room", "x")
@@ -151,7 +117,7 @@ async def test_a_message_that_is_too_large_is_refused_before_anything_is_sent(hu
 
 
 async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
-    monkeypatch.setattr(link, "MAX_WAITING", 100)
+    monkeypatch.setattr(sender, "MAX_WAITING", 100)
     peer = await joined(hub, "room")
     broker.open.clear()
     hub.publish_nowait("room", "first")

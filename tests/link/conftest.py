@@ -1,0 +1,32 @@
+"""For the tests of the connection to a broker: a broker that a test can stop at will."""
+
+from __future__ import annotations
+
+import pytest
+
+from starcast import Broadcast, link, sender
+from support import Broker, Bus, starcast_tasks, until
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "TIMEOUT", 0.5)
+    monkeypatch.setattr(link, "TIMEOUT", 0.5)
+    monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
+
+
+@pytest.fixture
+def broker(anyio_backend: str) -> Broker:
+    return Broker()
+
+
+@pytest.fixture
+async def hub(broker: Broker):
+    hub = Broadcast(backend=Bus(broker))
+    yield hub
+    broker.open.set()
+    await hub.disconnect()
+    await until(lambda: not starcast_tasks())
+    assert not hub._link._holds
+    assert not len(hub._link._sender)
