@@ -960,11 +960,14 @@ class Broadcast:
     def _bring(self, event: Event) -> None:
         """Add what came from the broker to every loop that has room. The link calls this."""
         with self._lock:
-            targets = self._targets(event.channel)
-            roomy = [target for target in targets if target[0].has_room(event)]
-            wake = self._add(event, roomy)
+            wake, blocked = [], False
+            for shard, members in self._targets(event.channel):
+                if not shard.has_room(event):
+                    blocked = True
+                elif shard.add(event, members):
+                    wake.append(shard)
         self._wake(wake)
-        if len(roomy) < len(targets):
+        if blocked:
             raise PublishQueueFull("an event loop is blocked")
 
     def _targets(self, channel: str) -> list[tuple[Shard, tuple[Member, ...]]]:

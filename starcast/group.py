@@ -104,6 +104,6 @@ def grouped(batch: Iterable[Entry]) -> list[Group]:
 def _apart(batch: Iterable[Entry]) -> bool:
     """Whether nobody is in two different tuples of members of the batch."""
     distinct = {id(members): members for _, members, _ in batch}
-    if len(distinct) == 1:
+    if len(distinct) <= 1:
         return True
     return len(set[Member]().union(*distinct.values())) == sum(map(len, distinct.values()))

@@ -1,6 +1,6 @@
 """NATS: core subjects, over nats-py.
 
-nats-py is used without its reconnecting, its queues and its flush:
+nats-py is used without its reconnecting, its queues, its `publish` and its flush:
 
 - A subscription of nats-py normally has a queue and a task, which breaks a publisher's order across
   channels and drops what is too much. One with a `future=` hands each message to that future as it
@@ -8,6 +8,8 @@ nats-py is used without its reconnecting, its queues and its flush:
 - `Client.flush()` writes its PING ahead of the commands that its flusher task still has, and if it
   is cancelled, the PONG ends the task that reads. So we ask the broker by a message to ourselves:
   it handles what one connection sends in turn, and when the message is back, all before it is done.
+- `Client.publish()` leaves a message to the flusher task. Ours are written when they are handed
+  over, all of a batch together.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
 ANSWER_TIMEOUT = 10.0  # seconds that the broker has to confirm a call
 STOP_TIMEOUT = 1.0  # seconds for nats-py to end its tasks, which takes a few turns of the loop
 
-# Bytes that may wait in nats-py because the socket takes no more; further calls raise.
+# Bytes that may wait because the socket takes no more; further calls raise.
 MAX_UNSENT = 8 * 1024 * 1024
 
 # Characters. A server takes 4,096 bytes of subject; 200 characters of a channel take up to 2,400.
@@ -144,7 +146,7 @@ class _Session:
         self.client._transport = self._wire
         self._subscriptions: dict[str, Subscription] = {}
         self._numbers = itertools.count()
-        self._waiters: dict[bytes, asyncio.Future[str]] = {}  # "", or what is wrong
+        self._waiters: dict[bytes, asyncio.Future[None]] = {}
         self._refusal = ""
         self._connecting = False
         self._ended = asyncio.Event()
@@ -165,28 +167,43 @@ class _Session:
         if not self.client.is_connected:  # nats-py takes silence for consent
             raise nats.errors.UnexpectedEOF
         await self.client.subscribe(self._inbox, future=_Sink(self._on_answer))
-        await self.confirm()
+        await self.hand_over()
 
-    async def confirm(self) -> None:
-        """Come back when the broker has handled everything that was handed over until now."""
+    def hand_over(self, *messages: tuple[str, bytes]) -> asyncio.Future[None]:
+        """Publish pairs of subject and payload, at once.
+
+        What comes back is done when the broker has handled these and all that went before.
+        """
+        loop = asyncio.get_running_loop()
         number = b"%d" % next(self._numbers)
-        await self.client.publish(self._inbox, number)
-        waiter = self._waiters[number] = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
-                trouble = await waiter
-        except TimeoutError:
-            trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
-        finally:
+        answered = self._waiters[number] = loop.create_future()
+        trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
+        overdue = loop.call_later(ANSWER_TIMEOUT, self._fail, answered, trouble)
+
+        def forget(answered: asyncio.Future[None]) -> None:
+            overdue.cancel()
             del self._waiters[number]
-        if trouble:
-            raise BackendUnavailable(f"{self._name}: {trouble}")
+
+        answered.add_done_callback(forget)
+        # What nats-py itself has to send goes first: its own task would write it in the next turn.
+        commands, self.client._pending = self.client._pending, []
+        self.client._pending_data_size = 0
+        for subject, payload in (*messages, (self._inbox, number)):
+            commands.append(b"PUB %b %d\r\n%b\r\n" % (subject.encode(), len(payload), payload))
+        self._wire.writelines(commands)
+        return answered
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the socket has not taken yet."""
+        writer = self._wire._io_writer
+        return 0 if writer is None else writer.transport.get_write_buffer_size()
 
     async def subscribe(self, channel: str, subject: str) -> None:
         sink = _Sink(partial(self._deliver, channel))
         self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
         try:
-            await self.confirm()
+            await self.hand_over()
         except BaseException:
             await self.forget(channel)
             raise
@@ -212,15 +229,20 @@ class _Session:
 
     def _release(self, trouble: str) -> None:
         for waiter in self._waiters.values():
-            if not waiter.done():
-                waiter.set_result(trouble)
+            self._fail(waiter, trouble)
+
+    def _fail(self, waiter: asyncio.Future[None], trouble: str) -> None:
+        if not waiter.done():
+            waiter.set_exception(BackendUnavailable(f"{self._name}: {trouble}"))
 
     def _on_answer(self, number: bytes) -> None:
         # An error that came since the last answer belongs to what was sent since then.
         refusal, self._refusal = self._refusal, ""
         waiter = self._waiters.get(number)
-        if waiter is not None and not waiter.done():
-            waiter.set_result(refusal)
+        if waiter is not None and refusal:
+            self._fail(waiter, refusal)
+        elif waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     async def _on_error(self, error: Exception) -> None:
         self.trouble = error
@@ -313,9 +335,9 @@ class NatsBackend:
     async def unsubscribe(self, channel: str) -> None:
         session = self._opened()
         await session.forget(channel)
-        await session.confirm()
+        await session.hand_over()
 
-    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> asyncio.Future[None]:
         session = self._opened()
         for _, payload in messages:
             if len(payload) > self.max_payload:
@@ -323,15 +345,13 @@ class NatsBackend:
                     f"a message of {len(payload)} bytes is more than the {self.max_payload} that "
                     f"{self._name} takes"
                 )
-        for channel, payload in messages:
-            await session.client.publish(self._subject(channel), payload)
-        await session.confirm()
+        return session.hand_over(*((self._subject(channel), data) for channel, data in messages))
 
     def _opened(self) -> _Session:
         session = self._session
         if session is None or session.client.is_closed:
             raise self._unavailable("not connected")
-        if session.client.pending_data_size > MAX_UNSENT:
+        if session.unsent > MAX_UNSENT:
             raise self._unavailable("it does not take what is sent")
         return session
 
