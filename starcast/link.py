@@ -190,7 +190,7 @@ class Link:
     async def healthy(self) -> bool:
         """Whether a message comes back by way of the broker within two seconds. From any loop."""
         loop = self._loop
-        if self._state != "connected" or loop is None or loop.is_closed():
+        if self._state != "connected" or loop is None or not self.alive:
             return False
         asking = asyncio.run_coroutine_threadsafe(self._answer(), loop)
         try:
@@ -244,6 +244,7 @@ class Link:
         self._orphaned = False
         self._broken, self._back = asyncio.Event(), asyncio.Event()
         self._tasks = set()
+        self._watching = None
         self._sender.live_here()
         if moved:
             self._break(RuntimeError("the event loop of the connection ended"), self._generation)
@@ -364,12 +365,16 @@ class Link:
         return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if task in self._tasks:
-            self._tasks.remove(task)
-            if task.cancelled() and self._state != "closed" and not self._orphaned:
-                self._orphaned = True
-                self._sender.pause()
-                self._on_orphan()
+        if task not in self._tasks:
+            return
+        self._tasks.remove(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # a mistake of ours, which must not be the end of the connection
+            logger.error("the connection to the broker has to begin anew", exc_info=error)
+        if (task.cancelled() or error) and self._state != "closed" and not self._orphaned:
+            self._orphaned = True
+            self._sender.pause()
+            self._on_orphan()
 
     def _break(self, error: Exception, generation: int) -> None:
         if generation == self._generation:

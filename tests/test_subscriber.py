@@ -493,3 +493,14 @@ async def test_encode_broadcasters_chat_ends_when_its_client_leaves():
         sending.cancel()
     assert nobody_left(hub)
     await hub.disconnect()
+
+
+async def test_two_tasks_that_iterate():
+    hub = Broadcast()
+    async with hub.subscribe("room") as subscriber:
+        first = asyncio.create_task(anext(subscriber))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="one task"):
+            await anext(subscriber)
+        await hub.publish("room", "x")
+        assert (await first).message == "x"

@@ -17,6 +17,7 @@ from starcast import (
     Gap,
     PayloadTooLarge,
     PublishQueueFull,
+    broadcast,
     link,
     sender,
     testing,
@@ -118,6 +119,7 @@ async def test_a_message_that_is_too_large_is_refused_before_anything_is_sent(hu
 
 async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
     monkeypatch.setattr(sender, "MAX_WAITING", 100)
+    monkeypatch.setattr(broadcast, "PUBLISH_TIMEOUT", 0.2)
     peer = await joined(hub, "room")
     broker.open.clear()
     hub.publish_nowait("room", "first")
@@ -128,8 +130,91 @@ async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
     with pytest.raises(PublishQueueFull):
         await hub.publish("room", "x")
     assert hub.stats().failed == 2
+    assert not hub._link._sender._room
     broker.open.set()
     await until(lambda: len(peer.got) == 2)
+
+
+async def test_who_waits_gets_the_room_that_is_made(hub, broker, monkeypatch):
+    monkeypatch.setattr(sender, "MAX_WAITING", 100)
+    peer = await joined(hub, "room")
+    broker.open.clear()
+    hub.publish_nowait("room", "first")
+    await until(lambda: broker.stalled)
+    hub.publish_nowait("room", "x" * 200)
+    waiting = [asyncio.create_task(hub.publish("room", str(number))) for number in range(3)]
+    await until(lambda: len(hub._link._sender._room) == 3)
+    broker.open.set()
+    await asyncio.gather(*waiting)
+    await until(lambda: len(peer.got) == 5)
+    assert sorted(peer.got[2:]) == ["0", "1", "2"]
+
+
+async def test_closing_while_somebody_waits_for_room(hub, broker, monkeypatch):
+    monkeypatch.setattr(sender, "MAX_WAITING", 100)
+    await hub.connect()
+    broker.open.clear()
+    hub.publish_nowait("room", "first")
+    await until(lambda: broker.stalled)
+    hub.publish_nowait("room", "x" * 200)
+    waiting = asyncio.create_task(hub.publish("room", "last"))
+    await until(lambda: hub._link._sender._room)
+    await hub.disconnect()
+    with pytest.raises(BackendUnavailable):
+        await waiting
+
+
+@pytest.mark.parametrize("how", ["future", "coroutine", "at once"])
+async def test_a_batch_that_the_broker_refuses(hub, broker, monkeypatch, how):
+    """`publish` of a backend may be an `async def`, or return a future, or raise."""
+    await hub.connect()
+
+    async def refuse(messages):
+        raise PermissionError("nobody may")
+
+    def publish(messages):
+        if how == "future":
+            refused = asyncio.get_running_loop().create_future()
+            refused.set_exception(PermissionError("nobody may"))
+            return refused
+        if how == "coroutine":
+            return refuse(messages)
+        raise PermissionError("nobody may")
+
+    monkeypatch.setattr(hub._link._backend, "publish", publish)
+    hub.publish_nowait("room", "x")
+    with pytest.raises(BackendUnavailable, match="nobody may"):
+        await hub.publish("room", "x")
+    assert hub.stats().backend.lost == 1
+    monkeypatch.undo()
+    await hub.publish("room", "x")
+
+
+async def test_a_publish_that_the_backend_never_ends(hub, broker, monkeypatch):
+    peer = await joined(hub, "room")
+    monkeypatch.setattr(
+        hub._link._backend, "publish", lambda messages: asyncio.get_running_loop().create_future()
+    )
+    hub.publish_nowait("room", "lost")
+    await until(lambda: hub._link._sender._sending)
+    monkeypatch.undo()
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.gaps)
+    assert hub.stats().backend.lost == 1
+    await hub.publish("room", "x")
+    await until(lambda: peer.got == ["x"])
+
+
+async def test_each_connection_is_watched_by_one_task(hub, broker):
+    await hub.connect()
+    for number in range(1, 4):
+        broker.kill()
+        broker.up = True
+        await until(lambda: hub.stats().backend.gaps == number)  # noqa: B023  # called here
+    watching = [task for task in starcast_tasks() if "_watch" in repr(task.get_coro())]
+    await until(lambda: sum(not task.done() for task in watching) == 1)
+    assert hub._link.alive
 
 
 async def test_what_is_neither_text_nor_ours_is_dropped_and_counted(hub, broker):

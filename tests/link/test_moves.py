@@ -1,0 +1,130 @@
+"""The event loop of the connection ends, and others live on."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from starcast import Broadcast, Gap, link
+from support import Bus, OtherLoop, joined, starcast_tasks, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def on_another_loop(hub: Broadcast) -> OtherLoop:
+    """Open the hub on another event loop."""
+    other = OtherLoop()
+    await asyncio.to_thread(other.run, hub.connect())
+    return other
+
+
+async def test_who_only_listens_is_found_a_new_connection(hub, broker):
+    first = await on_another_loop(hub)
+    peer = await joined(hub, "room")
+    async with (
+        hub.subscribe("room", gaps=True) as subscriber,
+        Broadcast(backend=Bus(broker)) as publisher,
+    ):
+        await asyncio.to_thread(first.close)
+        gap = await anext(subscriber)  # nobody here has published or connected
+        await publisher.publish("room", "hello")
+        await until(lambda: peer.got == ["hello"])
+        assert isinstance(gap, Gap)
+        assert "event loop" in gap.error
+        assert hub._link._loop is asyncio.get_running_loop()
+        assert await hub.healthy()
+
+
+async def test_two_loops_that_end_together(hub, broker):
+    first = await on_another_loop(hub)
+    second = OtherLoop()
+    await asyncio.to_thread(second.run, joined(hub, "room"))
+    peer = await joined(hub, "room")
+    async with hub._switching:
+        await asyncio.to_thread(first.close)
+        await until(lambda: hub._moving is not None)
+        assert hub._moving.get_loop() is second.loop
+        await asyncio.to_thread(second.close)
+    await until(lambda: hub.stats().backend.gaps)
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    assert hub._link._loop is asyncio.get_running_loop()
+
+
+async def test_a_loop_that_is_closed_in_the_same_moment(hub, broker):
+    class Closing:
+        def is_closed(self):
+            return False
+
+        def call_soon_threadsafe(self, function):
+            raise RuntimeError("Event loop is closed")
+
+    first = await on_another_loop(hub)
+    second = OtherLoop()
+    await asyncio.to_thread(second.run, joined(hub, "room"))
+    shard = hub._shards[second.loop]
+    shard.loop = Closing()
+    await joined(hub, "room")
+    await asyncio.to_thread(first.close)
+    await until(lambda: hub.stats().backend.gaps)
+    assert hub._link._loop is asyncio.get_running_loop()
+    shard.loop = second.loop
+    await asyncio.to_thread(second.close)
+
+
+async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
+    peer = await joined(hub, "room")
+    async with Broadcast(backend=Bus(broker)) as publisher:
+        for task in starcast_tasks():
+            if task in hub._link._tasks:
+                task.cancel()
+        await until(lambda: hub.stats().backend.gaps)
+        await publisher.publish("room", "hello")
+        await until(lambda: peer.got == ["hello"])
+
+
+async def test_a_hub_that_is_closed_is_not_opened_again(hub, broker):
+    first = await on_another_loop(hub)
+    await joined(hub, "room")
+    async with hub._switching:
+        closing = asyncio.create_task(hub.disconnect())
+        await until(lambda: hub._switching._waiting)
+        await asyncio.to_thread(first.close)
+        await until(lambda: len(hub._switching._waiting) == 2)
+    await closing
+    await until(lambda: hub._moving.done())
+    assert not broker.buses
+    assert hub.stats().backend.state == "closed"
+
+
+async def test_a_mistake_of_ours_is_no_end(hub, broker, monkeypatch, caplog):
+    peer = await joined(hub, "room")
+    monkeypatch.setattr(link.random, "uniform", None)
+    broker.kill()
+    broker.up = True
+    await until(lambda: caplog.records and caplog.records[-1].levelname == "ERROR")
+    monkeypatch.undo()
+    await until(lambda: hub.stats().backend.gaps)
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    caplog.clear()
+
+
+async def test_what_was_under_way_on_a_loop_that_just_stopped(hub, broker):
+    first = await on_another_loop(hub)
+    await joined(hub, "room")
+    broker.open.clear()
+    hub.publish_nowait("room", "under way")
+    await until(lambda: broker.stalled)
+    await asyncio.to_thread(first.stop)
+    tasks = asyncio.all_tasks(first.loop)
+    first.loop.close()  # no task was cancelled, and nobody can know
+    for task in tasks:
+        task._log_destroy_pending = False
+        task.get_coro().close()
+    broker.open.set()
+    assert not await hub.healthy()
+    await hub.connect()
+    await until(lambda: hub.stats().backend.gaps)
+    assert hub.stats().backend.lost == 1
