@@ -132,8 +132,7 @@ class Sender:
 
     def _wake(self, at_once: bool) -> None:
         loop = self._loop
-        if loop is None:
-            return
+        assert loop is not None  # who waits has opened the hub
         if running_loop() is not loop:
             with contextlib.suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(self._send)

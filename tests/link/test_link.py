@@ -22,6 +22,7 @@ from starcast import (
     sender,
     testing,
 )
+from starcast.waiter import Waiter
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
@@ -148,6 +149,12 @@ async def test_who_waits_gets_the_room_that_is_made(hub, broker, monkeypatch):
     await asyncio.gather(*waiting)
     await until(lambda: len(peer.got) == 5)
     assert sorted(peer.got[2:]) == ["0", "1", "2"]
+
+
+async def test_there_may_be_room_already():
+    waiter = Waiter()
+    sender.Sender(Bus()).tell_room(waiter)
+    await waiter
 
 
 async def test_closing_while_somebody_waits_for_room(hub, broker, monkeypatch):
