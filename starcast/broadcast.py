@@ -1,12 +1,8 @@
 """Broadcast: the hub that people hold.
 
 The way of a message: `publish` makes an `Event`, the link brings it to the broker and back from
-there, `_deliver` adds it to the shard of each event loop that has somebody on the channel, and the
-shard brings it to them. In memory there is no broker, and no link.
-
-The registry (who is connected, and on which channels) is guarded by one short lock, which also
-gives messages their order. Nothing is awaited while it is held. Foreign code runs under it only
-when the garbage collector steps in, and finds a lock that its own thread may take again.
+there, the registry adds it to the shard of each event loop that has somebody on the channel, and
+the shard brings it to them. In memory there is no broker, and no link.
 """
 
 from __future__ import annotations
@@ -17,9 +13,8 @@ import functools
 import inspect
 import itertools
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -58,15 +53,15 @@ from .exceptions import (
     PublishQueueFull,
 )
 from .gap import Gap
-from .group import Member
 from .link import Link
 from .origins import Origins
-from .outbox import MAX_BUFFER, Close, Leave, OnOverflow, Outbox, Overflow
+from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
+from .registry import Registry
 from .sender import Taken
-from .shard import SLICE, Shard
+from .shard import SLICE
 from .stats import Counters, Stats
 from .subscriber import GapSubscriber, Subscriber, Subscription
-from .waiter import Full, Lock, Place, Waiter, running_loop
+from .waiter import Full, Lock, Place, Waiter
 
 logger = logging.getLogger("starcast")
 
@@ -164,9 +159,10 @@ class Broadcast:
         after_gap: AfterGap = "carry_on",
     ) -> None:
         backend = backends.from_url(url) if backend is None else backend
-        self._link = (
-            None if backend is None else Link(backend, self._bring, self._tell_gap, self._adopt)
-        )
+        self._registry = Registry(self._release)
+        self._link = None
+        if backend is not None:
+            self._link = Link(backend, self._registry.bring, self._tell_gap, self._adopt)
         if after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {after_gap!r}")
         self._on_gap = on_gap
@@ -186,12 +182,8 @@ class Broadcast:
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
         self._moving: asyncio.Task[None] | None = None
-        self._lock = threading.RLock()
+        self._lock = self._registry.lock
         # Guarded by the lock:
-        self._shards: dict[asyncio.AbstractEventLoop, Shard] = {}
-        self._connections: dict[Connection, Shard] = {}
-        self._subscribers: dict[Subscription[Any], Shard] = {}
-        self._retired = Counters()  # of shards that are no more
         self._published = 0
         self._failed = 0
         self._ids = itertools.count(1)
@@ -349,19 +341,12 @@ class Broadcast:
         """
         _check_close(code, reason)
         connection = self._find(websocket)
-        wake = False
-        with self._lock:
-            shard = self._remove(connection)
-            if connection is not None and shard is not None:
-                wake = shard.add(Close(code, reason), (connection,))
-        if connection is None or shard is None:
+        if connection is None or not self._registry.end(connection, Close(code, reason)):
             if not is_gone(websocket):
                 with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
                     async with asyncio.timeout(CLOSE_TIMEOUT):
                         await websocket.close(code, reason)
             return
-        if wake:
-            self._wake([shard])
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT + 1):
                 await connection.wait_ended()
@@ -401,9 +386,9 @@ class Broadcast:
                 return
             raise NotConnected("the websocket is not registered; call connect(websocket) first")
         try:
-            self._post(event, connection)
+            self._registry.post(event, connection)
         except PublishQueueFull as exc:
-            await self._retry(functools.partial(self._post, event, connection), exc)
+            await self._retry(functools.partial(self._registry.post, event, connection), exc)
         await self._settled()
 
     async def publish(
@@ -517,7 +502,7 @@ class Broadcast:
             codec.check_channel(channel),
             Outbox(self._max_buffer if max_buffer is None else max_buffer, overflow),
             join=self._join,
-            leave=self._unsubscribe,
+            leave=self._registry.unsubscribe,
             on_overflow=self._on_overflow,
         )
 
@@ -631,9 +616,7 @@ class Broadcast:
 
     def __len__(self) -> int:
         """Return how many clients are connected to this process."""
-        with self._lock:
-            self._sweep()
-            return len(self._connections)
+        return len(self._registry.clients())
 
     def __bool__(self) -> bool:
         return True
@@ -641,34 +624,26 @@ class Broadcast:
     @property
     def channels(self) -> dict[str, int]:
         """Channel name to number of clients, for the channels that have any: a fresh copy."""
-        counts: dict[str, int] = {}
-        with self._lock:
-            self._sweep()
-            for connection in list(self._connections):
-                for channel in list(connection.channels):
-                    counts[channel] = counts.get(channel, 0) + 1
-        return counts
+        return self._registry.channels()
 
     def stats(self) -> Stats:
         """Return a snapshot of counters and health. From any thread."""
-        channels = self.channels
-        counters = Counters()
+        registry = self._registry
+        channels = registry.channels()
         with self._lock:
-            counters.add(self._retired)
-            for shard in list(self._shards.values()):
-                counters.add(shard.counters)
+            counters = registry.counters()
             return Stats(
                 open=self._open,
-                clients=len(self._connections),
-                subscribers=len(self._subscribers),
+                clients=len(registry.connections),
+                subscribers=len(registry.subscribers),
                 channels=channels,
                 published=self._published,
                 failed=self._failed,
                 delivered=counters.delivered,
                 dropped=counters.dropped,
                 cut_off=counters.cut_off,
-                pending=sum(shard.pending for shard in self._shards.values()),
-                buffered=sum(member.outbox.size for member, _ in self._members()),
+                pending=registry.pending,
+                buffered=registry.buffered,
                 backend=None if self._link is None else self._link.stats(),
             )
 
@@ -679,7 +654,7 @@ class Broadcast:
         """
         return self._open and (self._link is None or await self._link.healthy())
 
-    # The registry
+    # Who is there
 
     def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> bool:
         """Put it on the channel; False if it was there already."""
@@ -687,95 +662,30 @@ class Broadcast:
         if connection is not None and connection.code is not None:
             raise ClientGone(connection.code)
         if connection is None or connection.ended:
-            shard = self._shard()
             connection = Connection(
                 websocket,
-                shard,
+                self._registry.here(),
                 outbox,
                 id=next(self._ids),
-                on_end=self._forget,
+                on_end=self._registry.remove,
                 on_overflow=self._on_overflow,
                 ready_frames=self._ready_frames,
             )
             websocket.scope.setdefault("starcast", {})[self] = connection
         connection.leaving = None
-        shard = self._connections.setdefault(connection, self._shard())
-        if channel in connection.channels:
-            return False
-        connection.channels.add(channel)
-        shard.join(connection, channel)
-        return True
+        return self._registry.join(connection, channel)
 
     def _find(self, websocket: WebSocket) -> Connection | None:
         """Return what was registered for this websocket last, even if it is no more."""
         found: Connection | None = websocket.scope.get("starcast", {}).get(self)
         return found
 
-    def _members(self) -> Iterator[tuple[Member, Shard]]:
-        return itertools.chain(self._connections.items(), self._subscribers.items())
-
     def _clients(self) -> list[WebSocket]:
-        with self._lock:
-            self._sweep()
-            return [connection.websocket for connection in self._connections]
-
-    def _shard(self) -> Shard:
-        loop = asyncio.get_running_loop()
-        if loop not in self._shards:
-            self._sweep()
-            self._shards[loop] = Shard(loop, self._lock)
-        return self._shards[loop]
-
-    def _sweep(self) -> None:
-        for shard in [shard for shard in self._shards.values() if shard.loop.is_closed()]:
-            self._drop(shard)
-
-    def _drop(self, shard: Shard) -> None:
-        """Forget a shard whose loop is closed, and who was on it."""
-        if self._shards.pop(shard.loop, None) is not None:
-            self._retired.add(shard.counters)
-            for connection in [c for c, its in self._connections.items() if its is shard]:
-                self._remove(connection)
-            for subscriber in [s for s, its in self._subscribers.items() if its is shard]:
-                self._unsubscribe(subscriber)
-
-    def _remove(self, connection: Connection | None) -> Shard | None:
-        shard = None if connection is None else self._connections.pop(connection, None)
-        if connection is not None and shard is not None:
-            for channel in connection.channels:
-                shard.leave(connection, channel)
-                self._release(channel)
-            connection.channels.clear()
-        return shard
-
-    def _forget(self, connection: Connection) -> None:
-        with self._lock:
-            self._remove(connection)
+        return [connection.websocket for connection in self._registry.clients()]
 
     def _leave(self, websocket: WebSocket, channel: str | None = None) -> Waiter | None:
-        """Take it off; return what this loop may wait for until the client has everything."""
         connection = self._find(websocket)
-        with self._lock:
-            shard = None if connection is None else self._connections.get(connection)
-            if connection is None or shard is None:
-                return None
-            if channel in connection.channels:
-                connection.channels.remove(channel)
-                shard.leave(connection, channel)
-                self._release(channel)
-            if channel is not None and connection.channels:
-                return None
-            self._remove(connection)
-            here = running_loop() is shard.loop
-            left = Waiter() if here else None
-            connection.leaving = Leave(left)
-            dead = here and is_gone(websocket)
-            wake = not dead and shard.add(connection.leaving, (connection,))
-        if dead:
-            connection.kill()
-        if wake:
-            self._wake([shard])
-        return None if dead else left
+        return None if connection is None else self._registry.leave(connection, channel)
 
     async def _join(self, subscriber: Subscription[Any]) -> Counters:
         await self._ensure_open()
@@ -786,16 +696,7 @@ class Broadcast:
             if self._link is not None and self._closings != closings:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
-            shard = self._subscribers[subscriber] = self._shard()
-            shard.join(subscriber, subscriber.channel)
-        return shard.counters
-
-    def _unsubscribe(self, subscriber: Subscription[Any]) -> None:
-        with self._lock:
-            shard = self._subscribers.pop(subscriber, None)
-            if shard is not None:
-                shard.leave(subscriber, subscriber.channel)
-                self._release(subscriber.channel)
+            return self._registry.subscribe(subscriber)
 
     def _release(self, channel: str) -> None:
         if self._link is not None:
@@ -832,13 +733,11 @@ class Broadcast:
         cancelled its tasks. The link calls this.
         """
         here = asyncio.get_running_loop()
-        with self._lock:
-            self._sweep()
-            loops = [shard.loop for shard in self._shards.values() if shard.loop is not here]
-        for loop in loops:
-            with contextlib.suppress(RuntimeError):  # it was closed in this moment
-                loop.call_soon_threadsafe(self._begin_move)
-                return
+        for loop in self._registry.loops():
+            if loop is not here:
+                with contextlib.suppress(RuntimeError):  # it was closed in this moment
+                    loop.call_soon_threadsafe(self._begin_move)
+                    return
         here.call_later(AFTER_CANCEL, self._begin_move)
 
     def _begin_move(self) -> None:
@@ -864,27 +763,12 @@ class Broadcast:
                     if self._link is not None:
                         await self._link.stop()
                 finally:
-                    connections = self._dismiss()
+                    connections = self._registry.dismiss(Close(GOING_AWAY, "going away"))
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT + 1):
                     for connection in connections:
                         await connection.wait_ended()
-
-    def _dismiss(self) -> list[Connection]:
-        """Say goodbye to everybody, and return the clients that are to be waited for."""
-        close = Close(GOING_AWAY, "going away")
-        with self._lock:
-            self._sweep()
-            connections = list(self._connections)
-            members: dict[Shard, list[Member]] = {}
-            for member, shard in self._members():
-                members.setdefault(shard, []).append(member)
-            wake = [shard for shard, its in members.items() if shard.add(close, tuple(its))]
-            for connection in connections:
-                self._remove(connection)
-        self._wake(wake)
-        return connections
 
     def _event(
         self,
@@ -911,7 +795,7 @@ class Broadcast:
                 raise BackendUnavailable("the hub is not open")
             taken = self._link.publish(event, wait)
         elif self._open:
-            self._deliver(event)
+            self._registry.deliver(event)
         with self._lock:
             self._published += 1
         return taken
@@ -933,77 +817,15 @@ class Broadcast:
 
     def _tell_gap(self, gap: Gap) -> None:
         """Tell everybody who wants to know. The link calls this."""
-        with self._lock:
-            wake = []
-            for subscriber, shard in self._subscribers.items():
-                if subscriber.gaps and shard.add(gap, (subscriber,)):
-                    wake.append(shard)
-            clients = list(self._connections) if self._after_gap == "close" else []
+        close = None
+        if self._after_gap == "close":
             close = Close(SERVICE_RESTART, "messages may be missing")
-            for connection in clients:
-                its = self._remove(connection)
-                if its is not None and its.add(close, (connection,)):
-                    wake.append(its)
-        self._wake(wake)
+        self._registry.tell_gap(gap, close)
         if self._on_gap is not None:
             try:
                 self._on_gap(gap)
             except Exception:
                 logger.exception("on_gap raised")
-
-    def _deliver(self, event: Event) -> None:
-        """Add an event to every loop that has somebody on its channel."""
-        with self._lock:
-            wake = self._add(event, self._targets(event.channel))
-        self._wake(wake)
-
-    def _bring(self, event: Event) -> None:
-        """Add what came from the broker to every loop that has room. The link calls this."""
-        with self._lock:
-            wake, blocked = [], False
-            for shard, members in self._targets(event.channel):
-                if not shard.has_room(event):
-                    blocked = True
-                elif shard.add(event, members):
-                    wake.append(shard)
-        self._wake(wake)
-        if blocked:
-            raise PublishQueueFull("an event loop is blocked")
-
-    def _targets(self, channel: str) -> list[tuple[Shard, tuple[Member, ...]]]:
-        """Who is on a channel, on which loop. With the lock held."""
-        while True:
-            targets = []
-            for shard in self._shards.values():
-                if members := shard.members(channel):
-                    if shard.loop.is_closed():
-                        break
-                    targets.append((shard, members))
-            else:
-                return targets
-            self._sweep()
-
-    def _post(self, event: Event, connection: Connection) -> None:
-        """Add an event for one client."""
-        with self._lock:
-            shard = self._connections.get(connection)
-            wake = [] if shard is None else self._add(event, [(shard, (connection,))])
-        self._wake(wake)
-
-    def _add(self, event: Event, targets: list[tuple[Shard, tuple[Member, ...]]]) -> list[Shard]:
-        for shard, _ in targets:
-            if not shard.has_room(event):
-                text = f"an event loop has {shard.pending} messages waiting to be sent"
-                raise Full(text, shard)
-        return [shard for shard, members in targets if shard.add(event, members)]
-
-    def _wake(self, shards: Iterable[Shard]) -> None:
-        for shard in shards:
-            try:
-                shard.wake()
-            except RuntimeError:  # its loop was closed in this moment
-                with self._lock:
-                    self._drop(shard)
 
     async def _retry(
         self, hand_over: Callable[[], Taken | None], full: PublishQueueFull
@@ -1035,7 +857,7 @@ class Broadcast:
 
     async def _settled(self) -> None:
         """Bring everything published so far to the sockets or outboxes of this loop."""
-        shard = self._shards.get(asyncio.get_running_loop())
+        shard = self._registry.shards.get(asyncio.get_running_loop())
         late = False
         if shard is not None and shard.awake:
             if not self._unyielded:

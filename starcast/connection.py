@@ -143,7 +143,7 @@ class Connection:
         outbox: Outbox,
         *,
         id: int,
-        on_end: Callable[[Connection], None],
+        on_end: Callable[[Connection], object],
         on_overflow: OnOverflow | None = None,
         ready_frames: bool = True,
     ) -> None:

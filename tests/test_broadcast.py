@@ -530,14 +530,14 @@ async def test_a_message_to_one_client():
 async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(monkeypatch):
     hub = Broadcast()
     peer = await joined(hub)
-    post = hub._post
+    post = hub._registry.post
 
     def full_once(event, connection):
-        monkeypatch.setattr(hub, "_post", post)
+        monkeypatch.setattr(hub._registry, "post", post)
         hub._leave(peer.websocket)
         post(event, connection)
 
-    monkeypatch.setattr(hub, "_post", full_once)
+    monkeypatch.setattr(hub._registry, "post", full_once)
     await hub.send("too late", to=peer.websocket)
     assert peer.got == []
 
@@ -1025,10 +1025,10 @@ async def test_a_loop_that_closes_while_it_is_woken(other, monkeypatch):
     other.run(several(hub, 1))
     other.close()
     monkeypatch.setattr(other.loop, "is_closed", lambda: False)  # it still was when that looked
-    gone = hub._shards[other.loop]
+    gone = hub._registry.shards[other.loop]
     await hub.send("nobody")
     assert len(hub) == 0
-    hub._wake([gone])  # another thread has found it at the same time
+    hub._registry._wake([gone])  # another thread has found it at the same time
     assert len(hub) == 0
 
 
@@ -1105,7 +1105,7 @@ async def test_publish_waits_for_room(other, blocked, small):
     publishing = asyncio.create_task(hub.publish("default", "at last"))
     await until(lambda: here.got)
     gone = asyncio.create_task(hub.publish("default", "never"))
-    full = hub._shards[other.loop]
+    full = hub._registry.shards[other.loop]
     await until(lambda: len(full._room) == 2)  # they have asked to be told
     gone.cancel()
     await asyncio.wait([gone])
@@ -1129,7 +1129,7 @@ async def test_publish_gives_up_when_no_room_comes(other, blocked, small, monkey
     with pytest.raises(PublishQueueFull):
         await hub.publish("default", "x")
     assert hub.stats().failed == failed + 1
-    assert not hub._shards[other.loop]._room
+    assert not hub._registry.shards[other.loop]._room
 
 
 async def test_a_personal_message_waits_for_room_too(other, blocked, small):
@@ -1140,7 +1140,7 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
         while True:
             hub.publish_nowait("default", "x")
     sending = asyncio.create_task(hub.send("you", to=there.websocket))
-    await until(lambda: hub._shards[other.loop]._room)
+    await until(lambda: hub._registry.shards[other.loop]._room)
     release.set()
     await sending
     await until(lambda: there.got[-1:] == ["you"])
@@ -1149,7 +1149,7 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
 async def test_room_that_others_have_taken_is_waited_for_again(small):
     hub = Broadcast()
     await several(hub, 1)
-    shard = hub._shards[asyncio.get_running_loop()]
+    shard = hub._registry.shards[asyncio.get_running_loop()]
     outcomes = [Full("", shard), Full("", shard), None]
 
     def hand_over():
@@ -1171,7 +1171,7 @@ async def test_what_a_client_sends_opens_the_hub():
 async def test_room_that_has_come_meanwhile_is_not_waited_for(small):
     hub = Broadcast()
     await several(hub, 1)
-    shard = hub._shards[asyncio.get_running_loop()]
+    shard = hub._registry.shards[asyncio.get_running_loop()]
     await asyncio.wait_for(hub._room(shard, asyncio.get_running_loop().time() + 60), 10)
 
 

@@ -52,27 +52,6 @@ async def test_two_loops_that_end_together(hub, broker):
     assert hub._link._loop is asyncio.get_running_loop()
 
 
-async def test_a_loop_that_is_closed_in_the_same_moment(hub, broker):
-    class Closing:
-        def is_closed(self):
-            return False
-
-        def call_soon_threadsafe(self, function):
-            raise RuntimeError("Event loop is closed")
-
-    first = await on_another_loop(hub)
-    second = OtherLoop()
-    await asyncio.to_thread(second.run, joined(hub, "room"))
-    shard = hub._shards[second.loop]
-    shard.loop = Closing()
-    await joined(hub, "room")
-    await asyncio.to_thread(first.close)
-    await until(lambda: hub.stats().backend.gaps)
-    assert hub._link._loop is asyncio.get_running_loop()
-    shard.loop = second.loop
-    await asyncio.to_thread(second.close)
-
-
 async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
     peer = await joined(hub, "room")
     async with Broadcast(backend=Bus(broker)) as publisher:

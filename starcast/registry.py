@@ -1,0 +1,275 @@
+"""Registry: who is connected, on which channel and which event loop, and how messages get there.
+
+It is guarded by one short lock, which also gives messages their order. Nothing is awaited while it
+is held. Foreign code runs under it only when the garbage collector steps in, and finds a lock that
+its own thread may take again. Methods may be called from any thread, unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from .connection import Connection, is_gone
+from .event import Event
+from .exceptions import PublishQueueFull
+from .gap import Gap
+from .group import Member
+from .outbox import Close, Item, Leave
+from .shard import Shard
+from .stats import Counters
+from .subscriber import Subscription
+from .waiter import Full, Waiter, running_loop
+
+Target = tuple[Shard, tuple[Member, ...]]
+
+
+class Registry:
+    """See the module.
+
+    Args:
+        release: Called with a channel whenever somebody has left it, with the lock held.
+    """
+
+    def __init__(self, release: Callable[[str], None]) -> None:
+        self.lock = threading.RLock()
+        self._release = release
+        self.shards: dict[asyncio.AbstractEventLoop, Shard] = {}
+        self.connections: dict[Connection, Shard] = {}
+        self.subscribers: dict[Subscription[Any], Shard] = {}
+        self._retired = Counters()  # of shards that are no more
+
+    # Who is there
+
+    def here(self) -> Shard:
+        """Return this event loop's shard."""
+        loop = asyncio.get_running_loop()
+        with self.lock:
+            if loop not in self.shards:
+                self._sweep()
+                self.shards[loop] = Shard(loop, self.lock)
+            return self.shards[loop]
+
+    def join(self, connection: Connection, channel: str) -> bool:
+        """Put a client of this loop on a channel; False if it was there already."""
+        with self.lock:
+            shard = self.connections.setdefault(connection, self.here())
+            if channel in connection.channels:
+                return False
+            connection.channels.add(channel)
+            shard.join(connection, channel)
+            return True
+
+    def leave(self, connection: Connection, channel: str | None = None) -> Waiter | None:
+        """Take a client off one channel, or off all.
+
+        Returns what this loop may wait for until the client has everything.
+        """
+        with self.lock:
+            shard = self.connections.get(connection)
+            if shard is None:
+                return None
+            if channel in connection.channels:
+                connection.channels.remove(channel)
+                shard.leave(connection, channel)
+                self._release(channel)
+            if channel is not None and connection.channels:
+                return None
+            self.remove(connection)
+            here = running_loop() is shard.loop
+            left = Waiter() if here else None
+            connection.leaving = Leave(left)
+            dead = here and is_gone(connection.websocket)
+            wake = [shard] if not dead and shard.add(connection.leaving, (connection,)) else []
+        if dead:
+            connection.kill()
+        self._wake(wake)
+        return None if dead else left
+
+    def remove(self, connection: Connection) -> Shard | None:
+        """Forget a client, and return the shard that it was on."""
+        with self.lock:
+            shard = self.connections.pop(connection, None)
+            if shard is not None:
+                for channel in connection.channels:
+                    shard.leave(connection, channel)
+                    self._release(channel)
+                connection.channels.clear()
+            return shard
+
+    def end(self, connection: Connection, close: Close) -> bool:
+        """Forget a client and close it after what it still has to get; False if it is nobody's."""
+        with self.lock:
+            shard = self.remove(connection)
+            wake = [shard] if shard is not None and shard.add(close, (connection,)) else []
+        self._wake(wake)
+        return shard is not None
+
+    def subscribe(self, subscriber: Subscription[Any]) -> Counters:
+        """Put a subscriber of this loop on its channel."""
+        with self.lock:
+            shard = self.subscribers[subscriber] = self.here()
+            shard.join(subscriber, subscriber.channel)
+        return shard.counters
+
+    def unsubscribe(self, subscriber: Subscription[Any]) -> None:
+        with self.lock:
+            shard = self.subscribers.pop(subscriber, None)
+            if shard is not None:
+                shard.leave(subscriber, subscriber.channel)
+                self._release(subscriber.channel)
+
+    def dismiss(self, close: Close) -> list[Connection]:
+        """Close everybody, and return the clients among them."""
+        with self.lock:
+            self._sweep()
+            connections = list(self.connections)
+            members: dict[Shard, list[Member]] = {}
+            for member, shard in self._members():
+                members.setdefault(shard, []).append(member)
+            wake = [shard for shard, its in members.items() if shard.add(close, tuple(its))]
+            for connection in connections:
+                self.remove(connection)
+        self._wake(wake)
+        return connections
+
+    def _members(self) -> Iterator[tuple[Member, Shard]]:
+        return itertools.chain(self.connections.items(), self.subscribers.items())
+
+    def _sweep(self) -> None:
+        for shard in [shard for shard in self.shards.values() if shard.loop.is_closed()]:
+            self._drop(shard)
+
+    def _drop(self, shard: Shard) -> None:
+        """Forget a shard whose loop is closed, and who was on it."""
+        if self.shards.pop(shard.loop, None) is not None:
+            self._retired.add(shard.counters)
+            for connection in [c for c, its in self.connections.items() if its is shard]:
+                self.remove(connection)
+            for subscriber in [s for s, its in self.subscribers.items() if its is shard]:
+                self.unsubscribe(subscriber)
+
+    # Look
+
+    def clients(self) -> list[Connection]:
+        with self.lock:
+            self._sweep()
+            return list(self.connections)
+
+    def loops(self) -> list[asyncio.AbstractEventLoop]:
+        """Return the event loops that have somebody, or had."""
+        with self.lock:
+            self._sweep()
+            return list(self.shards)
+
+    def channels(self) -> dict[str, int]:
+        """Return the number of clients of each channel that has any."""
+        counts: dict[str, int] = {}
+        with self.lock:
+            for connection in self.clients():
+                for channel in list(connection.channels):
+                    counts[channel] = counts.get(channel, 0) + 1
+        return counts
+
+    def counters(self) -> Counters:
+        counters = Counters()
+        with self.lock:
+            counters.add(self._retired)
+            for shard in list(self.shards.values()):
+                counters.add(shard.counters)
+        return counters
+
+    @property
+    def pending(self) -> int:
+        """Messages that wait for their event loop."""
+        with self.lock:
+            return sum(shard.pending for shard in self.shards.values())
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that wait for their client or subscriber."""
+        with self.lock:
+            return sum(member.outbox.size for member, _ in self._members())
+
+    # The way of a message
+
+    def deliver(self, event: Event) -> None:
+        """Add an event to every loop that has somebody on its channel.
+
+        Raises:
+            Full: A loop has no room. Nobody gets it.
+        """
+        with self.lock:
+            wake = self._add(event, self._targets(event.channel))
+        self._wake(wake)
+
+    def bring(self, event: Event) -> None:
+        """The same with what comes from a broker: every loop that has room gets it.
+
+        Raises:
+            PublishQueueFull: Some had none.
+        """
+        with self.lock:
+            targets = self._targets(event.channel)
+            roomy = [target for target in targets if target[0].has_room(event)]
+            wake = [shard for shard, members in roomy if shard.add(event, members)]
+        self._wake(wake)
+        if len(roomy) < len(targets):
+            raise PublishQueueFull("an event loop is blocked")
+
+    def post(self, event: Event, connection: Connection) -> None:
+        """Add an event for one client.
+
+        Raises:
+            Full: Its loop has no room.
+        """
+        with self.lock:
+            shard = self.connections.get(connection)
+            wake = [] if shard is None else self._add(event, [(shard, (connection,))])
+        self._wake(wake)
+
+    def tell_gap(self, gap: Gap, close: Close | None) -> None:
+        """Add a gap for the subscribers who want it, and close all clients if asked to."""
+        with self.lock:
+            told: list[tuple[Item, Member, Shard]] = [
+                (gap, subscriber, shard)
+                for subscriber, shard in self.subscribers.items()
+                if subscriber.gaps
+            ]
+            if close is not None:
+                for connection, shard in list(self.connections.items()):
+                    told.append((close, connection, shard))
+                    self.remove(connection)
+            wake = [shard for item, member, shard in told if shard.add(item, (member,))]
+        self._wake(wake)
+
+    def _targets(self, channel: str) -> list[Target]:
+        """Return who is on a channel, on which loop."""
+        while True:
+            targets = []
+            for shard in list(self.shards.values()):
+                if members := shard.members(channel):
+                    if shard.loop.is_closed():
+                        break
+                    targets.append((shard, members))
+            else:
+                return targets
+            self._sweep()
+
+    def _add(self, event: Event, targets: list[Target]) -> list[Shard]:
+        for shard, _ in targets:
+            if not shard.has_room(event):
+                text = f"an event loop has {shard.pending} messages waiting to be sent"
+                raise Full(text, shard)
+        return [shard for shard, members in targets if shard.add(event, members)]
+
+    def _wake(self, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            try:
+                shard.wake()
+            except RuntimeError:  # its loop was closed in this moment
+                with self.lock:
+                    self._drop(shard)
