@@ -30,7 +30,6 @@ from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import (
     ABNORMAL,
-    AFTER_CANCEL,
     CLOSE_TIMEOUT,
     GOING_AWAY,
     NORMAL,
@@ -58,7 +57,7 @@ from .origins import Origins
 from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
 from .registry import Registry
 from .sender import Taken
-from .shard import SLICE
+from .shard import SLICE, Shard
 from .stats import Counters, Stats
 from .subscriber import GapSubscriber, Subscriber, Subscription
 from .waiter import Full, Lock, Place, Waiter
@@ -72,6 +71,9 @@ YIELD_AFTER = 64
 
 # Seconds that `publish` waits for room before it raises PublishQueueFull.
 PUBLISH_TIMEOUT = 2.0
+
+# Seconds after which each event loop sees whether the connection to the broker is looked after.
+GUARD_EVERY = 0.5
 
 # Messages of one client that may be handed over before its next one waits for them.
 MAX_UNCONFIRMED = 256
@@ -162,7 +164,8 @@ class Broadcast:
         self._registry = Registry(self._release)
         self._link = None
         if backend is not None:
-            self._link = Link(backend, self._registry.bring, self._tell_gap, self._adopt)
+            registry = self._registry
+            self._link = Link(backend, registry.lock, registry.bring, self._tell_gap)
         if after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {after_gap!r}")
         self._on_gap = on_gap
@@ -181,7 +184,7 @@ class Broadcast:
         self._failures = 0
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
-        self._moving: asyncio.Task[None] | None = None
+        self._moves: set[asyncio.Task[None]] = set()
         self._lock = self._registry.lock
         # Guarded by the lock:
         self._published = 0
@@ -673,7 +676,9 @@ class Broadcast:
             )
             websocket.scope.setdefault("starcast", {})[self] = connection
         connection.leaving = None
-        return self._registry.join(connection, channel)
+        joined = self._registry.join(connection, channel)
+        self._guard(self._registry.here())
+        return joined
 
     def _find(self, websocket: WebSocket) -> Connection | None:
         """Return what was registered for this websocket last, even if it is no more."""
@@ -696,7 +701,9 @@ class Broadcast:
             if self._link is not None and self._closings != closings:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
-            return self._registry.subscribe(subscriber)
+            counters = self._registry.subscribe(subscriber)
+            self._guard(self._registry.here())
+        return counters
 
     def _release(self, channel: str) -> None:
         if self._link is not None:
@@ -726,32 +733,32 @@ class Broadcast:
                 raise
             self._open, self._closed, self._failure = True, False, None
 
-    def _adopt(self) -> None:
-        """Let the link live on another loop that has somebody, its own having come to its end.
+    def _guard(self, shard: Shard) -> None:
+        """Look after the link from a loop, now and then as long as it has somebody.
 
-        If there is none, it is its own that is asked, later: it may live on, and somebody has just
-        cancelled its tasks. The link calls this.
+        If the link's own loop has ended, it lives on here: else who only listens would never hear
+        anything again.
         """
-        here = asyncio.get_running_loop()
-        for loop in self._registry.loops():
-            if loop is not here:
-                with contextlib.suppress(RuntimeError):  # it was closed in this moment
-                    loop.call_soon_threadsafe(self._begin_move)
-                    return
-        here.call_later(AFTER_CANCEL, self._begin_move)
+        if self._link is not None and not shard.guarded:
+            shard.guarded = True
+            self._look(shard)
 
-    def _begin_move(self) -> None:
-        self._moving = asyncio.get_running_loop().create_task(self._move())
+    def _look(self, shard: Shard) -> None:
+        assert self._link is not None
+        if not (self._open and shard.channels):
+            shard.guarded = False
+            return
+        if not self._link.alive:
+            moving = shard.loop.create_task(self._move())
+            self._moves.add(moving)
+            moving.add_done_callback(self._moves.discard)
+        shard.loop.call_later(GUARD_EVERY, self._look, shard)
 
     async def _move(self) -> None:
         assert self._link is not None
-        try:
-            async with self._switching:
-                if self._open and not self._link.alive:
-                    await self._link.start()
-        except asyncio.CancelledError:  # this loop comes to its end too
-            self._adopt()
-            raise
+        async with self._switching:
+            if self._open and not self._link.alive:
+                await self._link.start()
 
     async def _close(self) -> None:
         connections: list[Connection] = []
@@ -759,11 +766,9 @@ class Broadcast:
             async with self._switching:
                 self._open, self._closed = False, True
                 self._closings += 1
-                try:
-                    if self._link is not None:
-                        await self._link.stop()
-                finally:
-                    connections = self._registry.dismiss(Close(GOING_AWAY, "going away"))
+                connections = self._registry.dismiss(Close(GOING_AWAY, "going away"))
+                if self._link is not None:
+                    await self._link.stop()
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT + 1):
@@ -801,15 +806,18 @@ class Broadcast:
         return taken
 
     async def _publish_and_wait(self, event: Event) -> None:
+        deadline = None
         try:
             taken = self._publish(event, wait=True)
         except PublishQueueFull as exc:
-            taken = await self._retry(functools.partial(self._publish, event, wait=True), exc)
+            deadline = asyncio.get_running_loop().time() + PUBLISH_TIMEOUT
+            again = functools.partial(self._publish, event, wait=True)
+            taken = await self._retry(again, exc, deadline)
         if taken is None:
             await self._settled()
             return
         try:
-            await taken.wait()
+            await taken.wait(deadline)
         except BackendUnavailable:
             with self._lock:
                 self._failed += 1
@@ -828,11 +836,15 @@ class Broadcast:
                 logger.exception("on_gap raised")
 
     async def _retry(
-        self, hand_over: Callable[[], Taken | None], full: PublishQueueFull
+        self,
+        hand_over: Callable[[], Taken | None],
+        full: PublishQueueFull,
+        deadline: float | None = None,
     ) -> Taken | None:
-        """Call it again whenever there is room, for two seconds."""
+        """Call it again whenever there is room, for two seconds or until the deadline."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + PUBLISH_TIMEOUT
+        if deadline is None:
+            deadline = loop.time() + PUBLISH_TIMEOUT
         while loop.time() < deadline and isinstance(full, Full):
             await self._room(full.place, deadline)
             try:

@@ -8,6 +8,9 @@ message now and then, by way of the broker, so that a broker that has stopped an
 `_keep` connects again when the connection is lost, for ever, subscribes to what is held, and says
 that there was a gap. Besides, each channel has a task while its subscription changes: the changes
 of one channel happen in turn.
+
+Its time on one loop is a `_Life`. When the loop comes to its end, which cancels the tasks, they
+disconnect there, and the link may be started on another one.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import contextlib
 import logging
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 from . import envelope
@@ -29,7 +33,7 @@ from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from .gap import Gap
 from .sender import TIMEOUT, Sender, Taken
 from .stats import BackendStats
-from .waiter import running_loop
+from .waiter import Waiter, running_loop
 
 logger = logging.getLogger("starcast")
 
@@ -38,6 +42,10 @@ State = Literal["closed", "connected", "reconnecting"]
 # Seconds between two probes, and until one must be back: together less than ten.
 PROBE_EVERY = 3.0
 PROBE_TIMEOUT = 5.0
+
+# Bytes a second that a line carries, if it is to be taken for one that works: so much later the
+# probe may be back that waits behind a large message.
+SLOWEST = 1024 * 1024
 
 # Seconds before the first attempt to connect again, at most; each further one may wait half as long
 # again, up to the longest. Each wait is a random part of that, so that a hundred processes do not
@@ -71,6 +79,29 @@ class _Hold:
         self.waiting: list[Taken] = []
 
 
+class _Life:
+    """What belongs to one event loop, from a start until the loop ends or the link is stopped."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.broken = asyncio.Event()  # the connection is
+        self.back = asyncio.Event()  # the probe is
+        self.connected = asyncio.Event()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.watching: asyncio.Task[None] | None = None
+        self.leaving = False
+        self.ended = False
+
+
+class _Stopping:
+    """A stop that is under way, and who waits for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.task: asyncio.Task[None] | None = None
+        self.waiters: set[Waiter] = set()
+
+
 def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
@@ -80,27 +111,25 @@ class Link:
 
     Args:
         backend: What talks to the broker.
+        lock: The hub's, for who holds the one may want the other.
         deliver: Called with each event that arrives, on the link's loop. Raises `PublishQueueFull`.
         on_gap: Called after each gap, on the link's loop.
-        on_orphan: Called when that loop comes to its end, or somebody has cancelled all its tasks.
     """
 
     def __init__(
         self,
         backend: Backend,
+        lock: AbstractContextManager[object],
         deliver: Callable[[Event], None],
         on_gap: Callable[[Gap], None],
-        on_orphan: Callable[[], None],
     ) -> None:
-        self.hub = b""  # names this process's hub to itself, anew with each start
+        self.hub = b""  # names this process's hub to itself, anew with each opening
         self._backend = backend
         self._deliver = deliver
         self._on_gap = on_gap
-        self._on_orphan = on_orphan
-        self._sender = Sender(backend)
+        self._sender = Sender(backend, lock)
         self._probe = ""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.RLock()  # the garbage collector may run a handler's end under it
+        self._lock = lock
         # Guarded by the lock:
         self._state: State = "closed"
         self._since = time.time()
@@ -109,14 +138,12 @@ class Link:
         self._blocked = 0  # messages that a blocked event loop had no room for
         self._malformed = 0
         self._holds: dict[str, _Hold] = {}
+        self._life: _Life | None = None
+        self._stopping: _Stopping | None = None
         # On the loop:
-        self._tasks: set[asyncio.Task[None]] = set()
         self._generation = 0  # of the connection: what an earlier one brings does not count
+        self._started = False  # the backend has to be stopped
         self._heard = 0.0  # when the broker was known to be there
-        self._watching: asyncio.Task[None] | None = None
-        self._broken = self._back = asyncio.Event()  # each its own in `start`
-        self._stopping: asyncio.Task[None] | None = None
-        self._orphaned = False  # somebody has cancelled all tasks of the loop
         self._early: list[tuple[str, bytes]] | None = None  # what came before it is all back
 
     # From any thread
@@ -124,7 +151,8 @@ class Link:
     @property
     def alive(self) -> bool:
         """Whether the event loop that it lives on is still there, and its tasks are."""
-        return self._loop is not None and not self._loop.is_closed() and not self._orphaned
+        life = self._life
+        return life is not None and not (life.ended or life.loop.is_closed())
 
     def stats(self) -> BackendStats:
         with self._lock:
@@ -189,29 +217,26 @@ class Link:
 
     async def healthy(self) -> bool:
         """Whether a message comes back by way of the broker within two seconds. From any loop."""
-        loop = self._loop
-        if self._state != "connected" or loop is None or not self.alive:
+        life = self._life
+        if life is None or not self.alive or self._state != "connected":
             return False
-        asking = asyncio.run_coroutine_threadsafe(self._answer(), loop)
+        answered = Waiter()
+        self._call(self._answer, life, answered)
         try:
             async with asyncio.timeout(TIMEOUT):
-                await asyncio.wrap_future(asking)
+                await answered
         except TimeoutError:
             return False
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not asking.cancelled() or task is None or task.cancelling():
-                raise
-            return False  # its loop has ended
         return True
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        loop = self._loop
-        if loop is None or running_loop() is loop:
-            function(*arguments)
-            return
-        with contextlib.suppress(RuntimeError):  # the loop is closed: see `alive`
-            loop.call_soon_threadsafe(function, *arguments)
+        """Call it on the link's loop; here, if there is none, which it may find out."""
+        life = self._life
+        if life is not None and running_loop() is not life.loop:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                life.loop.call_soon_threadsafe(function, *arguments)
+                return
+        function(*arguments)
 
     def _become(self, state: State, error: Exception | None = None) -> None:
         with self._lock:
@@ -225,67 +250,110 @@ class Link:
     async def start(self) -> None:
         """Connect, and live on this event loop from now on.
 
-        If the loop that it lived on has ended, this is like a lost connection: it comes back at
-        once and connects when it can.
+        If the loop that it lived on has ended, this is like a lost connection: it comes back when
+        there is another one, or after two seconds without.
 
         Raises:
             BackendUnavailable: There is no connection.
         """
-        if self._stopping is not None:
-            await asyncio.wait([self._stopping])
-        moved = self._state != "closed"
-        self.hub = os.urandom(8)
-        self._probe = f"starcast-probe-{self.hub.hex()}"
-        if moved and self._loop is asyncio.get_running_loop():
-            tasks, self._tasks = self._tasks, set()
-            for task in tasks:
-                task.cancel()
-        self._loop = asyncio.get_running_loop()
-        self._orphaned = False
-        self._broken, self._back = asyncio.Event(), asyncio.Event()
-        self._tasks = set()
-        self._watching = None
+        if self._stopping is not None and not self._stopping.loop.is_closed():
+            await self._stopped(self._stopping)
+        self._stopping = None
+        moved = self._life is not None
+        if not moved:
+            self.hub = os.urandom(8)
+            self._probe = f"starcast-probe-{self.hub.hex()}"
+        life = self._life = _Life()
         self._sender.live_here()
         if moved:
             self._break(RuntimeError("the event loop of the connection ended"), self._generation)
         else:
-            await self._connect()
-            self._connected()
+            try:
+                await self._disconnect()  # if what stopped it last was cut off
+                await self._connect(life)
+            except BaseException:
+                self._life = None
+                raise
+            self._connected(life)
             self._catch_up()
-        self._run(self._keep())
+        self._run(life, self._live(life))
+        if moved:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TIMEOUT):
+                    await life.connected.wait()
 
     async def stop(self) -> None:
-        """Disconnect. From any loop."""
-        loop = self._loop
-        if loop is None:
-            return
-        if loop.is_closed() or loop is running_loop():
-            self._stopping = asyncio.create_task(self._stop())
-            await asyncio.shield(self._stopping)  # half of it would be no end
-            return
-        stopping = asyncio.run_coroutine_threadsafe(self._stop(), loop)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 * STOP_TIMEOUT):
-                await asyncio.wrap_future(stopping)
-
-    async def _stop(self) -> None:
-        self._become("closed")
-        tasks, self._tasks = self._tasks, set()
-        if self._loop is running_loop():
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        await self._disconnect()
-        await self._sender.close("the hub was closed")
+        """Disconnect. From any loop; on a loop that is blocked it happens as soon as it can."""
         with self._lock:
+            life, self._life = self._life, None
+            if life is not None:
+                self._stopping = _Stopping(life.loop)
+                self._become("closed")
+            stopping = self._stopping
             waiting = [taken for hold in self._holds.values() for taken in hold.waiting]
+        if stopping is None:
+            return
+        self._sender.close("the hub was closed")
         for taken in waiting:
             taken.fail("the hub was closed")
-        self._stopping = None
+        if life is not None:
+            here = asyncio.get_running_loop()
+            if life.loop.is_closed():
+                stopping.loop = here
+            if stopping.loop is here:
+                self._begin_stop(life, stopping)
+            else:
+                with contextlib.suppress(RuntimeError):  # it was closed in this moment
+                    stopping.loop.call_soon_threadsafe(self._begin_stop, life, stopping)
+        await self._stopped(stopping)
 
-    async def _connect(self) -> None:
+    async def _stopped(self, stopping: _Stopping) -> None:
+        """Wait for it, and no longer than it takes if nothing is blocked."""
+        waiter = Waiter()
+        with self._lock:
+            stopping.waiters.add(waiter)
+            if stopping is not self._stopping:
+                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * STOP_TIMEOUT):
+                await waiter
+
+    def _begin_stop(self, life: _Life, stopping: _Stopping) -> None:
+        if stopping is self._stopping:
+            stopping.task = asyncio.get_running_loop().create_task(self._stop(life, stopping))
+            return
+        life.leaving = True  # it has been started anew since, elsewhere
+        for task in life.tasks:
+            task.cancel()
+
+    async def _stop(self, life: _Life, stopping: _Stopping) -> None:
+        try:
+            await self._leave(life)
+        finally:
+            with self._lock:
+                if self._stopping is stopping:
+                    self._stopping = None
+                waiters = stopping.waiters
+            for waiter in waiters:
+                waiter.set()
+
+    async def _leave(self, life: _Life) -> None:
+        """End everything that belongs to a loop, on it; if it is closed, what is left of it."""
+        life.leaving = True
+        self._sender.pause()
+        if life.loop is running_loop():
+            tasks = life.tasks - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+        await self._disconnect()
+        self._sender.give_up()
+
+    async def _connect(self, life: _Life) -> None:
         self._generation = generation = self._generation + 1
-        self._broken.clear()
+        life.broken.clear()
+        self._started = True
 
         def deliver(channel: str, data: bytes) -> None:
             if generation == self._generation:
@@ -303,7 +371,7 @@ class Link:
                 await self._backend.start(deliver, lost)
                 await self._backend.subscribe(self._probe)
             tried: set[str] = set()
-            while missing := self._missing(tried):
+            while not life.broken.is_set() and (missing := self._missing(tried)):
                 tried.update(missing)
                 for start in range(0, len(missing), AT_ONCE):
                     some = missing[start : start + AT_ONCE]
@@ -326,9 +394,9 @@ class Link:
             ]
             for channel in missing:
                 self._holds[channel].changing = True
-        return [] if self._broken.is_set() else missing
+        return missing
 
-    def _connected(self) -> None:
+    def _connected(self, life: _Life) -> None:
         self._heard = time.time()
         self._become("connected")
         with self._lock:
@@ -338,10 +406,11 @@ class Link:
         for channel in channels:
             self._change(channel)  # what was released meanwhile
         self._sender.open()
-        if self._watching is not None:
-            self._tasks.discard(self._watching)
-            self._watching.cancel()
-        self._watching = self._run(self._watch(self._generation))
+        if life.watching is not None:
+            life.tasks.discard(life.watching)
+            life.watching.cancel()
+        life.watching = self._run(life, self._watch(life, self._generation))
+        life.connected.set()
 
     async def _disconnect(self) -> None:
         self._generation += 1
@@ -349,65 +418,79 @@ class Link:
             self._holds = {name: hold for name, hold in self._holds.items() if hold.count}
             for hold in self._holds.values():
                 hold.subscribed = hold.changing = False
+        if not self._started:
+            return
         try:
             async with asyncio.timeout(STOP_TIMEOUT):
                 await self._backend.stop()
+            self._started = False
         except Exception as exc:
             logger.warning("the connection to the broker did not end in order: %s", _words(exc))
 
     # Stay connected
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        assert self._loop is not None
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+    def _run(self, life: _Life, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = life.loop.create_task(work)
+        life.tasks.add(task)
+        task.add_done_callback(partial(self._ended, life))
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if task not in self._tasks:
+    def _ended(self, life: _Life, task: asyncio.Task[None]) -> None:
+        """A task of ours has ended. If it was cancelled, or we made a mistake, all of them end."""
+        if task not in life.tasks:
             return
-        self._tasks.remove(task)
+        life.tasks.remove(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None:  # a mistake of ours, which must not be the end of the connection
+        if error is not None:
             logger.error("the connection to the broker has to begin anew", exc_info=error)
-        if (task.cancelled() or error) and self._state != "closed" and not self._orphaned:
-            self._orphaned = True
-            self._sender.pause()
-            self._on_orphan()
+        if (error is not None or task.cancelled()) and not life.leaving:
+            for other in life.tasks:
+                other.cancel()
 
     def _break(self, error: Exception, generation: int) -> None:
-        if generation == self._generation:
+        life = self._life
+        if generation == self._generation and life is not None:
             if self._state == "connected":
                 logger.warning("lost the connection to the broker: %s", _words(error))
                 self._become("reconnecting", error)
                 self._sender.pause()
-            self._broken.set()
+            life.broken.set()
 
-    async def _keep(self) -> None:
+    async def _live(self, life: _Life) -> None:
+        try:
+            await self._keep(life)
+        finally:
+            try:
+                if life is self._life:  # nobody has stopped it: the loop comes to its end
+                    await self._leave(life)
+            finally:
+                life.ended = True
+
+    async def _keep(self, life: _Life) -> None:
         longest = FIRST_WAIT
         while True:
             since = time.monotonic()
-            await self._broken.wait()
+            await life.broken.wait()
             if time.monotonic() - since > HELD:
                 longest = FIRST_WAIT
             self._become("reconnecting")
+            self._sender.pause()
             error = self._error or ""
-            while self._broken.is_set():
+            while life.broken.is_set():
                 await self._disconnect()
                 self._sender.give_up()
                 await asyncio.sleep(random.uniform(0, longest))
                 longest = min(1.5 * longest, LONGEST_WAIT)
                 try:
-                    await self._connect()
+                    await self._connect(life)
                 except Exception as exc:
                     self._become("reconnecting", exc)
-                    self._broken.set()
-            self._tell_gap(error)
+                    life.broken.set()
+            self._tell_gap(life, error)
 
-    def _tell_gap(self, error: str) -> None:
+    def _tell_gap(self, life: _Life, error: str) -> None:
         since = self._heard
-        self._connected()
+        self._connected(life)
         gap = Gap(since, self._heard - since, error)
         with self._lock:
             self._gaps += 1
@@ -420,34 +503,44 @@ class Link:
         for channel, data in early:
             self._arrived(channel, data)
 
-    async def _watch(self, generation: int) -> None:
+    async def _watch(self, life: _Life, generation: int) -> None:
         while True:
             await asyncio.sleep(PROBE_EVERY)
-            self._ask()
+            # It waits behind what is being handed over.
+            patience = PROBE_TIMEOUT + self._sender.under_way / SLOWEST
+            self._ask(life)
             for _ in range(2):  # if this loop was blocked, the answer is here in a moment
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PROBE_TIMEOUT / 2):
-                        await self._back.wait()
-            if not self._back.is_set():
-                error = TimeoutError(f"the broker did not answer for {PROBE_TIMEOUT:g} seconds")
+                    async with asyncio.timeout(patience / 2):
+                        await life.back.wait()
+            if not life.back.is_set():
+                error = TimeoutError(f"the broker did not answer for {patience:.0f} seconds")
                 self._break(error, generation)
                 return
 
-    def _ask(self) -> None:
-        """Send a message to ourselves; `_back` is set when it has come."""
-        self._back.clear()
+    def _ask(self, life: _Life) -> None:
+        """Send a message to ourselves; `back` is set when it has come."""
+        life.back.clear()
         self._sender.probe(self._probe)
 
-    async def _answer(self) -> None:
-        self._ask()
-        await self._back.wait()
+    def _answer(self, life: _Life, answered: Waiter) -> None:
+        """Set the waiter when a message to ourselves has come."""
+
+        async def answer() -> None:
+            self._ask(life)
+            await life.back.wait()
+            answered.set()
+
+        if life is self._life and life.loop is running_loop() and not life.leaving:
+            self._run(life, answer())
 
     # Receive
 
     def _arrived(self, channel: str, data: bytes) -> None:
         if channel == self._probe:
             self._heard = time.time()
-            self._back.set()
+            if self._life is not None:
+                self._life.back.set()
             return
         try:
             self._deliver(envelope.unpack(channel, data, self.hub))
@@ -466,13 +559,16 @@ class Link:
             hold = self._holds.get(channel)
             if hold is None or hold.changing:
                 return
-            if not (hold.count or hold.subscribed):
+            if not hold.count and not (hold.subscribed and self.alive):
                 del self._holds[channel]
                 return
+            life = self._life
+            if life is None or life.leaving or life.loop is not running_loop():
+                return  # it will be done by who connects next
             if self._state != "connected" or bool(hold.count) == hold.subscribed:
                 return
             hold.changing = True
-        self._run(self._settle(channel, hold, self._generation))
+        self._run(life, self._settle(channel, hold, self._generation))
 
     async def _settle(self, channel: str, hold: _Hold, generation: int) -> None:
         refused = False

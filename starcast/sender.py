@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from .backends.base import Backend
 from .event import OVERHEAD
@@ -44,14 +44,16 @@ class Taken(Waiter):
         self.failed = why
         self.set()
 
-    async def wait(self) -> None:
-        """Wait until it is set, two seconds at most.
+    async def wait(self, deadline: float | None = None) -> None:
+        """Wait until it is set, two seconds at most, or until a time of this loop.
 
         Raises:
             BackendUnavailable: The broker refused it, was lost, or did not answer in time.
         """
         try:
-            async with asyncio.timeout(TIMEOUT):
+            if deadline is None:
+                deadline = asyncio.get_running_loop().time() + TIMEOUT
+            async with asyncio.timeout_at(deadline):
                 await self
         except TimeoutError:
             raise BackendUnavailable("the broker did not answer in time") from None
@@ -77,19 +79,21 @@ class Entry:
 class Sender:
     """See the module. Made on any thread, closed at first."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, lock: AbstractContextManager[object]) -> None:
         self._backend = backend
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.RLock()  # the garbage collector may run a handler's end under it
+        self._lock = lock
         # Guarded by the lock:
         self.lost = 0
         self._open = False
+        self._closed = ""  # why nobody has to wait
         self._queue: deque[Entry] = deque()
         self._size = 0
         self._room: set[Waiter] = set()
         # On the loop:
         self._batch: list[Entry] = []  # what the broker has not confirmed
         self._sending: asyncio.Future[None] | None = None
+        self._busy = False
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -109,6 +113,9 @@ class Sender:
             if not (wait or (self._open and self._loop and not self._loop.is_closed())):
                 self.lost += 1
                 return None
+            if self._closed and entry.taken is not None:
+                entry.taken.fail(self._closed)
+                return entry.taken
             if self._queue and self._size + entry.cost > MAX_WAITING:
                 raise Full(f"{len(self._queue)} messages wait for the broker", self)
             wake = not self._queue
@@ -150,10 +157,17 @@ class Sender:
         self._send()
 
     def live_here(self) -> None:
-        """Live on this event loop from now on. What another one has left behind is lost."""
+        """Live on this event loop from now on. What another one had under way is lost."""
         self._loop = asyncio.get_running_loop()
         self._sending = None
         self._fail_batch(LOST)
+        with self._lock:
+            self._closed = ""
+
+    @property
+    def under_way(self) -> int:
+        """Bytes that the broker has not confirmed."""
+        return sum(len(entry.data) for entry in self._batch)
 
     def probe(self, channel: str) -> None:
         """Send an empty message before all others. It does not count if it is lost."""
@@ -172,9 +186,9 @@ class Sender:
 
         Who waits for another message may still see the end of the outage.
         """
-        if self._sending is not None:
-            self._sending.cancel()
-            self._sending = None
+        sending, self._sending = self._sending, None
+        if sending is not None and sending.get_loop() is running_loop():
+            sending.cancel()
         self._fail_batch(LOST)
         with self._lock:
             lost = [entry for entry in self._queue if entry.taken is None]
@@ -182,18 +196,14 @@ class Sender:
             self._replace(kept)
         self._fail(lost, LOST)
 
-    async def close(self, why: str) -> None:
-        """Send no more, and tell whoever waits why."""
-        sending, self._sending = self._sending, None
-        self._fail_batch(why)
+    def close(self, why: str) -> None:
+        """Take no more until `live_here`, and tell whoever waits why. From any thread."""
         with self._lock:
             self._open = False
+            self._closed = why
             queue = list(self._queue)
             self._replace([])
         self._fail(queue, why)
-        if sending is not None and sending.get_loop() is running_loop():
-            sending.cancel()
-            await asyncio.wait([sending], timeout=TIMEOUT)
 
     def _replace(self, entries: list[Entry]) -> None:
         self._queue = deque(entries)
@@ -207,8 +217,11 @@ class Sender:
 
     def _send(self) -> None:
         """Hand over what waits, unless the broker still has to confirm some."""
+        if self._busy or running_loop() is not self._loop:
+            return
         while self._sending is None and (batch := self._take()):
             self._batch = batch
+            self._busy = True
             try:
                 # A future is waited for as it is; a coroutine needs a task, and so a turn.
                 self._sending = asyncio.ensure_future(
@@ -218,6 +231,8 @@ class Sender:
                 self._fail_batch(str(exc) or type(exc).__name__)
             else:
                 self._sending.add_done_callback(self._sent)
+            finally:
+                self._busy = False
 
     def _take(self) -> list[Entry]:
         batch: list[Entry] = []

@@ -55,6 +55,7 @@ class Shard:
         self.loop = loop
         self.counters = Counters()
         self.awake = False  # there is something to deliver
+        self.guarded = False  # the hub looks after its link from here
         self.version = 0
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}

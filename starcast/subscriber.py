@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
@@ -115,7 +116,8 @@ class Subscription(Generic[Got]):
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._waiting.set_result(None)
 
 
 class Subscriber(Subscription[Event]):

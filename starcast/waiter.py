@@ -48,7 +48,7 @@ class Lock:
     """Like `asyncio.Lock`, for tasks of any event loops."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # the garbage collector may end a holder under it
         self._held = False
         self._waiting: list[Waiter] = []
 

@@ -182,8 +182,8 @@ class _Pipe:
         """Write the commands; what comes back is done when the last of them is answered."""
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
-            self._asked.extend([answered] * len(commands))
             self._writer.writelines(self.connection.pack_commands(commands))
+            self._asked.extend([answered] * len(commands))
         else:
             answered.set_result(None)
         return answered

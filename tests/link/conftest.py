@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from starcast import Broadcast, link, sender
+from starcast import Broadcast, broadcast, link, sender
 from support import Broker, Bus, starcast_tasks, until
 
 
@@ -12,6 +12,7 @@ from support import Broker, Bus, starcast_tasks, until
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "TIMEOUT", 0.5)
     monkeypatch.setattr(link, "TIMEOUT", 0.5)
+    monkeypatch.setattr(broadcast, "GUARD_EVERY", 0.02)
     monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
 

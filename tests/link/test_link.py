@@ -153,7 +153,7 @@ async def test_who_waits_gets_the_room_that_is_made(hub, broker, monkeypatch):
 
 async def test_there_may_be_room_already():
     waiter = Waiter()
-    sender.Sender(Bus()).tell_room(waiter)
+    sender.Sender(Bus(), threading.RLock()).tell_room(waiter)
     await waiter
 
 
@@ -636,7 +636,7 @@ async def test_the_loop_of_the_connection_ends(broker):
     assert not await hub.healthy()
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
-    assert hub._link._loop is asyncio.get_running_loop()
+    assert hub._link._life.loop is asyncio.get_running_loop()
     assert len(gaps) == 1
     await hub.disconnect()
 
