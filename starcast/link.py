@@ -99,6 +99,7 @@ class _Stopping:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.task: asyncio.Task[None] | None = None
+        self.done = False
         self.waiters: set[Waiter] = set()
 
 
@@ -275,7 +276,7 @@ class Link:
                 self._life = None
                 raise
             self._connected(life)
-            self._catch_up()
+            self._catch_up(life)
         self._run(life, self._live(life))
         if moved:
             with contextlib.suppress(TimeoutError):
@@ -312,8 +313,8 @@ class Link:
         waiter = Waiter()
         with self._lock:
             stopping.waiters.add(waiter)
-            if stopping is not self._stopping:
-                return
+            if stopping.done:
+                waiter.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * STOP_TIMEOUT):
                 await waiter
@@ -331,8 +332,7 @@ class Link:
             await self._leave(life)
         finally:
             with self._lock:
-                if self._stopping is stopping:
-                    self._stopping = None
+                stopping.done = True
                 waiters = stopping.waiters
             for waiter in waiters:
                 waiter.set()
@@ -358,7 +358,7 @@ class Link:
         def deliver(channel: str, data: bytes) -> None:
             if generation == self._generation:
                 if self._early is None or len(self._early) >= MAX_EARLY:
-                    self._arrived(channel, data)
+                    self._arrived(life, channel, data)
                 else:
                     self._early.append((channel, data))
 
@@ -496,12 +496,12 @@ class Link:
             self._gaps += 1
         logger.warning("connected to the broker again after %.1f seconds", gap.seconds)
         self._on_gap(gap)
-        self._catch_up()
+        self._catch_up(life)
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, life: _Life) -> None:
         early, self._early = self._early or [], None
         for channel, data in early:
-            self._arrived(channel, data)
+            self._arrived(life, channel, data)
 
     async def _watch(self, life: _Life, generation: int) -> None:
         while True:
@@ -536,11 +536,10 @@ class Link:
 
     # Receive
 
-    def _arrived(self, channel: str, data: bytes) -> None:
+    def _arrived(self, life: _Life, channel: str, data: bytes) -> None:
         if channel == self._probe:
             self._heard = time.time()
-            if self._life is not None:
-                self._life.back.set()
+            life.back.set()
             return
         try:
             self._deliver(envelope.unpack(channel, data, self.hub))

@@ -159,12 +159,6 @@ class Registry:
             self._sweep()
             return list(self.connections)
 
-    def loops(self) -> list[asyncio.AbstractEventLoop]:
-        """Return the event loops that have somebody, or had."""
-        with self.lock:
-            self._sweep()
-            return list(self.shards)
-
     def channels(self) -> dict[str, int]:
         """Return the number of clients of each channel that has any."""
         counts: dict[str, int] = {}

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from starcast import BackendUnavailable, Broadcast, broadcast, link, sender
-from starcast.waiter import Lock, running_loop
+from starcast.waiter import Lock, Waiter, running_loop
 from support import Bus, OtherLoop, Peer, joined, until
 
 pytestmark = pytest.mark.anyio
@@ -197,6 +197,26 @@ async def test_a_subscriber_whose_loop_was_closed():
 
     await asyncio.to_thread(run)
     assert hub.stats().subscribers == 0
+
+
+async def test_wanting_a_channel_while_there_is_no_loop(hub, broker):
+    first = await on_another_loop(hub)
+    async with hub._switching:  # or it moves at once
+        await asyncio.to_thread(first.close)
+        with pytest.raises(BackendUnavailable):
+            await hub._link.hold("room")
+        assert hub.stats().backend.channels == 0
+
+
+async def test_asking_on_a_loop_that_is_not_its_own_any_more(hub, broker):
+    first = await on_another_loop(hub)
+    life = hub._link._life
+    await asyncio.to_thread(first.close)
+    await hub.connect()
+    answered = Waiter()
+    hub._link._answer(life, answered)
+    assert not answered._future.done()
+    assert await hub.healthy()
 
 
 # Of the hub
