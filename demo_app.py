@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import secrets
-from collections import deque
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -21,10 +22,10 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 
-from starcast import Broadcast, BroadcastEndpoint, StarcastError
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, StarcastError
 
 MAX_NAME, MAX_TEXT = 24, 500  # characters; the page has the same limits
-hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"))
+hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"), after_gap="close")
 
 
 class Chat(BroadcastEndpoint):
@@ -43,15 +44,19 @@ class Chat(BroadcastEndpoint):
         await self.say_who_is_here(websocket)
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:
+        channel = self.get_channel(websocket)
         match data:
             case {"type": "message", "author": str(author), "text": str(text)} if (
                 0 < len(author) <= MAX_NAME and 0 < len(text) <= MAX_TEXT
             ):
                 message = {"type": "message", "id": self.id, "author": author, "text": text}
-                await super().on_receive(websocket, message | {"time": datetime.now(UTC)})
+                try:
+                    await hub.publish(channel, message | {"time": datetime.now(UTC)})
+                except BackendUnavailable:
+                    await hub.send({"type": "unsent", "text": text}, to=websocket)
             case {"type": "typing", "author": str(author)} if 0 < len(author) <= MAX_NAME:
                 typing = {"type": "typing", "id": self.id, "author": author}
-                await hub.publish(self.get_channel(websocket), typing, exclude=websocket)
+                hub.publish_nowait(channel, typing, exclude=websocket)
             case _:
                 raise WebSocketException(1008, "not a message of this chat")
 
@@ -66,8 +71,17 @@ class Chat(BroadcastEndpoint):
 
 
 live = FastAPI()
-walk = deque([100.0], maxlen=120)
-TICKER = f"ticker:{secrets.token_hex(4)}"  # each worker has its own walk
+TICKER = f"ticker:{secrets.token_hex(4)}"  # each worker has its own, with the same numbers
+
+
+@functools.lru_cache(maxsize=400)
+def step(tick: int) -> float:
+    return random.Random(tick).gauss(0, 0.7)
+
+
+def value(tick: int) -> float:
+    """A walk that leans to 100. It comes from the time alone, so that all workers agree."""
+    return round(100 + sum(step(tick - n) * 0.975**n for n in range(200)), 2)
 
 
 @live.websocket("/ticker")
@@ -75,17 +89,18 @@ async def ticker(websocket: WebSocket, hub: Annotated[Broadcast, Depends(lambda:
     """The ticker, as a FastAPI function. Clients only listen, and one that is slow skips ticks."""
     with contextlib.suppress(WebSocketDisconnect):  # it has left already
         await hub.connect(websocket, TICKER, overflow="latest")
-        await hub.send({"values": list(walk)}, to=websocket)
+        now = int(time.time() * 4)
+        await hub.send({"values": [value(now - 119 + n) for n in range(120)]}, to=websocket)
         await hub.serve(websocket, TICKER, publish=False)
 
 
 async def tick() -> None:
-    """Publish a random walk four times a second, through the same hub as the chat."""
+    """Publish a number four times a second, through the same hub as the chat."""
     while True:
-        await asyncio.sleep(0.25)
-        walk.append(round(walk[-1] + random.gauss(0, 0.7) + (100 - walk[-1]) / 40, 2))
+        tick = round(time.time() * 4) + 1
+        await asyncio.sleep(tick / 4 - time.time())
         with contextlib.suppress(StarcastError):  # the next one comes soon
-            await hub.publish(TICKER, {"values": [walk[-1]], "delivered": hub.stats().delivered})
+            await hub.publish(TICKER, {"values": [value(tick)], "delivered": hub.stats().delivered})
 
 
 @contextlib.asynccontextmanager
@@ -157,6 +172,7 @@ button { padding: .5rem 1.2rem; border: 0; border-radius: 1.25rem; background: v
   autocomplete="off" enterkeyhint="send"><button id="send">Send</button></form></main>
 <script type="module">
 const $ = id => document.getElementById(id), log = $("log"), walk = []
+const parse = data => { try { return JSON.parse(data) } catch { /* no message for this page */ } }
 const str = (value, max) => typeof value === "string" ? value.slice(0, max) : ""
 const pick = (...words) => words[Math.floor(Math.random() * words.length)]
 const el = (tag, className, textContent) =>  // what people type never becomes HTML
@@ -177,7 +193,7 @@ function keepOpen(path, onState, onData, tries = 0) {  // returns a function tha
   function open() {
     socket = new WebSocket(new URL(path, location.href).href.replace("http", "ws"))
     socket.onopen = () => onState(0)
-    socket.onmessage = ({ data }) => { tries = 0, onData(JSON.parse(data) ?? {}) }
+    socket.onmessage = ({ data }) => { tries = 0, onData(parse(data) ?? {}) }
     socket.onclose = () => {
       const wait = Math.min(10, 2 ** tries++ / 2) * (0.5 + Math.random())  // seconds, with jitter
       setTimeout(open, wait * 1000), onState(wait)
@@ -193,8 +209,8 @@ keepOpen("live/ticker", wait => $("ticker").classList.toggle("off", wait), data 
     `${i / Math.max(1, walk.length - 1)} ${(high - value) / (high - low || 1)}`
   $("spark").setAttribute("d", "M" + walk.map(point).join("L"))
   $("value").textContent = walk.at(-1).toFixed(2)
-  if (data.delivered > 0) $("facts").textContent =
-    `Four ticks a second, through the same hub as the chat. ${data.delivered} deliveries so far.`
+  if (data.delivered > 0) $("facts").textContent = "Four ticks a second, through the same hub " +
+    `as the chat. ${data.delivered} deliveries by this server process so far.`
 })
 function heard(author) {  // who types; nobody if it is left out
   clearTimeout(timer), timer = setTimeout(heard, 3000)
@@ -205,10 +221,11 @@ function append(node) {
   while (log.children.length > 201) log.children[1].remove()  // the first one is #empty
   toBottom()
 }
+const rule = text => append(el("p", "rule soft", text))
 function show(id, author, text, time) {
   const at = new Date(Date.parse(time) || Date.now()), mine = id === me
   const day = at.toLocaleDateString([], { weekday: "long", day: "numeric", month: "long" })
-  if (day !== last.day) append(el("p", "rule soft", day))
+  if (day !== last.day) rule(day)
   const more = day === last.day && id === last.id && author === last.author && at - last.at < 3e5
   const article = el("article", `${mine ? "mine" : ""} ${more ? "more" : ""}`, "")
   const header = el("header", "soft", ""), name = el("bdi", "", mine ? "You" : author)
@@ -220,13 +237,14 @@ function show(id, author, text, time) {
 const send = keepOpen(`ws?room=${encodeURIComponent(room)}`, wait => {
   $("status").classList.toggle("off", $("send").disabled = wait > 0)
   $("status").textContent = wait ? `Connection lost. Next try in ${Math.ceil(wait)} s` : "Connected"
-  if (!wait && lost) append(el("p", "rule soft", "Connected again. You may have missed messages."))
+  if (!wait && lost) rule("Connected again. You may have missed messages.")
   lost = wait > 0
 }, ({ type, id, author, text, time, count }) => {
   [id, author, text] = [str(id, 40), str(author, 24) || "Somebody", str(text, 500)]
   if (type === "welcome") me = id
   if (type === "here" && count > 0) $("status").textContent = `${count} here`
   if (type === "typing") heard(author)
+  if (type === "unsent") rule(`Perhaps not sent: ${text}`), $("text").value ||= text
   if (type === "message" && text) heard(), show(id, author, text, time)
 })
 log.onscroll = () => stick = log.scrollHeight - log.scrollTop - log.clientHeight < 40

@@ -22,7 +22,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 import demo_app
-from starcast import Broadcast
+from starcast import BackendUnavailable, Broadcast
 from support import DEADLINE, Served, until
 from test_frames import content
 
@@ -114,10 +114,6 @@ async def assert_no_html(page) -> None:
 
 async def test_three_tabs_see_every_message_as_it_was_typed(serve, browser):
     folder = os.environ.get("STARCAST_SCREENSHOTS")
-    if folder:  # a ticker that has been running for a while
-        rng = random.Random(7)
-        for _ in range(120):
-            demo_app.walk.append(demo_app.walk[-1] + rng.gauss(0, 0.7))
     server = await serve(demo_app.app)
     context = await browser.new_context(locale="en-GB", viewport={"width": 1280, "height": 800})
     tabs = {name: await open_tab(context, server, name) for name in ("Mira", "Jonas", "Ada")}
@@ -208,6 +204,8 @@ async def test_a_page_takes_whatever_the_server_sends(serve, browser):
     server = await serve(demo_app.app)
     context = await browser.new_context()
     page = await open_tab(context, server)
+    errors: list[object] = []
+    page.on("pageerror", lambda error: errors.append(error))
     room, hub = "room:lobby", demo_app.hub
     await hub.publish(room, "{ not JSON", encoding="text")
     await hub.publish(room, b"\x00")
@@ -217,13 +215,33 @@ async def test_a_page_takes_whatever_the_server_sends(serve, browser):
     await hub.publish(room, {"type": "message", "text": "no more than a text"})
     await hub.publish(room, {"type": "message", "text": "odd time", "time": "soon", "id": 7})
     for odd in ({}, {"values": 7}, {"values": "x"}, {"values": [None, "1"]}, {"delivered": "x"}):
-        await hub.publish("ticker", odd)
+        await hub.publish(demo_app.TICKER, odd)
     await wait_for_texts(page, ["no more than a text", "odd time"])
     assert await page.locator("bdi").first.text_content() == "Somebody"
     await say(page, "still alive")
     await wait_for_texts(page, ["no more than a text", "odd time", "still alive"])
     ticks = await page.text_content("#facts")
     await wait_for(page, "old => document.querySelector('#facts').textContent !== old", ticks)
+    assert errors == []
+
+
+async def test_a_message_that_the_broker_does_not_take_is_in_the_input_line_again(
+    serve, browser, monkeypatch
+):
+    async def away(*args, **kwargs):
+        raise BackendUnavailable("the broker did not answer in time")
+
+    server = await serve(demo_app.app)
+    page = await open_tab(await browser.new_context(), server)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_app.hub, "publish", away)
+        await page.fill("#text", "kept")
+        await page.press("#text", "Enter")
+        await wait_for(page, "document.querySelector('#log').textContent.includes('not sent')")
+        assert await page.locator(".rule").last.text_content() == "Perhaps not sent: kept"
+    await wait_for(page, "document.querySelector('#text').value === 'kept'")
+    await page.press("#text", "Enter")
+    await wait_for_texts(page, ["kept"])
 
 
 async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser):
