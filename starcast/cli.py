@@ -1,7 +1,6 @@
 """The command `starcast`: publish, subscribe and check, from a terminal or a cron job.
 
-Exit codes: 0 all went well, 1 the broker could not be reached or did not answer, 2 the command was
-not understood, 130 it was interrupted. A URL is never repeated, because it may hold a password.
+A URL is never repeated, because it may hold a password. The exit codes are in `EPILOG`.
 """
 
 from __future__ import annotations
@@ -35,10 +34,31 @@ from .subscriber import GapSubscriber
 
 ROUND_TRIPS = 20
 
+EPILOG = """\
+examples:
+  starcast publish redis://localhost room 'the kettle is on'
+  date | starcast publish redis://localhost room
+  starcast subscribe redis://localhost room another
+
+URLs:
+  redis://user:password@host:6379    rediss:// with TLS    unix:///path/redis.sock
+  nats://user:password@host:4222     tls:// with TLS
+  postgresql://user:password@host:5432/database
+
+exit codes:
+  0    all went well
+  1    the broker could not be reached or did not answer
+  2    the command was not understood, or the message is too large
+  130  it was interrupted
+"""
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="starcast", description="Talk to a broker as starcast does."
+        prog="starcast",
+        description="Talk to a broker as starcast does.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -64,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. `arguments` are those of the command line."""
     chosen = _parser().parse_args(arguments)
-    logging.getLogger("starcast").addHandler(logging.NullHandler())  # the output says it all
+    log: logging.Handler = logging.NullHandler()  # the output says it all
+    if chosen.command == "subscribe" and sys.stderr.isatty():
+        log = logging.StreamHandler()  # which says when the broker is away
+        log.setFormatter(logging.Formatter("starcast: %(message)s"))
+    logging.getLogger("starcast").addHandler(log)
     try:
         if chosen.command == "publish":
             work = _publish(_hub(chosen.url), chosen.channel, _content(chosen.message))
@@ -83,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        logging.getLogger("starcast").removeHandler(log)
     return 0
 
 
@@ -98,6 +124,8 @@ def _hub(url: str) -> Broadcast:
 
 
 def _content(message: str) -> str | bytes:
+    if message == "-" and sys.stdin.isatty():
+        print("starcast: reading the message from standard input", file=sys.stderr)
     content = sys.stdin.buffer.read() if message == "-" else os.fsencode(message)
     try:
         text = content.decode()
@@ -116,13 +144,16 @@ async def _subscribe(hub: Broadcast, channels: list[str], out: TextIO) -> None:
 
     async def follow(subscriber: GapSubscriber) -> None:
         async for item in subscriber:
-            print(show(item), file=out, flush=True)
+            print(show(subscriber.channel, item), file=out, flush=True)
 
     async with hub, contextlib.AsyncExitStack() as stack:
         subscribers = [
             await stack.enter_async_context(hub.subscribe(channel, gaps=True))
             for channel in channels
         ]
+        if sys.stderr.isatty():
+            names = ", ".join(map(_harmless, channels))
+            print(f"starcast: listening to {names}", file=sys.stderr, flush=True)
         try:
             async with asyncio.TaskGroup() as group:
                 for subscriber in subscribers:
@@ -131,22 +162,23 @@ async def _subscribe(hub: Broadcast, channels: list[str], out: TextIO) -> None:
             raise exc.exceptions[0] from None
 
 
-def _for_programs(item: Event | Gap) -> str:
+def _for_programs(channel: str, item: Event | Gap) -> str:
+    line: dict[str, object] = {"channel": channel}
     if isinstance(item, Gap):
-        line: dict[str, object] = {"gap": {"since": item.since, "seconds": item.seconds}}
+        line["gap"] = {"since": item.since, "seconds": item.seconds}
     elif isinstance(item.message, str):
-        line = {"channel": item.channel, "text": item.message}
+        line["text"] = item.message
     else:
-        line = {"channel": item.channel, "base64": base64.b64encode(item.message).decode()}
+        line["base64"] = base64.b64encode(item.message).decode()
     return json.dumps(line)
 
 
-def _for_people(item: Event | Gap) -> str:
-    now = time.strftime("%H:%M:%S")
+def _for_people(channel: str, item: Event | Gap) -> str:
+    start = f"{time.strftime('%H:%M:%S')} {_harmless(channel)}"
     if isinstance(item, Gap):
-        return f"{now} -- messages may be missing: the broker was away for {item.seconds:.1f} s"
+        return f"{start} -- messages of the last {item.seconds:.1f} s may be missing"
     message = item.message if isinstance(item.message, str) else repr(item.message)
-    return f"{now} {_harmless(item.channel)}: {_harmless(message)}"
+    return f"{start}: {_harmless(message)}"
 
 
 def _harmless(text: str) -> str:

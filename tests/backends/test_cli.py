@@ -6,8 +6,10 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import os
 import pty
+import re
 import runpy
 import signal
 import socket
@@ -16,7 +18,8 @@ import sys
 
 import pytest
 
-from starcast import Broadcast, Event, Gap, __version__, cli
+from backends.redis_server import RedisServer
+from starcast import Broadcast, Event, Gap, __version__, backends, cli
 from support import until
 
 pytestmark = pytest.mark.anyio
@@ -37,8 +40,15 @@ async def run(*arguments: str) -> int:
     return await asyncio.to_thread(cli.main, arguments)
 
 
-def standard_input(monkeypatch, content: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+def standard_input(monkeypatch, content: bytes, terminal: bool = False) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(content))
+    stdin.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 async def test_publish(url):
@@ -69,6 +79,14 @@ async def test_publish_what_comes_in(redis, monkeypatch, content, message, dash)
     async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room", *dash) == 0
         assert (await anext(subscriber)).message == message
+
+
+async def test_publish_what_is_typed(redis, monkeypatch, capsys):
+    standard_input(monkeypatch, b"tea\n", terminal=True)
+    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+        assert await run("publish", redis, "room") == 0
+        assert (await anext(subscriber)).message == "tea"
+    assert capsys.readouterr().err == "starcast: reading the message from standard input\n"
 
 
 async def test_check(url, capsys):
@@ -121,7 +139,7 @@ async def test_who_reads_the_pipe_goes(redis):
 
 async def test_subscribe_on_a_terminal(redis):
     ours, theirs = pty.openpty()
-    process = subscribing(redis, "tty", stdout=theirs)
+    process = subscribing(redis, "tty", stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     async with Broadcast(redis) as hub:
         await until(lambda: _subscribers(redis, "tty"))
@@ -131,6 +149,33 @@ async def test_subscribe_on_a_terminal(redis):
         process.send_signal(signal.SIGINT)
         assert await asyncio.to_thread(process.wait, 10) == 130
     os.close(ours)
+    assert process.stderr.read() == b""  # not a terminal
+    process.stderr.close()
+
+
+async def test_subscribe_says_on_a_terminal_what_goes_on(monkeypatch):
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with RedisServer() as broker:
+        hub = Broadcast(broker.url)
+        monkeypatch.setattr(cli, "_hub", lambda url: hub)
+        running = asyncio.create_task(run("subscribe", broker.url, "one", "\u202etwo"))
+        await until(lambda: err.getvalue() == "starcast: listening to one, \\u202etwo\n")
+        broker.kill()
+        await until(lambda: "starcast: lost the connection to the broker: " in err.getvalue())
+        broker.start()
+        await until(lambda: out.getvalue().count("\n") == 2)
+        await hub.disconnect()
+        assert await running == 0
+    lines = [re.sub(r"[0-9.]+", "0", line[9:]) for line in out.getvalue().splitlines()]
+    missing = "-- messages of the last 0 s may be missing"
+    assert sorted(lines) == [f"\\u0etwo {missing}", f"one {missing}"]
+    assert "starcast: connected to the broker again" in err.getvalue()
+    assert not any(
+        isinstance(handler, logging.StreamHandler) and handler.stream is err
+        for handler in logging.getLogger("starcast").handlers
+    )
 
 
 def _subscribers(url: str, channel: str) -> int:
@@ -169,13 +214,13 @@ async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
 
 def test_what_is_printed():
     gap = Gap(since=1.5, seconds=2.25, error="killed")
-    assert json.loads(cli._for_programs(gap)) == {"gap": {"since": 1.5, "seconds": 2.25}}
-    assert cli._for_people(gap).endswith(
-        "-- messages may be missing: the broker was away for 2.2 s"
-    )
+    assert json.loads(cli._for_programs("room", gap)) == {
+        "channel": "room",
+        "gap": {"since": 1.5, "seconds": 2.25},
+    }
+    assert cli._for_people("room", gap)[9:] == "room -- messages of the last 2.2 s may be missing"
     binary = Event("a\u202eb", b"\0", b"\0")
-    assert cli._for_people(binary)[9:] == "a\\u202eb: b'\\\\x00'" or cli._for_people(binary)
-    assert "\u202e" not in cli._for_people(binary)
+    assert cli._for_people(binary.channel, binary)[9:] == "a\\u202eb: b'\\x00'"
 
 
 def test_errors(capsys, closed_port):
@@ -208,6 +253,15 @@ def test_a_command_that_is_not_understood(arguments, capsys):
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: starcast" in capsys.readouterr().err
+
+
+def test_its_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert not caught.value.code
+    assert cli.EPILOG in capsys.readouterr().out
+    for scheme in backends.SCHEMES.keys() - {"memory", "postgres"}:
+        assert f"{scheme}://" in cli.EPILOG
 
 
 def test_its_version(capsys):
