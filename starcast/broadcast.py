@@ -211,7 +211,10 @@ class Broadcast:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
-        """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`."""
+        """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`.
+
+        An app does not start without its broker; once started, it waits for it for ever.
+        """
         async with self:
             yield
 
@@ -243,7 +246,8 @@ class Broadcast:
         """Register a client on a channel; without a websocket, open the hub.
 
         Opening is optional and may happen on another event loop than the clients': the hub opens on
-        first use. A websocket that nobody has accepted yet is accepted, after the check of its
+        first use. Without its broker it does not open; once open, it waits for it for ever. A
+        websocket that nobody has accepted yet is accepted, after the check of its
         Origin. A client that is registered already joins a further channel.
 
         From then on until `disconnect` the handler's own sends take their turn behind what the hub
@@ -264,8 +268,9 @@ class Broadcast:
             InvalidChannel: The name is not valid; the app answers 403, or closes with 1008 if the
                 websocket was accepted before.
             ClientGone: The client has left already. A `WebSocketDisconnect`.
-            BackendUnavailable: The broker has not confirmed within two seconds that it will send
-                the channel's messages. The app answers 403, or closes with 1013 if the websocket
+            BackendUnavailable: The hub was not open and there is no connection to its broker; or
+                the broker has not confirmed within two seconds that it will send the channel's
+                messages. The app answers 403, or closes with 1013 if the websocket
                 was accepted before.
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
         """
@@ -653,7 +658,8 @@ class Broadcast:
     async def healthy(self) -> bool:
         """Whether the hub is open and its broker answers, for a readiness check. From any loop.
 
-        With a broker it sends itself a message by way of it, and waits two seconds at most.
+        With a broker it sends itself a message by way of it, and waits two seconds at most. A hub
+        that nobody has opened is not healthy: give the app `lifespan=hub.lifespan`.
         """
         return self._open and (self._link is None or await self._link.healthy())
 

@@ -11,7 +11,9 @@ class Gap:
 
     Attributes:
         since: When the broker was known to be there last, in seconds since 1970.
-        seconds: How long it took from then until everything was subscribed to again.
+        seconds: How long it took from then until everything was subscribed to again: of these last
+            seconds messages may be missing. The broker may have been there for the first three of
+            them, because it is asked that often.
         error: What was wrong.
     """
 

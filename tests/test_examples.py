@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import starcast.testing
+from backends.redis_server import RedisServer
 from starcast import Broadcast
 from support import Broker, Bus, until, until_sync
 
@@ -541,16 +542,28 @@ def test_threads_loop(example):
 
 async def test_many_workers(example, serve, monkeypatch):
     monkeypatch.delenv("STARCAST_URL", raising=False)
-    server = await serve(example("many_workers").app)
+    module = example("many_workers")
+    server = await serve(module.app)
+    assert await module.hub.healthy()
     async with server.connect("/ws/a") as ann, server.connect("/ws/a") as bob:
         await ann.send("hello")
         assert await bob.recv() == "hello"
 
 
-async def test_gaps(example):
+async def test_redis_client(example, monkeypatch):
+    with RedisServer() as server:
+        monkeypatch.setenv("REDIS_URL", server.url)
+        module = example("redis_client")
+        async with module.redis, module.hub as hub, hub.subscribe("room") as subscriber:
+            await module.redis.publish("starcast:room", "hello")
+            assert (await anext(subscriber)).message == "hello"
+        assert server.clients() == []
+
+
+async def test_gaps(example, capsys):
     broker = Broker()
     module = example("gaps")
-    module.hub = Broadcast(backend=Bus(broker))
+    module.hub = Broadcast(backend=Bus(broker), on_gap=module.on_gap)
     seen = []
 
     class Prices:
@@ -572,6 +585,8 @@ async def test_gaps(example):
     assert seen == [{"tea": 2}, "all of them", {"tea": 3}]
     await module.hub.disconnect()
     await task
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"messages of the last \d+\.\d s may be missing\n", printed)
 
 
 async def test_from_a_job(example, monkeypatch):

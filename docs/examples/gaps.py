@@ -1,6 +1,11 @@
 from starcast import Broadcast, Gap
 
-hub = Broadcast("redis://localhost", on_gap=lambda gap: print(f"away for {gap.seconds:.1f} s"))
+
+def on_gap(gap):
+    print(f"messages of the last {gap.seconds:.1f} s may be missing")
+
+
+hub = Broadcast("redis://localhost", on_gap=on_gap)
 
 
 async def keep_up(prices):

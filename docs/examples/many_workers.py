@@ -5,9 +5,11 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, BroadcastEndpoint
 
+hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"))
+
 
 class Chat(BroadcastEndpoint):
-    broadcast = Broadcast(os.environ.get("STARCAST_URL", "memory://"))
+    broadcast = hub
 
 
-app = Starlette(routes=[WebSocketRoute("/ws/{channel}", Chat)])
+app = Starlette(routes=[WebSocketRoute("/ws/{channel}", Chat)], lifespan=hub.lifespan)
