@@ -121,7 +121,7 @@ def test_every_public_method_is_documented(cls):
     assert public <= set(documented())
 
 
-# The two commands of the README
+# The commands of the README
 
 
 def lines():
@@ -129,15 +129,18 @@ def lines():
 
 
 def test_the_commands_of_the_readme():
-    demo, tests = lines()
+    demo, workers, tests = lines()  # backends/test_demo.py runs the second one
     assert demo.endswith("&& uvicorn demo_app:app")
+    assert workers.endswith("&& STARCAST_URL=redis://localhost uvicorn demo_app:app --workers 4")
     assert tests.endswith("&& pytest")
+    environment = "python3 -m venv .venv && . .venv/bin/activate && "
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    for line in demo, tests:
-        assert line.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install -e ")
-        (extra,) = re.findall(r"^\.\[(\w+)\]$", "\n".join(shlex.split(line)), re.M)
-        assert setup.has_option("options.extras_require", extra)
+    for line, start in (demo, environment), (workers, ""), (tests, environment):
+        assert line.startswith(start + "pip install -e ")
+        (extras,) = re.findall(r"^\.\[([\w,]+)\]$", "\n".join(shlex.split(line)), re.M)
+        for extra in extras.split(","):
+            assert setup.has_option("options.extras_require", extra)
     assert (ROOT / "demo_app.py").is_file()
 
 
@@ -145,13 +148,13 @@ def test_ci_runs_the_test_line_of_the_readme():
     run = (ROOT / ".ci" / "run").read_text()
     (variable, pattern) = re.findall(r"^(\w+)=\$\(grep -E '([^']+)' README\.md\)$", run, re.M)[0]
     readme = (ROOT / "README.md").read_text().splitlines()
-    assert [line for line in readme if re.search(pattern, line)] == [lines()[1]]
+    assert [line for line in readme if re.search(pattern, line)] == [lines()[-1]]
     assert re.search(rf'^bash .*-c "\${variable}"$', run, re.M)
 
 
 def test_contributing_names_what_ci_runs():
     contributing = "\n".join(blocks(ROOT / "CONTRIBUTING.md", "shell"))
-    assert lines()[1] in contributing
+    assert lines()[-1] in contributing
     run = (ROOT / ".ci" / "run").read_text()
     for command in (
         "ruff check .",
