@@ -1,15 +1,9 @@
-"""The starcast demo: chat rooms and a live ticker on one page.
-
-Run `uvicorn demo_app:app` and open http://127.0.0.1:8000 in three tabs. `/?room=tea` is a room.
-"""
-
-from __future__ import annotations
+"""The starcast demo: `uvicorn demo_app:app`, then three tabs of http://127.0.0.1:8000/?room=tea."""
 
 import asyncio
 import contextlib
-import functools
+import math
 import os
-import random
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -74,14 +68,11 @@ live = FastAPI()
 TICKER = f"ticker:{secrets.token_hex(4)}"  # each worker has its own, with the same numbers
 
 
-@functools.lru_cache(maxsize=400)
-def step(tick: int) -> float:
-    return random.Random(tick).gauss(0, 0.7)
-
-
-def value(tick: int) -> float:
-    """A walk that leans to 100. It comes from the time alone, so that all workers agree."""
-    return round(100 + sum(step(tick - n) * 0.975**n for n in range(200)), 2)
+def values(count: int) -> list[float]:
+    """The newest of numbers that wander. The clock makes them, so that all workers agree."""
+    now, periods = round(time.time() * 4), (3, 8, 21, 55, 144)
+    waves = [sum(math.sin((now - n) / period) for period in periods) for n in range(count)]
+    return [round(100 + wave, 2) for wave in reversed(waves)]
 
 
 @live.websocket("/ticker")
@@ -89,18 +80,16 @@ async def ticker(websocket: WebSocket, hub: Annotated[Broadcast, Depends(lambda:
     """The ticker, as a FastAPI function. Clients only listen, and one that is slow skips ticks."""
     with contextlib.suppress(WebSocketDisconnect):  # it has left already
         await hub.connect(websocket, TICKER, overflow="latest")
-        now = int(time.time() * 4)
-        await hub.send({"values": [value(now - 119 + n) for n in range(120)]}, to=websocket)
+        await hub.send({"values": values(120)}, to=websocket)
         await hub.serve(websocket, TICKER, publish=False)
 
 
 async def tick() -> None:
     """Publish a number four times a second, through the same hub as the chat."""
     while True:
-        tick = round(time.time() * 4) + 1
-        await asyncio.sleep(tick / 4 - time.time())
+        await asyncio.sleep(0.25 - time.time() % 0.25)
         with contextlib.suppress(StarcastError):  # the next one comes soon
-            await hub.publish(TICKER, {"values": [value(tick)], "delivered": hub.stats().delivered})
+            await hub.publish(TICKER, {"values": values(1), "delivered": hub.stats().delivered})
 
 
 @contextlib.asynccontextmanager
@@ -160,7 +149,7 @@ button { padding: .5rem 1.2rem; border: 0; border-radius: 1.25rem; background: v
 </style>
 <aside><div><p class="brand">&#10022; starcast</p><h1 id="room"></h1>
   <p class="soft off" id="status" role="status">Connecting</p></div>
-  <section id="ticker" class="off" aria-label="Live ticker"><p class="soft">Random walk, live</p>
+  <section id="ticker" class="off" aria-label="Live ticker"><p class="soft">A number, live</p>
   <p id="value">&ndash;</p><svg viewBox="0 0 1 1" preserveAspectRatio="none"><path id="spark"/>
   </svg><p class="soft" id="facts">Four ticks a second</p></section></aside>
 <main><div id="log" role="log" aria-live="polite" aria-label="Messages" tabindex="0"><p id="empty">
@@ -203,23 +192,18 @@ function keepOpen(path, onState, onData, tries = 0) {  // returns a function tha
   return data => socket.readyState === 1 && (socket.send(JSON.stringify(data)), true)
 }
 keepOpen("live/ticker", wait => $("ticker").classList.toggle("off", wait), data => {
-  walk.push(...[data.values].flat().filter(Number.isFinite))
-  walk.splice(0, walk.length - 120)
+  walk.push(...[data.values].flat().filter(Number.isFinite)), walk.splice(0, walk.length - 120)
   const low = Math.min(...walk), high = Math.max(...walk), point = (value, i) =>
     `${i / Math.max(1, walk.length - 1)} ${(high - value) / (high - low || 1)}`
   $("spark").setAttribute("d", "M" + walk.map(point).join("L"))
   $("value").textContent = walk.at(-1).toFixed(2)
-  if (data.delivered > 0) $("facts").textContent = "Four ticks a second, through the same hub " +
-    `as the chat. ${data.delivered} deliveries by this server process so far.`
+  if (data.delivered > 0) $("facts").textContent = `${data.delivered} deliveries by this process`
 })
-function heard(author) {  // who types; nobody if it is left out
-  clearTimeout(timer), timer = setTimeout(heard, 3000)
-  $("typing").textContent = author ? `${author} is typing` : ""
-}
+const heard = author => (clearTimeout(timer), timer = setTimeout(heard, 3000),  // nobody, then
+  $("typing").textContent = author ? `${author} is typing` : "")
 function append(node) {
-  $("empty").hidden = true, log.append(node)
-  while (log.children.length > 201) log.children[1].remove()  // the first one is #empty
-  toBottom()
+  if (log.children.length > 200) log.children[1].remove()  // the first one is #empty
+  $("empty").hidden = true, log.append(node), toBottom()
 }
 const rule = text => append(el("p", "rule soft", text))
 function show(id, author, text, time) {
