@@ -194,7 +194,7 @@ class Link:
         with self._lock:
             hold = self._holds.setdefault(channel, _Hold())
             hold.count += 1
-            if hold.subscribed:
+            if hold.subscribed and self._state == "connected":
                 return
             taken = Taken()
             hold.waiting.append(taken)
@@ -499,9 +499,18 @@ class Link:
         self._catch_up(life)
 
     def _catch_up(self, life: _Life) -> None:
+        """Let in what came, and who came, before it was all back: the gap is not theirs."""
         early, self._early = self._early or [], None
         for channel, data in early:
             self._arrived(life, channel, data)
+        with self._lock:
+            waiting = []
+            for hold in self._holds.values():
+                if hold.subscribed:
+                    waiting += hold.waiting
+                    hold.waiting = []
+        for taken in waiting:
+            taken.set()
 
     async def _watch(self, life: _Life, generation: int) -> None:
         while True:
@@ -587,9 +596,10 @@ class Link:
                 self._change(channel)
 
     async def _subscribe(self, channel: str) -> bool:
-        """Subscribe, and tell whoever waits for it; False if the broker refused it."""
+        """Subscribe, and tell whoever waits for it, if it is connected; False if it was refused."""
         generation = self._generation
         why = ""
+        waiting: list[Taken] = []
         try:
             await self._backend.subscribe(channel)
         except Exception as exc:
@@ -599,7 +609,8 @@ class Link:
             if hold is None or generation != self._generation:
                 return False
             hold.subscribed = not why
-            waiting, hold.waiting = hold.waiting, []
+            if why or self._state == "connected":
+                waiting, hold.waiting = hold.waiting, []
         if why:
             logger.warning("the broker does not give the channel %r: %s", channel, why)
         for taken in waiting:

@@ -510,6 +510,24 @@ async def test_clients_may_be_closed_after_a_gap(broker):
     await hub.disconnect()
 
 
+async def test_who_comes_during_an_outage_has_no_gap(broker, monkeypatch):
+    monkeypatch.setattr(sender, "TIMEOUT", 10)
+    hub = Broadcast(backend=Bus(broker), after_gap="close")
+    before = await joined(hub, "room")
+    broker.kill()
+    await until(lambda: hub.stats().backend.state == "reconnecting")
+    coming = asyncio.create_task(joined(hub, "room"))
+    others = asyncio.create_task(joined(hub, "another room"))
+    await until(lambda: hub.stats().backend.channels == 2)
+    broker.up = True
+    during, other = await coming, await others
+    await until(lambda: before.closed == 1012)
+    await hub.publish("room", "x")
+    await hub.publish("another room", "y")
+    await until(lambda: (during.got, other.got) == (["x"], ["y"]))
+    await hub.disconnect()
+
+
 async def test_an_error_in_on_gap_is_logged(broker, caplog):
     def raising(gap: Gap) -> None:
         raise LookupError("a mistake")
