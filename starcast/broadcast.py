@@ -184,7 +184,6 @@ class Broadcast:
         self._failures = 0
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
-        self._moves: set[asyncio.Task[None]] = set()
         self._lock = self._registry.lock
         # Guarded by the lock:
         self._published = 0
@@ -276,6 +275,8 @@ class Broadcast:
         """
         if websocket is None:
             await self._ensure_open()
+            if self._link is not None:
+                await self._link.ready()
             return
         codec.check_channel(channel)
         outbox = Outbox(
@@ -301,6 +302,7 @@ class Broadcast:
                 closed = self._closings != closings
                 if not closed:
                     registered = self._register(websocket, channel, outbox)
+            self._guard()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
                 raise ClientGone(GOING_AWAY)
@@ -682,9 +684,7 @@ class Broadcast:
             )
             websocket.scope.setdefault("starcast", {})[self] = connection
         connection.leaving = None
-        joined = self._registry.join(connection, channel)
-        self._guard(self._registry.here())
-        return joined
+        return self._registry.join(connection, channel)
 
     def _find(self, websocket: WebSocket) -> Connection | None:
         """Return what was registered for this websocket last, even if it is no more."""
@@ -708,7 +708,7 @@ class Broadcast:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
             counters = self._registry.subscribe(subscriber)
-            self._guard(self._registry.here())
+        self._guard()
         return counters
 
     def _release(self, channel: str) -> None:
@@ -739,25 +739,27 @@ class Broadcast:
                 raise
             self._open, self._closed, self._failure = True, False, None
 
-    def _guard(self, shard: Shard) -> None:
-        """Look after the link from a loop, now and then as long as it has somebody.
+    def _guard(self) -> None:
+        """Look after the link from this loop, now and then as long as it has somebody.
 
         If the link's own loop has ended, it lives on here: else who only listens would never hear
         anything again.
         """
-        if self._link is not None and not shard.guarded:
-            shard.guarded = True
-            self._look(shard)
+        if self._link is not None:
+            shard = self._registry.here()
+            if not shard.guarded:
+                shard.guarded = True
+                self._look(shard)
 
     def _look(self, shard: Shard) -> None:
         assert self._link is not None
         if not (self._open and shard.channels):
             shard.guarded = False
             return
-        if not self._link.alive:
-            moving = shard.loop.create_task(self._move())
-            self._moves.add(moving)
-            moving.add_done_callback(self._moves.discard)
+        if not (self._link.alive or self._link.resting) and (
+            shard.moving is None or shard.moving.done()
+        ):
+            shard.moving = shard.loop.create_task(self._move())
         shard.loop.call_later(GUARD_EVERY, self._look, shard)
 
     async def _move(self) -> None:

@@ -5,12 +5,12 @@ thread: they note what is wanted under a lock and wake that loop.
 
 What is published is up to a `Sender`. Two tasks look after the connection: `_watch` sends itself a
 message now and then, by way of the broker, so that a broker that has stopped answering is noticed.
-`_keep` connects again when the connection is lost, for ever, subscribes to what is held, and says
+`_live` connects again when the connection is lost, for ever, subscribes to what is held, and says
 that there was a gap. Besides, each channel has a task while its subscription changes: the changes
 of one channel happen in turn.
 
-Its time on one loop is a `_Life`. When the loop comes to its end, which cancels the tasks, they
-disconnect there, and the link may be started on another one.
+Its time on one loop is a `_Life`. When the loop comes to its end, which cancels the tasks, `_live`
+disconnects there, and the link may be started on another one.
 """
 
 from __future__ import annotations
@@ -60,6 +60,15 @@ HELD = 10.0
 CONNECT_TIMEOUT = 10.0
 STOP_TIMEOUT = 5.0
 
+# Seconds after which who waits for a stop sees whether its loop is still there.
+STOP_LOOK = 0.2
+
+# Seconds for which it is not started again on a loop that has cancelled its tasks: most likely that
+# loop comes to its end, and would not wait for new ones.
+REST = 1.0
+
+CLOSED = "the hub was closed"
+
 # Messages that wait until everything is subscribed to, and so stand behind the gap.
 MAX_EARLY = 10_000
 
@@ -89,18 +98,26 @@ class _Life:
         self.connected = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
         self.watching: asyncio.Task[None] | None = None
+        self.living: asyncio.Task[None] | None = None
         self.leaving = False
-        self.ended = False
+        self.ended = 0.0  # when its last task had, in time.monotonic()
 
 
 class _Stopping:
     """A stop that is under way, and who waits for it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self, life: _Life) -> None:
+        self.life = life
+        self.loop = life.loop  # where it happens
         self.task: asyncio.Task[None] | None = None
         self.done = False
         self.waiters: set[Waiter] = set()
+
+    def end(self, task: asyncio.Task[None]) -> None:
+        """Call this when its task has ended; if that was cancelled, `_live` does what is left."""
+        self.done = True
+        for waiter in list(self.waiters):
+            waiter.set()
 
 
 def _words(error: Exception) -> str:
@@ -154,6 +171,14 @@ class Link:
         """Whether the event loop that it lives on is still there, and its tasks are."""
         life = self._life
         return life is not None and not (life.ended or life.loop.is_closed())
+
+    @property
+    def resting(self) -> bool:
+        """Whether its tasks were cancelled a moment ago, on this loop."""
+        life = self._life
+        if life is None or life.loop is not running_loop():
+            return False
+        return bool(life.ended) and time.monotonic() < life.ended + REST
 
     def stats(self) -> BackendStats:
         with self._lock:
@@ -231,13 +256,17 @@ class Link:
         return True
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call it on the link's loop; here, if there is none, which it may find out."""
+        """Call it on the link's loop, in its next turn; here, if there is none."""
         life = self._life
-        if life is not None and running_loop() is not life.loop:
-            with contextlib.suppress(RuntimeError):  # it is closed
+        if life is None:
+            function(*arguments)
+        elif running_loop() is life.loop:
+            life.loop.call_soon(function, *arguments)  # not under a lock of the caller's
+        else:
+            try:
                 life.loop.call_soon_threadsafe(function, *arguments)
-                return
-        function(*arguments)
+            except RuntimeError:  # it is closed
+                function(*arguments)
 
     def _become(self, state: State, error: Exception | None = None) -> None:
         with self._lock:
@@ -251,16 +280,22 @@ class Link:
     async def start(self) -> None:
         """Connect, and live on this event loop from now on.
 
-        If the loop that it lived on has ended, this is like a lost connection: it comes back when
-        there is another one, or after two seconds without.
+        If the loop that it lived on has ended, and somebody wants a channel, this is like a lost
+        connection: it comes back at once and connects when it can.
 
         Raises:
             BackendUnavailable: There is no connection.
         """
-        if self._stopping is not None and not self._stopping.loop.is_closed():
+        if self._stopping is not None:
             await self._stopped(self._stopping)
-        self._stopping = None
-        moved = self._life is not None
+            if not self._stopping.done:
+                self._sender.close(CLOSED)
+            self._stopping = None
+        life = self._life
+        if self.resting:
+            raise BackendUnavailable("the event loop of the connection comes to its end")
+        with self._lock:
+            moved = life is not None and any(hold.count for hold in self._holds.values())
         if not moved:
             self.hub = os.urandom(8)
             self._probe = f"starcast-probe-{self.hub.hex()}"
@@ -277,78 +312,91 @@ class Link:
                 raise
             self._connected(life)
             self._catch_up(life)
-        self._run(life, self._live(life))
-        if moved:
+        life.living = self._run(life, self._live(life))
+
+    async def ready(self) -> None:
+        """Wait, for two seconds at most, until a connection that has moved here is there."""
+        life = self._life
+        if life is not None and life.loop is running_loop():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TIMEOUT):
                     await life.connected.wait()
 
     async def stop(self) -> None:
-        """Disconnect. From any loop; on a loop that is blocked it happens as soon as it can."""
+        """Disconnect, after what waits for the broker, if it takes it within two seconds.
+
+        From any loop; on a loop that is blocked it happens as soon as it can.
+        """
         with self._lock:
             life, self._life = self._life, None
             if life is not None:
-                self._stopping = _Stopping(life.loop)
+                self._stopping = _Stopping(life)
                 self._become("closed")
             stopping = self._stopping
             waiting = [taken for hold in self._holds.values() for taken in hold.waiting]
         if stopping is None:
             return
-        self._sender.close("the hub was closed")
         for taken in waiting:
-            taken.fail("the hub was closed")
+            taken.fail(CLOSED)
         if life is not None:
-            here = asyncio.get_running_loop()
-            if life.loop.is_closed():
-                stopping.loop = here
-            if stopping.loop is here:
-                self._begin_stop(life, stopping)
-            else:
-                with contextlib.suppress(RuntimeError):  # it was closed in this moment
-                    stopping.loop.call_soon_threadsafe(self._begin_stop, life, stopping)
+            self._begin_stop_there(stopping)
         await self._stopped(stopping)
+
+    def _begin_stop_there(self, stopping: _Stopping) -> None:
+        here = asyncio.get_running_loop()
+        if stopping.loop is not here and not stopping.loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # it was closed in this moment
+                stopping.loop.call_soon_threadsafe(self._begin_stop, stopping)
+                return
+        stopping.loop = here
+        self._begin_stop(stopping)
 
     async def _stopped(self, stopping: _Stopping) -> None:
         """Wait for it, and no longer than it takes if nothing is blocked."""
-        waiter = Waiter()
-        with self._lock:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + 2 * STOP_TIMEOUT
+        while not stopping.done and clock() < deadline:
+            waiter = Waiter()
             stopping.waiters.add(waiter)
-            if stopping.done:
-                waiter.set()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 * STOP_TIMEOUT):
-                await waiter
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_LOOK):
+                    await waiter
+            stopping.waiters.discard(waiter)
+            if stopping.loop.is_closed():
+                self._begin_stop_there(stopping)
 
-    def _begin_stop(self, life: _Life, stopping: _Stopping) -> None:
+    def _begin_stop(self, stopping: _Stopping) -> None:
         if stopping is self._stopping:
-            stopping.task = asyncio.get_running_loop().create_task(self._stop(life, stopping))
+            stopping.task = asyncio.get_running_loop().create_task(self._stop(stopping))
+            stopping.task.add_done_callback(stopping.end)
             return
-        life.leaving = True  # it has been started anew since, elsewhere
-        for task in life.tasks:
+        stopping.life.leaving = True  # it has been started anew since, elsewhere
+        for task in stopping.life.tasks:
             task.cancel()
 
-    async def _stop(self, life: _Life, stopping: _Stopping) -> None:
+    async def _stop(self, stopping: _Stopping) -> None:
         try:
-            await self._leave(life)
+            if stopping.life.loop is running_loop():
+                await self._sender.drain()
         finally:
-            with self._lock:
-                stopping.done = True
-                waiters = stopping.waiters
-            for waiter in waiters:
-                waiter.set()
+            self._sender.close(CLOSED)
+            await self._leave(stopping.life)
 
     async def _leave(self, life: _Life) -> None:
         """End everything that belongs to a loop, on it; if it is closed, what is left of it."""
         life.leaving = True
         self._sender.pause()
-        if life.loop is running_loop():
-            tasks = life.tasks - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
-        await self._disconnect()
-        self._sender.give_up()
+        try:
+            if life.loop is running_loop():
+                tasks = life.tasks - {asyncio.current_task()}
+                for task in tasks:
+                    task.cancel()
+                if tasks:
+                    await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+        finally:
+            if self._life in (life, None):  # else it took so long that there is a new one
+                await self._disconnect()
+                self._sender.give_up()
 
     async def _connect(self, life: _Life) -> None:
         self._generation = generation = self._generation + 1
@@ -437,6 +485,8 @@ class Link:
 
     def _ended(self, life: _Life, task: asyncio.Task[None]) -> None:
         """A task of ours has ended. If it was cancelled, or we made a mistake, all of them end."""
+        if task is life.living:
+            life.ended = time.monotonic()
         if task not in life.tasks:
             return
         life.tasks.remove(task)
@@ -460,15 +510,12 @@ class Link:
         try:
             await self._keep(life)
         finally:
-            try:
-                if life is self._life:  # nobody has stopped it: the loop comes to its end
-                    await self._leave(life)
-            finally:
-                life.ended = True
+            if not life.leaving:  # nobody has stopped it: the loop comes to its end
+                await self._leave(life)
 
     async def _keep(self, life: _Life) -> None:
         longest = FIRST_WAIT
-        while True:
+        while not life.leaving:
             since = time.monotonic()
             await life.broken.wait()
             if time.monotonic() - since > HELD:
@@ -476,7 +523,7 @@ class Link:
             self._become("reconnecting")
             self._sender.pause()
             error = self._error or ""
-            while life.broken.is_set():
+            while life.broken.is_set() and not life.leaving:
                 await self._disconnect()
                 self._sender.give_up()
                 await asyncio.sleep(random.uniform(0, longest))
@@ -486,7 +533,8 @@ class Link:
                 except Exception as exc:
                     self._become("reconnecting", exc)
                     life.broken.set()
-            self._tell_gap(life, error)
+            if not life.leaving:
+                self._tell_gap(life, error)
 
     def _tell_gap(self, life: _Life, error: str) -> None:
         since = self._heard
@@ -518,14 +566,21 @@ class Link:
             # It waits behind what is being handed over.
             patience = PROBE_TIMEOUT + self._sender.under_way / SLOWEST
             self._ask(life)
-            for _ in range(2):  # if this loop was blocked, the answer is here in a moment
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(patience / 2):
-                        await life.back.wait()
-            if not life.back.is_set():
+            # If this loop was blocked, the answer is here in a moment: hence twice.
+            if not (
+                await self._is_back(life, patience / 2) or await self._is_back(life, patience / 2)
+            ):
                 error = TimeoutError(f"the broker did not answer for {patience:.0f} seconds")
                 self._break(error, generation)
                 return
+
+    async def _is_back(self, life: _Life, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await life.back.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _ask(self, life: _Life) -> None:
         """Send a message to ourselves; `back` is set when it has come."""
@@ -606,8 +661,11 @@ class Link:
             why = _words(exc)
         with self._lock:
             hold = self._holds.get(channel)
-            if hold is None or generation != self._generation:
+            life = self._life
+            if hold is None or life is None or generation != self._generation:
                 return False
+            if why and life.broken.is_set():
+                return False  # and nobody is told: it may be back in time
             hold.subscribed = not why
             if why or self._state == "connected":
                 waiting, hold.waiting = hold.waiting, []

@@ -181,6 +181,14 @@ class Sender:
         with self._lock:
             self._open = False
 
+    async def drain(self) -> None:
+        """Hand over what waits, for two seconds at most. It stays open."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT):
+                self._send()
+                while self._sending is not None:
+                    await asyncio.wait([self._sending])
+
     def give_up(self) -> None:
         """Lose what the broker had not confirmed, and what nobody waits for.
 
@@ -197,7 +205,7 @@ class Sender:
         self._fail(lost, LOST)
 
     def close(self, why: str) -> None:
-        """Take no more until `live_here`, and tell whoever waits why. From any thread."""
+        """Take no more until `live_here`, and tell whoever is not sent yet why. From any thread."""
         with self._lock:
             self._open = False
             self._closed = why

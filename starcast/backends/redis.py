@@ -19,8 +19,14 @@ Command = tuple[str | bytes, ...]
 
 _SUBSCRIBER, _PUBLISHER = range(2)  # the two connections
 
+# Bytes of one message, at most. Redis allows 512 MB by default.
+MAX_PAYLOAD = 8 * 1024 * 1024
+
 # Seconds that both connections may take to be open, together.
 CONNECT_TIMEOUT = 5.0
+
+# Seconds after which a connection that nobody reads from any more is called broken.
+AFTER_CANCEL = 0.1
 
 # What a URL or a client may have set differently.
 _SETTINGS: dict[str, Any] = {
@@ -49,8 +55,9 @@ class RedisBackend:
 
     Redis forgets a message once it has handed it to who is subscribed, and drops the connection of
     a subscriber that is behind by more than `client-output-buffer-limit pubsub`, which is 32 MB (or
-    8 MB for a minute) by default. Messages are therefore limited to 8 MiB. A user with few rights
-    needs `+ping +publish +subscribe +unsubscribe` and `&starcast:*`.
+    8 MB for a minute) by default. Messages are therefore limited to 8 MiB, or to the server's
+    `proto-max-bulk-len` if it is less and may be asked for. A user with few rights needs
+    `+ping +publish +subscribe +unsubscribe` and `&starcast:*`; `+config|get` lets it ask.
 
     Args:
         url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`. What
@@ -64,7 +71,7 @@ class RedisBackend:
         ConfigurationError: The URL makes no sense, or there is not one of URL and client.
     """
 
-    max_payload = 8 * 1024 * 1024
+    max_payload = MAX_PAYLOAD
 
     def __init__(
         self, url: str | None = None, *, client: Redis | None = None, prefix: str = "starcast:"
@@ -94,6 +101,7 @@ class RedisBackend:
                     # A server that wants a password may say so only now.
                     await connection.send_command("PING")
                     await connection.read_response()
+                self.max_payload = min(MAX_PAYLOAD, await _longest(connections[_PUBLISHER]))
         except BaseException as error:
             for connection in connections:
                 await _drop(connection)
@@ -212,7 +220,8 @@ class _Pipe:
                     else:
                         self._answer()
         except asyncio.CancelledError as error:
-            self._broken(error)  # unless it was `close`, the loop comes to its end
+            # Unless it was `close`, the loop comes to its end, most likely.
+            asyncio.get_running_loop().call_later(AFTER_CANCEL, self._broken, error)
             raise
         except Exception as error:
             self._broken(error)
@@ -241,6 +250,16 @@ def _pool(url: str) -> ConnectionPool:
             "redis://user:password@host:6379, with %40 for an @ in the password and so on"
         ) from None
     return pool
+
+
+async def _longest(connection: AbstractConnection) -> int:
+    """Ask for the longest string that the server takes, if we may: it cuts off who sends more."""
+    await connection.send_command("CONFIG", "GET", "proto-max-bulk-len")
+    try:
+        _, value = await connection.read_response()
+        return int(value)
+    except (ResponseError, ValueError):  # we may not ask, or it has no such setting
+        return MAX_PAYLOAD
 
 
 async def _drop(connection: AbstractConnection) -> None:

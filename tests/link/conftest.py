@@ -13,6 +13,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "TIMEOUT", 0.5)
     monkeypatch.setattr(link, "TIMEOUT", 0.5)
     monkeypatch.setattr(broadcast, "GUARD_EVERY", 0.02)
+    monkeypatch.setattr(link, "REST", 0.05)
+    monkeypatch.setattr(link, "STOP_LOOK", 0.02)
     monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
 

@@ -10,7 +10,7 @@ import pytest
 
 from starcast import BackendUnavailable, Broadcast, broadcast, link, sender
 from starcast.waiter import Lock, Waiter, running_loop
-from support import Bus, OtherLoop, Peer, joined, until
+from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -150,10 +150,24 @@ async def test_opening_waits_for_the_new_connection(hub, broker):
 async def test_opening_does_not_wait_for_ever(hub, broker, monkeypatch):
     monkeypatch.setattr(link, "TIMEOUT", 0.05)
     first = await on_another_loop(hub)
-    await asyncio.to_thread(first.close)
-    broker.up = False
+    await joined(hub, "room")
+    async with hub._switching:  # or it moves at once
+        await asyncio.to_thread(first.close)
+        broker.up = False
     await hub.connect()
     assert hub.stats().backend.state == "reconnecting"
+
+
+async def test_opening_says_that_there_is_no_broker_if_nobody_is_there(hub, broker):
+    first = await on_another_loop(hub)
+    await asyncio.to_thread(first.close)
+    broker.up = False
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable):
+            await hub.connect()
+    broker.up = True
+    await hub.publish("room", "x")
+    assert hub.stats().backend.gaps == 0
 
 
 async def test_who_is_excluded_stays_so_after_a_move(hub, broker, monkeypatch):
@@ -288,6 +302,100 @@ async def test_a_closing_that_is_cut_off_by_the_end_of_its_loop(broker, where):
     assert not broker.buses
 
 
+@pytest.mark.parametrize("steps", range(6))
+async def test_the_loop_ends_while_the_hub_is_closed(steps):
+    """At whatever moment: the connection is closed."""
+
+    async def main():
+        broker = Broker()
+        hub = Broadcast(backend=Bus(broker))
+        await joined(hub, "room")
+        tasks.append(asyncio.create_task(hub.disconnect()))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        return broker
+
+    tasks = []
+    broker = await asyncio.to_thread(asyncio.run, main())
+    assert not broker.buses
+
+
+@pytest.mark.parametrize("how", ["guard", "publish"])
+async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
+    """A handler takes a moment to end, or says goodbye."""
+    monkeypatch.setattr(link, "REST", 60)
+
+    async def main():
+        async def handler():
+            peer = await joined(hub, "room")
+            going.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await until(lambda: not hub._link.alive)
+                if how == "guard":
+                    await asyncio.sleep(3 * broadcast.GUARD_EVERY)
+                else:
+                    with pytest.raises(BackendUnavailable, match="comes to its end"):
+                        await hub.publish("room", "bye")
+                await hub.disconnect(peer.websocket)
+                ended.append(True)
+
+        going, broker = asyncio.Event(), Broker()
+        hub = Broadcast(backend=Bus(broker))
+        await hub.connect()
+        tasks.append(asyncio.create_task(handler()))
+        await going.wait()
+        return broker
+
+    tasks, ended = [], []
+    broker = await asyncio.to_thread(asyncio.run, main())
+    assert ended
+    assert not broker.buses
+
+
+async def test_closing_for_a_loop_that_closes_without_a_word(broker):
+    hub = Broadcast(backend=Bus(broker))
+    first = await on_another_loop(hub)
+    await asyncio.to_thread(first.stop)
+    closing = asyncio.create_task(hub.disconnect())
+    await until(lambda: hub._link._stopping and hub._link._stopping.waiters)
+    tasks = asyncio.all_tasks(first.loop)
+    first.loop.close()
+    await closing
+    assert not broker.buses
+    for _ in range(3):
+        await hub.disconnect()
+    assert not hub._link._stopping.waiters
+    for task in tasks:
+        task._log_destroy_pending = False
+        task.get_coro().close()
+
+
+async def test_what_waits_goes_out_before_it_closes(broker):
+    async with Broadcast(backend=Bus(broker)) as listening:
+        peer = await joined(listening, "room")
+        hub = Broadcast(backend=Bus(broker))
+        await hub.connect()
+        for number in range(3):
+            hub.publish_nowait("room", str(number))
+            await asyncio.sleep(0)  # the first ones are under way
+        await hub.disconnect()
+        await until(lambda: peer.got == ["0", "1", "2"])
+        assert hub.stats().backend.lost == 0
+
+
+async def test_closing_does_not_wait_for_ever_for_what_waits(broker):
+    hub = Broadcast(backend=Bus(broker))
+    await hub.connect()
+    broker.open.clear()
+    hub.publish_nowait("room", "under way")
+    await until(lambda: broker.stalled)
+    hub.publish_nowait("room", "waiting")
+    await hub.disconnect()
+    assert hub.stats().backend.lost == 2
+
+
 async def test_clients_do_not_wait_for_the_broker_to_be_told(broker):
     hub = Broadcast(backend=Slow(broker))
     peer = await joined(hub, "room")
@@ -369,6 +477,93 @@ async def test_publish_raises_within_its_time_also_when_it_waits_for_room(hub, b
     broker.open.set()
     await waiting
     assert began + broadcast.PUBLISH_TIMEOUT <= deadlines[0] <= latest
+
+
+async def test_a_connection_that_breaks_while_it_subscribes_is_one_line(broker, caplog):
+    asked, go = [], asyncio.Event()
+
+    class Gated(Bus):
+        async def subscribe(self, channel):
+            if self.starts == 2 and channel.isdigit():
+                asked.append(channel)
+                await go.wait()
+            await super().subscribe(channel)
+
+    hub = Broadcast(backend=Gated(broker))
+    peer = await joined(hub, *map(str, range(50)))
+    broker.kill()
+    broker.up = True
+    await until(lambda: len(asked) == 50)
+    broker.kill()
+    broker.up = True
+    go.set()
+    await until(lambda: hub.stats().backend.gaps)
+    assert len(caplog.records) < 5
+    await hub.publish("49", "x")
+    await until(lambda: peer.got == ["x"])
+    await hub.disconnect()
+
+
+async def test_health_checks_at_the_wrong_moment(broker, monkeypatch):
+    """Somebody asks in the turn in which the answer to the watch is there."""
+    monkeypatch.setattr(link, "PROBE_EVERY", 0.05)
+    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.2)
+    hub = Broadcast(backend=Bus(broker))
+    await hub.connect()
+    real, times = hub._link._arrived, []
+
+    def arrived(life, channel, data):
+        if len(times) < 2:
+            times.append(asyncio.get_running_loop().call_soon(hub._link._ask, life))
+        real(life, channel, data)
+
+    monkeypatch.setattr(hub._link, "_arrived", arrived)
+    heard = 0
+    for _ in range(4):
+        await until(lambda heard=heard: hub._link._heard > heard)
+        heard = hub._link._heard
+    assert len(times) == 2
+    assert hub.stats().backend.error is None
+    await hub.disconnect()
+
+
+async def test_no_task_is_made_under_the_lock(hub, broker):
+    """A task factory of the app's may run it at once."""
+    peer = await joined(hub, "room")
+    under = []
+
+    def factory(loop, coro, **options):
+        if hub._lock._is_owned():
+            under.append(coro)
+        return asyncio.Task(coro, loop=loop, **options)
+
+    asyncio.get_running_loop().set_task_factory(factory)
+    await joined(hub, "another room")
+    await hub.disconnect(peer.websocket)
+    await until(lambda: hub.stats().backend.channels == 1)
+    asyncio.get_running_loop().set_task_factory(None)
+    assert not under
+
+
+async def test_a_cancellation_that_a_backend_swallows(broker, monkeypatch):
+    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.1)
+
+    class Swallows(Bus):
+        async def start(self, deliver, lost):
+            if self.starts:
+                self.starts += 1
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.05)
+                raise BackendUnavailable("no")
+            await super().start(deliver, lost)
+
+    backend = Swallows(broker)
+    hub = Broadcast(backend=backend)
+    await hub.connect()
+    broker.kill()
+    await until(lambda: backend.starts > 2)
+    await hub.disconnect()
+    await until(lambda: not starcast_tasks())
 
 
 async def test_a_publish_inside_a_publish(hub, broker, monkeypatch):

@@ -43,7 +43,7 @@ async def test_two_loops_that_end_together(hub, broker):
     peer = await joined(hub, "room")
     async with hub._switching:
         await asyncio.to_thread(first.close)
-        await until(lambda: any(task.get_loop() is second.loop for task in hub._moves))
+        await until(lambda: hub._registry.shards[second.loop].moving)
         await asyncio.to_thread(second.close)
     await until(lambda: hub.stats().backend.gaps)
     await hub.publish("room", "hello")
@@ -71,7 +71,7 @@ async def test_a_hub_that_is_closed_is_not_opened_again(hub, broker):
         await asyncio.to_thread(first.close)
         await until(lambda: len(hub._switching._waiting) > 1)
     await closing
-    await until(lambda: not hub._moves)
+    await until(lambda: hub._registry.here().moving.done())
     assert not broker.buses
     assert hub.stats().backend.state == "closed"
 
