@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sysconfig
 import tempfile
+import threading
 from pathlib import Path
 
 from backends.programs import newest
@@ -78,6 +79,11 @@ class NatsServer:
         """End it with kill -9."""
         self._end(signal.SIGKILL)
 
+    def empty(self) -> None:
+        """End it with kill -9 and start another one, which knows nothing of it."""
+        self.kill()
+        self.start()
+
     def close(self) -> None:
         """End it for good."""
         self._end(signal.SIGKILL)
@@ -107,3 +113,21 @@ class NatsServer:
             process.send_signal(how)
             process.send_signal(signal.SIGCONT)
             process.wait(10)
+
+
+class Flood(threading.Thread):
+    """Another program that publishes as fast as the server takes it."""
+
+    def __init__(self, port: int, subject: bytes, payload: bytes, count: int) -> None:
+        super().__init__()
+        self.port, self.count = port, count
+        self.command = b"PUB %s %d\r\n%s\r\n" % (subject, len(payload), payload)
+
+    def run(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port)) as client:
+            client.sendall(b'CONNECT {"verbose": false}\r\n')
+            for _ in range(self.count):
+                client.sendall(self.command)
+            client.sendall(b"PING\r\n")
+            while b"PONG" not in client.recv(65536):
+                pass

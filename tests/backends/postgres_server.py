@@ -107,6 +107,11 @@ def _template() -> Path:
     """Make a database cluster that servers copy, which is faster than making it anew."""
     folder = _folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _make(folder)
+    return folder / "data"
+
+
+def _make(folder: Path) -> None:
     password = folder / "password"
     password.write_text(PASSWORD)
     _give(folder)
@@ -114,7 +119,6 @@ def _template() -> Path:
     command += ["--encoding=UTF8", "--no-locale", "--auth=scram-sha-256", "--no-sync"]
     command += ["--wal-segsize=1", "--no-instructions"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **_as_user())
-    return folder / "data"
 
 
 def _children(pid: int) -> list[int]:
@@ -201,6 +205,13 @@ class PostgresServer:
     def kill(self) -> None:
         """End all its processes with SIGKILL."""
         self._end(signal.SIGKILL)
+
+    def empty(self) -> None:
+        """End it with SIGKILL and start a new cluster, with the same port and password."""
+        self.kill()
+        shutil.rmtree(self.data)
+        _make(self.data.parent)
+        self.start()
 
     def freeze(self) -> None:
         """Stop all its processes with SIGSTOP: connections stay open and nobody answers."""

@@ -84,6 +84,12 @@ class RedisServer:
         """End it with -9."""
         self._end(signal.SIGKILL)
 
+    def empty(self) -> None:
+        """End it with -9, and start it without anything that it had stored."""
+        self.kill()
+        self.start()
+        self.command("FLUSHALL")
+
     def freeze(self) -> None:
         """Let it do nothing, with its connections open, until `thaw`."""
         assert self._process is not None

@@ -8,7 +8,6 @@ import gc
 import os
 import socket
 import ssl
-import threading
 import time
 import types
 from pathlib import Path
@@ -17,7 +16,7 @@ import nats
 import pytest
 import trustme
 
-from backends.nats_server import NatsServer
+from backends.nats_server import Flood, NatsServer
 from starcast.backends import nats as module
 from starcast.backends.nats import NatsBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
@@ -360,24 +359,6 @@ async def test_no_permission_for_answers(own_server, monkeypatch):
     monkeypatch.setattr(module, "START_TIMEOUT", 0.5)
     text = await refused(NatsBackend(server.url.replace("//", "//u:p@")))
     assert "permissions violation" in text
-
-
-class Flood(threading.Thread):
-    """Publishes from a thread, as fast as the server takes it."""
-
-    def __init__(self, port, subject, payload, count):
-        super().__init__()
-        self.port, self.count = port, count
-        self.command = b"PUB %s %d\r\n%s\r\n" % (subject, len(payload), payload)
-
-    def run(self):
-        with socket.create_connection(("127.0.0.1", self.port)) as client:
-            client.sendall(b'CONNECT {"verbose": false}\r\n')
-            for _ in range(self.count):
-                client.sendall(self.command)
-            client.sendall(b"PING\r\n")
-            while b"PONG" not in client.recv(65536):
-                pass
 
 
 async def test_a_slow_loop_loses_nothing_that_the_server_has_sent(server, connect):

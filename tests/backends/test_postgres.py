@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import os
+import ssl
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
@@ -15,8 +16,10 @@ from typing import Any
 
 import asyncpg
 import pytest
-from postgres_server import PASSWORD, QUOTED, USER, PostgresServer
+import trustme
 
+from backends.front import front
+from backends.postgres_server import PASSWORD, QUOTED, USER, PostgresServer
 from starcast.backends import postgres
 from starcast.backends.postgres import MAX_NOTIFY, MAX_PAYLOAD, PIECE_SIZE, PostgresBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
@@ -764,6 +767,28 @@ async def test_tls_that_the_server_does_not_have(server):
 
 async def test_tls_settings_that_make_no_sense(server):
     assert "`sslmode` parameter must be one of" in await refused(server.url + "?sslmode=maybe")
+
+
+@pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])
+async def test_row_27_a_certificate_that_nobody_knows(server, tmp_path, mode):
+    # The server of the wheel is built without TLS, so that is in front of it.
+    known, unknown = trustme.CA(), trustme.CA()
+    known.cert_pem.write_to_path(tmp_path / "known.pem")
+    unknown.cert_pem.write_to_path(tmp_path / "unknown.pem")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    known.issue_cert("localhost").configure_cert(context)
+    async with front(server.port, tls=context, asked=True) as port:
+        url = server.url.replace(f"127.0.0.1:{server.port}", f"localhost:{port}")
+        url += f"?sslmode={mode}&sslrootcert={tmp_path}"
+        said = await refused(f"{url}/unknown.pem")
+        assert said.startswith(f"no connection to PostgreSQL at localhost:{port}, ")
+        assert "certificate verify failed" in said
+        # It is the certificate: with the right authority all is well.
+        secure = Box(f"{url}/known.pem")
+        backend = await secure.start("room")
+        await backend.publish([("room", b"hello")])
+        await secure.expect(("room", b"hello"))
+        await backend.stop()
 
 
 async def test_another_setting_that_makes_no_sense(server):

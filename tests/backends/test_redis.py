@@ -15,6 +15,7 @@ import redis.asyncio
 import trustme
 from redis.asyncio.connection import ConnectionPool, _AsyncRESP2Parser
 
+from backends.front import front
 from backends.redis_server import RedisServer
 from starcast.backends import redis as module
 from starcast.backends.redis import RedisBackend
@@ -599,34 +600,11 @@ def test_a_url_that_makes_no_sense(url):
 # TLS
 
 
-@contextlib.asynccontextmanager
-async def tls_in_front_of(port, authority):
-    """Yield a port that speaks TLS and goes on to the other one."""
+def tls_in_front_of(port, authority):
+    """A port that speaks TLS and goes on to the other one."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
-    tasks = set()
-
-    async def copy(reader, writer):
-        with contextlib.suppress(OSError):
-            while data := await reader.read(2**16):
-                writer.write(data)
-                await writer.drain()
-        writer.transport.abort()
-
-    async def accept(reader, writer):
-        tasks.add(asyncio.current_task())
-        there, back = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(copy(reader, back), copy(there, writer))
-
-    # In debug mode asyncio takes a client that fails the handshake for an error of the server.
-    asyncio.get_running_loop().set_debug(False)
-    front = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
-    try:
-        yield front.sockets[0].getsockname()[1]
-    finally:
-        front.close()
-        if tasks:
-            await asyncio.wait(tasks, timeout=DEADLINE)
+    return front(port, tls=context)
 
 
 @pytest.fixture(scope="module")
