@@ -90,7 +90,8 @@ class RedisBackend:
         self._where = f"Redis at {self._settings.get('path', address)}"
         self._prefix = prefix
         self._pipes: list[_Pipe] = []
-        self._lost: Lost | None = None  # None if stopped or broken
+        self._lost: Lost | None = None  # None if stopped, or told
+        self._broken = False
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         connections = [self._class(**self._settings) for _ in (_SUBSCRIBER, _PUBLISHER)]
@@ -114,7 +115,7 @@ class RedisBackend:
             deliver(name.decode()[cut:], payload)
 
         self._pipes = [_Pipe(connection, take, self._break) for connection in connections]
-        self._lost = lost
+        self._lost, self._broken = lost, False
 
     async def stop(self) -> None:
         self._lost = None
@@ -131,7 +132,7 @@ class RedisBackend:
         try:
             await self._ask(_SUBSCRIBER, [("SUBSCRIBE", name)])
         except asyncio.CancelledError:
-            if self._lost is not None:
+            if self._lost is not None and not self._broken:
                 self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", name)]).cancel()  # nobody waits for that
             raise
 
@@ -146,14 +147,26 @@ class RedisBackend:
         return (self._prefix + channel).encode()
 
     def _ask(self, pipe: int, commands: Sequence[Command]) -> asyncio.Future[None]:
-        if self._lost is None:
+        if self._lost is None or self._broken:
             raise BackendUnavailable(f"there is no connection to {self._where}")
         return self._pipes[pipe].ask(commands)
 
     def _break(self, error: BaseException) -> None:
-        lost, self._lost = self._lost, None
-        if lost is not None:
-            lost(self._close(self._pipes, f"is lost: {_reason(error)}"))
+        lost = self._lost
+        if lost is None or self._broken:
+            return
+        self._broken = True
+        reason = self._close(self._pipes, f"is lost: {_reason(error)}")
+        if isinstance(error, asyncio.CancelledError):
+            # The loop comes to its end, most likely. If it does not, say it in a moment.
+            asyncio.get_running_loop().call_later(AFTER_CANCEL, self._tell, lost, reason)
+        else:
+            self._tell(lost, reason)
+
+    def _tell(self, lost: Lost, reason: Exception) -> None:
+        if self._lost is lost:  # neither told nor stopped
+            self._lost = None
+            lost(reason)
 
     def _close(self, pipes: list[_Pipe], how: str) -> Exception:
         error = BackendUnavailable(f"the connection to {self._where} {how}")
@@ -220,8 +233,7 @@ class _Pipe:
                     else:
                         self._answer()
         except asyncio.CancelledError as error:
-            # Unless it was `close`, the loop comes to its end, most likely.
-            asyncio.get_running_loop().call_later(AFTER_CANCEL, self._broken, error)
+            self._broken(error)  # unless it was `close`
             raise
         except Exception as error:
             self._broken(error)

@@ -17,9 +17,10 @@ from redis.asyncio.connection import ConnectionPool, _AsyncRESP2Parser
 
 from backends.front import front
 from backends.redis_server import RedisServer
+from starcast import Broadcast
 from starcast.backends import redis as module
 from starcast.backends.redis import RedisBackend
-from starcast.exceptions import BackendUnavailable, ConfigurationError
+from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from support import DEADLINE, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -462,14 +463,39 @@ async def test_the_loop_comes_to_its_end(server):
     await asyncio.to_thread(asyncio.run, on_a_loop_of_its_own())
     assert len(tasks) == 2
     assert all(task.cancelled() for task in tasks)
-    assert len(inbox.lost) == 1
     await inbox.backend.stop()
+    assert not inbox.lost  # nobody is there who would want to know
     await until(lambda: not server.clients())
     async with inbox:
         await inbox.probe()
 
 
 # Rights
+
+
+async def test_somebody_cancels_its_tasks(server):
+    """And the loop lives on: then nobody reads from the connection any more."""
+    async with Inbox(RedisBackend(server.url)) as inbox:
+        await inbox.probe()
+        for pipe in inbox.backend._pipes:
+            pipe.task.cancel()
+        await until(lambda: inbox.lost)
+        with pytest.raises(BackendUnavailable):
+            await inbox.backend.subscribe("room")
+    assert len(inbox.lost) == 1
+
+
+async def test_the_servers_own_limit(own):
+    own.command("CONFIG", "SET", "proto-max-bulk-len", "1mb")
+    async with Inbox(RedisBackend(own.url)) as inbox:
+        await inbox.backend.publish([("probe", b"x" * 1024 * 1024)])
+        await inbox.probe()
+    async with Broadcast(own.url) as hub:
+        with pytest.raises(PayloadTooLarge, match="at most 1048576"):
+            await hub.publish("room", "x" * 2_000_000)
+        await hub.publish("room", "x")
+        assert hub.stats().backend.gaps == 0
+    assert not inbox.lost
 
 
 async def test_a_user_with_few_rights(own):
@@ -707,14 +733,17 @@ async def test_without_hiredis(own):
 
 
 @contextlib.asynccontextmanager
-async def scripted(*answers):
-    """Yield the URL of a server that gives the answers, one for each read, to each client."""
+async def scripted(*answers, second=()):
+    """Yield the URL of a server that gives the answers, one for each read, to each client.
+
+    The second client may get others.
+    """
     writers = []
 
     async def accept(reader, writer):
         writers.append(writer)
         with contextlib.suppress(OSError):
-            for answer in answers:
+            for answer in (second or answers) if len(writers) == 2 else answers:
                 if not await reader.read(2**16):
                     break
                 writer.write(answer)
@@ -765,7 +794,9 @@ async def test_credentials_that_cannot_be_had(server):
 async def test_an_answer_that_nobody_waits_for(server, odd, reason):
     # The answers to AUTH, two times CLIENT SETINFO and PING, then the odd one.
     answers = [b"+OK\r\n", b"+OK\r\n+OK\r\n", b"+PONG\r\n" + odd]
-    async with scripted(*answers) as url, Inbox(RedisBackend(url)) as inbox:
+    # The publishing connection also asks for a limit.
+    second = [*answers[:2], b"+PONG\r\n", b"-NOPERM\r\n"]
+    async with scripted(*answers, second=second) as url, Inbox(RedisBackend(url)) as inbox:
         await until(lambda: inbox.lost)
         with pytest.raises(BackendUnavailable):
             await inbox.backend.subscribe("room")
