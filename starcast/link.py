@@ -288,8 +288,7 @@ class Link:
         """
         if self._stopping is not None:
             await self._stopped(self._stopping)
-            if not self._stopping.done:
-                self._sender.close(CLOSED)
+            self._sender.close(CLOSED)  # if that was too long
             self._stopping = None
         life = self._life
         if self.resting:
@@ -385,7 +384,8 @@ class Link:
     async def _leave(self, life: _Life) -> None:
         """End everything that belongs to a loop, on it; if it is closed, what is left of it."""
         life.leaving = True
-        self._sender.pause()
+        if self._life in (life, None):  # else there is a new one already, elsewhere
+            self._sender.pause()
         try:
             if life.loop is running_loop():
                 tasks = life.tasks - {asyncio.current_task()}
@@ -394,7 +394,7 @@ class Link:
                 if tasks:
                     await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
         finally:
-            if self._life in (life, None):  # else it took so long that there is a new one
+            if self._life in (life, None):
                 await self._disconnect()
                 self._sender.give_up()
 
@@ -566,21 +566,16 @@ class Link:
             # It waits behind what is being handed over.
             patience = PROBE_TIMEOUT + self._sender.under_way / SLOWEST
             self._ask(life)
-            # If this loop was blocked, the answer is here in a moment: hence twice.
-            if not (
-                await self._is_back(life, patience / 2) or await self._is_back(life, patience / 2)
-            ):
+            answered = False
+            for _ in range(2):  # if this loop was blocked, the answer is here in a moment
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience / 2):
+                        await life.back.wait()
+                        answered = True
+            if not answered:
                 error = TimeoutError(f"the broker did not answer for {patience:.0f} seconds")
                 self._break(error, generation)
                 return
-
-    async def _is_back(self, life: _Life, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await life.back.wait()
-        except TimeoutError:
-            return False
-        return True
 
     def _ask(self, life: _Life) -> None:
         """Send a message to ourselves; `back` is set when it has come."""

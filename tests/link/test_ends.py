@@ -222,6 +222,24 @@ async def test_wanting_a_channel_while_there_is_no_loop(hub, broker):
         assert hub.stats().backend.channels == 0
 
 
+async def test_an_earlier_life_that_is_left_late(hub, broker):
+    first = await on_another_loop(hub)
+    life = hub._link._life
+    await joined(hub, "room")
+    await asyncio.to_thread(first.close)
+    await hub.connect()
+    await hub._link._leave(life)
+    assert await hub.healthy()
+
+
+async def test_opening_what_is_open_elsewhere(hub, broker):
+    first = await on_another_loop(hub)
+    await hub.connect()
+    assert hub._link._life.loop is first.loop
+    await hub.disconnect()
+    await asyncio.to_thread(first.close)
+
+
 async def test_asking_on_a_loop_that_is_not_its_own_any_more(hub, broker):
     first = await on_another_loop(hub)
     life = hub._link._life
