@@ -542,7 +542,10 @@ class Link:
         gap = Gap(since, self._heard - since, error)
         with self._lock:
             self._gaps += 1
-        logger.warning("connected to the broker again after %.1f seconds", gap.seconds)
+        logger.warning(
+            "connected to the broker again; messages of the last %.1f seconds may be missing",
+            gap.seconds,
+        )
         self._on_gap(gap)
         self._catch_up(life)
 

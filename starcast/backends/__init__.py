@@ -1,6 +1,6 @@
 """Backends carry messages between hubs; `from_url` picks one by the scheme of its URL.
 
-`memory://` has none: nothing lies between who publishes and who gets it.
+`memory://` has none: there is no broker.
 """
 
 from __future__ import annotations
