@@ -289,7 +289,10 @@ class Broadcast:
         closings = self._closings
         registered = False
         if self._link is not None:
-            await self._link.hold(channel)
+            if self._is_on(websocket, channel):
+                self._link.want(channel)
+            else:
+                await self._link.hold(channel)
         try:
             if websocket.application_state is WebSocketState.CONNECTING:
                 try:
@@ -685,6 +688,10 @@ class Broadcast:
             websocket.scope.setdefault("starcast", {})[self] = connection
         connection.leaving = None
         return self._registry.join(connection, channel)
+
+    def _is_on(self, websocket: WebSocket, channel: str) -> bool:
+        connection = self._find(websocket)
+        return connection is not None and channel in connection.channels
 
     def _find(self, websocket: WebSocket) -> Connection | None:
         """Return what was registered for this websocket last, even if it is no more."""

@@ -232,8 +232,14 @@ class Link:
             self.release(channel)
             raise
 
+    def want(self, channel: str) -> None:
+        """The same without waiting, for who has it already."""
+        with self._lock:
+            self._holds.setdefault(channel, _Hold()).count += 1
+        self._call(self._change, channel)
+
     def release(self, channel: str) -> None:
-        """Want it no more; once for each `hold`."""
+        """Want it no more; once for each `hold` or `want`."""
         with self._lock:
             hold = self._holds[channel]
             hold.count -= 1

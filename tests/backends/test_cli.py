@@ -15,6 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -107,20 +110,25 @@ def subscribing(redis: str, *channels: str, **options) -> subprocess.Popen[bytes
     return subprocess.Popen(command, **options)
 
 
+async def told(hub: Broadcast, channel: str, message: str | bytes, read: Callable[[], Any]) -> Any:
+    """Publish until the command shows it: the broker has its subscription before it has."""
+    reading = asyncio.create_task(asyncio.to_thread(read))
+    while not reading.done():
+        await hub.publish(channel, message)
+        await asyncio.wait([reading], timeout=0.2)
+    return await reading
+
+
 async def test_subscribe_into_a_pipe(redis):
     process = subscribing(redis, "a", "b", stdout=subprocess.PIPE)
     async with Broadcast(redis) as hub:
         await until(lambda: _subscribers(redis, "a") and _subscribers(redis, "b"))
-        await hub.publish("a", "te\nxt")
-        assert json.loads(await asyncio.to_thread(process.stdout.readline)) == {
-            "channel": "a",
-            "text": "te\nxt",
-        }
+        line = first = await told(hub, "a", "te\nxt", process.stdout.readline)
+        assert json.loads(line) == {"channel": "a", "text": "te\nxt"}
         await hub.publish("b", b"\0")
-        assert json.loads(await asyncio.to_thread(process.stdout.readline)) == {
-            "channel": "b",
-            "base64": base64.b64encode(b"\0").decode(),
-        }
+        while line == first:
+            line = await asyncio.to_thread(process.stdout.readline)
+        assert json.loads(line) == {"channel": "b", "base64": base64.b64encode(b"\0").decode()}
     process.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(process.wait, 10) == 130
     process.stdout.close()
@@ -131,8 +139,7 @@ async def test_who_reads_the_pipe_goes(redis):
     async with Broadcast(redis) as hub:
         await until(lambda: _subscribers(redis, "gone"))
         process.stdout.close()
-        await hub.publish("gone", "1")
-        assert await asyncio.to_thread(process.wait, 10) == 1
+        assert await told(hub, "gone", "1", partial(process.wait, 10)) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -143,9 +150,9 @@ async def test_subscribe_on_a_terminal(redis):
     os.close(theirs)
     async with Broadcast(redis) as hub:
         await until(lambda: _subscribers(redis, "tty"))
-        await hub.publish("tty", "\x1b[2J tea \N{HOT BEVERAGE}")
-        line = (await asyncio.to_thread(os.read, ours, 1000)).decode()
-        assert line[8:].strip() == "tty: \\x1b[2J tea \N{HOT BEVERAGE}"
+        tea = "\x1b[2J tea \N{HOT BEVERAGE}"
+        line = (await told(hub, "tty", tea, partial(os.read, ours, 1000))).decode()
+        assert line.splitlines()[0][8:].strip() == "tty: \\x1b[2J tea \N{HOT BEVERAGE}"
         process.send_signal(signal.SIGINT)
         assert await asyncio.to_thread(process.wait, 10) == 130
     os.close(ours)

@@ -510,6 +510,20 @@ async def test_clients_may_be_closed_after_a_gap(broker):
     await hub.disconnect()
 
 
+async def test_who_is_there_already_need_not_wait_for_the_broker(hub, broker):
+    """As with `connect` and then `serve`."""
+    peer = await joined(hub, "room")
+    broker.kill()
+    await until(lambda: hub.stats().backend.state == "reconnecting")
+    await hub.connect(peer.websocket, "room")
+    broker.up = True
+    await until(lambda: hub.stats().backend.gaps)
+    await hub.publish("room", "x")
+    await until(lambda: peer.got == ["x"])
+    await hub.disconnect(peer.websocket)
+    await until(lambda: not hub._link._holds)
+
+
 async def test_who_comes_during_an_outage_has_no_gap(broker, monkeypatch):
     monkeypatch.setattr(sender, "TIMEOUT", 10)
     hub = Broadcast(backend=Bus(broker), after_gap="close")
