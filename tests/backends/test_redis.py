@@ -485,6 +485,16 @@ async def test_somebody_cancels_its_tasks(server):
     assert len(inbox.lost) == 1
 
 
+async def test_it_is_stopped_before_it_is_told(server):
+    async with Inbox(RedisBackend(server.url)) as inbox:
+        lost = inbox.backend._lost
+        inbox.backend._pipes[0].task.cancel()
+        await until(lambda: inbox.backend._broken)
+        await inbox.backend.stop()
+        inbox.backend._tell(lost, ConnectionError("late"))
+    assert not inbox.lost
+
+
 async def test_the_servers_own_limit(own):
     own.command("CONFIG", "SET", "proto-max-bulk-len", "1mb")
     async with Inbox(RedisBackend(own.url)) as inbox:
