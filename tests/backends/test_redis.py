@@ -487,6 +487,7 @@ async def test_somebody_cancels_its_tasks(server):
 
 async def test_it_is_stopped_before_it_is_told(server):
     async with Inbox(RedisBackend(server.url)) as inbox:
+        await inbox.probe()
         lost = inbox.backend._lost
         inbox.backend._pipes[0].task.cancel()
         await until(lambda: inbox.backend._broken)
