@@ -395,11 +395,15 @@ async def test_what_waits_goes_out_before_it_closes(broker):
         peer = await joined(listening, "room")
         hub = Broadcast(backend=Bus(broker))
         await hub.connect()
-        for number in range(3):
-            hub.publish_nowait("room", str(number))
-            await asyncio.sleep(0)  # the first ones are under way
-        await hub.disconnect()
-        await until(lambda: peer.got == ["0", "1", "2"])
+        broker.open.clear()
+        hub.publish_nowait("room", "under way")
+        await until(lambda: broker.stalled)
+        hub.publish_nowait("room", "waiting")
+        closing = asyncio.create_task(hub.disconnect())
+        await until(lambda: hub._link._stopping)
+        broker.open.set()
+        await closing
+        await until(lambda: peer.got == ["under way", "waiting"])
         assert hub.stats().backend.lost == 0
 
 

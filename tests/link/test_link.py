@@ -542,6 +542,31 @@ async def test_who_comes_during_an_outage_has_no_gap(broker, monkeypatch):
     await hub.disconnect()
 
 
+async def test_who_comes_when_only_its_channel_is_back_has_no_gap(broker, monkeypatch):
+    monkeypatch.setattr(sender, "TIMEOUT", 10)
+    go = asyncio.Event()
+
+    class Gated(Bus):
+        async def subscribe(self, channel):
+            if self.starts == 2 and channel == "slow":
+                await go.wait()
+            await super().subscribe(channel)
+
+    hub = Broadcast(backend=Gated(broker), after_gap="close")
+    before = await joined(hub, "room", "slow")
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub._link._backend.starts == 2 and hub._link._holds["room"].subscribed)
+    coming = asyncio.create_task(joined(hub, "room"))
+    await until(lambda: hub._link._holds["room"].count == 2)
+    go.set()
+    during = await coming
+    await until(lambda: before.closed == 1012)
+    await hub.publish("room", "x")
+    await until(lambda: during.got == ["x"])
+    await hub.disconnect()
+
+
 async def test_an_error_in_on_gap_is_logged(broker, caplog):
     def raising(gap: Gap) -> None:
         raise LookupError("a mistake")
