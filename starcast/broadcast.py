@@ -25,7 +25,7 @@ from starlette.routing import Router, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec
+from . import backends, codec, server
 from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import (
@@ -745,6 +745,8 @@ class Broadcast:
                 self._failure = exc
                 raise
             self._open, self._closed, self._failure = True, False, None
+            if self._link is None:
+                server.warn_of_workers()
 
     def _guard(self) -> None:
         """Look after the link from this loop, now and then as long as it has somebody.
