@@ -23,6 +23,7 @@ from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .hub import AfterGap, Headers, Hub, Settings
+from .lifespan import with_handlers
 from .mount import Authorize, make_app
 from .origins import Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
@@ -124,7 +125,7 @@ class Broadcast:
         FastAPI was told by `on_event`, `on_startup` and `on_shutdown` runs while the hub is open:
         FastAPI itself leaves it out once it has a `lifespan`.
         """
-        return lifespan.with_handlers(app, self.lifespan, self._hub.lifespan())
+        return with_handlers(app, self.lifespan, self._hub.lifespan())
 
     @overload
     async def connect(self) -> None: ...
