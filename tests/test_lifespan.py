@@ -60,7 +60,9 @@ def test_the_apps_own_handlers_run_while_the_hub_is_open(hub, log):
 def test_each_handler_runs_once_with_included_routers(hub, log):
     app = FastAPI(lifespan=hub.lifespan, on_startup=[log.handler("app")])
     app.include_router(APIRouter(on_startup=[log.handler("router")]))
-    own = APIRouter(lifespan=contextlib.nullcontext, on_startup=[log.handler("router's own")])
+    own = APIRouter(
+        lifespan=lambda app: contextlib.nullcontext(), on_startup=[log.handler("router's own")]
+    )
     app.include_router(own)
     run(app)
     assert sorted(log) == ["app", "router", "router's own"]
