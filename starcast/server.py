@@ -57,9 +57,11 @@ def is_stopping() -> bool:
         return handler.received
     server: Any = getattr(handler, "__self__", None)
     if _is_a(server, "uvicorn.server", "Server"):
-        # It stops without `should_exit` when it has served as many requests as it may.
+        # It stops without `should_exit` when it has served as many requests as it may. One that
+        # waits for no task has stopped: where several run in turn, its handler may be left behind.
         listening = getattr(server, "servers", ())
-        return server.should_exit or not all(each.is_serving() for each in listening)
+        stops = server.should_exit or not all(each.is_serving() for each in listening)
+        return stops and bool(server.server_state.tasks)
     arguments = _process_arguments()
     return _is_a(arguments.get("config"), "hypercorn.config", "Config") and bool(
         arguments["shutdown_event"].is_set()

@@ -20,9 +20,10 @@ import hypercorn.config
 import pytest
 import uvicorn.config
 
+import streams_app
 from server_process import HERE, ServerProcess
 from starcast import Broadcast, server
-from support import DEADLINE, Broker, Bus, OtherLoop, until
+from support import DEADLINE, Broker, Bus, OtherLoop, Served, until
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +36,7 @@ GUNICORN = ["gunicorn", "--bind", "127.0.0.1:{port}", APP]
 HYPERCORN = ["hypercorn", "--bind", "127.0.0.1:{port}", APP]
 GRANIAN = ["granian", "--interface", "asgi", "--port", "{port}", APP]
 
-# Each server's exit code, which is the same without the library, and how many of its processes warn.
+# Each server's exit code, which it has without the library too, and how many processes warn.
 SERVERS: dict[str, tuple[list[str], int, int]] = {
     "uvicorn": (UVICORN, -signal.SIGTERM, 0),
     "uvicorn-workers": ([*UVICORN, "--workers", "2"], 0, 2),
@@ -277,24 +278,40 @@ async def test_a_loop_in_another_thread_cannot_put_it_back(other: OtherLoop):
         await until(lambda: signal.getsignal(signal.SIGTERM) is handler)
 
 
-async def test_uvicorn_stops_after_its_last_request_or_by_a_flag(serve):
-    from streams_app import app
-
-    for limit in (1, None):
-        served = await serve(app, limit_max_requests=limit)
+@pytest.mark.parametrize("limit", [1, None])
+async def test_uvicorn_stops_after_its_last_request_or_by_a_flag(limit, serve):
+    served = await serve(streams_app.app, limit_max_requests=limit)
+    url = f"http://127.0.0.1:{served.port}"
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=DEADLINE) as client,
+        client.stream("GET", f"{url}/stream") as response,
+    ):
+        lines = response.aiter_lines()
+        assert await anext(lines) == "subscribed"
         handler = signal.getsignal(signal.SIGTERM)
-        url = f"http://127.0.0.1:{served.port}"
-        async with (
-            httpx.AsyncClient(trust_env=False, timeout=DEADLINE) as client,
-            client.stream("GET", f"{url}/stream") as response,
-        ):
-            lines = response.aiter_lines()
-            assert await anext(lines) == "subscribed"
-            assert signal.getsignal(signal.SIGTERM) == handler, "others look for the server there"
-            await client.get(f"{url}/version")
-            if limit is None:
-                served.server.should_exit = True
-            assert [line async for line in lines] == []
+        assert handler == served.server.handle_exit, "others look for the server there too"
+        await client.get(f"{url}/version")
+        if limit is None:
+            served.server.should_exit = True
+        assert [line async for line in lines] == []
+
+
+async def test_a_server_that_has_stopped_and_left_its_handler():
+    first, second = Served(streams_app.app), Served(streams_app.app)
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for server_ in (first, second):
+            await server_.start()
+        for server_ in (first, second):
+            await server_.stop()
+        assert signal.getsignal(signal.SIGTERM) == first.server.handle_exit
+        hub = Broadcast()
+        async with hub.subscribe("news") as subscriber:
+            await hub.publish("news", "hello")
+            assert (await anext(subscriber)).message == "hello"
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 # Workers
