@@ -9,6 +9,7 @@ import io
 import json
 import re
 import socket
+import struct
 import sys
 import threading
 import tokenize
@@ -408,6 +409,43 @@ async def test_broadcaster_chat(name, example, serve):
         await ben.send("hi")
         assert await ann.recv() == "hi"
     await until(lambda: stats().subscribers + stats().clients == 0)
+
+
+@pytest.mark.parametrize("name", ["broadcaster_chat", "broadcaster_endpoint"])
+async def test_broadcaster_chat_when_everybody_leaves(name, example, serve, caplog):
+    module = example(name)
+    server = await serve(module.app)
+    stats = module.broadcast.stats
+    clients = await asyncio.gather(*(server.connect("/", max_queue=None) for _ in range(200)))
+    await until(lambda: stats().subscribers + stats().clients == 200)
+    talking = asyncio.gather(*map(talk, clients))
+    await until(lambda: stats().delivered > 20_000)
+    leaving = []
+    for client in clients:
+        if len(leaving) % 2:
+            reset(client)
+        leaving.append(asyncio.create_task(client.close()))
+        await asyncio.sleep(0)
+    await asyncio.gather(talking, *leaving)
+    await until(lambda: stats().subscribers + stats().clients == 0)
+    await until(lambda: not server.server.server_state.tasks)
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+async def talk(client):
+    """Say something for every 200 messages that came, until the connection is gone."""
+    with contextlib.suppress(websockets.ConnectionClosed):
+        while True:
+            await client.send("hello")
+            for _ in range(200):
+                await client.recv()
+
+
+def reset(client):
+    """Leave as a process that was killed: with a TCP reset."""
+    sock = client.transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.transport.abort()
 
 
 # Slow clients

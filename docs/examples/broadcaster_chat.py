@@ -1,6 +1,7 @@
 import anyio
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocketDisconnect
 
 from starcast import Broadcast
 
@@ -9,14 +10,17 @@ broadcast = Broadcast("memory://")
 
 async def chatroom_ws(websocket):
     await websocket.accept()
-    async with anyio.create_task_group() as task_group:
+    try:
+        async with anyio.create_task_group() as task_group:
 
-        async def receive_until_the_client_leaves():
-            await chatroom_ws_receiver(websocket)
-            task_group.cancel_scope.cancel()
+            async def receive_until_the_client_leaves():
+                await chatroom_ws_receiver(websocket)
+                task_group.cancel_scope.cancel()
 
-        task_group.start_soon(receive_until_the_client_leaves)
-        await chatroom_ws_sender(websocket)
+            task_group.start_soon(receive_until_the_client_leaves)
+            await chatroom_ws_sender(websocket)
+    except* WebSocketDisconnect:
+        pass  # the client left while something was being sent to it
 
 
 async def chatroom_ws_receiver(websocket):
