@@ -134,8 +134,9 @@ class Subscription(Generic[Got]):
 class Subscriber(Subscription[Event]):
     """What `Broadcast.subscribe` returns: an async context manager and an async iterator of events.
 
-    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed or
-    the block has been left, after what was already buffered at a close.
+    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed,
+    when the server begins to shut down or when the block has been left: in the first two cases
+    after what is buffered. A block that is entered while the server shuts down ends at once.
 
     It belongs to the event loop that entered the block; iterate in one task there.
 

@@ -16,6 +16,7 @@ import tokenize
 from pathlib import Path
 
 import anyio
+import httpx
 import pytest
 import websockets
 from starlette.testclient import TestClient
@@ -258,6 +259,31 @@ def test_fastapi_endpoint_on_a_sub_app(example):
     ):
         ann.send_text("hello")
         assert ann.receive_text() == ben.receive_text() == "hello"
+
+
+def test_fastapi_lifespan(example):
+    app = example("fastapi_lifespan").app
+    with TestClient(app) as client, client.websocket_connect("/live/news") as ann:
+        response = client.post("/news", params={"headline": "It snows."})
+        assert response.json() == ["It rains.", "It snows."]
+        assert ann.receive_text() == "It snows."
+    assert not hasattr(app.state, "headlines")
+
+
+async def test_fastapi_stream(example, serve):
+    module = example("fastapi_stream")
+    server = await serve(module.app)
+    async with (
+        httpx.AsyncClient(trust_env=False) as client,
+        client.stream("GET", f"http://{server.host}:{server.port}/news") as response,
+    ):
+        assert response.headers["content-type"].startswith("text/event-stream")
+        await until(lambda: module.hub.stats().subscribers == 1)
+        await module.hub.publish("news", "It rains.")
+        lines = response.aiter_lines()
+        assert await anext(lines) == "data: It rains."
+        server.server.should_exit = True
+        assert [line async for line in lines] == [""]
 
 
 @pytest.mark.parametrize(
