@@ -63,9 +63,9 @@ def is_stopping() -> bool:
         stops = server.should_exit or not all(each.is_serving() for each in listening)
         return stops and bool(server.server_state.tasks)
     arguments = _process_arguments()
-    return _is_a(arguments.get("config"), "hypercorn.config", "Config") and bool(
-        arguments["shutdown_event"].is_set()
-    )
+    if not _is_a(arguments.get("config"), "hypercorn.config", "Config"):
+        return False
+    return bool(getattr(arguments.get("shutdown_event"), "is_set", bool)())
 
 
 def end_with_server(stream: Stream) -> None:
@@ -133,7 +133,10 @@ def worker_processes() -> int:
         return int(master.num_workers)
     # A worker of granian's is told its number alone: the first one cannot know of others.
     process = _current_process()
-    return int(process._args[0]) if process and process.name == "granian-worker" else 1
+    match getattr(process, "name", ""), getattr(process, "_args", ()):
+        case "granian-worker", (int(number), *_):
+            return number
+    return 1
 
 
 @functools.cache

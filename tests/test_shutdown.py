@@ -339,6 +339,8 @@ async def test_what_the_servers_say_of_their_workers(started_with, monkeypatch):
     config = hypercorn.config.Config()
     config.workers = 4
     stop = asyncio.Event()
+    started_with(config=config)
+    assert not server.is_stopping()
     started_with(config=config, shutdown_event=stop)
     assert server.worker_processes() == 4
     assert not server.is_stopping()
@@ -348,6 +350,8 @@ async def test_what_the_servers_say_of_their_workers(started_with, monkeypatch):
     assert server.worker_processes() == 1
     started_with(2, "starcast", name="granian-worker")
     assert server.worker_processes() == 2
+    started_with(name="granian-worker")
+    assert server.worker_processes() == 1
     started_with(config={"workers": 5})
     assert server.worker_processes() == 1
 
