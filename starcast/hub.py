@@ -39,19 +39,16 @@ from .exceptions import (
     PublishQueueFull,
 )
 from .gap import Gap
+from .guard import Guard
 from .link import Link
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
 from .registry import Registry
-from .shard import Shard
 from .stats import Counters, Stats
 from .subscriber import Subscription
 from .waiter import Lock, Waiter
 
 logger = logging.getLogger("starcast")
-
-# Seconds after which each event loop sees whether the connection to the broker is looked after.
-GUARD_EVERY = 0.5
 
 AfterGap = Literal["carry_on", "close"]
 Headers = Iterable[tuple[bytes, bytes]]
@@ -101,6 +98,9 @@ class Hub:
         self.dispatcher = Dispatcher(self.registry, self.link)
         self.closed = False
         self.switching = Lock()  # held while the backend starts or stops
+        self._guard = None
+        if self.link is not None:
+            self._guard = Guard(self.link, self.registry, self.switching, lambda: self.open)
         self._failures = 0
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
@@ -175,35 +175,6 @@ class Hub:
         finally:
             await self.close()
 
-    def _guard(self) -> None:
-        """Look after the link from this loop, now and then as long as it has somebody.
-
-        If the link's own loop has ended, it lives on here: else who only listens would never hear
-        anything again.
-        """
-        if self.link is not None:
-            shard = self.registry.here()
-            if not shard.guarded:
-                shard.guarded = True
-                self._look(shard)
-
-    def _look(self, shard: Shard) -> None:
-        assert self.link is not None
-        if not (self.open and shard.channels):
-            shard.guarded = False
-            return
-        if not (self.link.alive or self.link.resting) and (
-            shard.moving is None or shard.moving.done()
-        ):
-            shard.moving = shard.loop.create_task(self._move())
-        shard.loop.call_later(GUARD_EVERY, self._look, shard)
-
-    async def _move(self) -> None:
-        assert self.link is not None
-        async with self.switching:
-            if self.open and not self.link.alive:
-                await self.link.start()
-
     def _tell_gap(self, gap: Gap) -> None:
         """Tell everybody who wants to know. The link calls this."""
         close = None
@@ -249,7 +220,7 @@ class Hub:
                 closed = self._closings != closings
                 if not closed:
                     registered = self._register(websocket, channel, outbox)
-            self._guard()
+            self._watch()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
                 raise ClientGone(GOING_AWAY)
@@ -318,8 +289,12 @@ class Hub:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
             counters = self.registry.subscribe(subscriber)
-        self._guard()
+        self._watch()
         return counters
+
+    def _watch(self) -> None:
+        if self._guard is not None:
+            self._guard.watch()
 
     def _release(self, channel: str) -> None:
         if self.link is not None:

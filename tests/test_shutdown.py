@@ -1,14 +1,12 @@
 """What a server that shuts down, or reloads, finds of the hub, and what it is told of its workers.
 
-Real servers in processes of their own, each with open streams that a subscriber feeds. Coverage
-does not see those processes, so what the library reads of each is also tested in this one.
+Real servers in processes of their own, each with open streams that a subscriber feeds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -20,10 +18,9 @@ import hypercorn.config
 import pytest
 import uvicorn.config
 
-import streams_app
 from server_process import HERE, ServerProcess
-from starcast import Broadcast, server
-from support import DEADLINE, Broker, Bus, OtherLoop, Served, until
+from starcast import server
+from support import DEADLINE, until
 
 pytestmark = pytest.mark.anyio
 
@@ -176,145 +173,7 @@ async def test_the_workers_of_the_environment(variable, command, warnings, tmp_p
         assert process.log.count(WARNING) == warnings
 
 
-# In this process
-
-
-async def take(hub: Broadcast, channel: str = "news") -> list[object]:
-    """Everything that a subscriber gets until it ends."""
-    async with hub.subscribe(channel) as subscriber:
-        return [event.message async for event in subscriber]
-
-
-@contextlib.contextmanager
-def handled(handler):
-    """SIGTERM with a handler of somebody's."""
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-        assert signal.getsignal(signal.SIGTERM) == handler, "nobody has replaced it for good"
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-async def subscribers(hub: Broadcast, count: int) -> None:
-    await until(lambda: hub.stats().subscribers == count)
-
-
-async def test_the_handler_that_was_there_is_called_and_put_back():
-    received = []
-
-    def handler(signum, frame):
-        received.append((signum, frame is not None))
-
-    hubs = [Broadcast(), Broadcast()]
-    with handled(handler):
-        for _ in range(2):  # it is taken away and installed again
-            tasks = [asyncio.create_task(take(hub)) for hub in hubs]
-            for hub in hubs:
-                await subscribers(hub, 1)
-                await hub.publish("news", "before")
-            assert signal.getsignal(signal.SIGTERM) is not handler
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            await until(lambda: signal.getsignal(signal.SIGTERM) is handler)
-    assert received == []
-
-
-async def test_sigterm_ends_what_is_subscribed_and_what_subscribes_then():
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    try:
-        hub = Broadcast()
-        tasks = [asyncio.create_task(take(hub)) for _ in range(2)]
-        await subscribers(hub, 2)
-        hub.publish_nowait("news", "last")
-        await asyncio.sleep(0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE) == [["last"], ["last"]]
-        assert received == [True]
-        begin = time.monotonic()
-        assert [await take(hub) for _ in range(3)] == [[], [], []]
-        assert time.monotonic() - begin > 0.1, "subscribing in a loop keeps nobody busy"
-        await subscribers(hub, 0)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-async def test_without_a_handler_sigterm_is_left_alone():
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    hub = Broadcast()
-    async with hub.subscribe("news"):
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-async def test_a_loop_in_another_thread_leaves_the_handler_alone(other: OtherLoop):
-    def handler(signum, frame):
-        raise AssertionError
-
-    async def subscribe_and_look():
-        async with Broadcast().subscribe("news"):
-            return signal.getsignal(signal.SIGTERM)
-
-    with handled(handler):
-        assert await asyncio.to_thread(other.run, subscribe_and_look()) is handler
-
-
-async def test_a_loop_in_another_thread_cannot_put_it_back(other: OtherLoop):
-    """It leaves that to the main thread's loop, whose subscribers still need it."""
-
-    async def subscribe():
-        async with Broadcast().subscribe("news"):
-            pass
-        await asyncio.sleep(2 * server.POLL_INTERVAL)
-
-    with handled(lambda *_: None):
-        handler = signal.getsignal(signal.SIGTERM)
-        hub = Broadcast()
-        async with hub.subscribe("news"):
-            assert signal.getsignal(signal.SIGTERM) is not handler
-            await asyncio.to_thread(other.run, subscribe())
-            assert signal.getsignal(signal.SIGTERM) is not handler
-        await until(lambda: signal.getsignal(signal.SIGTERM) is handler)
-
-
-@pytest.mark.parametrize("limit", [1, None])
-async def test_uvicorn_stops_after_its_last_request_or_by_a_flag(limit, serve):
-    served = await serve(streams_app.app, limit_max_requests=limit)
-    url = f"http://127.0.0.1:{served.port}"
-    async with (
-        httpx.AsyncClient(trust_env=False, timeout=DEADLINE) as client,
-        client.stream("GET", f"{url}/stream") as response,
-    ):
-        lines = response.aiter_lines()
-        assert await anext(lines) == "subscribed"
-        handler = signal.getsignal(signal.SIGTERM)
-        assert handler == served.server.handle_exit, "others look for the server there too"
-        await client.get(f"{url}/version")
-        if limit is None:
-            served.server.should_exit = True
-        assert [line async for line in lines] == []
-
-
-async def test_a_server_that_has_stopped_and_left_its_handler():
-    first, second = Served(streams_app.app), Served(streams_app.app)
-    before = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for server_ in (first, second):
-            await server_.start()
-        for server_ in (first, second):
-            await server_.stop()
-        assert signal.getsignal(signal.SIGTERM) == first.server.handle_exit
-        hub = Broadcast()
-        async with hub.subscribe("news") as subscriber:
-            await hub.publish("news", "hello")
-            assert (await anext(subscriber)).message == "hello"
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
-
-
-# Workers
+# What the library reads of them, which coverage does not see in other processes
 
 
 @pytest.fixture
@@ -365,23 +224,3 @@ async def test_what_the_servers_say_of_their_workers(started_with, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "multiprocessing.process")
     assert server.worker_processes() == 1
-
-
-async def test_one_warning_a_process(started_with, caplog):
-    server.warn_of_workers.cache_clear()
-    started_with(config=uvicorn.config.Config(APP, workers=2))
-    async with Broadcast(backend=Bus(Broker())):
-        assert caplog.messages == []
-    for _ in range(2):
-        async with Broadcast(), Broadcast():
-            pass
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert WARNING in record.getMessage()
-    server.warn_of_workers.cache_clear()
-
-
-async def test_no_warning_before_a_hub_opens(started_with, caplog):
-    started_with(config=uvicorn.config.Config(APP, workers=2))
-    Broadcast()
-    assert caplog.messages == []

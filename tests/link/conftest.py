@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from starcast import Broadcast, link, sender
-from starcast import hub as hub_module
+from starcast import Broadcast, guard, link, sender
 from support import Broker, Bus, starcast_tasks, until
 
 
@@ -13,7 +12,7 @@ from support import Broker, Bus, starcast_tasks, until
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "TIMEOUT", 0.5)
     monkeypatch.setattr(link, "TIMEOUT", 0.5)
-    monkeypatch.setattr(hub_module, "GUARD_EVERY", 0.02)
+    monkeypatch.setattr(guard, "GUARD_EVERY", 0.02)
     monkeypatch.setattr(link, "REST", 0.05)
     monkeypatch.setattr(link, "STOP_LOOK", 0.02)
     monkeypatch.setattr(link, "FIRST_WAIT", 0.01)

@@ -8,8 +8,7 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, dispatcher, link, sender
-from starcast import hub as hub_module
+from starcast import BackendUnavailable, Broadcast, dispatcher, guard, link, sender
 from starcast.waiter import Lock, Waiter, running_loop
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
@@ -353,7 +352,7 @@ async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
             finally:
                 await until(lambda: not hub._hub.link.alive)
                 if how == "guard":
-                    await asyncio.sleep(3 * hub_module.GUARD_EVERY)
+                    await asyncio.sleep(3 * guard.GUARD_EVERY)
                 else:
                     with pytest.raises(BackendUnavailable, match="comes to its end"):
                         await hub.publish("room", "bye")

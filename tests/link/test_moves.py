@@ -43,7 +43,7 @@ async def test_two_loops_that_end_together(hub, broker):
     peer = await joined(hub, "room")
     async with hub._hub.switching:
         await asyncio.to_thread(first.close)
-        await until(lambda: hub._hub.registry.shards[second.loop].moving)
+        await until(lambda: hub._hub._guard._moves[hub._hub.registry.shards[second.loop]])
         await asyncio.to_thread(second.close)
     await until(lambda: hub.stats().backend.gaps)
     await hub.publish("room", "hello")
@@ -70,8 +70,9 @@ async def test_a_hub_that_is_closed_is_not_opened_again(hub, broker):
         await until(lambda: hub._hub.switching._waiting)
         await asyncio.to_thread(first.close)
         await until(lambda: len(hub._hub.switching._waiting) > 1)
+        moving = hub._hub._guard._moves[hub._hub.registry.here()]
     await closing
-    await until(lambda: hub._hub.registry.here().moving.done())
+    await until(moving.done)
     assert not broker.buses
     assert hub.stats().backend.state == "closed"
 
