@@ -193,7 +193,7 @@ async def test_what_the_servers_say_of_their_workers(started_with, monkeypatch):
     assert server.worker_processes() == 1
     started_with(config=uvicorn.config.Config(APP, workers=3))
     assert server.worker_processes() == 3
-    started_with(config=uvicorn.config.Config(APP, reload=True))
+    started_with(config=uvicorn.config.Config(APP, reload=True, workers=2))
     assert server.worker_processes() == 1
     config = hypercorn.config.Config()
     config.workers = 4

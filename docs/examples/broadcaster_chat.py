@@ -1,7 +1,7 @@
 import anyio
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from starcast import Broadcast
 
@@ -26,6 +26,8 @@ async def chatroom_ws(websocket):
 async def chatroom_ws_receiver(websocket):
     async for message in websocket.iter_text():
         await broadcast.publish(channel="chatroom", message=message)
+        if websocket.application_state is WebSocketState.DISCONNECTED:
+            break  # a message could not be sent: Starlette refuses to receive, too
 
 
 async def chatroom_ws_sender(websocket):
