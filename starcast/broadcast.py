@@ -54,7 +54,7 @@ class Broadcast:
         backend: A backend of your own instead of a URL.
         dumps: Writes JSON for messages that are neither `str` nor bytes, and for
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
-            which is `json.dumps` and knows dates, UUID, Enum, dataclasses and pydantic models.
+            which writes the JSON that a FastAPI route returns, pydantic models included.
         origins: Which web pages may connect. `None`, the default: those of the same host name,
             whatever their port. A list: exactly these, such as `["https://example.com"]`. `"*"`:
             all. Clients that send no Origin are not browsers and are always let in. Nothing is

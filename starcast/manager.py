@@ -52,10 +52,11 @@ class ConnectionManager:
         `message` is as for `Broadcast.publish`. A client that is not registered but connected gets
         it too, and one that has left is no error.
         """
+        # Here and not in `send`: a generator cannot be written twice.
+        content, _ = codec.encode(message, None, self.hub._hub.settings.dumps)
         try:
-            await self.hub.send(message, to=websocket)
+            await self.hub.send(content, to=websocket)
         except NotConnected:
-            content, _ = codec.encode(message, None, self.hub._hub.settings.dumps)
             with contextlib.suppress(WebSocketDisconnect):
                 if isinstance(content, str):
                     await websocket.send_text(content)

@@ -238,6 +238,17 @@ def test_fastapi_mount(example):
         assert closed(ann) == 1008
 
 
+def test_fastapi_json(example):
+    client = TestClient(example("fastapi_json").app)
+    with client.websocket_connect("/live/orders") as ann:
+        response = client.post("/orders")
+        assert ann.receive_text() == response.text
+    assert f"# Both are {response.text}\n" in source("fastapi_json")
+    with client.websocket_connect("/live/users") as ann:
+        response = client.post("/users")
+        assert ann.receive_text() == response.text == '{"name":"Ann"}'
+
+
 def test_fastapi_authorize(example):
     client = TestClient(example("fastapi_mount").app)
     assert refused(client, "/staff/bar") == 1008
