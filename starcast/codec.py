@@ -27,21 +27,35 @@ from .exceptions import ConfigurationError, EncodingError, InvalidChannel, Inval
 
 Encoding = Literal["text", "bytes", "json"]
 Dumps = Callable[[Any], str | bytes]
+Channel = str | int | uuid.UUID
 
 MAX_CHANNEL = 200
+MAX_BITS = 1000  # of an int: more digits than that, and fewer than Python refuses to write
 
 # C0 and C1 control characters, and halves of surrogate pairs, which have no UTF-8 form.
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def check_channel(channel: str) -> str:
-    """Return the name if it is a valid channel, or raise `InvalidChannel`.
+def check_channel(channel: object) -> str:
+    """Return the name of a valid channel, or raise `InvalidChannel`.
 
+    An int or a UUID, such as a path parameter or the id of a row, is the channel of its `str()`.
     Every backend has the same rule, so a name that works in memory works everywhere.
     """
-    if not isinstance(channel, str):
-        raise InvalidChannel(f"a channel's name must be a str, not {type(channel).__name__}")
-    return _checked(channel)
+    return _checked(channel if type(channel) is str else _name(channel))
+
+
+def _name(channel: object) -> str:
+    if isinstance(channel, str):
+        return str.__str__(channel)  # of an Enum that is a str, its value
+    if isinstance(channel, uuid.UUID):
+        return str(channel)
+    if isinstance(channel, int) and not isinstance(channel, bool):
+        if channel.bit_length() > MAX_BITS:
+            raise InvalidChannel(f"a channel's name must have 1 to {MAX_CHANNEL} characters")
+        return int.__repr__(channel)  # of an Enum that is an int, its value
+    kind = type(channel).__name__
+    raise InvalidChannel(f"a channel's name must be a str, an int or a UUID, not {kind}")
 
 
 @functools.lru_cache(maxsize=1024)  # the same few names come with every message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -10,13 +9,7 @@ from urllib.parse import urlsplit
 from starlette.websockets import WebSocket
 
 from .exceptions import ConfigurationError, OriginRefused
-
-logger = logging.getLogger("starcast")
-
-# Refusals that were logged already. Past this many nothing more is logged: a stranger who sends
-# ever new values must not be able to fill a disk.
-MAX_LOGGED = 100
-
+from .logs import Once
 
 # scheme, host and port as a browser sends them (RFC 6454 section 6.2): a name in its ASCII form or
 # an IPv6 address in brackets, no path, no user, no pattern.
@@ -45,7 +38,7 @@ class Origins:
             raise ConfigurationError(f'origins must be a list of origins or "*", not {allowed!r}')
         self._everybody = allowed == "*"
         self._allowed: frozenset[str] | None = None
-        self._logged: set[tuple[str, str]] = set()
+        self._log_once = Once()  # strangers choose the kinds
         if allowed is not None and not self._everybody:
             if not isinstance(allowed, Iterable):
                 raise ConfigurationError(
@@ -75,11 +68,10 @@ class Origins:
                     return
             elif (name := _hostname(origin)) and name == _hostname(f"//{host}"):
                 return
-        refused = (origin, host)
-        if refused not in self._logged and len(self._logged) < MAX_LOGGED:
-            self._logged.add(refused)
-            logger.warning(
-                "refused a WebSocket from the page %r on the host %r; allow it with origins=[...]",
-                *refused,
-            )
+        self._log_once(
+            (origin, host),
+            "refused a WebSocket from the page %r on the host %r; allow it with origins=[...]",
+            origin,
+            host,
+        )
         raise OriginRefused(f"the origin {origin!r} may not connect to the host {host!r}")

@@ -32,6 +32,20 @@ class Word(enum.StrEnum):
     HELLO = "hello"
 
 
+class OldWord(str, enum.Enum):  # noqa: UP042  # the older way, whose str() is its name
+    HELLO = "hello"
+
+
+class OldLevel(int, enum.Enum):
+    HIGH = 3
+
+
+class Text(str):
+    """A str of somebody's own, such as a `Markup`."""
+
+    __slots__ = ()
+
+
 @dataclasses.dataclass
 class Point:
     x: int
@@ -148,11 +162,49 @@ def test_a_channel_has_no_control_characters_and_no_lone_surrogates(name, charac
 
 
 @pytest.mark.parametrize(
-    ("name", "type_name"), [(None, "NoneType"), (7, "int"), (b"room", "bytes"), (["room"], "list")]
+    ("name", "type_name"),
+    [
+        (None, "NoneType"),
+        (True, "bool"),
+        (7.0, "float"),
+        (b"room", "bytes"),
+        (["room"], "list"),
+        (Colour.RED, "Colour"),
+    ],
 )
-def test_a_channel_is_a_str(name, type_name):
-    with pytest.raises(InvalidChannel, match=f"must be a str, not {type_name}"):
+def test_a_channel_is_a_str_an_int_or_a_uuid(name, type_name):
+    with pytest.raises(InvalidChannel) as raised:
         codec.check_channel(name)
+    assert str(raised.value) == (
+        f"a channel's name must be a str, an int or a UUID, not {type_name}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("channel", "name"),
+    [
+        (7, "7"),
+        (-1, "-1"),
+        (0, "0"),
+        (10**199, "1" + "0" * 199),
+        (UID, str(UID)),
+        (Level.HIGH, "3"),
+        (Word.HELLO, "hello"),
+        (OldWord.HELLO, "hello"),
+        (OldLevel.HIGH, "3"),
+        (Text("room"), "room"),
+    ],
+)
+def test_a_channel_has_the_name_of_its_str(channel, name):
+    got = codec.check_channel(channel)
+    assert got == name
+    assert type(got) is str
+
+
+@pytest.mark.parametrize("digits", [201, 301, 302, 400, 5000])
+def test_a_number_too_long_for_a_channel_is_refused(digits):
+    with pytest.raises(InvalidChannel, match="1 to 200 characters"):
+        codec.check_channel(10 ** (digits - 1))
 
 
 @settings(max_examples=100)

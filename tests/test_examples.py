@@ -25,7 +25,7 @@ from starlette.websockets import WebSocketDisconnect
 import starcast.testing
 from backends.redis_server import RedisServer
 from starcast import Broadcast
-from support import Broker, Bus, until, until_sync
+from support import DEADLINE, Broker, Bus, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -380,6 +380,20 @@ async def test_manager_chat(example, serve):
 def test_manager_chat_page(example):
     client = TestClient(example("manager_chat").app)
     assert "<title>Chat</title>" in client.get("/").text
+
+
+async def test_manager_exclude(example, serve):
+    module = example("manager_exclude")
+    server = await serve(module.app, send_buffer=4096)
+    with stalled(server, "/ws"):  # the first of the list
+        await until(lambda: len(module.manager.active_connections) == 1)
+        async with server.connect("/ws") as ann, server.connect("/ws") as ben:
+            async with asyncio.timeout(DEADLINE):
+                for number in range(100):
+                    await ann.send(f"{number:<8192}")
+                    assert int(await ben.recv()) == number
+                await ben.send("for ann")
+                assert await ann.recv() == "for ann"
 
 
 def test_manager_rooms(example):
