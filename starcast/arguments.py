@@ -48,10 +48,8 @@ def check_client(
     raise TypeError(f"{call} needs a WebSocket, not {type(value).__name__}")
 
 
-def check_excluded(exclude: Exclude) -> list[WebSocket]:
+def check_excluded(exclude: WebSocket | Iterable[WebSocket | None]) -> list[WebSocket]:
     """Return who is excluded; a None among them is nobody."""
-    if exclude is None:
-        return []
     if isinstance(exclude, (str, bytes, HTTPConnection)) or not isinstance(exclude, Iterable):
         return [check_client(exclude, "exclude=...")]
     return [check_client(each, "exclude=[...]") for each in exclude if each is not None]

@@ -27,9 +27,12 @@ def no_stray_log_records(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_logged_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_logged_before() -> Iterator[None]:
     """What is logged once in a process is logged once in each test."""
-    monkeypatch.setattr(logs, "once", logs.Once())
+    # Not with the fixture `monkeypatch`, which would then be undone after every other fixture.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs, "once", logs.Once())
+        yield
 
 
 @pytest.fixture
