@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import enum
@@ -89,6 +90,14 @@ def circle_of_dataclasses() -> Point:
     point = Point(1)
     point.y = point
     return point
+
+
+class Itself(collections.UserDict):
+    """A mapping, which is no dict, that is in itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data["self"] = self
 
 
 def failing() -> Iterator[int]:
@@ -317,6 +326,7 @@ def test_the_words_for_them_may_be_said(word):
         (circle_of_dataclasses(), "Circular reference"),
         (10**5000, "digits"),
         (failing(), "the generator failed"),
+        (Itself(), "Circular reference"),
         ((value for value in [math.nan]), "NaN is not JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
