@@ -65,10 +65,10 @@ def check_channel(websocket: WebSocket, channel: object) -> str:
         return codec.check_channel(channel)
     except InvalidChannel as exc:
         if websocket.application_state is WebSocketState.CONNECTING:
+            hint, what = "; check get_channel(), or what you pass as the channel", "type"
             if isinstance(channel, str):
-                kind, hint = "a name" if channel else "no name", ""
-            else:
-                kind = type(channel).__name__
-                hint = "; check get_channel(), or what you pass as the channel"
-            logs.once(("channel", kind), "refused a WebSocket: %s%s", exc, hint)
+                fits = 1 <= len(channel) <= codec.MAX_CHANNEL
+                hint, what = "", "characters" if fits else "length"
+            kind = ("channel", type(channel).__name__, what)
+            logs.once(kind, "refused a WebSocket: %s%s", exc, hint)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -9,7 +10,13 @@ from urllib.parse import urlsplit
 from starlette.websockets import WebSocket
 
 from .exceptions import ConfigurationError, OriginRefused
-from .logs import Once
+
+logger = logging.getLogger("starcast")
+
+# Refusals that were logged already. Past this many nothing more is logged: a stranger who sends
+# ever new values must not be able to fill a disk.
+MAX_LOGGED = 100
+
 
 # scheme, host and port as a browser sends them (RFC 6454 section 6.2): a name in its ASCII form or
 # an IPv6 address in brackets, no path, no user, no pattern.
@@ -38,7 +45,7 @@ class Origins:
             raise ConfigurationError(f'origins must be a list of origins or "*", not {allowed!r}')
         self._everybody = allowed == "*"
         self._allowed: frozenset[str] | None = None
-        self._log_once = Once()  # strangers choose the kinds
+        self._logged: set[tuple[str, str]] = set()
         if allowed is not None and not self._everybody:
             if not isinstance(allowed, Iterable):
                 raise ConfigurationError(
@@ -68,10 +75,11 @@ class Origins:
                     return
             elif (name := _hostname(origin)) and name == _hostname(f"//{host}"):
                 return
-        self._log_once(
-            (origin, host),
-            "refused a WebSocket from the page %r on the host %r; allow it with origins=[...]",
-            origin,
-            host,
-        )
+        refused = (origin, host)
+        if refused not in self._logged and len(self._logged) < MAX_LOGGED:
+            self._logged.add(refused)
+            logger.warning(
+                "refused a WebSocket from the page %r on the host %r; allow it with origins=[...]",
+                *refused,
+            )
         raise OriginRefused(f"the origin {origin!r} may not connect to the host {host!r}")

@@ -27,12 +27,9 @@ def no_stray_log_records(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_logged_before() -> Iterator[None]:
-    """What is logged once in a process is logged once in each test."""
-    # Not with the fixture `monkeypatch`, which would then be undone after every other fixture.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logs, "once", logs.Once())
-        yield
+def no_log_line_was_seen() -> None:
+    """What a process logs once, it logs once in each test."""
+    logs.reset()
 
 
 @pytest.fixture

@@ -353,7 +353,7 @@ async def test_a_client_that_is_refused_for_its_channel_is_one_line_a_kind(serve
         f"{start}be a str, an int or a UUID, not NoneType{hint}",
         f"{start}be a str, an int or a UUID, not float{hint}",
         f"{start}have 1 to 200 characters, not 0",
-        f"{start}have 1 to 200 characters, not 201",
+        f"{start}not contain the character '\\x00': '\\x00'",
     ]
 
 

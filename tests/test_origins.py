@@ -9,8 +9,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from starcast import Broadcast, ConfigurationError, OriginRefused
-from starcast.logs import MAX_KINDS
-from starcast.origins import Origins
+from starcast.origins import MAX_LOGGED, Origins
 from support import Peer
 
 pytestmark = pytest.mark.anyio
@@ -262,12 +261,12 @@ def test_who_is_let_in_is_not_logged(caplog):
 
 def test_a_stranger_with_ever_new_values_cannot_fill_the_log(caplog):
     rule = Origins(None)
-    for number in range(MAX_KINDS + 50):
+    for number in range(MAX_LOGGED + 50):
         assert not let_in(rule, f"http://evil{number}.example")
-    assert len(caplog.records) == MAX_KINDS
+    assert len(caplog.records) == MAX_LOGGED
     assert not let_in(rule, "http://evil.example")
     assert not let_in(rule, "http://evil0.example")
-    assert len(caplog.records) == MAX_KINDS
+    assert len(caplog.records) == MAX_LOGGED
 
 
 # In a hub
