@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -11,10 +12,11 @@ from starlette.exceptions import WebSocketException
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, serving
+from . import codec, heartbeats, serving, subprotocols
 from .broadcast import DEFAULT_CHANNEL, Broadcast
 from .connection import ABNORMAL, INTERNAL_ERROR, is_gone
 from .exceptions import ClientGone, InvalidMessage
+from .heartbeats import Heartbeats
 
 
 class _OwnHub:
@@ -54,10 +56,26 @@ class BroadcastEndpoint(WebSocketEndpoint):
         broadcast: The hub. Left out: one in memory, of this very class.
         encoding: `"text"`, the default, `"bytes"` or `"json"`, both ways; `None` takes text and
             binary frames as they come.
+        heartbeats: Messages that clients send to see whether the server is there, with their
+            answers: `{"ping": "pong"}`, or None for no answer. `on_receive` does not get them. See
+            `Broadcast.serve`.
+        subprotocols: Names of subprotocols. A client is answered with the first of them that it
+            offers, or with none.
+
+    Raises:
+        ConfigurationError: From the statement that makes the class: `heartbeats` or `subprotocols`
+            is not valid.
     """
 
     broadcast: Broadcast = _OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
     encoding: Literal["text", "bytes", "json"] | None = "text"
+    heartbeats: Heartbeats | None = None
+    subprotocols: Sequence[str] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        heartbeats.check(cls.heartbeats)
+        subprotocols.check(cls.subprotocols)
 
     def get_channel(self, websocket: WebSocket) -> str:
         """Return the client's channel: the path parameter `channel`, or else `"default"`."""
@@ -65,7 +83,10 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
     async def on_connect(self, websocket: WebSocket) -> None:
         """Accept and register the client."""
-        await self.broadcast.connect(websocket, self.get_channel(websocket))
+        subprotocol = subprotocols.choose(websocket, self.subprotocols)
+        await self.broadcast.connect(
+            websocket, self.get_channel(websocket), subprotocol=subprotocol
+        )
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:
         """Broadcast what the client sent, to its channel and so to itself too.
@@ -129,4 +150,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return serving.disconnect_code(message)
-            await self.on_receive(websocket, await self.decode(websocket, message))
+            if not await heartbeats.answer(
+                self.broadcast._hub, websocket, message, self.heartbeats
+            ):
+                await self.on_receive(websocket, await self.decode(websocket, message))

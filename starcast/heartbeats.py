@@ -1,0 +1,78 @@
+"""Heartbeats of applications: messages that ask whether the server is there, and their answers.
+
+Pages cannot send the pings of RFC 6455, so client libraries send a message of their own, most often
+the text `ping`, and some close when no `pong` comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from starlette.types import Message
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from .connection import is_gone
+from .exceptions import ConfigurationError, PublishQueueFull
+from .hub import Hub
+
+Heartbeats = Mapping[str | bytes, str | bytes | None]
+
+# Characters or bytes of a heartbeat. A longer message is none, and is not looked up.
+MAX_LENGTH = 1024
+
+
+def check(heartbeats: Heartbeats | None) -> Heartbeats | None:
+    """Return the heartbeats if they can be some, or raise `ConfigurationError`."""
+    if heartbeats is None:
+        return None
+    if not isinstance(heartbeats, Mapping):
+        raise ConfigurationError(
+            f'heartbeats must be a dict such as {{"ping": "pong"}}, not {heartbeats!r}'
+        )
+    for said, answer in heartbeats.items():
+        if not isinstance(said, (str, bytes)) or not isinstance(answer, (str, bytes, type(None))):
+            raise ConfigurationError(
+                "heartbeats are str or bytes, and so are their answers, or None for no answer, "
+                f"not {said!r}: {answer!r}"
+            )
+        if len(said) > MAX_LENGTH or (answer is not None and len(answer) > MAX_LENGTH):
+            raise ConfigurationError(
+                f"heartbeats and their answers have at most {MAX_LENGTH} characters or bytes each"
+            )
+        if isinstance(answer, str):
+            try:
+                answer.encode()
+            except UnicodeEncodeError:
+                raise ConfigurationError(f"{answer!r} has no UTF-8 form") from None
+    return heartbeats
+
+
+async def answer(
+    hub: Hub, websocket: WebSocket, message: Message, heartbeats: Heartbeats | None
+) -> bool:
+    """Answer a client's message if it is a heartbeat; False if it is none.
+
+    The answer waits in the client's buffer behind everything else that the client gets, and counts
+    there: who sends heartbeats and reads nothing has its hub's `overflow` to fear, as everybody.
+    """
+    if not heartbeats:
+        return False
+    said = message.get("text")
+    if said is None:
+        said = message.get("bytes") or b""
+    if len(said) > MAX_LENGTH or said not in heartbeats:
+        return False
+    reply = heartbeats[said]
+    if reply is None:
+        return True
+    event = hub.event("", reply, (), None)
+    connection = hub.find(websocket)
+    if connection is not None and connection.leaving is None and not connection.ended:
+        with contextlib.suppress(PublishQueueFull):  # the client will ask again
+            hub.registry.post(event, connection)
+        await hub.dispatcher.settled()
+    elif not is_gone(websocket):  # the handler has accepted it and not registered it
+        with contextlib.suppress(WebSocketDisconnect):  # the next `receive` says so
+            await websocket.send({"type": "websocket.send", event.kind: event.message})
+    return True
