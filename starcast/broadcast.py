@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -387,7 +387,7 @@ class Broadcast:
         publish: bool = True,
         heartbeats: Heartbeats | None = None,
         subprotocol: str | None = None,
-        subprotocols: Iterable[str] = (),
+        subprotocols: Sequence[str] = (),
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
@@ -418,7 +418,7 @@ class Broadcast:
         Raises:
             OriginRefused, InvalidChannel, ConfigurationError: See `connect`.
         """
-        _heartbeats.check(heartbeats)
+        beats = _heartbeats.check(heartbeats)
         connect = functools.partial(
             self.connect,
             websocket,
@@ -434,7 +434,7 @@ class Broadcast:
             channel,
             encoding=encoding,
             publish=publish,
-            beats=heartbeats,
+            beats=beats,
             connect=connect,
         )
 
@@ -445,7 +445,7 @@ class Broadcast:
         authorize: Authorize | None = None,
         encoding: Encoding | None = "text",
         heartbeats: Heartbeats | None = None,
-        subprotocols: Iterable[str] = (),
+        subprotocols: Sequence[str] = (),
     ) -> ASGIApp:
         """Return an ASGI app that serves `/{channel}`: `app.mount("/live", broadcast.app())`.
 

@@ -23,7 +23,7 @@ MAX_LENGTH = 1024
 
 
 def check(heartbeats: Heartbeats | None) -> Heartbeats | None:
-    """Return the heartbeats if they can be some, or raise `ConfigurationError`."""
+    """Return a copy of the heartbeats if they can be some, or raise `ConfigurationError`."""
     if heartbeats is None:
         return None
     if not isinstance(heartbeats, Mapping):
@@ -45,7 +45,7 @@ def check(heartbeats: Heartbeats | None) -> Heartbeats | None:
                 answer.encode()
             except UnicodeEncodeError:
                 raise ConfigurationError(f"{answer!r} has no UTF-8 form") from None
-    return heartbeats
+    return dict(heartbeats)
 
 
 async def answer(
@@ -54,7 +54,7 @@ async def answer(
     """Answer a client's message if it is a heartbeat; False if it is none.
 
     The answer waits in the client's buffer behind everything else that the client gets, and counts
-    there: who sends heartbeats and reads nothing has its hub's `overflow` to fear, as everybody.
+    there. So a client that floods heartbeats and reads nothing meets the policy of `overflow=`.
     """
     if not heartbeats:
         return False
@@ -63,16 +63,14 @@ async def answer(
         said = message.get("bytes") or b""
     if len(said) > MAX_LENGTH or said not in heartbeats:
         return False
-    reply = heartbeats[said]
-    if reply is None:
-        return True
-    event = hub.event("", reply, (), None)
-    connection = hub.find(websocket)
-    if connection is not None and connection.leaving is None and not connection.ended:
-        with contextlib.suppress(PublishQueueFull):  # the client will ask again
-            hub.registry.post(event, connection)
-        await hub.dispatcher.settled()
-    elif not is_gone(websocket):  # the handler has accepted it and not registered it
-        with contextlib.suppress(WebSocketDisconnect):  # the next `receive` says so
-            await websocket.send({"type": "websocket.send", event.kind: event.message})
+    if (reply := heartbeats[said]) is not None:
+        event = hub.event("", reply, (), None)
+        connection = hub.find(websocket)
+        if connection is not None and connection.leaving is None and not connection.ended:
+            with contextlib.suppress(PublishQueueFull):  # the client will ask again
+                hub.registry.post(event, connection)
+        elif not is_gone(websocket):  # the handler has accepted it and not registered it
+            with contextlib.suppress(WebSocketDisconnect):  # the next `receive` says so
+                await websocket.send({"type": "websocket.send", event.kind: event.message})
+    await hub.dispatcher.settled()  # which also gives other tasks a turn now and then
     return True

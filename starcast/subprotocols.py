@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from starlette.websockets import WebSocket
 
@@ -12,9 +12,9 @@ from .exceptions import ConfigurationError
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 
 
-def check(ours: Iterable[str]) -> tuple[str, ...]:
+def check(ours: Sequence[str]) -> tuple[str, ...]:
     """Return the names of subprotocols if they can be some, or raise `ConfigurationError`."""
-    if isinstance(ours, str) or not isinstance(ours, Iterable):
+    if isinstance(ours, str) or not isinstance(ours, Sequence):
         raise ConfigurationError(f'subprotocols must be a list such as ["bearer"], not {ours!r}')
     names = tuple(ours)
     for name in names:
@@ -23,7 +23,7 @@ def check(ours: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def choose(websocket: WebSocket, ours: Iterable[str], fixed: str | None = None) -> str | None:
+def choose(websocket: WebSocket, ours: Sequence[str], fixed: str | None = None) -> str | None:
     """Return the first of ours that the client has offered; `fixed` if there are none of ours.
 
     Never anything else of the client's: a browser offers a token there, which is not to be sent
