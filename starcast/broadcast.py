@@ -402,11 +402,10 @@ class Broadcast:
             encoding: `"text"`, `"bytes"` or `"json"` both ways; `None` takes frames as they come.
             publish: Whether the client may publish. If not, it only listens.
             heartbeats: Messages that client libraries send to see whether the server is there, and
-                their answers: `{"ping": "pong"}`, or None for no answer; at most 1,024 characters
-                or bytes each. A `str` stands for a text frame, bytes for a binary one, and both are
-                compared with what was sent, before JSON is read. Such a message is answered to this
-                client alone, in order with what it gets. It is not published, and who may only
-                listen may send it.
+                their answers: `{"ping": "pong"}`, or None for no answer. A `str` stands for a text
+                frame, bytes for a binary one, and both are compared with what was sent, before JSON
+                is read. Such a message is answered to this client alone, in order with what it
+                gets. It is not published, and a client that may only listen may send it.
             subprotocols: Used in place of `subprotocol`: the client is answered with the first of
                 these that it offers, or with none.
 

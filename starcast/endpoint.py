@@ -150,7 +150,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return serving.disconnect_code(message)
-            if not await heartbeats.answer(
-                self.broadcast._hub, websocket, message, self.heartbeats
-            ):
-                await self.on_receive(websocket, await self.decode(websocket, message))
+            beats = self.heartbeats
+            if beats and await heartbeats.answer(self.broadcast._hub, websocket, message, beats):
+                continue
+            await self.on_receive(websocket, await self.decode(websocket, message))

@@ -11,6 +11,7 @@ from starlette.websockets import WebSocket
 
 from . import admission
 from .connection import POLICY_VIOLATION
+from .exceptions import ConfigurationError
 from .hub import Hub
 from .serving import has_handler
 
@@ -20,6 +21,8 @@ Serve = Callable[[WebSocket, str], Awaitable[object]]
 
 def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
     """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`."""
+    if authorize is not None and not callable(authorize):
+        raise ConfigurationError(f"authorize must be a function, not {authorize!r}")
 
     async def endpoint(websocket: WebSocket) -> None:
         channel = admission.check_channel(_channel(websocket.scope))

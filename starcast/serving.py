@@ -71,7 +71,7 @@ async def serve(
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return disconnect_code(message)
-            if await heartbeats.answer(hub, websocket, message, beats):
+            if beats and await heartbeats.answer(hub, websocket, message, beats):
                 continue
             if not publish:
                 raise WebSocketException(POLICY_VIOLATION, "listen only")

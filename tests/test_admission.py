@@ -116,6 +116,12 @@ async def test_what_a_lookup_found_is_a_mistake_and_lets_nobody_in(answer, how):
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize("authorize", [False, True, "ann", {"ann"}])
+def test_what_is_no_function_is_refused_at_once(authorize):
+    with pytest.raises(ConfigurationError, match="authorize must be a function"):
+        Broadcast().app(authorize=authorize)
+
+
 def test_a_generator_is_no_answer():
     def authorize(websocket, channel):
         yield True
