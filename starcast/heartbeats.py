@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -16,7 +17,9 @@ from .connection import is_gone
 from .exceptions import ConfigurationError, PublishQueueFull
 from .hub import Hub
 
-Heartbeats = Mapping[str | bytes, str | bytes | None]
+# The keys are `str` or bytes. A mapping is invariant in them, so `Mapping[str | bytes, ...]` would
+# not take a dict of nothing but text.
+Heartbeats = Mapping[Any, str | bytes | None]
 
 
 def check(heartbeats: Heartbeats | None) -> Heartbeats | None:
