@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -18,7 +19,8 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec
+from . import codec, refusals
+from .answers import Answered
 from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import (
@@ -35,6 +37,7 @@ from .exceptions import (
     BackendUnavailable,
     ClientGone,
     ConfigurationError,
+    InvalidChannel,
     NotConnected,
     PublishQueueFull,
 )
@@ -83,6 +86,11 @@ class Settings:
         )
 
 
+def _again(exc: Exception) -> Exception:
+    """Return an error for another one to raise. An `Answered` one may be answered differently."""
+    return copy.copy(exc) if isinstance(exc, Answered) else exc.with_traceback(None)
+
+
 class Hub:
     """See the module. Made on any thread.
 
@@ -127,7 +135,7 @@ class Hub:
             if self.running:
                 return
             if self._failure is not None and self._failures > failures:
-                raise self._failure.with_traceback(None)  # of the attempt that this one waited for
+                raise _again(self._failure)  # of the attempt that this one waited for
             try:
                 if self.link is not None:
                     await self.link.start()
@@ -225,6 +233,23 @@ class Hub:
         headers: Headers | None,
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
+        is_new = websocket.application_state is WebSocketState.CONNECTING
+        try:
+            await self._connect(websocket, channel, outbox, subprotocol, headers)
+        except (InvalidChannel, BackendUnavailable) as exc:
+            if is_new:
+                refusals.log(websocket, exc)
+            raise
+
+    async def _connect(
+        self,
+        websocket: WebSocket,
+        channel: str,
+        outbox: Outbox,
+        subprotocol: str | None,
+        headers: Headers | None,
+    ) -> None:
+        channel = codec.check_channel(channel)
         if websocket.application_state is WebSocketState.CONNECTING:
             self.settings.origins.check(websocket)
         await self.ensure_open()

@@ -11,10 +11,11 @@ from starlette.routing import Router, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from . import codec
+from .answers import Answered
 from .connection import POLICY_VIOLATION
 from .exceptions import ConfigurationError
 from .hub import Hub
-from .serving import has_handler
+from .serving import close_for, has_handler
 
 Authorize = Callable[[WebSocket, str], Awaitable[object] | object]
 Serve = Callable[[WebSocket, str], Awaitable[object]]
@@ -33,10 +34,10 @@ def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
     async def guarded(websocket: WebSocket) -> None:
         try:
             await endpoint(websocket)
-        except WebSocketException as exc:
+        except (WebSocketException, Answered) as exc:
             if has_handler(websocket, exc):
                 raise
-            await hub.close_client(websocket, exc.code, exc.reason)
+            await close_for(hub, websocket, exc)
 
     return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifespan)
 

@@ -499,7 +499,7 @@ async def test_the_apps_own_handler_of_an_error_is_used(serve):
 
 
 async def test_hooks_may_use_another_hub_than_the_endpoints(serve):
-    """Not registered with its own hub, a client has no on_disconnect, and may still publish."""
+    """A client that is not registered with the endpoint's own hub may still publish."""
     other = Broadcast()
 
     class Chat(Recorded):
@@ -513,7 +513,7 @@ async def test_hooks_may_use_another_hub_than_the_endpoints(serve):
             await client.send("hello")
             assert (await anext(subscriber)).message == "hello"
     await until(lambda: len(server.server.server_state.connections) == 0)
-    assert Chat.events == [("receive", "hello")]
+    assert Chat.events == [("receive", "hello"), ("disconnect", 1000)]
 
 
 def test_with_a_bare_test_client():
