@@ -8,6 +8,7 @@ import enum
 import functools
 import gc
 import json
+import pickle
 import threading
 
 import pytest
@@ -1080,11 +1081,13 @@ async def test_what_waits_for_a_loop_is_bounded_and_refused_by_name(other, block
     (there,) = other.run(several(hub, 1, "room"))
     release = blocked()
     sent = []
-    with pytest.raises(PublishQueueFull, match="waiting"):  # noqa: PT012  # the last of a loop
+    with pytest.raises(PublishQueueFull, match="waiting") as caught:  # noqa: PT012  # of a loop
         for number in range(100):
             hub.publish_nowait("room", str(number))
             sent.append(str(number))
             await hub.send("somewhere else")  # other channels are untouched
+    sent_on = pickle.loads(pickle.dumps(caught.value))
+    assert (type(sent_on), str(sent_on)) == (PublishQueueFull, str(caught.value))
     assert 0 < len(sent) < 20
     assert hub.stats().failed == 1
     assert hub.stats().pending == len(sent)
