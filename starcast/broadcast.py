@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, overload
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from . import backends, codec, serving
+from . import backends, codec, refusals, serving
 from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import NORMAL
@@ -184,8 +184,10 @@ class Broadcast:
         if websocket is None:
             await self._hub.ready()
             return
-        outbox = self._hub.settings.outbox(max_buffer, overflow)
-        await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
+        with refusals.logged(websocket):
+            codec.check_channel(channel)
+            outbox = self._hub.settings.outbox(max_buffer, overflow)
+            await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
 
     @overload
     async def disconnect(self) -> None: ...

@@ -25,9 +25,10 @@ status. They are what the client gets if nobody catches the error, in Starlette 
   task that no route awaits, and in middleware, which is outside of Starlette's error handling.
 
 `except BackendUnavailable` and `@app.exception_handler(BackendUnavailable)` work in all of them. A
-handler of the app's is called instead of the answers above. For an error with two numbers, both
-answers are attributes: `status_code`, `detail` and `headers`, and `code` and `reason`. An error
-with a close code only is a `starlette.exceptions.WebSocketException`.
+handler of the app's is called instead of the answers above, but not for an accepted client of
+`BroadcastEndpoint`, `serve` or a mount, which is closed with the code. For an error with two
+numbers, both answers are attributes: `status_code`, `detail` and `headers`, and `code` and
+`reason`. An error with a close code only is a `starlette.exceptions.WebSocketException`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, refusals
+from . import codec
 from .answers import Answered
 from .backends import Backend
 from .codec import Dumps, Encoding
@@ -37,7 +37,6 @@ from .exceptions import (
     BackendUnavailable,
     ClientGone,
     ConfigurationError,
-    InvalidChannel,
     NotConnected,
     PublishQueueFull,
 )
@@ -233,23 +232,6 @@ class Hub:
         headers: Headers | None,
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
-        is_new = websocket.application_state is WebSocketState.CONNECTING
-        try:
-            await self._connect(websocket, channel, outbox, subprotocol, headers)
-        except (InvalidChannel, BackendUnavailable) as exc:
-            if is_new:
-                refusals.log(websocket, exc)
-            raise
-
-    async def _connect(
-        self,
-        websocket: WebSocket,
-        channel: str,
-        outbox: Outbox,
-        subprotocol: str | None,
-        headers: Headers | None,
-    ) -> None:
-        channel = codec.check_channel(channel)
         if websocket.application_state is WebSocketState.CONNECTING:
             self.settings.origins.check(websocket)
         await self.ensure_open()

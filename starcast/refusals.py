@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 
 from starlette.exceptions import WebSocketException
 from starlette.responses import PlainTextResponse
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import logs
 from .answers import Answered, may_be_denied
@@ -29,6 +30,18 @@ def log(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
         exc.status_code if isinstance(exc, Answered) and may_be_denied(websocket, exc) else 403,
         exc,
     )
+
+
+@contextlib.contextmanager
+def logged(websocket: WebSocket) -> Iterator[None]:
+    """Say why it was refused if an error gets out of the block. Whoever catches it answers it."""
+    is_new = websocket.application_state is WebSocketState.CONNECTING
+    try:
+        yield
+    except Answered as exc:
+        if is_new:
+            log(websocket, exc)
+        raise
 
 
 async def refuse(websocket: WebSocket, exc: WebSocketException | Answered) -> None:

@@ -26,8 +26,12 @@ def has_handler(websocket: WebSocket, exc: Exception) -> bool:
     """Whether the app brings an exception handler for this error, which shall answer the client.
 
     Starlette's own for WebSocketException does not count: it closes at once, on a websocket object
-    of its own, and so before what the client still has to get.
+    of its own, and so before what the client still has to get. Nor does one for an error that has
+    answers for HTTP and for WebSocket, once the client is accepted: it is most likely written for
+    HTTP routes, and would send a response to a websocket that is open.
     """
+    if isinstance(exc, Answered) and websocket.application_state is not WebSocketState.CONNECTING:
+        return False
     handlers, _ = websocket.scope.get("starlette.exception_handlers", ({}, {}))
     classes = type(exc).__mro__ + ((WebSocketException,) if isinstance(exc, Answered) else ())
     handler = next((handlers[cls] for cls in classes if cls in handlers), None)

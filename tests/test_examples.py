@@ -267,9 +267,14 @@ def test_fastapi_errors_in_the_background(example, caplog):
 
 
 def test_fastapi_errors_with_a_handler(example):
-    response = TestClient(example("fastapi_errors").app).post("/api/news")
+    module = example("fastapi_errors")
+    module.news = Broadcast(backend=away())
+    client = TestClient(module.app)
+    response = client.post("/api/news")
     assert (response.status_code, response.json()) == (503, {"published": False})
     assert response.headers["Retry-After"] == "10"
+    with client.websocket_connect("/api/ws") as websocket:
+        assert closed(websocket) == 1013
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,19 @@ import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException
+from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 
 from backends.redis_server import RedisServer
-from starcast import Broadcast, BroadcastEndpoint, ConnectionManager, logs
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    BroadcastEndpoint,
+    ConnectionManager,
+    StarcastError,
+    logs,
+)
 from support import Broker, Bus, Peer, until
 
 pytestmark = pytest.mark.anyio
@@ -181,6 +189,30 @@ async def test_a_page_of_another_host_is_told_once_and_by_its_own_line(serve, ca
         response = await refusal(server, path_of(door), origin="https://evil.example")
         assert response.status_code == 403
     assert all("origins=" in line for line in warnings_of(caplog))
+
+
+async def test_the_apps_handler_for_http_does_not_answer_an_accepted_client(serve, caplog):
+    """It would send a response to an open websocket."""
+
+    async def on_unavailable(request, exc):
+        return PlainTextResponse("not now", 418)
+
+    class Chat(BroadcastEndpoint):
+        async def on_connect(self, websocket):
+            if "late" in websocket.query_params:
+                await websocket.accept()
+            raise BackendUnavailable("the broker is down")
+
+    app = Starlette(
+        routes=[WebSocketRoute("/", Chat)], exception_handlers={StarcastError: on_unavailable}
+    )
+    server = await serve(app)
+    async with server.connect("/?late") as client:
+        await client.wait_closed()
+        assert client.close_code == 1013
+    assert (await refusal(server, "/")).status_code == 418
+    assert not any(record.exc_info for record in caplog.records)
+    caplog.clear()  # uvicorn 0.54 complains about every denial response
 
 
 async def test_after_accept_the_close_code_says_it(serve, caplog):

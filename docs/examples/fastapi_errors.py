@@ -5,7 +5,7 @@ from fastapi import BackgroundTasks, FastAPI, Request, WebSocket, WebSocketExcep
 from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import JSONResponse
 
-from starcast import Broadcast, BroadcastEndpoint, StarcastError
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, StarcastError
 
 logger = logging.getLogger("news")
 news = Broadcast("memory://")
@@ -47,13 +47,22 @@ api = FastAPI()
 
 @api.post("/news")
 async def publish_with_an_answer_of_ones_own():
-    await news.publish("", "a name that is not valid")
+    await news.publish("all", "hello")
+
+
+@api.websocket("/ws")
+async def publish_with_a_close_of_ones_own(websocket: WebSocket):
+    await websocket.accept()
+    await news.publish("all", "hello")
 
 
 # --8<-- [start:handler]
-@api.exception_handler(StarcastError)
-async def not_published(request: Request, exc: StarcastError):
-    return JSONResponse({"published": False}, 503, {"Retry-After": "10"})
+@api.exception_handler(BackendUnavailable)
+async def not_published(request: Request | WebSocket, exc: BackendUnavailable):
+    if isinstance(request, WebSocket):
+        await request.close(exc.code, exc.reason)
+        return None
+    return JSONResponse({"published": False}, exc.status_code, {"Retry-After": "10"})
 
 
 # --8<-- [end:handler]
