@@ -434,16 +434,17 @@ async def test_one_failed_opening_is_answered_to_each_in_its_way(web, caplog):
     bus.broker.up = False
     bus.broker.open.clear()
     hub = Broadcast(backend=bus)
+    calls = []
 
     async def publish():
+        calls.append(asyncio.current_task())
         await hub.publish("room", "hello")
 
     post, server = await web(publish)
-    waiting = [
-        asyncio.ensure_future(coroutine)
-        for coroutine in (post("/s/route"), code_of(server, "/s/ws?late"), post("/f/def"))
-    ]
-    await until(lambda: bus.broker.stalled)
+    waiting = []
+    for coroutine in (post("/s/route"), code_of(server, "/s/ws?late"), post("/f/def")):
+        waiting.append(asyncio.ensure_future(coroutine))
+        await until(lambda: len(calls) == len(waiting))  # they get their answers in this order
     bus.broker.open.set()
     first, code, second = await asyncio.gather(*waiting)
     assert (first.status_code, code, second.status_code) == (503, 1013, 503)

@@ -351,7 +351,7 @@ async def test_who_is_accepted_without_super_has_an_on_disconnect_too(serve):
     assert Chat.events[2:] == ["connect", ("disconnect", 4000)]
 
 
-async def test_who_is_refused_by_a_close_has_no_on_disconnect(serve):
+async def test_who_is_refused_by_a_close_has_no_on_disconnect(serve, caplog):
     class Chat(Recorded):
         async def on_connect(self, websocket):
             await websocket.close()
@@ -363,6 +363,7 @@ async def test_who_is_refused_by_a_close_has_no_on_disconnect(serve):
     assert caught.value.response.status_code == 403
     await server.stop()
     assert Chat.events == ["refused"]
+    assert not [record for record in caplog.records if record.name == "starcast"]
 
 
 async def test_an_on_connect_that_raises_after_an_accept_of_its_own_is_as_in_starlette(
