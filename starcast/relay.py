@@ -8,7 +8,6 @@ import functools
 import inspect
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -57,6 +56,8 @@ class Relay:
         on_error: The hook. What it raises closes the client as if its handler had raised it.
     """
 
+    __slots__ = ("_ended", "_hub", "_loop", "_lost", "_on_error", "_telling", "_websocket")
+
     def __init__(self, hub: Hub, websocket: WebSocket, on_error: OnPublishError) -> None:
         self._hub = hub
         self._websocket = websocket
@@ -64,7 +65,7 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         # What was lost after `publish` had returned. While some of it is here, `publish` waits, so
         # this is at most what a client may have unconfirmed.
-        self._lost: deque[tuple[Any, PublishError]] = deque()
+        self._lost: list[tuple[Any, PublishError]] = []
         self._telling: asyncio.Task[None] | None = None
         self._ended = False
 
@@ -116,7 +117,7 @@ class Relay:
     async def _tell_lost(self) -> None:
         try:
             while self._lost:
-                await self._tell(*self._lost.popleft())
+                await self._tell(*self._lost.pop(0))
         except (WebSocketException, Answered) as exc:
             await self._hub.close_client(self._websocket, exc.code, exc.reason)
         except Exception:
