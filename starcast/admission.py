@@ -12,9 +12,19 @@ import inspect
 from collections.abc import Callable
 
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import WebSocketException
 
 from . import logs
 from .exceptions import ConfigurationError
+
+POLICY_VIOLATION = 1008  # RFC 6455 section 7.4.1
+
+
+class Refused(WebSocketException):
+    """A client was not let in; `ask` has logged why."""
+
+    def __init__(self) -> None:
+        super().__init__(POLICY_VIOLATION, "not authorized")
 
 
 async def ask(door: str, guard: Callable[..., object], *args: object, about: str) -> bool:

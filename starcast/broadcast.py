@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, overload
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from . import backends, codec, serving
+from . import backends, codec, refusals, serving
 from . import heartbeats as _heartbeats
 from . import subprotocols as _subprotocols
 from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client
@@ -31,6 +31,7 @@ from .lifespan import with_handlers
 from .mount import Authorize, make_app
 from .origins import Allowed, Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
+from .relay import OnPublishError
 from .stats import Stats
 from .subscriber import GapSubscriber, Subscriber
 
@@ -190,8 +191,8 @@ class Broadcast:
             ClientGone: The client has left already. A `WebSocketDisconnect`.
             BackendUnavailable: The hub was not open and there is no connection to its broker; or
                 the broker has not confirmed within two seconds that it will send the channel's
-                messages. The app answers 403, or closes with 1013 if the websocket
-                was accepted before.
+                messages. The app answers 503 (403 where the server can't), or closes with 1013 if
+                the websocket was accepted before.
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
             TypeError: `websocket` is None, which would be nobody, or no websocket.
         """
@@ -204,9 +205,10 @@ class Broadcast:
             "would have opened the hub and registered nobody",
             "call connect() to open the hub",
         )
-        channel = check_channel(websocket, channel)
-        outbox = self._hub.settings.outbox(max_buffer, overflow)
-        await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
+        with refusals.logged(websocket):
+            channel = check_channel(websocket, channel)
+            outbox = self._hub.settings.outbox(max_buffer, overflow)
+            await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
 
     @overload
     async def disconnect(self) -> None: ...
@@ -348,6 +350,9 @@ class Broadcast:
             BackendUnavailable: The broker was away for two seconds, or did not answer. It may have
                 the message all the same if the connection was lost in this moment.
             PayloadTooLarge: The broker takes no message of this size.
+
+        What becomes of one that nobody catches, in HTTP routes and in WebSocket routes, is told in
+        `starcast.exceptions`.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         await self._hub.reopen()
@@ -444,6 +449,7 @@ class Broadcast:
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
+        on_publish_error: OnPublishError | None = None,
     ) -> int:
         """Live a client's whole life: register it, publish what it sends, unregister it.
 
@@ -461,11 +467,18 @@ class Broadcast:
                 gets. It is not published, and a client that may only listen may send it.
             subprotocols: Used in place of `subprotocol`: the client is answered with the first of
                 these that it offers, or with none.
+            on_publish_error: Called as `on_publish_error(websocket, data, exc)` when something that
+                the client said could not be published, with a `BackendUnavailable` or
+                `PublishQueueFull`: an async function, or a plain one that does not block. Then the
+                client stays, unless it raises. By default the client is closed with 1013, so that
+                nobody believes that it was said.
 
         Returns:
             The close code. A client that sends something else than the encoding allows is closed
-            with 1003 (wrong type of frame) or 1007 (content not valid), and one that may not
-            publish with 1008; one log line says so.
+            with 1003 (wrong type of frame) or 1007 (content not valid), one that may not publish
+            with 1008, and one whose message is too large for the broker with 1009; one log line
+            says so. A handshake that the broker is away for is answered with HTTP 503, or 403
+            where the server cannot do that, and the code is 1013.
 
         Raises:
             OriginRefused, InvalidChannel, ConfigurationError, TypeError: See `connect`.
@@ -489,6 +502,7 @@ class Broadcast:
             publish=publish,
             beats=beats,
             connect=connect,
+            on_publish_error=on_publish_error,
         )
 
     def app(

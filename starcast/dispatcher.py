@@ -16,7 +16,7 @@ from .event import Event
 from .exceptions import BackendUnavailable, PublishQueueFull
 from .link import Link
 from .registry import Registry
-from .sender import Taken
+from .sender import OnLost, Taken
 from .shard import SLICE
 from .waiter import Full, Place, Waiter
 
@@ -62,25 +62,34 @@ class Dispatcher:
                 self.failed += 1
             raise
 
-    def publish(self, event: Event, wait: bool = False) -> Taken | None:
-        """Hand an event over; what comes back is set when the broker has it."""
+    def publish(
+        self, event: Event, wait: bool = False, on_lost: OnLost | None = None
+    ) -> Taken | None:
+        """Hand an event over; what comes back is set when the broker has it.
+
+        Without `wait`, `on_lost` is called with the reason if the broker does not get it after all.
+        """
         taken = None
         if self._link is not None:
             if not self.open:
                 raise BackendUnavailable(NOT_OPEN)
-            taken = self._link.publish(event, wait)
+            taken = self._link.publish(event, wait, on_lost)
         elif self.open:
             self._registry.deliver(event)
         with self._lock:
             self.published += 1
         return taken
 
-    async def publish_soon(self, event: Event) -> None:
-        """Hand an event over, and wait only as long as there is no room for it."""
+    async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
+        """Hand an event over, and wait only as long as there is no room for it.
+
+        If it is lost later, `on_lost` is called with the reason, once, on any thread. It must
+        neither block nor raise.
+        """
         try:
-            self.publish(event)
+            self.publish(event, on_lost=on_lost)
         except PublishQueueFull as exc:
-            await self.retry(functools.partial(self.publish, event), exc)
+            await self.retry(functools.partial(self.publish, event, on_lost=on_lost), exc)
 
     async def publish_and_wait(self, event: Event) -> None:
         """Hand an event over, and wait until the broker, or in memory this loop, has it."""

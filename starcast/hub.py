@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -19,6 +20,7 @@ from typing import Any, Literal
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import codec, server
+from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .codec import Dumps, Encoding
@@ -81,6 +83,11 @@ class Settings:
         )
 
 
+def _again(exc: Exception) -> Exception:
+    """Return an error for another one to raise. An `Answered` one may be answered differently."""
+    return copy.copy(exc) if isinstance(exc, Answered) else exc.with_traceback(None)
+
+
 class Hub:
     """See the module. Made on any thread.
 
@@ -128,7 +135,7 @@ class Hub:
             if self.running:
                 return
             if self._failure is not None and self._failures > failures:
-                raise self._failure.with_traceback(None)  # of the attempt that this one waited for
+                raise _again(self._failure)  # of the attempt that this one waited for
             try:
                 if self.link is not None:
                     await self.link.start()

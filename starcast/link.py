@@ -31,7 +31,7 @@ from .backends.base import Backend
 from .event import Event
 from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from .gap import Gap
-from .sender import TIMEOUT, Sender, Taken
+from .sender import TIMEOUT, OnLost, Sender, Taken
 from .stats import BackendStats
 from .waiter import Waiter, running_loop
 
@@ -193,10 +193,11 @@ class Link:
                 waiting=len(self._sender),
             )
 
-    def publish(self, event: Event, wait: bool) -> Taken | None:
+    def publish(self, event: Event, wait: bool, on_lost: OnLost | None = None) -> Taken | None:
         """Hand an event over. What comes back, if `wait`, is set when the broker has it.
 
-        Without a connection and without `wait` the event is lost, and counted.
+        Without a connection and without `wait` the event is lost, and counted. `on_lost` is then
+        called with the reason, on any thread.
 
         Raises:
             PayloadTooLarge: The broker takes less.
@@ -208,7 +209,7 @@ class Link:
                 f"the message takes {len(data)} bytes, and the broker at most "
                 f"{self._backend.max_payload}"
             )
-        return self._sender.put(event.channel, data, wait)
+        return self._sender.put(event.channel, data, wait, on_lost)
 
     async def hold(self, channel: str) -> None:
         """Want a channel, and come back when the broker has confirmed it.

@@ -10,11 +10,11 @@ from starlette.types import Scope
 from starlette.websockets import WebSocket
 
 from . import admission
+from .answers import Answered
 from .arguments import check_channel
-from .connection import POLICY_VIOLATION
 from .exceptions import ConfigurationError
 from .hub import Hub
-from .serving import has_handler
+from .serving import close_for, has_handler
 
 Authorize = Callable[[WebSocket, str], Awaitable[bool] | bool]
 Serve = Callable[[WebSocket, str], Awaitable[object]]
@@ -32,16 +32,16 @@ def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
         if authorize is not None and not await admission.ask(
             "authorize", authorize, websocket, channel, about=f"the channel {channel!r}"
         ):
-            raise WebSocketException(POLICY_VIOLATION, "not authorized")
+            raise admission.Refused
         await serve(websocket, channel)
 
     async def guarded(websocket: WebSocket) -> None:
         try:
             await endpoint(websocket)
-        except WebSocketException as exc:
+        except (WebSocketException, Answered) as exc:
             if has_handler(websocket, exc):
                 raise
-            await hub.close_client(websocket, exc.code, exc.reason)
+            await close_for(hub, websocket, exc)
 
     return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifespan)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 from .backends.base import Backend
@@ -28,6 +28,8 @@ BATCH = 1000
 BATCH_BYTES = 1024 * 1024
 
 LOST = "the connection to the broker was lost"
+
+OnLost = Callable[[str], object]
 
 
 class Taken(Waiter):
@@ -66,12 +68,20 @@ class Taken(Waiter):
 class Entry:
     """A message that waits, and who waits for it."""
 
-    __slots__ = ("channel", "cost", "counts", "data", "taken")
+    __slots__ = ("channel", "cost", "counts", "data", "on_lost", "taken")
 
-    def __init__(self, channel: str, data: bytes, taken: Taken | None, counts: bool = True) -> None:
+    def __init__(
+        self,
+        channel: str,
+        data: bytes,
+        taken: Taken | None,
+        on_lost: OnLost | None = None,
+        counts: bool = True,
+    ) -> None:
         self.channel = channel
         self.data = data
         self.taken = taken
+        self.on_lost = on_lost
         self.counts = counts  # if it is lost
         self.cost = len(data) + OVERHEAD
 
@@ -100,19 +110,22 @@ class Sender:
 
     # From any thread
 
-    def put(self, channel: str, data: bytes, wait: bool) -> Taken | None:
+    def put(
+        self, channel: str, data: bytes, wait: bool, on_lost: OnLost | None = None
+    ) -> Taken | None:
         """Hand a message over. What comes back, if `wait`, is set when the broker has it.
 
-        Without a connection and without `wait` the message is lost, and counted.
+        Without a connection and without `wait` the message is lost, and counted. `on_lost` is then
+        called with the reason, on any thread.
 
         Raises:
             Full: Too much is waiting.
         """
-        entry = Entry(channel, data, Taken() if wait else None)
+        entry = Entry(channel, data, Taken() if wait else None, on_lost)
+        if not (wait or (self._open and self._loop and not self._loop.is_closed())):
+            self._fail([entry], LOST)
+            return None
         with self._lock:
-            if not (wait or (self._open and self._loop and not self._loop.is_closed())):
-                self.lost += 1
-                return None
             if self._closed and entry.taken is not None:
                 entry.taken.fail(self._closed)
                 return entry.taken
@@ -283,7 +296,9 @@ class Sender:
         for entry in entries:
             if entry.taken is not None:
                 entry.taken.fail(why)
-            else:
-                lost += entry.counts
+                continue
+            lost += entry.counts
+            if entry.on_lost is not None:
+                entry.on_lost(why)
         with self._lock:
             self.lost += lost

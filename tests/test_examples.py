@@ -19,13 +19,15 @@ import anyio
 import httpx
 import pytest
 import websockets
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import starcast.testing
 from backends.redis_server import RedisServer
-from starcast import Broadcast
-from support import DEADLINE, Broker, Bus, until, until_sync
+from starcast import Broadcast, BroadcastEndpoint, PublishQueueFull
+from support import DEADLINE, Broker, Bus, Peer, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -247,6 +249,99 @@ def test_fastapi_json(example):
     with client.websocket_connect("/live/users") as ann:
         response = client.post("/users")
         assert ann.receive_text() == response.text == '{"name":"Ann"}'
+
+
+def away():
+    """A broker that is away."""
+    broker = Broker()
+    broker.up = False
+    return Bus(broker)
+
+
+@pytest.mark.parametrize("path", ["news", "plain"])
+def test_fastapi_errors_of_routes(path, example):
+    module = example("fastapi_errors")
+    client = TestClient(module.app)
+    with client.websocket_connect("/chat/today") as ann:
+        assert client.post(f"/{path}/today", params={"headline": "It rains."}).status_code == 200
+        assert ann.receive_text() == "It rains."
+    response = client.post(f"/{path}/a%00b", params={"headline": "x"})
+    assert response.status_code == 422
+    module.news = Broadcast(backend=away())
+    response = client.post(f"/{path}/today", params={"headline": "x"})
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+
+
+def test_fastapi_errors_in_the_background(example, caplog):
+    module = example("fastapi_errors")
+    module.news = Broadcast(backend=away())
+    assert TestClient(module.app).post("/later", params={"headline": "x"}).status_code == 200
+    assert caplog.messages == ["not announced: the broker is down"]
+
+
+def test_fastapi_errors_with_a_handler(example):
+    module = example("fastapi_errors")
+    module.news = Broadcast(backend=away())
+    client = TestClient(module.app)
+    response = client.post("/api/news")
+    assert (response.status_code, response.json()) == (503, {"published": False})
+    assert response.headers["Retry-After"] == "10"
+    with client.websocket_connect("/api/ws") as websocket:
+        assert closed(websocket) == 1013
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [("7", "no such room"), ("seven", "parameters are not valid")],
+)
+def test_fastapi_errors_refused(number, line, example, caplog):
+    client = TestClient(example("fastapi_errors").app)
+    assert refused(client, f"/rooms?number={number}") == 1008
+    assert f"refused /rooms: {line}" in caplog.messages
+
+
+async def test_fastapi_errors_on_publish_error(example, monkeypatch):
+    module = example("fastapi_errors")
+    broker = Broker()
+    monkeypatch.setattr(module.Chat, "broadcast", Broadcast(backend=Bus(broker)))
+    peer = Peer(path_params={"channel": "room"})
+    chat = asyncio.ensure_future(module.Chat(peer.scope, peer.receive, peer.send).dispatch())
+    await until(lambda: len(module.Chat.broadcast) == 1)
+    broker.kill()
+    peer.say("hello")
+    await until(lambda: peer.got == ["Not sent: hello"])
+    peer.leave()
+    await chat
+    await module.Chat.broadcast.disconnect()
+
+
+def test_fastapi_drops_what_its_page_says():
+    def app_of(router, **options):
+        app = FastAPI()
+        app.include_router(router, **options)
+        return TestClient(app)
+
+    class Chat(BroadcastEndpoint):
+        pass
+
+    checked = []
+
+    def check():
+        checked.append("checked")
+
+    dependencies = [Depends(check)]
+    own = APIRouter(prefix="/own", dependencies=dependencies)
+    own.routes.append(WebSocketRoute("/ws", Chat))
+    own.mount("/live", Broadcast())
+    own.websocket("/class")(Chat)
+    client = app_of(own, prefix="/given", dependencies=dependencies)
+    for path in ("/given/ws", "/given/live/x"):
+        with client.websocket_connect(path):
+            assert checked == []
+    refused(client, "/given/own/ws")
+    refused(client, "/given/own/live/x")
+    with client.websocket_connect("/given/own/class"):
+        assert checked  # it is a route of FastAPI's
 
 
 def test_fastapi_authorize(example):
@@ -667,10 +762,21 @@ def test_threads_route_when_full(example, monkeypatch):
     module = example("threads")
 
     def full(channel, message):
-        raise module.PublishQueueFull
+        raise PublishQueueFull
 
     monkeypatch.setattr(module.hub, "publish_nowait", full)
     assert TestClient(module.app).post("/orders/7").status_code == 503
+
+
+def test_threads_wait(example):
+    module = example("threads")
+    client = TestClient(module.app)
+    with client.websocket_connect("/live/payments") as ann:
+        assert client.post("/payments/7").json() == {"published": True}
+        assert ann.receive_json() == {"payment": 7}
+    module.hub = Broadcast(backend=away())
+    response = client.post("/payments/7")
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 
 
 def test_threads_thread(example):
