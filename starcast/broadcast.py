@@ -27,6 +27,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import backends, codec
 from .backends import Backend
+from .claims import Claim
 from .codec import Dumps, Encoding
 from .connection import (
     ABNORMAL,
@@ -53,6 +54,7 @@ from .exceptions import (
 )
 from .gap import Gap
 from .link import Link
+from .naming import DEFAULT_NAME, NamedBackend, check_name
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
 from .registry import Registry
@@ -119,8 +121,14 @@ class Broadcast:
 
     Args:
         url: Where messages travel. `memory://`, the default, is this process; `redis://`,
-            `nats://` and `postgresql://` with their variants join any number of processes.
+            `nats://` and `postgresql://` with their variants join any number of processes. A `str`,
+            or anything whose `str()` is a URL, such as pydantic's `RedisDsn`.
         backend: A backend of your own instead of a URL.
+        name: What this hub is called on the broker: 1 to 64 ASCII letters, digits, `-` and `_`;
+            "default" by default. Hubs share their channels if they have the same name on the same
+            broker, in whatever process or app, and are apart otherwise. Two hubs of one process
+            that would share them without having been given the same name do not open. In memory
+            hubs are always apart.
         dumps: Writes JSON for messages that are neither `str` nor bytes, and for
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
             which is `json.dumps` and knows dates, UUID, Enum, dataclasses and pydantic models.
@@ -148,9 +156,10 @@ class Broadcast:
 
     def __init__(
         self,
-        url: str = "memory://",
+        url: object = "memory://",
         *,
         backend: Backend | None = None,
+        name: str | None = None,
         dumps: Dumps | None = None,
         origins: Iterable[str] | str | None = None,
         max_buffer: int = MAX_BUFFER,
@@ -161,11 +170,15 @@ class Broadcast:
         after_gap: AfterGap = "carry_on",
     ) -> None:
         backend = backends.from_url(url) if backend is None else backend
+        called = DEFAULT_NAME if name is None else check_name(name)
+        self._claim = Claim(getattr(backend, "address", None), called, name is not None)
         self._registry = Registry(self._release)
         self._link = None
         if backend is not None:
+            backends.check(backend)
+            named = NamedBackend(backend, called)
             registry = self._registry
-            self._link = Link(backend, registry.lock, registry.bring, self._tell_gap)
+            self._link = Link(named, registry.lock, registry.bring, self._tell_gap)
         if after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {after_gap!r}")
         self._on_gap = on_gap
@@ -627,6 +640,11 @@ class Broadcast:
 
     # Look
 
+    @property
+    def name(self) -> str:
+        """What this hub is called on its broker."""
+        return self._claim.name
+
     def __len__(self) -> int:
         """Return how many clients are connected to this process."""
         return len(self._registry.clients())
@@ -739,7 +757,8 @@ class Broadcast:
                 raise self._failure.with_traceback(None)  # of the attempt that this one waited for
             try:
                 if self._link is not None:
-                    await self._link.start()
+                    with self._claim.taken():
+                        await self._link.start()
             except Exception as exc:
                 self._failures += 1
                 self._failure = exc
@@ -783,7 +802,10 @@ class Broadcast:
                 self._closings += 1
                 connections = self._registry.dismiss(Close(GOING_AWAY, "going away"))
                 if self._link is not None:
-                    await self._link.stop()
+                    try:
+                        await self._link.stop()
+                    finally:
+                        self._claim.release()
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT + 1):
