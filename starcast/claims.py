@@ -69,10 +69,10 @@ class Claim:
         with _lock:
             if self._conflicts():
                 raise ConfigurationError(
-                    f"another hub of this process is open on {self._address} under the name "
-                    f"{self.name!r}, so each would get what is published to the other. To keep "
-                    'them apart, give each its own name: Broadcast(url, name="staff"). To share '
-                    "the channels, give the same name to both"
+                    f"this process has another hub named {self.name!r} open on {self._address}; "
+                    "each would get what is published to the other. To keep them apart, give each "
+                    'a name of its own: Broadcast(url, name="staff"). To share the channels, give '
+                    "the same name= to both"
                 )
             _held.add(self)
         return False

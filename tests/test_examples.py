@@ -555,7 +555,7 @@ async def test_redis_client(example, monkeypatch):
         monkeypatch.setenv("REDIS_URL", server.url)
         module = example("redis_client")
         async with module.redis, module.hub as hub, hub.subscribe("room") as subscriber:
-            await module.redis.publish("starcast:room", "hello")
+            await module.redis.publish("starcast:default:room", "hello")
             assert (await anext(subscriber)).message == "hello"
         assert server.clients() == []
 

@@ -55,13 +55,13 @@ class Terminal(io.StringIO):
 
 
 async def test_publish(url):
-    async with Broadcast(url) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(url, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", url, "room", "the kettle is on") == 0
         assert (await anext(subscriber)).message == "the kettle is on"
 
 
 async def test_publish_an_argument_that_is_not_text(redis):
-    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room", "\udcff") == 0
         assert (await anext(subscriber)).message == b"\xff"
 
@@ -79,14 +79,14 @@ async def test_publish_an_argument_that_is_not_text(redis):
 @pytest.mark.parametrize("dash", [["-"], []])
 async def test_publish_what_comes_in(redis, monkeypatch, content, message, dash):
     standard_input(monkeypatch, content)
-    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room", *dash) == 0
         assert (await anext(subscriber)).message == message
 
 
 async def test_publish_what_is_typed(redis, monkeypatch, capsys):
     standard_input(monkeypatch, b"tea\n", terminal=True)
-    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room") == 0
         assert (await anext(subscriber)).message == "tea"
     assert capsys.readouterr().err == "starcast: reading the message from standard input\n"
@@ -121,7 +121,7 @@ async def told(hub: Broadcast, channel: str, message: str | bytes, read: Callabl
 
 async def test_subscribe_into_a_pipe(redis):
     process = subscribing(redis, "a", "b", stdout=subprocess.PIPE)
-    async with Broadcast(redis) as hub:
+    async with Broadcast(redis, name="default") as hub:
         await until(lambda: _subscribers(redis, "a") and _subscribers(redis, "b"))
         line = first = await told(hub, "a", "te\nxt", process.stdout.readline)
         assert json.loads(line) == {"channel": "a", "text": "te\nxt"}
@@ -136,7 +136,7 @@ async def test_subscribe_into_a_pipe(redis):
 
 async def test_who_reads_the_pipe_goes(redis):
     process = subscribing(redis, "gone", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    async with Broadcast(redis) as hub:
+    async with Broadcast(redis, name="default") as hub:
         await until(lambda: _subscribers(redis, "gone"))
         process.stdout.close()
         assert await told(hub, "gone", "1", partial(process.wait, 10)) == 1
@@ -148,7 +148,7 @@ async def test_subscribe_on_a_terminal(redis):
     ours, theirs = pty.openpty()
     process = subscribing(redis, "tty", stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
-    async with Broadcast(redis) as hub:
+    async with Broadcast(redis, name="default") as hub:
         await until(lambda: _subscribers(redis, "tty"))
         tea = "\x1b[2J tea \N{HOT BEVERAGE}"
         line = (await told(hub, "tty", tea, partial(os.read, ours, 1000))).decode()
@@ -165,7 +165,7 @@ async def test_subscribe_says_on_a_terminal_what_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     with RedisServer() as broker:
-        hub = Broadcast(broker.url)
+        hub = Broadcast(broker.url, name="default")
         monkeypatch.setattr(cli, "_hub", lambda url: hub)
         running = asyncio.create_task(run("subscribe", broker.url, "one", "\u202etwo"))
         await until(lambda: err.getvalue() == "starcast: listening to one, \\u202etwo\n")
@@ -189,13 +189,13 @@ def _subscribers(url: str, channel: str) -> int:
     import redis
 
     with redis.Redis.from_url(url) as client:
-        ((_, count),) = client.pubsub_numsub(f"starcast:{channel}")
+        ((_, count),) = client.pubsub_numsub(f"starcast:default:{channel}")
     return count
 
 
 async def test_follow_in_this_process(redis, capsys, monkeypatch):
     """What the tests above see from outside, and a hub that closes."""
-    hub = Broadcast(redis)
+    hub = Broadcast(redis, name="default")
     monkeypatch.setattr(cli, "_hub", lambda url: hub)
     following = asyncio.create_task(cli._subscribe(hub, ["in"], sys.stdout))
     await until(lambda: hub.stats().subscribers)
@@ -211,7 +211,7 @@ async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
         def write(self, text):
             raise BrokenPipeError
 
-    hub = Broadcast(redis)
+    hub = Broadcast(redis, name="default")
     following = asyncio.create_task(cli._subscribe(hub, ["in"], Closed()))
     await until(lambda: hub.stats().subscribers)
     await hub.publish("in", "hello")
@@ -287,12 +287,12 @@ def test_as_a_module_here(monkeypatch, capsys):
 
 async def test_subscribe_as_a_command(redis, monkeypatch):
     out = io.StringIO()
-    hub = Broadcast(redis)
+    hub = Broadcast(redis, name="default")
     monkeypatch.setattr(cli, "_hub", lambda url: hub)
     monkeypatch.setattr(sys, "stdout", out)
     running = asyncio.create_task(run("subscribe", redis, "one", "two"))
     await until(lambda: hub.stats().subscribers == 2)
-    async with Broadcast(redis) as other:
+    async with Broadcast(redis, name="default") as other:
         await other.publish("one", b"\0")
     await until(lambda: hub.stats().delivered)
     await hub.disconnect()
