@@ -215,6 +215,10 @@ def test_a_child_process_begins_anew():
     """What was open in the parent is not open in the child."""
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], cwd=here, timeout=60, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", FORK],
+        cwd=here,
+        timeout=60,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from starcast import Broadcast, ConfigurationError
+from starcast.backends import from_url
 from support import joined, until
 
 pytestmark = pytest.mark.anyio
