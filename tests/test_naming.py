@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from starcast import Broadcast, ConfigurationError, PayloadTooLarge
+from starcast.backends.nats_names import tokens
 from support import Broker, Bus, joined, until
 
 pytestmark = pytest.mark.anyio
@@ -77,3 +82,17 @@ async def test_what_a_server_takes_is_known_after_the_start():
     async with Broadcast(backend=Small()) as hub:
         with pytest.raises(PayloadTooLarge, match="at most 10"):
             await hub.publish("room", "x" * 11)
+
+
+# The subjects of NATS
+
+CHANNELS = st.text(st.sampled_from(":.%*> aZ09-_2E\u00e9\U0001f600"), min_size=1, max_size=8)
+
+
+@given(st.lists(CHANNELS, min_size=2, max_size=20, unique=True))
+def test_no_two_channels_have_the_same_subject(channels):
+    subjects = [tokens(channel) for channel in channels]
+    assert len(set(subjects)) == len(channels)
+    for subject in subjects:
+        assert re.fullmatch(r"(?:[A-Za-z0-9_%-]+\.)?[A-Za-z0-9_%-]+", subject)
+        assert not subject.startswith("%-")  # that is for answers

@@ -60,6 +60,39 @@ async def test_publish(url):
         assert (await anext(subscriber)).message == "the kettle is on"
 
 
+async def test_the_name_of_the_hub(url):
+    async with (
+        Broadcast(url, name="staff") as staff,
+        Broadcast(url, name="default") as other,
+        staff.subscribe("room") as subscriber,
+        other.subscribe("room") as others,
+    ):
+        assert await run("publish", "--name", "staff", url, "room", "for the staff") == 0
+        assert await run("publish", url, "room", "for the others") == 0
+        assert (await anext(subscriber)).message == "for the staff"
+        assert (await anext(others)).message == "for the others"
+
+
+async def test_follow_a_hub_with_a_name(redis):
+    process = subscribing(redis, "room", "--name", "staff", stdout=subprocess.PIPE)
+    async with Broadcast(redis, name="staff") as hub, Broadcast(redis) as other:
+        await until(lambda: _subscribers(redis, "room", "staff"))
+        await other.publish("room", "not for them")
+        line = await told(hub, "room", "hello", process.stdout.readline)
+    assert json.loads(line) == {"channel": "room", "text": "hello"}
+    process.terminate()
+    process.wait(10)
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("command", ["publish", "subscribe", "check"])
+async def test_what_is_no_name(command, capsys):
+    arguments = [] if command == "check" else ["room"]
+    code = await run(command, "redis://127.0.0.1:1", *arguments, "--name", "a:b")
+    assert code == 2
+    assert "1 to 64 ASCII letters" in capsys.readouterr().err
+
+
 async def test_publish_an_argument_that_is_not_text(redis):
     async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room", "\udcff") == 0
@@ -185,11 +218,11 @@ async def test_subscribe_says_on_a_terminal_what_goes_on(monkeypatch):
     )
 
 
-def _subscribers(url: str, channel: str) -> int:
+def _subscribers(url: str, channel: str, name: str = "default") -> int:
     import redis
 
     with redis.Redis.from_url(url) as client:
-        ((_, count),) = client.pubsub_numsub(f"starcast:default:{channel}")
+        ((_, count),) = client.pubsub_numsub(f"starcast:{name}:{channel}")
     return count
 
 

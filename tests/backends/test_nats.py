@@ -17,6 +17,7 @@ import pytest
 import trustme
 
 from backends.nats_server import Flood, NatsServer
+from starcast import Broadcast
 from starcast.backends import nats as module
 from starcast.backends.nats import NatsBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
@@ -214,7 +215,7 @@ async def test_channels_are_apart(connect):
 
 async def test_the_longest_prefix_and_channel(connect):
     backend, inbox = await connect(prefix="p" * 200)
-    channel = "\N{GRINNING FACE}" * 200
+    channel = "n" * 64 + ":" + "\N{GRINNING FACE}" * 200
     await backend.subscribe(channel)
     await backend.publish([(channel, b"x")])
     assert inbox.got == [(channel, b"x")]
@@ -288,18 +289,48 @@ async def test_foreign_programs(server, connect):
         await client.close()
 
 
-async def test_dots_in_the_prefix_are_for_permissions(server, connect):
-    backend, _ = await connect(prefix="starcast.")
+async def test_the_name_of_the_hub_is_a_token(server):
+    """So that permissions and wildcards can tell hubs apart."""
     client = await nats.connect(server.url)
-    try:
-        heard = await client.subscribe("starcast.*")
-        await client.publish("starcast.ready", b"")
-        await heard.next_msg()
-        await backend.publish([("a.b", b"1")])
+    backend = NatsBackend(server.url, prefix="starcast.")
+    async with (
+        Broadcast(backend=backend, name="staff") as hub,
+        hub.subscribe("a.b:c") as subscriber,
+    ):
+        heard = await client.subscribe("starcast.staff.*")
+        await client.publish("starcast.ready", b"not for us")
+        await hub.publish("a.b:c", "1")
         message = await heard.next_msg()
-        assert (message.subject, message.data) == ("starcast.a%2Eb", b"1")
-    finally:
-        await client.close()
+        assert (message.subject, message.data) == ("starcast.staff.a%2Eb%3Ac", b"1")
+        await client.publish("starcast.staff.a%2Eb%3Ac", b"2")
+        assert [(await anext(subscriber)).message for _ in range(2)] == ["1", "2"]
+    async with Broadcast(server.url) as hub:
+        heard = await client.subscribe("starcast:default.*")
+        await client.flush()
+        await hub.publish("room 1", "3")
+        assert (await heard.next_msg()).subject == "starcast:default.room%201"
+    await client.close()
+
+
+async def test_a_user_with_the_rights_of_one_hub(own_server):
+    server = own_server(
+        """authorization: {users: [{user: u, password: p, permissions: {
+            publish: ["app.*", "app.public.*"], subscribe: ["app.*", "app.public.*"]}}]}"""
+    )
+    url = server.url.replace("//", "//u:p@")
+    public = Broadcast(backend=NatsBackend(url, prefix="app."), name="public")
+    async with public, public.subscribe("news") as subscriber:
+        await public.publish("news", "1")
+        assert (await anext(subscriber)).message == "1"
+        assert await public.healthy()
+    backend = NatsBackend(url, prefix="app.")
+    inbox = await Inbox().start(backend)
+    with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
+        await backend.subscribe("staff:news")
+    with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
+        await backend.publish([("staff:news", b"x")])
+    assert inbox.got == []
+    await backend.stop()
 
 
 async def test_answers_that_nobody_waits_for(server, connect):
