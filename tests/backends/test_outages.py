@@ -168,7 +168,7 @@ async def cut_off(server: Any) -> None:
         while server.command("PUBLISH", "starcast:default:flood", b"x" * 2**20):
             pass
     elif isinstance(server, NatsServer):
-        flood = Flood(server.port, b"starcast:default:flood", b"x" * 60_000, 2_000)
+        flood = Flood(server.port, b"starcast:default.flood", b"x" * 60_000, 2_000)
         flood.start()
         flood.join()  # meanwhile the loop reads nothing
     else:
