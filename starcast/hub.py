@@ -19,6 +19,7 @@ from typing import Any, Literal
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import backends, codec, server
+from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
 from .codec import Dumps, Encoding
@@ -319,17 +320,16 @@ class Hub:
         self,
         channel: str,
         message: Any,
-        exclude: WebSocket | Iterable[WebSocket],
+        exclude: Exclude,
         encoding: Encoding | None,
     ) -> Event:
         """Encode a message, once for everybody."""
         if encoding is not None:
             codec.check_encoding(encoding)
         content, payload = codec.encode(message, encoding, self.settings.dumps)
-        if exclude == ():
+        if exclude is None:
             return Event(channel, content, payload)
-        excluded = (exclude,) if isinstance(exclude, WebSocket) else exclude
-        found = [self.find(websocket) for websocket in excluded]
+        found = [self.find(websocket) for websocket in check_excluded(exclude)]
         ids = frozenset(connection.id for connection in found if connection is not None)
         return Event(channel, content, payload, ids)
 

@@ -26,7 +26,7 @@ import starcast.testing
 from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
 from starcast import Broadcast
-from support import Broker, Bus, until, until_sync
+from support import DEADLINE, Broker, Bus, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -239,6 +239,17 @@ def test_fastapi_mount(example):
         assert closed(ann) == 1008
 
 
+def test_fastapi_json(example):
+    client = TestClient(example("fastapi_json").app)
+    with client.websocket_connect("/live/orders") as ann:
+        response = client.post("/orders")
+        assert ann.receive_text() == response.text
+    assert f"# Both are {response.text}\n" in source("fastapi_json")
+    with client.websocket_connect("/live/users") as ann:
+        response = client.post("/users")
+        assert ann.receive_text() == response.text == '{"name":"Ann"}'
+
+
 def test_fastapi_authorize(example):
     client = TestClient(example("fastapi_mount").app)
     assert refused(client, "/staff/bar") == 1008
@@ -370,6 +381,20 @@ async def test_manager_chat(example, serve):
 def test_manager_chat_page(example):
     client = TestClient(example("manager_chat").app)
     assert "<title>Chat</title>" in client.get("/").text
+
+
+async def test_manager_exclude(example, serve):
+    module = example("manager_exclude")
+    server = await serve(module.app, send_buffer=4096)
+    with stalled(server, "/ws"):  # the first of the list
+        await until(lambda: len(module.manager.active_connections) == 1)
+        async with server.connect("/ws") as ann, server.connect("/ws") as ben:
+            async with asyncio.timeout(DEADLINE):
+                for number in range(100):
+                    await ann.send(f"{number:<8192}")
+                    assert int(await ben.recv()) == number
+                await ben.send("for ann")
+                assert await ann.recv() == "for ann"
 
 
 def test_manager_rooms(example):
