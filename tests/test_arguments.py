@@ -277,7 +277,7 @@ async def test_a_channel_of_a_broker_is_its_str():
     async with Broadcast(backend=bus) as hub:
         peer = Peer()
         await hub.connect(peer.websocket, UID)
-        assert str(UID) in bus.channels
+        assert f"default:{UID}" in bus.channels
         await hub.publish(UID, "hello")
         await until(lambda: peer.got == ["hello"])
         await hub.disconnect(peer.websocket, UID)
