@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -17,16 +17,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from . import backends, codec, serving
+from . import heartbeats as _heartbeats
+from . import subprotocols as _subprotocols
 from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client
 from .backends import Backend
 from .codec import Channel, Dumps, Encoding
 from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
+from .heartbeats import Heartbeats
 from .hub import AfterGap, Headers, Hub, Settings
 from .lifespan import with_handlers
 from .mount import Authorize, make_app
-from .origins import Origins
+from .origins import Allowed, Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .stats import Stats
 from .subscriber import GapSubscriber, Subscriber
@@ -63,9 +66,14 @@ class Broadcast:
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
             which writes the JSON that a FastAPI route returns, pydantic models included.
         origins: Which web pages may connect. `None`, the default: those of the same host name,
-            whatever their port. A list: exactly these, such as `["https://example.com"]`. `"*"`:
-            all. Clients that send no Origin are not browsers and are always let in. Nothing is
-            checked for a websocket that the app has accepted itself.
+            whatever their port, and on a server of this machine (`localhost`, `*.localhost`,
+            127.0.0.0/8, `[::1]`) all pages of this machine. A list: exactly these, such as
+            `["https://example.com", "capacitor://localhost", "null"]`;
+            `"https://*.example.com"` stands for all subdomains, however deep, and not for
+            `example.com`. A function: called as `origins(origin, websocket)`, it lets in by
+            returning True, under the rule of `authorize` (see `app`). `"*"`: all. Clients that send
+            no Origin are not browsers and are always let in. Nothing is checked for a websocket
+            that the app has accepted itself.
         max_buffer: Bytes that may wait for one client or subscriber, 1 MiB by default. A message
             counts its bytes and 64 more.
         overflow: What happens when that is too little. `"disconnect"`, the default: the client is
@@ -91,7 +99,7 @@ class Broadcast:
         backend: Backend | None = None,
         name: str | None = None,
         dumps: Dumps | None = None,
-        origins: Iterable[str] | str | None = None,
+        origins: Allowed = None,
         max_buffer: int = MAX_BUFFER,
         overflow: Overflow = "disconnect",
         on_overflow: OnOverflow | None = None,
@@ -439,7 +447,9 @@ class Broadcast:
         *,
         encoding: Encoding | None = "text",
         publish: bool = True,
+        heartbeats: Heartbeats | None = None,
         subprotocol: str | None = None,
+        subprotocols: Sequence[str] = (),
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
@@ -453,6 +463,13 @@ class Broadcast:
             websocket, channel, subprotocol, headers, max_buffer, overflow: See `connect`.
             encoding: `"text"`, `"bytes"` or `"json"` both ways; `None` takes frames as they come.
             publish: Whether the client may publish. If not, it only listens.
+            heartbeats: Messages that client libraries send to see whether the server is there, and
+                their answers: `{"ping": "pong"}`, or None for no answer. A `str` stands for a text
+                frame, bytes for a binary one, and both are compared with what was sent, before JSON
+                is read. Such a message is answered to this client alone, in order with what it
+                gets. It is not published, and a client that may only listen may send it.
+            subprotocols: Used in place of `subprotocol`: the client is answered with the first of
+                these that it offers, or with none.
 
         Returns:
             The close code. A client that sends something else than the encoding allows is closed
@@ -463,17 +480,24 @@ class Broadcast:
             OriginRefused, InvalidChannel, ConfigurationError, TypeError: See `connect`.
         """
         check_client(websocket, "serve(...)")
+        beats = _heartbeats.check(heartbeats)
         connect = functools.partial(
             self.connect,
             websocket,
             channel,
-            subprotocol=subprotocol,
+            subprotocol=_subprotocols.choose(websocket, subprotocols, subprotocol),
             headers=headers,
             max_buffer=max_buffer,
             overflow=overflow,
         )
         return await serving.serve(
-            self._hub, websocket, channel, encoding=encoding, publish=publish, connect=connect
+            self._hub,
+            websocket,
+            channel,
+            encoding=encoding,
+            publish=publish,
+            beats=beats,
+            connect=connect,
         )
 
     def app(
@@ -482,6 +506,8 @@ class Broadcast:
         publish: bool = False,
         authorize: Authorize | None = None,
         encoding: Encoding | None = "text",
+        heartbeats: Heartbeats | None = None,
+        subprotocols: Sequence[str] = (),
     ) -> ASGIApp:
         """Return an ASGI app that serves `/{channel}`: `app.mount("/live", broadcast.app())`.
 
@@ -492,16 +518,27 @@ class Broadcast:
 
         Args:
             publish: Whether clients may publish to the channel. By default they only listen, and
-                one that sends anything is closed with 1008.
+                one that sends anything but a heartbeat is closed with 1008.
             authorize: Called as `authorize(websocket, channel)` before the websocket is accepted;
-                a plain function runs in a thread. It refuses with 403 by raising `PermissionError`
-                or returning False; other exceptions take their way through the app. It lets in by
-                returning None or True; anything else is a mistake and raises `ConfigurationError`.
-                Write `bool(users.get(name))`, not `users.get(name)`: None lets in.
+                a plain function runs in a thread. Only True lets in. It refuses with 403 by
+                returning False or raising `PermissionError`; None refuses too, and one line in the
+                log says that a `return` may be missing. Anything else is a mistake and raises
+                `ConfigurationError`, so write `return user is not None` and not `return user`.
+                Other exceptions take their way through the app.
             encoding: See `serve`; without `publish` it is unused.
+            heartbeats, subprotocols: See `serve`.
+
+        Raises:
+            ConfigurationError: An argument makes no sense.
         """
         codec.check_encoding(encoding)
-        serve = functools.partial(self.serve, encoding=encoding, publish=publish)
+        serve = functools.partial(
+            self.serve,
+            encoding=encoding,
+            publish=publish,
+            heartbeats=_heartbeats.check(heartbeats),
+            subprotocols=_subprotocols.check(subprotocols),
+        )
         return make_app(self._hub, serve, authorize)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -11,11 +12,12 @@ from starlette.exceptions import WebSocketException
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, serving
+from . import codec, heartbeats, serving, subprotocols
 from .broadcast import DEFAULT_CHANNEL, Broadcast
 from .codec import Channel
 from .connection import ABNORMAL, INTERNAL_ERROR, is_gone
 from .exceptions import ClientGone, InvalidMessage
+from .heartbeats import Heartbeats
 
 
 class _OwnHub:
@@ -56,10 +58,26 @@ class BroadcastEndpoint(WebSocketEndpoint):
         encoding: `"text"`, the default, `"bytes"` or `"json"`, both ways; `None` takes text and
             binary frames as they come. It counts for what clients send and `on_receive` publishes
             of it. What the server publishes itself goes by its type or by `publish(encoding=)`.
+        heartbeats: Messages that clients send to see whether the server is there, with their
+            answers: `{"ping": "pong"}`, or None for no answer. `on_receive` does not get them. See
+            `Broadcast.serve`.
+        subprotocols: Names of subprotocols. A client is answered with the first of them that it
+            offers, or with none.
+
+    Raises:
+        ConfigurationError: From the statement that makes the class: `heartbeats` or `subprotocols`
+            is not valid.
     """
 
     broadcast: Broadcast = _OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
     encoding: Literal["text", "bytes", "json"] | None = "text"
+    heartbeats: Heartbeats | None = None
+    subprotocols: Sequence[str] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        heartbeats.check(cls.heartbeats)
+        subprotocols.check(cls.subprotocols)
 
     def get_channel(self, websocket: WebSocket) -> Channel:
         """Return the client's channel: the path parameter `channel`, or else `"default"`.
@@ -70,7 +88,10 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
     async def on_connect(self, websocket: WebSocket) -> None:
         """Accept and register the client."""
-        await self.broadcast.connect(websocket, self.get_channel(websocket))
+        subprotocol = subprotocols.choose(websocket, self.subprotocols)
+        await self.broadcast.connect(
+            websocket, self.get_channel(websocket), subprotocol=subprotocol
+        )
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:
         """Broadcast what the client sent, to its channel and so to itself too.
@@ -134,4 +155,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return serving.disconnect_code(message)
+            beats = self.heartbeats
+            if beats and await heartbeats.answer(self.broadcast._hub, websocket, message, beats):
+                continue
             await self.on_receive(websocket, await self.decode(websocket, message))

@@ -213,7 +213,7 @@ class Hub:
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
         if websocket.application_state is WebSocketState.CONNECTING:
-            self.settings.origins.check(websocket)
+            await self.settings.origins.check(websocket)
         await self.ensure_open()
         closings = self._closings
         registered = False

@@ -12,7 +12,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from . import codec
+from . import codec, heartbeats
 from .codec import Channel, Encoding
 from .connection import NORMAL, POLICY_VIOLATION, Connection
 from .event import Event
@@ -25,6 +25,7 @@ from .exceptions import (
     PayloadTooLarge,
     PublishQueueFull,
 )
+from .heartbeats import Heartbeats
 from .hub import Hub
 
 logger = logging.getLogger("starcast")
@@ -59,6 +60,7 @@ async def serve(
     *,
     encoding: Encoding | None,
     publish: bool,
+    beats: Heartbeats | None,
     connect: Callable[[], Awaitable[None]],
 ) -> int:
     """Live a client's life, which `connect` begins, and return its close code."""
@@ -69,6 +71,8 @@ async def serve(
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return disconnect_code(message)
+            if beats and await heartbeats.answer(hub, websocket, message, beats):
+                continue
             if not publish:
                 raise WebSocketException(POLICY_VIOLATION, "listen only")
             await relay(hub, websocket, channel, codec.decode(message, encoding), encoding)

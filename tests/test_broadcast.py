@@ -844,6 +844,7 @@ def deny(websocket, channel):
 async def deny_async(websocket, channel):
     if channel == "secret":
         raise PermissionError
+    return True
 
 
 class Deny:
@@ -902,6 +903,7 @@ async def test_a_plain_authorize_runs_in_a_thread():
 
     def authorize(websocket, channel):
         threads.append(threading.current_thread())
+        return True
 
     app = Starlette(routes=[Mount("/live", Broadcast().app(authorize=authorize))])
     with TestClient(app).websocket_connect("/live/x"):
@@ -912,6 +914,7 @@ async def test_a_plain_authorize_runs_in_a_thread():
 async def test_a_client_that_leaves_while_it_is_authorized():
     async def authorize(websocket, channel):
         await websocket.close()
+        return True
 
     peer = Peer(path_params={"channel": "x"})
     peer.scope |= {"path": "/x", "root_path": ""}

@@ -263,6 +263,71 @@ def test_fastapi_authorize(example):
         assert ann.receive_text() == ben.receive_text() == "two coffees"
 
 
+def test_who_may_connect_origins(example):
+    client = TestClient(example("who_may_connect").app)
+
+    def let_in(mount, *origins, host="chat.example"):
+        for origin in origins:
+            headers = {"origin": origin, "host": host}
+            with client.websocket_connect(f"/{mount}/x", headers=headers):
+                pass
+
+    let_in("same", "http://chat.example:5173")
+    for host in ("127.0.0.1:8000", "localhost:8000", "[::1]:8000"):
+        let_in("same", "http://localhost:5173", "http://app.localhost", host=host)
+    let_in("these", "https://example.com", "http://localhost:5173")
+    let_in("subdomains", "https://example.com", "https://a.b.example.com")
+    let_in("shells", "https://example.com", "capacitor://localhost", "app://obsidian.md")
+    let_in("every", "https://evil.example", "null")
+    let_in("embedded", "https://shop.example.org", "https://WWW.example.net")
+    for mount in ("same", "these", "subdomains", "shells", "embedded"):
+        for origin in ("https://evil.example", "null", "http://www.example.net"):
+            assert refused(client, f"/{mount}/x", headers={"origin": origin}) == 1008
+
+
+def test_who_may_connect_log(example, caplog):
+    client = TestClient(example("who_may_connect").app)
+    headers = {"origin": "http://localhost:5173", "host": "chat.example"}
+    assert refused(client, "/same/x", headers=headers) == 1008
+    page = EXAMPLES.parent / "how-to" / "who-may-connect.md"
+    assert f"```text\n{caplog.records[-1].getMessage()}\n```" in page.read_text()
+
+
+def test_who_may_connect_authorize(example):
+    client = TestClient(example("who_may_connect").app)
+    for path in ("bar", "bar?token=t-ann", "bar?token=x", "cellar?token=t-ben"):
+        assert refused(client, f"/rooms/{path}") == 1008
+    with client.websocket_connect("/rooms/bar?token=t-ben") as ben:
+        ben.send_text("two coffees")
+        assert ben.receive_text() == "two coffees"
+
+
+def test_who_may_connect_token(example):
+    client = TestClient(example("who_may_connect").app)
+    for offered in ([], ["bearer"], ["bearer", "t-eve"], ["t-ann"], ["t-ann", "bearer"]):
+        assert refused(client, "/token/news", subprotocols=offered) == 1008
+    with client.websocket_connect("/token/news", subprotocols=["bearer", "t-ann"]) as ann:
+        assert ann.accepted_subprotocol == "bearer"
+
+
+def test_heartbeats(example):
+    with TestClient(example("heartbeats").app) as client:
+        with client.websocket_connect("/live/a") as ann:
+            ann.send_text("ping")
+            assert ann.receive_text() == "pong"
+            ann.send_text("hello")
+            assert closed(ann) == 1008
+        with client.websocket_connect("/rooms/a") as ann:
+            for said in ("ping", "keepalive", "hello"):
+                ann.send_text(said)
+            assert [ann.receive_text(), ann.receive_text()] == ["pong", "hello"]
+        with client.websocket_connect("/chat/a") as ann:
+            ann.send_text('{"type":"ping"}')
+            assert ann.receive_json() == {"type": "pong"}
+            ann.send_json({"type": "hello"})
+            assert ann.receive_json() == {"type": "hello"}
+
+
 def test_fastapi_endpoint_on_a_sub_app(example):
     client = TestClient(example("fastapi_mount").app)
     with (
@@ -304,6 +369,7 @@ async def test_fastapi_stream(example, serve):
         ("starlette_routes", "/members/tea"),
         ("fastapi_depends", "/rooms/tea"),
         ("fastapi_mount", "/staff/bar"),
+        ("who_may_connect", "/rooms/bar"),
     ],
 )
 async def test_refusals_are_http_403(name, path, example, serve):
