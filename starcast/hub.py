@@ -75,8 +75,6 @@ class Settings:
         if self.after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
         self.outbox()  # refuses settings that make no sense
-        if self.name is not None:
-            check_name(self.name)
 
     def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
         """Return an outbox with these settings, unless others are given."""
@@ -98,7 +96,7 @@ class Hub:
         self.settings = settings
         self.registry = Registry(self._release)
         self.lock = self.registry.lock
-        name = settings.name or DEFAULT_NAME
+        name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
         self.link = None
         if backend is not None:
