@@ -55,8 +55,14 @@ class Broadcast:
 
     Args:
         url: Where messages travel. `memory://`, the default, is this process; `redis://`,
-            `nats://` and `postgresql://` with their variants join any number of processes.
+            `nats://` and `postgresql://` with their variants join any number of processes. A `str`,
+            or anything whose `str()` is a URL, such as pydantic's `RedisDsn`.
         backend: A backend of your own instead of a URL.
+        name: What this hub is called on the broker: 1 to 64 ASCII letters, digits, `-` and `_`;
+            "default" by default. Hubs share their channels if they have the same name on the same
+            broker, in whatever process or app, and are apart otherwise. Two hubs of one process
+            that would share them without having been given the same name do not open. In memory
+            hubs are always apart.
         dumps: Writes JSON for messages that are neither `str` nor bytes, and for
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
             which writes the JSON that a FastAPI route returns, pydantic models included.
@@ -89,9 +95,10 @@ class Broadcast:
 
     def __init__(
         self,
-        url: str = "memory://",
+        url: object = "memory://",
         *,
         backend: Backend | None = None,
+        name: str | None = None,
         dumps: Dumps | None = None,
         origins: Allowed = None,
         max_buffer: int = MAX_BUFFER,
@@ -110,9 +117,11 @@ class Broadcast:
             ready_frames=ready_frames,
             on_gap=on_gap,
             after_gap=after_gap,
+            name=name,
         )
-        self._kind = type(backend).__name__ if backend else f"{url.partition('://')[0]}://"
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
+        scheme = str(url).strip().partition("://")[0]
+        self._kind = f"{scheme}://" if backend is None else type(backend).__name__
         self._mount = self.app()
 
     # Open and close
@@ -551,12 +560,17 @@ class Broadcast:
 
     # Look
 
+    @property
+    def name(self) -> str:
+        """What this hub is called on its broker."""
+        return self._hub.claim.name
+
     def __repr__(self) -> str:
-        """Return its kind of backend, whether it is open and its number of clients; no secrets."""
+        """Return its kind of backend, its name, whether it is open and its clients; no secrets."""
         number = len(self)
         clients = "1 client" if number == 1 else f"{number} clients"
-        # The hub's name belongs here, between the kind and the state.
-        return f"<Broadcast {self._kind} {'open' if self._hub.open else 'closed'}, {clients}>"
+        state = "open" if self._hub.open else "closed"
+        return f"<Broadcast {self._kind} {self.name!r} {state}, {clients}>"
 
     def __len__(self) -> int:
         """Return how many clients are connected to this process."""

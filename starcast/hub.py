@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, server
+from . import backends, codec, server
 from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
+from .claims import Claim
 from .codec import Dumps, Encoding
 from .connection import (
     ABNORMAL,
@@ -44,6 +45,7 @@ from .exceptions import (
 from .gap import Gap
 from .guard import Guard
 from .link import Link
+from .naming import DEFAULT_NAME, NamedBackend, check_name
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
 from .registry import Registry
@@ -69,6 +71,7 @@ class Settings:
     ready_frames: bool = True
     on_gap: Callable[[Gap], None] | None = None
     after_gap: AfterGap = "carry_on"
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.after_gap not in ("carry_on", "close"):
@@ -100,9 +103,13 @@ class Hub:
         self.settings = settings
         self.registry = Registry(self._release)
         self.lock = self.registry.lock
+        name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
+        self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
         self.link = None
         if backend is not None:
-            self.link = Link(backend, self.lock, self.registry.bring, self._tell_gap)
+            backends.check(backend)
+            named = NamedBackend(backend, name)
+            self.link = Link(named, self.lock, self.registry.bring, self._tell_gap)
         self.dispatcher = Dispatcher(self.registry, self.link)
         self.closed = False
         self.switching = Lock()  # held while the backend starts or stops
@@ -138,7 +145,8 @@ class Hub:
                 raise _again(self._failure)  # of the attempt that this one waited for
             try:
                 if self.link is not None:
-                    await self.link.start()
+                    with self.claim.taken():
+                        await self.link.start()
             except Exception as exc:
                 self._failures += 1
                 self._failure = exc
@@ -167,7 +175,10 @@ class Hub:
                 self._closings += 1
                 connections = self.registry.dismiss(Close(GOING_AWAY, "going away"))
                 if self.link is not None:
-                    await self.link.stop()
+                    try:
+                        await self.link.stop()
+                    finally:
+                        self.claim.release()
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT + 1):

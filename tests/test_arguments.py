@@ -277,7 +277,7 @@ async def test_a_channel_of_a_broker_is_its_str():
     async with Broadcast(backend=bus) as hub:
         peer = Peer()
         await hub.connect(peer.websocket, UID)
-        assert str(UID) in bus.channels
+        assert f"default:{UID}" in bus.channels
         await hub.publish(UID, "hello")
         await until(lambda: peer.got == ["hello"])
         await hub.disconnect(peer.websocket, UID)
@@ -383,20 +383,22 @@ async def test_a_hub_that_is_not_open_shows_how_to_open_it():
 
 async def test_the_repr_says_scheme_state_and_clients():
     hub = Broadcast()
-    assert repr(hub) == "<Broadcast memory:// closed, 0 clients>"
+    assert repr(hub) == "<Broadcast memory:// 'default' closed, 0 clients>"
     peer = await joined(hub, "a", "b")
-    assert repr(hub) == "<Broadcast memory:// open, 1 client>"
+    assert repr(hub) == "<Broadcast memory:// 'default' open, 1 client>"
     await joined(hub, "a")
-    assert repr(hub) == "<Broadcast memory:// open, 2 clients>"
+    assert repr(hub) == "<Broadcast memory:// 'default' open, 2 clients>"
     await hub.disconnect(peer.websocket)
     await hub.disconnect()
-    assert repr(hub) == "<Broadcast memory:// closed, 0 clients>"
+    assert repr(hub) == "<Broadcast memory:// 'default' closed, 0 clients>"
 
 
 def test_the_repr_has_no_password_and_no_host():
     hub = Broadcast("redis://ann:hush@broker.example:6379/1")
-    assert repr(hub) == "<Broadcast redis:// closed, 0 clients>"
-    assert repr(Broadcast(backend=Bus())) == "<Broadcast Bus closed, 0 clients>"
+    assert repr(hub) == "<Broadcast redis:// 'default' closed, 0 clients>"
+    assert repr(Broadcast(backend=Bus())) == "<Broadcast Bus 'default' closed, 0 clients>"
+    named = Broadcast(backend=Bus(), name="staff")
+    assert repr(named) == "<Broadcast Bus 'staff' closed, 0 clients>"
 
 
 # What a type checker says

@@ -133,7 +133,7 @@ async def test_a_backend_of_ones_own():
     hub = Broadcast(backend=backend)
     peer = await joined(hub, "room")
     await hub.publish("room", "hello")
-    assert backend.broker.calls[-1] == ("publish", [("room", b"hello")])
+    assert backend.broker.calls[-1] == ("publish", [("default:room", b"hello")])
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
 

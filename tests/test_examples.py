@@ -25,6 +25,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import starcast.testing
+from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
 from starcast import Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import DEADLINE, Broker, Bus, Peer, until, until_sync
@@ -816,9 +817,42 @@ async def test_redis_client(example, monkeypatch):
         monkeypatch.setenv("REDIS_URL", server.url)
         module = example("redis_client")
         async with module.redis, module.hub as hub, hub.subscribe("room") as subscriber:
-            await module.redis.publish("starcast:room", "hello")
+            await module.redis.publish("starcast:default:room", "hello")
             assert (await anext(subscriber)).message == "hello"
         assert server.clients() == []
+
+
+async def test_two_hubs(example, serve, monkeypatch):
+    with RedisServer() as redis:
+        monkeypatch.setenv("STARCAST_URL", redis.url)
+        monkeypatch.setenv("STAGE", "test")
+        module = example("two_hubs")
+        server = await serve(module.app)
+        cookie = {"additional_headers": {"Cookie": "session=a session of the staff"}}
+        async with (
+            server.connect("/live/news") as stranger,
+            server.connect("/staff/news", **cookie) as insider,
+        ):
+            assert redis.command("PUBLISH", "starcast:shop-staff-test:news", "secret") == 1
+            assert redis.command("PUBLISH", "starcast:shop-test:news", "for all") == 1
+            assert await insider.recv() == "secret"
+            assert await stranger.recv() == "for all"
+        with pytest.raises(websockets.InvalidStatus):
+            await server.connect("/staff/news")
+        await server.stop()
+
+
+async def test_expiring_passwords(example, monkeypatch):
+    monkeypatch.setenv("TOKEN", PASSWORD)
+    server = PostgresServer()
+    server.start()
+    try:
+        url = f"postgresql://{USER}@127.0.0.1:{server.port}/postgres"
+        monkeypatch.setenv("DATABASE_URL", url)
+        async with example("expiring_passwords").hub as hub:
+            assert await hub.healthy()
+    finally:
+        server.close()
 
 
 async def test_gaps(example, capsys):
