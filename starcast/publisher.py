@@ -44,6 +44,11 @@ LONGEST_WAIT = 0.5
 # Seconds between two looks at a connection that the hub is trying to restore.
 LOOK_EVERY = 0.02
 
+# Seconds without a message after which the connection is looked at before it is used, and the turns
+# of the event loop that this takes, with some to spare.
+PAUSE = 0.01
+TURNS = 8
+
 CLOSED = "the publisher is closed"
 
 
@@ -341,6 +346,11 @@ class _Worker:
             raise BackendUnavailable(CLOSED)
         self._publishing += 1
         try:
+            if self._loop.time() > self._used + PAUSE:
+                # The process may have been suspended, or busy in code that holds the interpreter's
+                # lock. What has come meanwhile is read first: that the broker has gone, say.
+                for _ in range(TURNS):
+                    await asyncio.sleep(0)
             if self._backend.state != "connected":
                 await self._connect()
             await self._hub.publish(channel, content)
@@ -407,5 +417,5 @@ def _at_exit() -> None:
 
 
 atexit.register(_at_exit)
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+with contextlib.suppress(AttributeError):  # Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)
