@@ -177,12 +177,12 @@ class Publisher:
     def _get_worker(self) -> _Worker:
         """Return this process's worker, started if need be."""
         worker = self._worker
-        if worker is None or worker.pid != os.getpid():
+        if worker is None or not worker.usable:
             with _lock:
                 if self._closed:
                     raise BackendUnavailable(CLOSED)
                 worker = self._worker
-                if worker is None or worker.pid != os.getpid():
+                if worker is None or not worker.usable:
                     worker = self._worker = _Worker(self._make_hub(), self._idle)
                     weakref.finalize(self, worker.stop).atexit = False  # see `_at_exit`
         return worker
@@ -228,7 +228,7 @@ class _Worker:
     """
 
     def __init__(self, hub: Broadcast, idle: float | None) -> None:
-        self.pid = os.getpid()
+        self._pid = os.getpid()
         self._hub = hub
         self._idle = idle
         self._selector = selectors.DefaultSelector()
@@ -255,6 +255,11 @@ class _Worker:
 
     # From any thread
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is this process's, and has not ended."""
+        return self._pid == os.getpid() and not self._loop.is_closed()
+
     def publish(self, channel: str, content: str | bytes, timeout: float) -> None:
         """Publish, and wait for it."""
         work = self._publish(channel, content)
@@ -279,12 +284,12 @@ class _Worker:
 
     def stop(self) -> None:
         """Begin to end. Does not wait, because the garbage collector may call it."""
-        if self.pid == os.getpid():
+        if self._pid == os.getpid():
             with contextlib.suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._stop.set)
 
     def join(self, timeout: float) -> None:
-        if self.pid == os.getpid():
+        if self._pid == os.getpid():
             self._thread.join(timeout)
 
     def sever(self) -> None:
