@@ -683,9 +683,10 @@ async def test_close_waits_for_what_is_being_published():
     broker.open.clear()
     publishing = asyncio.create_task(asyncio.to_thread(pub.publish, "room", "second"))
     await until(lambda: broker.stalled)
+    loop = pub._worker._loop  # where the broker is waited for
     closing = asyncio.create_task(asyncio.to_thread(pub.close))
     await until(lambda: pub._worker is None)
-    broker.open.set()
+    loop.call_soon_threadsafe(broker.open.set)
     await closing
     await publishing
 
@@ -772,7 +773,7 @@ async def test_a_connection_that_is_waited_for_is_not_idle():
         done, _ = await asyncio.wait([publishing], timeout=1.3)
         assert broker.stalled
         assert not done
-        broker.open.set()
+        pub._worker._loop.call_soon_threadsafe(broker.open.set)
         await publishing
         await asyncio.to_thread(pub.publish, "room", "third")
     assert [bus.starts for bus in buses] == [0, 1]  # the first only had its settings checked
