@@ -21,10 +21,6 @@ def order(number: int):
     return {"published": True}
 
 
-# --8<-- [start:keywords]
 @app.post("/notes")
 def note(text: str):
     from_thread.run(partial(hub.publish, "notes", text, encoding="json"))
-
-
-# --8<-- [end:keywords]
