@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -35,6 +36,9 @@ from support import Broker, Bus, until, until_sync
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parents[2]
+
+# What is left open is told. 3.12 warns of each fork beside a thread too, but that is what is tested.
+FLAGS = ["-W", "default", "-W", "ignore:This process:DeprecationWarning"]
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +87,9 @@ class Program:
 
 
 async def start(code: str, *arguments: str) -> Program:
-    # 3.12 warns of a fork while there are threads. That there is one is what is tested.
-    flags = ["-X", "dev", "-W", "ignore:This process:DeprecationWarning"]
     return Program(
         await asyncio.create_subprocess_exec(
-            *[sys.executable, *flags, "-c", code, *arguments],
+            *[sys.executable, *FLAGS, "-c", code, *arguments],
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -181,6 +183,16 @@ async def test_errors_are_raised_where_it_was_called(redis, monkeypatch):
     files = {Path(frame.filename).name for frame in traceback.extract_tb(info.tb)}
     assert "publisher.py" in files
     assert not files & {"broadcast.py", "link.py", "base_events.py"}  # of the other thread
+
+
+@pytest.mark.parametrize(
+    "cls", [BackendUnavailable, EncodingError, InvalidChannel, PayloadTooLarge]
+)
+def test_errors_reach_another_process(cls):
+    """Celery pickles what a task raises."""
+    error = pickle.loads(pickle.dumps(cls("what was wrong")))
+    assert type(error) is cls
+    assert str(error) == "what was wrong"
 
 
 async def test_on_an_event_loop_it_says_what_to_call(redis):
@@ -489,10 +501,9 @@ if __name__ == "__main__":
 async def test_multiprocessing(url, method, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPAWN)
-    flags = ["-X", "dev", "-W", "ignore:This process:DeprecationWarning"]
     async with listening(url) as got:
         process = await asyncio.create_subprocess_exec(
-            *[sys.executable, *flags, str(program), url, method],
+            *[sys.executable, *FLAGS, str(program), url, method],
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
