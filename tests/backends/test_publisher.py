@@ -37,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parents[2]
 
-# What is left open is told. 3.12 warns of each fork beside a thread too, but that is what is tested.
+# What is left open is told. So is each fork beside a thread since 3.12, but that is what is tested.
 FLAGS = ["-W", "default", "-W", "ignore:This process:DeprecationWarning"]
 
 
