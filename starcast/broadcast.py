@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from . import backends, codec, serving
+from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client
 from .backends import Backend
-from .codec import Dumps, Encoding
+from .codec import Channel, Dumps, Encoding
 from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .hub import AfterGap, Headers, Hub, Settings
+from .lifespan import with_handlers
 from .mount import Authorize, make_app
 from .origins import Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
@@ -53,7 +55,7 @@ class Broadcast:
         backend: A backend of your own instead of a URL.
         dumps: Writes JSON for messages that are neither `str` nor bytes, and for
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
-            which is `json.dumps` and knows dates, UUID, Enum, dataclasses and pydantic models.
+            which writes the JSON that a FastAPI route returns, pydantic models included.
         origins: Which web pages may connect. `None`, the default: those of the same host name,
             whatever their port. A list: exactly these, such as `["https://example.com"]`. `"*"`:
             all. Clients that send no Origin are not browsers and are always let in. Nothing is
@@ -100,6 +102,7 @@ class Broadcast:
             on_gap=on_gap,
             after_gap=after_gap,
         )
+        self._kind = type(backend).__name__ if backend else f"{url.partition('://')[0]}://"
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
         self._mount = self.app()
 
@@ -120,9 +123,11 @@ class Broadcast:
     def lifespan(self, app: object = None) -> contextlib.AbstractAsyncContextManager[None]:
         """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`.
 
-        An app does not start without its broker; once started, it waits for it for ever.
+        An app does not start without its broker; once started, it waits for it for ever. What
+        FastAPI was told by `on_event`, `on_startup` and `on_shutdown` runs while the hub is open:
+        FastAPI itself leaves it out once it has a `lifespan`.
         """
-        return self._hub.lifespan(app)
+        return with_handlers(app, self.lifespan, self._hub.lifespan())
 
     @overload
     async def connect(self) -> None: ...
@@ -131,7 +136,7 @@ class Broadcast:
     async def connect(
         self,
         websocket: WebSocket,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         subprotocol: str | None = None,
         headers: Headers | None = None,
@@ -141,8 +146,8 @@ class Broadcast:
 
     async def connect(
         self,
-        websocket: WebSocket | None = None,
-        channel: str = DEFAULT_CHANNEL,
+        websocket: WebSocket | Omitted = OMITTED,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         subprotocol: str | None = None,
         headers: Headers | None = None,
@@ -162,7 +167,8 @@ class Broadcast:
 
         Args:
             websocket: The client.
-            channel: 1 to 200 characters without control characters.
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
             subprotocol: For `accept`; unused if the websocket was accepted before.
             headers: For `accept`, as pairs of bytes; unused if the websocket was accepted before.
             max_buffer: For this client instead of the hub's, in bytes. It and `overflow` count at
@@ -179,11 +185,18 @@ class Broadcast:
                 messages. The app answers 403, or closes with 1013 if the websocket
                 was accepted before.
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
+            TypeError: `websocket` is None, which would be nobody, or no websocket.
         """
-        if websocket is None:
+        if websocket is OMITTED:
             await self._hub.ready()
             return
-        codec.check_channel(channel)
+        websocket = check_client(
+            websocket,
+            "connect(...)",
+            "would have opened the hub and registered nobody",
+            "call connect() to open the hub",
+        )
+        channel = check_channel(websocket, channel)
         outbox = self._hub.settings.outbox(max_buffer, overflow)
         await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
 
@@ -191,10 +204,10 @@ class Broadcast:
     async def disconnect(self) -> None: ...
 
     @overload
-    async def disconnect(self, websocket: WebSocket, channel: str | None = None) -> None: ...
+    async def disconnect(self, websocket: WebSocket, channel: Channel | None = None) -> None: ...
 
     async def disconnect(
-        self, websocket: WebSocket | None = None, channel: str | None = None
+        self, websocket: WebSocket | Omitted = OMITTED, channel: Channel | None = None
     ) -> None:
         """Take a client off one channel, or off all; without a websocket, close the hub.
 
@@ -205,10 +218,22 @@ class Broadcast:
 
         Closing the hub ends every subscriber, sends every client what it still has to get and then
         1001 (going away), and waits for that up to 10 seconds. The hub may be opened again.
+
+        Raises:
+            TypeError: `websocket` is None, which would be nobody, or no websocket.
+            InvalidChannel: The name is not valid.
         """
-        if websocket is None:
+        if websocket is OMITTED:
             await self._hub.close()
-        elif left := self._hub.leave(websocket, channel):
+            return
+        websocket = check_client(
+            websocket,
+            "disconnect(...)",
+            "would have closed the hub",
+            "call disconnect() to close the hub",
+        )
+        name = None if channel is None else codec.check_channel(channel)
+        if left := self._hub.leave(websocket, name):
             await left
 
     async def close(self, websocket: WebSocket, code: int = NORMAL, reason: str = "") -> None:
@@ -225,19 +250,34 @@ class Broadcast:
 
         Raises:
             ConfigurationError: The code or the reason may not be sent.
+            TypeError: `websocket` is None, or no websocket.
         """
+        check_client(websocket, "close(...)")
         _check_close(code, reason)
         await self._hub.close_client(websocket, code, reason)
 
     # Send
 
+    @overload
     async def send(
         self,
         data: Any,
         *,
-        to: WebSocket | None = None,
-        channel: str = DEFAULT_CHANNEL,
-        exclude: WebSocket | Iterable[WebSocket] = (),
+        channel: Channel = DEFAULT_CHANNEL,
+        exclude: Exclude = None,
+        encoding: Encoding | None = None,
+    ) -> None: ...
+
+    @overload
+    async def send(self, data: Any, *, to: WebSocket, encoding: Encoding | None = None) -> None: ...
+
+    async def send(
+        self,
+        data: Any,
+        *misplaced: object,
+        to: WebSocket | Omitted = OMITTED,
+        channel: Channel = DEFAULT_CHANNEL,
+        exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> None:
         """Send to everybody on the default channel, whoever sent it included, or to one client.
@@ -252,19 +292,29 @@ class Broadcast:
 
         Raises:
             NotConnected: `to` is alive and not registered with this hub.
+            TypeError: `to` is None, which would be nobody, or no websocket; or something in
+                `exclude` is neither.
             EncodingError, InvalidChannel, PublishQueueFull: See `publish`.
         """
-        if to is None:
+        if misplaced:
+            raise TypeError("send takes its client by name: write send(data, to=websocket)")
+        if to is OMITTED:
             await self.publish(channel, data, exclude=exclude, encoding=encoding)
             return
-        await self._hub.send(self._hub.event("", data, (), encoding), to)
+        to = check_client(
+            to,
+            "send(to=...)",
+            "would have sent the message to everybody",
+            "leave to= out if everybody is meant",
+        )
+        await self._hub.send(self._hub.event("", data, None, encoding), to)
 
     async def publish(
         self,
-        channel: str,
+        channel: Channel,
         message: Any,
         *,
-        exclude: WebSocket | Iterable[WebSocket] = (),
+        exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> None:
         """Publish a message to a channel.
@@ -274,10 +324,12 @@ class Broadcast:
         broker has it. It does not wait for slow clients.
 
         Args:
-            channel: 1 to 200 characters without control characters.
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
             message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
                 in a text frame. It is encoded once, however many clients there are.
-            exclude: A websocket or several that do not get it. Strangers are ignored.
+            exclude: A websocket or several that do not get it. None is nobody, also among several.
+                Strangers are ignored.
             encoding: `"json"` makes JSON of a `str` too; `"text"` and `"bytes"` insist on theirs.
 
         Raises:
@@ -295,10 +347,10 @@ class Broadcast:
 
     def publish_nowait(
         self,
-        channel: str,
+        channel: Channel,
         message: Any,
         *,
-        exclude: WebSocket | Iterable[WebSocket] = (),
+        exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> None:
         """Publish a message and come back at once: a plain function, for any thread and any loop.
@@ -318,7 +370,7 @@ class Broadcast:
     @overload
     def subscribe(
         self,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         max_buffer: int | None = None,
         overflow: Overflow = "disconnect",
@@ -328,7 +380,7 @@ class Broadcast:
     @overload
     def subscribe(
         self,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         max_buffer: int | None = None,
         overflow: Overflow = "disconnect",
@@ -337,7 +389,7 @@ class Broadcast:
 
     def subscribe(
         self,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         max_buffer: int | None = None,
         overflow: Overflow = "disconnect",
@@ -350,7 +402,8 @@ class Broadcast:
                     print(event.message)
 
         Args:
-            channel: 1 to 200 characters without control characters.
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
             max_buffer: Bytes that may wait to be iterated over; the hub's by default.
             overflow: What happens when that is too little. `"disconnect"`, whatever the hub's is:
                 iteration hands out what is buffered and then raises `SubscriberLagged`.
@@ -373,7 +426,7 @@ class Broadcast:
     async def serve(
         self,
         websocket: WebSocket,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         encoding: Encoding | None = "text",
         publish: bool = True,
@@ -398,8 +451,9 @@ class Broadcast:
             publish with 1008; one log line says so.
 
         Raises:
-            OriginRefused, InvalidChannel, ConfigurationError: See `connect`.
+            OriginRefused, InvalidChannel, ConfigurationError, TypeError: See `connect`.
         """
+        check_client(websocket, "serve(...)")
         connect = functools.partial(
             self.connect,
             websocket,
@@ -445,6 +499,13 @@ class Broadcast:
         await self._mount(scope, receive, send)
 
     # Look
+
+    def __repr__(self) -> str:
+        """Return its kind of backend, whether it is open and its number of clients; no secrets."""
+        number = len(self)
+        clients = "1 client" if number == 1 else f"{number} clients"
+        # The hub's name belongs here, between the kind and the state.
+        return f"<Broadcast {self._kind} {'open' if self._hub.open else 'closed'}, {clients}>"
 
     def __len__(self) -> int:
         """Return how many clients are connected to this process."""

@@ -23,6 +23,11 @@ from .waiter import Full, Place, Waiter
 # Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
 YIELD_AFTER = 64
 
+NOT_OPEN = (
+    "the hub is not open; open it with the app, as in FastAPI(lifespan=hub.lifespan), "
+    "or with await hub.connect()"
+)
+
 # Seconds that `publish` waits for room before it raises PublishQueueFull.
 PUBLISH_TIMEOUT = 2.0
 
@@ -62,7 +67,7 @@ class Dispatcher:
         taken = None
         if self._link is not None:
             if not self.open:
-                raise BackendUnavailable("the hub is not open")
+                raise BackendUnavailable(NOT_OPEN)
             taken = self._link.publish(event, wait)
         elif self.open:
             self._registry.deliver(event)

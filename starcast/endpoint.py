@@ -13,6 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import codec, serving
 from .broadcast import DEFAULT_CHANNEL, Broadcast
+from .codec import Channel
 from .connection import ABNORMAL, INTERNAL_ERROR, is_gone
 from .exceptions import ClientGone, InvalidMessage
 
@@ -53,14 +54,18 @@ class BroadcastEndpoint(WebSocketEndpoint):
     Attributes:
         broadcast: The hub. Left out: one in memory, of this very class.
         encoding: `"text"`, the default, `"bytes"` or `"json"`, both ways; `None` takes text and
-            binary frames as they come.
+            binary frames as they come. It counts for what clients send and `on_receive` publishes
+            of it. What the server publishes itself goes by its type or by `publish(encoding=)`.
     """
 
     broadcast: Broadcast = _OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
     encoding: Literal["text", "bytes", "json"] | None = "text"
 
-    def get_channel(self, websocket: WebSocket) -> str:
-        """Return the client's channel: the path parameter `channel`, or else `"default"`."""
+    def get_channel(self, websocket: WebSocket) -> Channel:
+        """Return the client's channel: the path parameter `channel`, or else `"default"`.
+
+        Override it to return a `str`, or an `int` or a `UUID`, which is the channel of its `str()`.
+        """
         return str(websocket.path_params.get("channel", DEFAULT_CHANNEL))
 
     async def on_connect(self, websocket: WebSocket) -> None:

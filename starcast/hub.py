@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec
+from . import codec, server
+from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import (
@@ -136,6 +137,8 @@ class Hub:
                 self._failure = exc
                 raise
             self.dispatcher.open, self.closed, self._failure = True, False, None
+            if self.link is None:
+                server.warn_of_workers()
 
     async def ready(self) -> None:
         """Open it, and wait for a connection that has moved to this loop."""
@@ -165,7 +168,7 @@ class Hub:
                         await connection.wait_ended()
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, app: object) -> AsyncIterator[None]:
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Open it for as long as an app runs."""
         await self.ready()
         try:
@@ -304,17 +307,16 @@ class Hub:
         self,
         channel: str,
         message: Any,
-        exclude: WebSocket | Iterable[WebSocket],
+        exclude: Exclude,
         encoding: Encoding | None,
     ) -> Event:
         """Encode a message, once for everybody."""
         if encoding is not None:
             codec.check_encoding(encoding)
         content, payload = codec.encode(message, encoding, self.settings.dumps)
-        if exclude == ():
+        if exclude is None:
             return Event(channel, content, payload)
-        excluded = (exclude,) if isinstance(exclude, WebSocket) else exclude
-        found = [self.find(websocket) for websocket in excluded]
+        found = [self.find(websocket) for websocket in check_excluded(exclude)]
         ids = frozenset(connection.id for connection in found if connection is not None)
         return Event(channel, content, payload, ids)
 

@@ -10,7 +10,7 @@ from starlette.exceptions import WebSocketException
 from starlette.routing import Router, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from . import codec
+from .arguments import check_channel
 from .connection import POLICY_VIOLATION
 from .exceptions import ConfigurationError
 from .hub import Hub
@@ -24,7 +24,7 @@ def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
     """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`."""
 
     async def endpoint(websocket: WebSocket) -> None:
-        channel = codec.check_channel(websocket.path_params["channel"])
+        channel = check_channel(websocket, websocket.path_params["channel"])
         hub.settings.origins.check(websocket)
         if authorize is not None and not await _authorized(authorize, websocket, channel):
             raise WebSocketException(POLICY_VIOLATION, "not authorized")

@@ -25,7 +25,7 @@ from typing import Any, Self
 from . import codec
 from .backends import Backend
 from .broadcast import Broadcast
-from .codec import Dumps, Encoding
+from .codec import Channel, Dumps, Encoding
 from .exceptions import BackendUnavailable, ConfigurationError, StarcastError
 from .stats import BackendStats
 from .waiter import running_loop
@@ -132,7 +132,7 @@ class Publisher:
 
     def publish(
         self,
-        channel: str,
+        channel: Channel,
         message: Any,
         *,
         encoding: Encoding | None = None,
@@ -144,7 +144,8 @@ class Publisher:
         While the broker is away it waits for it to come back, until the timeout.
 
         Args:
-            channel: 1 to 200 characters without control characters.
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
             message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
                 in a text frame.
             encoding: `"json"` makes JSON of a `str` too; `"text"` and `"bytes"` insist on theirs.
@@ -168,11 +169,11 @@ class Publisher:
                 "`await hub.publish(...)` of a Broadcast, or "
                 "`await asyncio.to_thread(publisher.publish, ...)`"
             )
-        codec.check_channel(channel)
+        name = codec.check_channel(channel)
         codec.check_encoding(encoding)
         # Here and not on the other thread: a model's own code may expect the caller's thread.
         content, _ = codec.encode(message, encoding, self._dumps)
-        self._get_worker().publish(channel, content, self._timeout if timeout is None else timeout)
+        self._get_worker().publish(name, content, self._timeout if timeout is None else timeout)
 
     def _get_worker(self) -> _Worker:
         """Return this process's worker, started if need be."""

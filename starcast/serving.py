@@ -13,7 +13,7 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from . import codec
-from .codec import Encoding
+from .codec import Channel, Encoding
 from .connection import NORMAL, POLICY_VIOLATION, Connection
 from .event import Event
 from .exceptions import (
@@ -55,7 +55,7 @@ def has_handler(websocket: WebSocket, exc: Exception) -> bool:
 async def serve(
     hub: Hub,
     websocket: WebSocket,
-    channel: str,
+    channel: Channel,
     *,
     encoding: Encoding | None,
     publish: bool,
@@ -89,11 +89,11 @@ def disconnect_code(message: Message) -> int:
 
 
 async def relay(
-    hub: Hub, websocket: WebSocket, channel: str, data: Any, encoding: Encoding | None
+    hub: Hub, websocket: WebSocket, channel: Channel, data: Any, encoding: Encoding | None
 ) -> None:
     """Publish what a client sent, without waiting unless too much of it is unconfirmed."""
     try:
-        event = hub.event(codec.check_channel(channel), data, (), encoding)
+        event = hub.event(codec.check_channel(channel), data, None, encoding)
     except EncodingError as exc:
         # It could be read and cannot be written: a number too large for `dumps=`, say.
         raise InvalidMessage(1007, "cannot be sent on") from exc

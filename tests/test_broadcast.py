@@ -376,7 +376,7 @@ async def test_connecting_a_client_that_has_left_says_so():
     assert len(hub) == 0
 
 
-@pytest.mark.parametrize("name", ["", "x" * 201, "a\0b", "a\r\nb", "\x9f", "\ud800", 5, None])
+@pytest.mark.parametrize("name", ["", "x" * 201, "a\0b", "a\r\nb", "\x9f", "\ud800", 5.0, None])
 async def test_a_name_that_is_no_channel(name):
     hub = Broadcast()
     peer = Peer()

@@ -527,3 +527,54 @@ def test_with_a_bare_test_client():
         assert one.receive_text() == two.receive_text() == "hello"
     until_sync(lambda: len(Chat.broadcast) == 0)
     assert [event[0] for event in Chat.events].count("disconnect") == 2
+
+
+async def test_what_the_server_publishes_goes_by_its_type_whatever_the_encoding_of_the_endpoint(
+    serve,
+):
+    class Chat(BroadcastEndpoint):
+        broadcast = Broadcast()
+        encoding = "json"
+
+    server = await serve(app_of(Chat))
+    async with server.connect("/ws") as client:
+        await client.send('"from a client"')
+        assert await client.recv() == '"from a client"'
+        await Chat.broadcast.publish("default", "text")
+        await Chat.broadcast.publish("default", "text", encoding="json")
+        await Chat.broadcast.publish("default", ["text"])
+        assert [await client.recv() for _ in range(3)] == ["text", '"text"', '["text"]']
+
+
+# For whoever moves `BroadcastEndpoint.dispatch`: this is what has to pass. The mark is strict, so
+# that it has to be taken away then.
+
+
+@pytest.mark.xfail(strict=True, reason="on_disconnect is called for registered clients only")
+@pytest.mark.parametrize("leaving", ["the client closes", "the server closes", "a hook raises"])
+async def test_an_endpoint_that_accepts_by_itself_is_told_when_its_client_leaves(serve, leaving):
+    class Alone(BroadcastEndpoint):
+        codes: list = []  # noqa: RUF012
+
+        async def on_connect(self, websocket):
+            await websocket.accept()
+
+        async def on_receive(self, websocket, data):
+            if leaving == "a hook raises":
+                raise WebSocketException(4000)
+            await websocket.close(4001)
+
+        async def on_disconnect(self, websocket, close_code):
+            self.codes.append(close_code)
+            await super().on_disconnect(websocket, close_code)
+
+    server = await serve(app_of(Alone))
+    async with server.connect("/ws") as client:
+        if leaving != "the client closes":
+            await client.send("hello")
+            await client.wait_closed()
+    await until(lambda: Alone.codes, deadline=5)
+    assert len(Alone.codes) == 1
+    expected = {"the client closes": 1000, "a hook raises": 4000}
+    if leaving in expected:
+        assert Alone.codes == [expected[leaving]]

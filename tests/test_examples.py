@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import struct
 import sys
 import threading
 import tokenize
@@ -17,7 +18,7 @@ import types
 from pathlib import Path
 
 import anyio
-import httpx2
+import httpx
 import pytest
 import websockets
 from starlette.testclient import TestClient
@@ -26,7 +27,7 @@ from starlette.websockets import WebSocketDisconnect
 import starcast.testing
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast
-from support import Broker, Bus, until, until_sync
+from support import DEADLINE, Broker, Bus, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -239,6 +240,17 @@ def test_fastapi_mount(example):
         assert closed(ann) == 1008
 
 
+def test_fastapi_json(example):
+    client = TestClient(example("fastapi_json").app)
+    with client.websocket_connect("/live/orders") as ann:
+        response = client.post("/orders")
+        assert ann.receive_text() == response.text
+    assert f"# Both are {response.text}\n" in source("fastapi_json")
+    with client.websocket_connect("/live/users") as ann:
+        response = client.post("/users")
+        assert ann.receive_text() == response.text == '{"name":"Ann"}'
+
+
 def test_fastapi_authorize(example):
     client = TestClient(example("fastapi_mount").app)
     assert refused(client, "/staff/bar") == 1008
@@ -260,6 +272,31 @@ def test_fastapi_endpoint_on_a_sub_app(example):
     ):
         ann.send_text("hello")
         assert ann.receive_text() == ben.receive_text() == "hello"
+
+
+def test_fastapi_lifespan(example):
+    app = example("fastapi_lifespan").app
+    with TestClient(app) as client, client.websocket_connect("/live/news") as ann:
+        response = client.post("/news", params={"headline": "It snows."})
+        assert response.json() == ["It rains.", "It snows."]
+        assert ann.receive_text() == "It snows."
+    assert not hasattr(app.state, "headlines")
+
+
+async def test_fastapi_stream(example, serve):
+    module = example("fastapi_stream")
+    server = await serve(module.app)
+    async with (
+        httpx.AsyncClient(trust_env=False) as client,
+        client.stream("GET", f"http://{server.host}:{server.port}/news") as response,
+    ):
+        assert response.headers["content-type"].startswith("text/event-stream")
+        await until(lambda: module.hub.stats().subscribers == 1)
+        await module.hub.publish("news", "It rains.")
+        lines = response.aiter_lines()
+        assert await anext(lines) == "data: It rains."
+        server.server.should_exit = True
+        assert [line async for line in lines] == [""]
 
 
 @pytest.mark.parametrize(
@@ -347,6 +384,20 @@ def test_manager_chat_page(example):
     assert "<title>Chat</title>" in client.get("/").text
 
 
+async def test_manager_exclude(example, serve):
+    module = example("manager_exclude")
+    server = await serve(module.app, send_buffer=4096)
+    with stalled(server, "/ws"):  # the first of the list
+        await until(lambda: len(module.manager.active_connections) == 1)
+        async with server.connect("/ws") as ann, server.connect("/ws") as ben:
+            async with asyncio.timeout(DEADLINE):
+                for number in range(100):
+                    await ann.send(f"{number:<8192}")
+                    assert int(await ben.recv()) == number
+                await ben.send("for ann")
+                assert await ann.recv() == "for ann"
+
+
 def test_manager_rooms(example):
     client = TestClient(example("manager_rooms").app)
     with (
@@ -411,6 +462,43 @@ async def test_broadcaster_chat(name, example, serve):
         await ben.send("hi")
         assert await ann.recv() == "hi"
     await until(lambda: stats().subscribers + stats().clients == 0)
+
+
+@pytest.mark.parametrize("name", ["broadcaster_chat", "broadcaster_endpoint"])
+async def test_broadcaster_chat_when_everybody_leaves(name, example, serve, caplog):
+    module = example(name)
+    server = await serve(module.app)
+    stats = module.broadcast.stats
+    clients = await asyncio.gather(*(server.connect("/", max_queue=None) for _ in range(200)))
+    await until(lambda: stats().subscribers + stats().clients == 200)
+    talking = asyncio.gather(*map(talk, clients))
+    await until(lambda: stats().delivered > 20_000)
+    leaving = []
+    for client in clients:
+        if len(leaving) % 2:
+            reset(client)
+        leaving.append(asyncio.create_task(client.close()))
+        await asyncio.sleep(0)
+    await asyncio.gather(talking, *leaving)
+    await until(lambda: stats().subscribers + stats().clients == 0)
+    await until(lambda: not server.server.server_state.tasks)
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+async def talk(client):
+    """Say something for every 200 messages that came, until the connection is gone."""
+    with contextlib.suppress(websockets.ConnectionClosed):
+        while True:
+            await client.send("hello")
+            for _ in range(200):
+                await client.recv()
+
+
+def reset(client):
+    """Leave as a process that was killed: with a TCP reset."""
+    sock = client.transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.transport.abort()
 
 
 # Slow clients
@@ -656,7 +744,7 @@ async def test_def_route(example, monkeypatch, serve):
         module = example("def_route")
         served = await serve(module.app)
         url = f"http://{served.host}:{served.port}"
-        async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
             async with (
                 served.connect("/live/orders") as orders,
                 served.connect("/live/notes") as notes,

@@ -114,6 +114,13 @@ async def test_a_message_arrives_as_from_a_hub(url):
     assert got == ["text", b"bytes", '{"as":"JSON"}', '"quoted"']
 
 
+async def test_a_channel_may_be_a_number(redis):
+    async with listening(redis, "7") as got:
+        with Publisher(redis) as publisher:
+            await asyncio.to_thread(publisher.publish, 7, "hello")
+            await until(lambda: got == ["hello"])
+
+
 async def test_each_thread_keeps_its_order(url):
     def publish(thread: int) -> None:
         for number in range(50):
