@@ -701,10 +701,12 @@ async def test_close_waits_for_what_is_being_published():
     broker.open.clear()
     publishing = asyncio.create_task(asyncio.to_thread(pub.publish, "room", "second"))
     await until(lambda: broker.stalled)
-    loop = pub._worker._loop  # where the broker is waited for
+    worker = pub._worker
     closing = asyncio.create_task(asyncio.to_thread(pub.close))
-    await until(lambda: pub._worker is None)
-    loop.call_soon_threadsafe(broker.open.set)
+    await until(worker._stop.is_set)
+    with pytest.raises(BackendUnavailable, match="the publisher is closed"):
+        await asyncio.to_thread(worker.publish, "room", "third", 5)  # it had the worker already
+    worker._loop.call_soon_threadsafe(broker.open.set)  # where it is waited for
     await closing
     await publishing
 
