@@ -52,6 +52,10 @@ class Claim:
                 self.release()
             raise
 
+    def waive(self) -> None:
+        """Conflict with nobody: the hub only publishes."""
+        self._address = None
+
     def release(self) -> None:
         """Release the claim, if it is held. From any thread."""
         with _lock:

@@ -7,12 +7,14 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import socket
 import struct
 import sys
 import threading
 import tokenize
+import types
 from pathlib import Path
 
 import anyio
@@ -27,7 +29,7 @@ from starlette.websockets import WebSocketDisconnect
 import starcast.testing
 from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
-from starcast import Broadcast, BroadcastEndpoint, PublishQueueFull
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import DEADLINE, Broker, Bus, Peer, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -884,14 +886,85 @@ async def test_gaps(example, capsys):
     assert re.fullmatch(r"messages of the last \d+\.\d s may be missing\n", printed)
 
 
-async def test_from_a_job(example, monkeypatch):
-    broker = Broker()
-    module = example("from_a_job")
-    hubs = iter([Broadcast(backend=Bus(broker))])
-    monkeypatch.setattr(module, "Broadcast", lambda url: next(hubs))
-    async with Broadcast(backend=Bus(broker)) as hub, hub.subscribe("room") as subscriber:
-        await module.tell("redis://localhost", "room", {"type": "report", "ready": True})
-        assert (await anext(subscriber)).json() == {"type": "report", "ready": True}
+@pytest.fixture
+def redis_url(monkeypatch):
+    """A server whose URL the examples read from the environment."""
+    with RedisServer() as server:
+        monkeypatch.setenv("STARCAST_URL", server.url)
+        yield server.url
+
+
+async def test_from_a_job(example, redis_url):
+    async with Broadcast(redis_url) as hub, hub.subscribe("room") as subscriber:
+        await asyncio.to_thread(example("from_a_job").main)
+        script = await asyncio.create_subprocess_exec(
+            *[sys.executable, str(EXAMPLES / "from_a_job.py")],
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])},
+        )
+        assert await script.wait() == 0
+        for _ in range(2):
+            assert (await anext(subscriber)).json() == {"type": "report", "ready": True}
+
+
+async def test_celery_task(example, monkeypatch, redis_url):
+    """The function, without Celery, which may not be installed."""
+    options = {}
+
+    def shared_task(**given):
+        options.update(given)
+        return lambda function: function
+
+    celery = types.SimpleNamespace(shared_task=shared_task)
+    monkeypatch.setitem(sys.modules, "celery", celery)
+    module = example("celery_task")
+    async with Broadcast(redis_url) as hub, hub.subscribe("report:7") as subscriber:
+        with module.publisher:
+            await asyncio.to_thread(module.render, 7)
+        assert (await anext(subscriber)).json() == {"ready": True}
+    assert options["autoretry_for"] == (BackendUnavailable,)
+
+
+async def test_django_view(example, monkeypatch, redis_url):
+    """The view, without Django, which may not be installed."""
+    committed = []
+    transaction = types.SimpleNamespace(
+        atomic=lambda view: view,
+        on_commit=lambda function, robust: committed.append((function, robust)),
+    )
+    monkeypatch.setitem(sys.modules, "django", types.ModuleType("django"))
+    monkeypatch.setitem(sys.modules, "django.db", types.SimpleNamespace(transaction=transaction))
+    monkeypatch.setitem(sys.modules, "django.http", types.SimpleNamespace(HttpResponse=dict))
+    module = example("django_view")
+    async with Broadcast(redis_url) as hub, hub.subscribe("order:7") as subscriber:
+        with module.publisher:
+            assert module.pay(None, 7) == {"status": 204}
+            ((tell, robust),) = committed
+            assert robust
+            await asyncio.to_thread(tell)
+        assert (await anext(subscriber)).json() == {"state": "paid"}
+
+
+async def test_def_route(example, monkeypatch, serve):
+    with RedisServer() as server:
+        monkeypatch.setenv("STARCAST_URL", server.url)
+        module = example("def_route")
+        served = await serve(module.app)
+        url = f"http://{served.host}:{served.port}"
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+            async with (
+                served.connect("/live/orders") as orders,
+                served.connect("/live/notes") as notes,
+            ):
+                assert (await http.post("/orders/7")).json() == {"published": True}
+                assert json.loads(await orders.recv()) == {"order": 7}
+                assert (await http.post("/notes", params={"text": "tea"})).status_code == 200
+                assert await notes.recv() == '"tea"'
+            server.kill()
+            answer = await http.post("/orders/8", timeout=20)
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            server.start()
+            await until(lambda: module.hub.stats().backend.state == "connected")
+            assert (await http.post("/orders/9")).status_code == 200
 
 
 def test_healthz(example):

@@ -134,6 +134,8 @@ def test_what_is_looked_at_above_is_not_nothing():
     "callable_",
     [
         starcast.Broadcast,
+        starcast.Publisher,
+        starcast.Publisher.publish,
         *(
             getattr(starcast.Broadcast, name)
             for name in ("connect", "send", "publish", "subscribe", "serve", "app", "close")
