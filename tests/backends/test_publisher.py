@@ -115,13 +115,13 @@ async def test_a_message_arrives_as_from_a_hub(url):
 
 
 async def test_it_publishes_to_the_hubs_of_its_name(redis):
-    async with Broadcast(redis, name="staff") as staff, listening(redis) as others:
-        async with staff.subscribe("room") as subscriber:
-            with Publisher(redis, name="staff") as publisher, Publisher(redis) as another:
-                await asyncio.to_thread(publisher.publish, "room", "for staff")
-                await asyncio.to_thread(another.publish, "room", "for all")
-                await until(lambda: others == ["for all"])
-            assert (await anext(subscriber)).message == "for staff"
+    staff = Broadcast(redis, name="staff")
+    async with staff, listening(redis) as others, staff.subscribe("room") as subscriber:
+        with Publisher(redis, name="staff") as publisher, Publisher(redis) as another:
+            await asyncio.to_thread(publisher.publish, "room", "for staff")
+            await asyncio.to_thread(another.publish, "room", "for all")
+            await until(lambda: others == ["for all"])
+        assert (await anext(subscriber)).message == "for staff"
 
 
 async def test_a_channel_may_be_a_number(redis):
