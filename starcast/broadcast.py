@@ -38,6 +38,7 @@ from .connection import (
     Connection,
     is_gone,
 )
+from .deadline import Deadline
 from .event import Event
 from .exceptions import (
     BackendUnavailable,
@@ -52,7 +53,7 @@ from .exceptions import (
     PublishQueueFull,
 )
 from .gap import Gap
-from .link import Link
+from .link import OPEN_TIMEOUT, PROBE_INTERVAL, Link, check_timing
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
 from .registry import Registry
@@ -141,6 +142,14 @@ class Broadcast:
             on the event loop that the hub was opened on. It must not block.
         after_gap: What becomes of the clients then. `"carry_on"`, the default: nothing. `"close"`:
             they are closed with 1012 (service restart), so that they connect again.
+        open_timeout: Seconds for which a hub that is being opened tries to reach its broker, again
+            and again, with a line in the log for each attempt: 10 by default, which is enough for
+            a broker that starts together with the app. 0: it tries once. What the hub sends to
+            itself must come back before it counts as open. A refused login is final at once, and
+            after an attempt in vain a first use by a client tries once only.
+        probe_interval: Seconds between two messages that the hub sends to itself by way of the
+            broker, to notice when that is frozen: 3 by default, more than 0. It may take 5 seconds
+            more until that is noticed. None is sent while no channel is in use.
 
     Raises:
         ConfigurationError: One of these makes no sense.
@@ -159,13 +168,23 @@ class Broadcast:
         ready_frames: bool = True,
         on_gap: Callable[[Gap], None] | None = None,
         after_gap: AfterGap = "carry_on",
+        open_timeout: float = OPEN_TIMEOUT,
+        probe_interval: float = PROBE_INTERVAL,
     ) -> None:
+        check_timing(open_timeout, probe_interval)
         backend = backends.from_url(url) if backend is None else backend
         self._registry = Registry(self._release)
         self._link = None
         if backend is not None:
             registry = self._registry
-            self._link = Link(backend, registry.lock, registry.bring, self._tell_gap)
+            self._link = Link(
+                backend,
+                registry.lock,
+                registry.bring,
+                self._tell_gap,
+                open_timeout,
+                probe_interval,
+            )
         if after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {after_gap!r}")
         self._on_gap = on_gap
@@ -212,7 +231,8 @@ class Broadcast:
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`.
 
-        An app does not start without its broker; once started, it waits for it for ever.
+        An app waits `open_timeout` seconds for its broker and does not start without it; once
+        started, it waits for it without end.
         """
         async with self:
             yield
@@ -245,9 +265,10 @@ class Broadcast:
         """Register a client on a channel; without a websocket, open the hub.
 
         Opening is optional and may happen on another event loop than the clients': the hub opens on
-        first use. Without its broker it does not open; once open, it waits for it for ever. A
-        websocket that nobody has accepted yet is accepted, after the check of its
-        Origin. A client that is registered already joins a further channel.
+        first use. It waits `open_timeout` seconds for its broker, and does not open without it;
+        once open, it waits for it without end. A websocket that nobody has accepted yet is
+        accepted, after the check of its Origin. A client that is registered already joins a further
+        channel.
 
         From then on until `disconnect` the handler's own sends take their turn behind what the hub
         has for this client, so that nothing overtakes. Call it on the client's own event loop, and
@@ -274,7 +295,7 @@ class Broadcast:
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
         """
         if websocket is None:
-            await self._ensure_open()
+            await self._ensure_open(patient=True)
             if self._link is not None:
                 await self._link.ready()
             return
@@ -449,8 +470,10 @@ class Broadcast:
     ) -> None:
         """Publish a message and come back at once: a plain function, for any thread and any loop.
 
-        Messages of one thread keep their order. Arguments as for `publish`. A message that a broker
-        could not be given, because it was away, is counted in `stats().backend.lost`.
+        Messages of one thread keep their order. Arguments as for `publish`. While the broker is
+        away they wait for it, two seconds at most. A message that the broker could not be given in
+        that time, or that it refused, is counted in `stats().backend.lost`, and a warning in the
+        log says why, once in ten seconds for each kind of trouble.
 
         Raises:
             EncodingError, InvalidChannel, PayloadTooLarge: See `publish`.
@@ -728,7 +751,7 @@ class Broadcast:
     def _running(self) -> bool:
         return self._open and (self._link is None or self._link.alive)
 
-    async def _ensure_open(self) -> None:
+    async def _ensure_open(self, patient: bool = False) -> None:
         if self._running:
             return
         failures = self._failures
@@ -739,7 +762,8 @@ class Broadcast:
                 raise self._failure.with_traceback(None)  # of the attempt that this one waited for
             try:
                 if self._link is not None:
-                    await self._link.start()
+                    # Not every client has to wait for what somebody has waited for in vain.
+                    await self._link.start(patient or self._failure is None)
             except Exception as exc:
                 self._failures += 1
                 self._failure = exc
@@ -773,10 +797,12 @@ class Broadcast:
         assert self._link is not None
         async with self._switching:
             if self._open and not self._link.alive:
-                await self._link.start()
+                await self._link.start(patient=False)
 
     async def _close(self) -> None:
         connections: list[Connection] = []
+        if self._link is not None:
+            self._link.stop_opening()
         try:
             async with self._switching:
                 self._open, self._closed = False, True
@@ -876,7 +902,7 @@ class Broadcast:
             place.tell_room(room)
         try:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
+                async with Deadline(deadline - asyncio.get_running_loop().time()):
                     await room
         finally:
             with self._lock:

@@ -1,16 +1,15 @@
 """Link: a hub's connection to a broker, which it keeps, loses and finds again.
 
-It lives on the event loop that started it. `publish`, `hold` and `release` may be called from any
-thread: they note what is wanted under a lock and wake that loop.
+It lives on the event loop that started it; `publish`, `hold` and `release` may be called from any
+thread. What is published is up to a `Sender`, who is subscribed to what up to `Subscriptions`, and
+whether the broker is really there up to a `Probe`.
 
-What is published is up to a `Sender`. Two tasks look after the connection: `_watch` sends itself a
-message now and then, by way of the broker, so that a broker that has stopped answering is noticed.
-`_live` connects again when the connection is lost, for ever, subscribes to what is held, and says
-that there was a gap. Besides, each channel has a task while its subscription changes: the changes
-of one channel happen in turn.
+A connection is open when the backend has connected, a message to ourselves has come back and all
+that is wanted is subscribed to. `_live` makes a new one whenever the connection is lost, without
+end, and says that there was a gap. `_watch` looks at the probe.
 
-Its time on one loop is a `_Life`. When the loop comes to its end, which cancels the tasks, `_live`
-disconnects there, and the link may be started on another one.
+The link's time on one loop is a `_Life`. When the loop comes to its end, which cancels the tasks,
+`_live` disconnects there, and the link may be started on another one.
 """
 
 from __future__ import annotations
@@ -27,25 +26,37 @@ from functools import partial
 from typing import Any, Literal
 
 from . import envelope
-from .backends.base import Backend
+from .backends.base import Backend, LoginRefused
+from .deadline import Deadline
 from .event import Event
-from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
+from .exceptions import (
+    BackendUnavailable,
+    ConfigurationError,
+    PayloadTooLarge,
+    PublishQueueFull,
+)
 from .gap import Gap
-from .sender import TIMEOUT, Sender, Taken
+from .loglimit import LogLimit
+from .probe import Probe
+from .sender import TIMEOUT, OnLost, Sender, Taken
 from .stats import BackendStats
+from .subscriptions import Subscriptions
 from .waiter import Waiter, running_loop
 
 logger = logging.getLogger("starcast")
 
 State = Literal["closed", "connected", "reconnecting"]
 
-# Seconds between two probes, and until one must be back: together less than ten.
-PROBE_EVERY = 3.0
-PROBE_TIMEOUT = 5.0
+# Seconds for which a hub that is being opened waits for its broker. One that is started together
+# with the app, as containers are, needs a few; gunicorn kills a worker that is not up within 30.
+OPEN_TIMEOUT = 10.0
 
-# Bytes a second that a line carries, if it is to be taken for one that works: so much later the
-# probe may be back that waits behind a large message.
-SLOWEST = 1024 * 1024
+# Seconds that the last attempt gets, however little is left: it shall say what is wrong.
+LAST_ATTEMPT = 1.0
+
+# Seconds between two probes.
+PROBE_INTERVAL = 3.0
+MAX_PROBE_INTERVAL = 3600.0
 
 # Seconds before the first attempt to connect again, at most; each further one may wait half as long
 # again, up to the longest. Each wait is a random part of that, so that a hundred processes do not
@@ -72,21 +83,6 @@ CLOSED = "the hub was closed"
 # Messages that wait until everything is subscribed to, and so stand behind the gap.
 MAX_EARLY = 10_000
 
-# Subscriptions that are asked for at the same time when the connection is back.
-AT_ONCE = 1000
-
-
-class _Hold:
-    """A channel that somebody wants."""
-
-    __slots__ = ("changing", "count", "subscribed", "waiting")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.subscribed = False
-        self.changing = False
-        self.waiting: list[Taken] = []
-
 
 class _Life:
     """What belongs to one event loop, from a start until the loop ends or the link is stopped."""
@@ -94,7 +90,6 @@ class _Life:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.broken = asyncio.Event()  # the connection is
-        self.back = asyncio.Event()  # the probe is
         self.connected = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
         self.watching: asyncio.Task[None] | None = None
@@ -124,6 +119,47 @@ def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def check_timing(open_timeout: float, probe_interval: float) -> None:
+    """Refuse settings that make no sense.
+
+    Raises:
+        ConfigurationError: One of them is not a number of seconds that is possible.
+    """
+    if not (isinstance(open_timeout, int | float) and open_timeout >= 0):
+        raise ConfigurationError(
+            f"open_timeout must be a number of seconds, or 0 to try once, not {open_timeout!r}"
+        )
+    if not (isinstance(probe_interval, int | float) and 0 < probe_interval <= MAX_PROBE_INTERVAL):
+        raise ConfigurationError(
+            f"probe_interval must be more than 0 and at most {MAX_PROBE_INTERVAL:.0f} seconds, "
+            f"not {probe_interval!r}"
+        )
+
+
+class _Backoff:
+    """How long to wait before the next attempt to connect."""
+
+    def __init__(self) -> None:
+        self._longest = FIRST_WAIT
+
+    def next(self) -> float:
+        wait = random.uniform(0, self._longest)
+        self._longest = min(1.5 * self._longest, LONGEST_WAIT)
+        return wait
+
+
+class _Health:
+    """What `stats` says of a link. Guarded by the hub's lock."""
+
+    def __init__(self) -> None:
+        self.state: State = "closed"
+        self.since = time.time()
+        self.error: str | None = None
+        self.gaps = 0
+        self.blocked = 0  # messages that a blocked event loop had no room for
+        self.malformed = 0
+
+
 class Link:
     """See the module. Made on any thread.
 
@@ -132,6 +168,8 @@ class Link:
         lock: The hub's, for who holds the one may want the other.
         deliver: Called with each event that arrives, on the link's loop. Raises `PublishQueueFull`.
         on_gap: Called after each gap, on the link's loop.
+        open_timeout: Seconds for which the first connection is tried to be made.
+        probe_interval: Seconds between two messages to itself.
     """
 
     def __init__(
@@ -140,28 +178,26 @@ class Link:
         lock: AbstractContextManager[object],
         deliver: Callable[[Event], None],
         on_gap: Callable[[Gap], None],
+        open_timeout: float = OPEN_TIMEOUT,
+        probe_interval: float = PROBE_INTERVAL,
     ) -> None:
         self.hub = b""  # names this process's hub to itself, anew with each opening
         self._backend = backend
         self._deliver = deliver
         self._on_gap = on_gap
-        self._sender = Sender(backend, lock)
-        self._probe = ""
+        self._timing = (open_timeout, probe_interval)
+        self._limit = LogLimit()
+        self._sender = Sender(backend, lock, self._on_refused)
+        self._subscriptions = Subscriptions(backend, lock, self)
+        self._probe = Probe(backend, self._sender)
         self._lock = lock
         # Guarded by the lock:
-        self._state: State = "closed"
-        self._since = time.time()
-        self._error: str | None = None
-        self._gaps = 0
-        self._blocked = 0  # messages that a blocked event loop had no room for
-        self._malformed = 0
-        self._holds: dict[str, _Hold] = {}
+        self._health = _Health()
         self._life: _Life | None = None
         self._stopping: _Stopping | None = None
         # On the loop:
         self._generation = 0  # of the connection: what an earlier one brings does not count
         self._started = False  # the backend has to be stopped
-        self._heard = 0.0  # when the broker was known to be there
         self._early: list[tuple[str, bytes]] | None = None  # what came before it is all back
 
     # From any thread
@@ -180,23 +216,39 @@ class Link:
             return False
         return bool(life.ended) and time.monotonic() < life.ended + REST
 
+    @property
+    def connected(self) -> bool:
+        return self._health.state == "connected"
+
+    @property
+    def broken(self) -> bool:
+        return self._life is None or self._life.broken.is_set()
+
+    @property
+    def is_here(self) -> bool:
+        life = self._life
+        return life is not None and not life.leaving and life.loop is running_loop()
+
     def stats(self) -> BackendStats:
         with self._lock:
+            health = self._health
             return BackendStats(
-                state=self._state if self.alive else "closed",
-                since=self._since,
-                error=self._error,
-                gaps=self._gaps,
-                lost=self._sender.lost + self._blocked,
-                malformed=self._malformed,
-                channels=len(self._holds),
+                state=health.state if self.alive else "closed",
+                since=health.since,
+                error=health.error,
+                gaps=health.gaps,
+                lost=self._sender.lost + health.blocked,
+                malformed=health.malformed,
+                channels=len(self._subscriptions.holds),
                 waiting=len(self._sender),
             )
 
-    def publish(self, event: Event, wait: bool) -> Taken | None:
+    def publish(self, event: Event, wait: bool, on_lost: OnLost | None = None) -> Taken | None:
         """Hand an event over. What comes back, if `wait`, is set when the broker has it.
 
-        Without a connection and without `wait` the event is lost, and counted.
+        Without `wait` it waits for a broker that is away for two seconds and is then lost, which is
+        counted and logged. `on_lost` is then called with the reason, once, on the link's loop or on
+        the thread that closes the link; it must neither block nor raise.
 
         Raises:
             PayloadTooLarge: The broker takes less.
@@ -208,60 +260,46 @@ class Link:
                 f"the message takes {len(data)} bytes, and the broker at most "
                 f"{self._backend.max_payload}"
             )
-        return self._sender.put(event.channel, data, wait)
-
-    async def hold(self, channel: str) -> None:
-        """Want a channel, and come back when the broker has confirmed it.
-
-        Raises:
-            BackendUnavailable: It has not within two seconds. The channel is not held then.
-        """
-        with self._lock:
-            hold = self._holds.setdefault(channel, _Hold())
-            hold.count += 1
-            if hold.subscribed and self._state == "connected":
-                return
-            taken = Taken()
-            hold.waiting.append(taken)
         try:
-            self._call(self._change, channel)
-            await taken.wait()
-        except BaseException:
-            with self._lock, contextlib.suppress(ValueError):
-                hold.waiting.remove(taken)
-            self.release(channel)
+            return self._sender.put(event.channel, data, wait, on_lost)
+        except PublishQueueFull as exc:
+            if not wait:
+                self._on_refused(str(exc))
             raise
 
-    def want(self, channel: str) -> None:
-        """The same without waiting, for who has it already."""
+    def _on_refused(self, why: str) -> None:
+        """Say what became of messages that nobody awaits."""
         with self._lock:
-            self._holds.setdefault(channel, _Hold()).count += 1
-        self._call(self._change, channel)
+            self._health.error = why
+        if self._limit.allows(why):
+            logger.warning("messages did not reach the broker: %s", why)
+
+    async def hold(self, channel: str) -> None:
+        """See `Subscriptions`."""
+        await self._subscriptions.hold(channel)
+
+    def want(self, channel: str) -> None:
+        """See `Subscriptions`."""
+        self._subscriptions.want(channel)
 
     def release(self, channel: str) -> None:
-        """Want it no more; once for each `hold` or `want`."""
-        with self._lock:
-            hold = self._holds[channel]
-            hold.count -= 1
-            if hold.count:
-                return
-        self._call(self._change, channel)
+        """See `Subscriptions`."""
+        self._subscriptions.release(channel)
 
     async def healthy(self) -> bool:
         """Whether a message comes back by way of the broker within two seconds. From any loop."""
         life = self._life
-        if life is None or not self.alive or self._state != "connected":
+        if life is None or not self.alive or not self.connected:
             return False
-        answered = Waiter()
-        self._call(self._answer, life, answered)
+        answered = Taken()
+        self.call(self._answer, life, answered)
         try:
-            async with asyncio.timeout(TIMEOUT):
-                await answered
-        except TimeoutError:
+            await answered.wait()
+        except BackendUnavailable:
             return False
         return True
 
-    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
         """Call it on the link's loop, in its next turn; here, if there is none."""
         life = self._life
         if life is None:
@@ -276,18 +314,22 @@ class Link:
 
     def _become(self, state: State, error: Exception | None = None) -> None:
         with self._lock:
-            if state != self._state:
-                self._state, self._since = state, time.time()
+            health = self._health
+            if state != health.state:
+                health.state, health.since = state, time.time()
             if error is not None:
-                self._error = _words(error)
+                health.error = _words(error)
 
     # Open and close
 
-    async def start(self) -> None:
+    async def start(self, patient: bool = True) -> None:
         """Connect, and live on this event loop from now on.
 
         If the loop that it lived on has ended, and somebody wants a channel, this is like a lost
         connection: it comes back at once and connects when it can.
+
+        Args:
+            patient: Whether to try again for as long as `open_timeout` says.
 
         Raises:
             BackendUnavailable: There is no connection.
@@ -299,11 +341,10 @@ class Link:
         life = self._life
         if self.resting:
             raise BackendUnavailable("the event loop of the connection comes to its end")
-        with self._lock:
-            moved = life is not None and any(hold.count for hold in self._holds.values())
+        moved = life is not None and self._subscriptions.wanted
         if not moved:
             self.hub = os.urandom(8)
-            self._probe = f"starcast-probe-{self.hub.hex()}"
+            self._probe.channel = f"starcast-probe-{self.hub.hex()}"
         life = self._life = _Life()
         self._sender.live_here()
         if moved:
@@ -311,7 +352,7 @@ class Link:
         else:
             try:
                 await self._disconnect()  # if what stopped it last was cut off
-                await self._connect(life)
+                await self._open(life, self._timing[0] if patient else 0.0)
             except BaseException:
                 self._life = None
                 raise
@@ -319,12 +360,40 @@ class Link:
             self._catch_up(life)
         life.living = self._run(life, self._live(life))
 
+    async def _open(self, life: _Life, seconds: float) -> None:
+        """Connect for the first time, again and again until there is no time left."""
+        until = time.monotonic() + seconds
+        backoff = _Backoff()
+        while True:
+            left = max(until - time.monotonic(), LAST_ATTEMPT) if seconds else CONNECT_TIMEOUT
+            try:
+                await self._connect(life, left)
+                return
+            except BackendUnavailable as exc:
+                self._become("closed", exc)
+                wait = backoff.next()
+                left = until - time.monotonic() - wait
+                if left <= 0 or isinstance(exc, LoginRefused):
+                    raise
+                logger.warning(
+                    "no connection to the broker yet, trying again for %.1f seconds: %s", left, exc
+                )
+            await asyncio.sleep(wait)
+            if life.leaving:
+                raise BackendUnavailable(CLOSED)
+
+    def stop_opening(self) -> None:
+        """Make no further attempt at a first connection: the hub is to be closed. Any thread."""
+        life = self._life
+        if life is not None and life.living is None:
+            life.leaving = True
+
     async def ready(self) -> None:
         """Wait, for two seconds at most, until a connection that has moved here is there."""
         life = self._life
         if life is not None and life.loop is running_loop():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TIMEOUT):
+                async with Deadline(TIMEOUT):
                     await life.connected.wait()
 
     async def stop(self) -> None:
@@ -338,11 +407,9 @@ class Link:
                 self._stopping = _Stopping(life)
                 self._become("closed")
             stopping = self._stopping
-            waiting = [taken for hold in self._holds.values() for taken in hold.waiting]
         if stopping is None:
             return
-        for taken in waiting:
-            taken.fail(CLOSED)
+        self._subscriptions.fail(CLOSED)
         if life is not None:
             self._begin_stop_there(stopping)
         await self._stopped(stopping)
@@ -404,15 +471,18 @@ class Link:
                 await self._disconnect()
                 self._sender.give_up()
 
-    async def _connect(self, life: _Life) -> None:
+    async def _connect(self, life: _Life, seconds: float = CONNECT_TIMEOUT) -> None:
+        """Connect and subscribe, once a message to ourselves has come back."""
         self._generation = generation = self._generation + 1
         life.broken.clear()
         self._started = True
 
         def deliver(channel: str, data: bytes) -> None:
             if generation == self._generation:
-                if self._early is None or len(self._early) >= MAX_EARLY:
-                    self._arrived(life, channel, data)
+                if channel == self._probe.channel:
+                    self._probe.came()
+                elif self._early is None or len(self._early) >= MAX_EARLY:
+                    self._arrived(channel, data)
                 else:
                     self._early.append((channel, data))
 
@@ -420,17 +490,13 @@ class Link:
             self._break(error, generation)
 
         self._early = []
+        seconds = min(seconds, CONNECT_TIMEOUT)
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
+            async with Deadline(seconds):
                 await self._backend.start(deliver, lost)
-                await self._backend.subscribe(self._probe)
-            tried: set[str] = set()
-            while not life.broken.is_set() and (missing := self._missing(tried)):
-                tried.update(missing)
-                for start in range(0, len(missing), AT_ONCE):
-                    some = missing[start : start + AT_ONCE]
-                    async with asyncio.timeout(CONNECT_TIMEOUT):
-                        await asyncio.gather(*map(self._subscribe, some))
+                await self._subscribe_to_probe()
+            await self._probe.prove(seconds)
+            await self._subscriptions.restore(CONNECT_TIMEOUT)
         except TimeoutError:
             await self._disconnect()
             raise BackendUnavailable("the broker did not answer in time") from None
@@ -438,50 +504,45 @@ class Link:
             await self._disconnect()
             raise
 
-    def _missing(self, tried: set[str]) -> list[str]:
-        """Return the channels to subscribe to. Nobody else changes those until it is connected."""
-        with self._lock:
-            missing = [
-                channel
-                for channel, hold in self._holds.items()
-                if hold.count and not hold.subscribed and channel not in tried
-            ]
-            for channel in missing:
-                self._holds[channel].changing = True
-        return missing
+    async def _subscribe_to_probe(self) -> None:
+        channel = self._probe.channel
+        try:
+            await self._backend.subscribe(channel)
+        except Exception as exc:
+            raise BackendUnavailable(
+                f"the hub cannot subscribe to its own channel {channel!r}: {_words(exc)}"
+            ) from None
 
     def _connected(self, life: _Life) -> None:
-        self._heard = time.time()
+        self.hear()
         self._become("connected")
-        with self._lock:
-            channels = list(self._holds)
-            for hold in self._holds.values():
-                hold.changing = False
-        for channel in channels:
-            self._change(channel)  # what was released meanwhile
+        self._subscriptions.resume()
         self._sender.open()
         if life.watching is not None:
             life.tasks.discard(life.watching)
             life.watching.cancel()
-        life.watching = self._run(life, self._watch(life, self._generation))
+        life.watching = self._run(life, self._watch(self._generation))
         life.connected.set()
 
     async def _disconnect(self) -> None:
         self._generation += 1
-        with self._lock:
-            self._holds = {name: hold for name, hold in self._holds.items() if hold.count}
-            for hold in self._holds.values():
-                hold.subscribed = hold.changing = False
+        self._subscriptions.lose()
+        self._probe.forget()
         if not self._started:
             return
         try:
-            async with asyncio.timeout(STOP_TIMEOUT):
+            async with Deadline(STOP_TIMEOUT):
                 await self._backend.stop()
             self._started = False
         except Exception as exc:
             logger.warning("the connection to the broker did not end in order: %s", _words(exc))
 
     # Stay connected
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        life = self._life
+        assert life is not None  # the subscriptions have asked
+        self._run(life, work)
 
     def _run(self, life: _Life, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = life.loop.create_task(work)
@@ -506,11 +567,12 @@ class Link:
     def _break(self, error: Exception, generation: int) -> None:
         life = self._life
         if generation == self._generation and life is not None:
-            if self._state == "connected":
+            if self.connected:
                 logger.warning("lost the connection to the broker: %s", _words(error))
                 self._become("reconnecting", error)
                 self._sender.pause()
             life.broken.set()
+            self._probe.forget()
 
     async def _live(self, life: _Life) -> None:
         try:
@@ -520,34 +582,38 @@ class Link:
                 await self._leave(life)
 
     async def _keep(self, life: _Life) -> None:
-        longest = FIRST_WAIT
+        backoff = _Backoff()
         while not life.leaving:
             since = time.monotonic()
             await life.broken.wait()
             if time.monotonic() - since > HELD:
-                longest = FIRST_WAIT
+                backoff = _Backoff()
             self._become("reconnecting")
             self._sender.pause()
-            error = self._error or ""
+            error = self._health.error or ""
+            if not self._subscriptions.wanted:
+                self.hear()  # nobody was there to miss anything
+            heard = self._probe.heard
             while life.broken.is_set() and not life.leaving:
                 await self._disconnect()
                 self._sender.give_up()
-                await asyncio.sleep(random.uniform(0, longest))
-                longest = min(1.5 * longest, LONGEST_WAIT)
+                await asyncio.sleep(backoff.next())
                 try:
                     await self._connect(life)
                 except Exception as exc:
                     self._become("reconnecting", exc)
                     life.broken.set()
             if not life.leaving:
-                self._tell_gap(life, error)
+                self._tell_gap(life, heard, error)
 
-    def _tell_gap(self, life: _Life, error: str) -> None:
-        since = self._heard
+    def hear(self) -> None:
+        self._probe.heard = time.time()
+
+    def _tell_gap(self, life: _Life, since: float, error: str) -> None:
         self._connected(life)
-        gap = Gap(since, self._heard - since, error)
+        gap = Gap(since, self._probe.heard - since, error)
         with self._lock:
-            self._gaps += 1
+            self._health.gaps += 1
         logger.warning(
             "connected to the broker again; messages of the last %.1f seconds may be missing",
             gap.seconds,
@@ -559,125 +625,33 @@ class Link:
         """Let in what came, and who came, before it was all back: the gap is not theirs."""
         early, self._early = self._early or [], None
         for channel, data in early:
-            self._arrived(life, channel, data)
-        with self._lock:
-            waiting = []
-            for hold in self._holds.values():
-                if hold.subscribed:
-                    waiting += hold.waiting
-                    hold.waiting = []
-        for taken in waiting:
-            taken.set()
+            self._arrived(channel, data)
+        self._subscriptions.confirm()
 
-    async def _watch(self, life: _Life, generation: int) -> None:
-        while True:
-            await asyncio.sleep(PROBE_EVERY)
-            # It waits behind what is being handed over.
-            patience = PROBE_TIMEOUT + self._sender.under_way / SLOWEST
-            self._ask(life)
-            answered = False
-            for _ in range(2):  # if this loop was blocked, the answer is here in a moment
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(patience / 2):
-                        await life.back.wait()
-                        answered = True
-            if not answered:
-                error = TimeoutError(f"the broker did not answer for {patience:.0f} seconds")
-                self._break(error, generation)
-                return
+    async def _watch(self, generation: int) -> None:
+        wrong = await self._probe.watch(self._timing[1], lambda: self._subscriptions.wanted)
+        self._break(ConnectionError(wrong), generation)
 
-    def _ask(self, life: _Life) -> None:
-        """Send a message to ourselves; `back` is set when it has come."""
-        life.back.clear()
-        self._sender.probe(self._probe)
+    def _answer(self, life: _Life, answered: Taken) -> None:
+        """Set it when a message to ourselves has come."""
 
-    def _answer(self, life: _Life, answered: Waiter) -> None:
-        """Set the waiter when a message to ourselves has come."""
+        def tell(probe: asyncio.Future[str]) -> None:
+            if lost := probe.result():
+                answered.fail(lost)
+            else:
+                answered.set()
 
-        async def answer() -> None:
-            self._ask(life)
-            await life.back.wait()
-            answered.set()
-
-        if life is self._life and life.loop is running_loop() and not life.leaving:
-            self._run(life, answer())
+        if life is self._life and self.is_here:
+            self._probe.ask().add_done_callback(tell)
 
     # Receive
 
-    def _arrived(self, life: _Life, channel: str, data: bytes) -> None:
-        if channel == self._probe:
-            self._heard = time.time()
-            life.back.set()
-            return
+    def _arrived(self, channel: str, data: bytes) -> None:
         try:
             self._deliver(envelope.unpack(channel, data, self.hub))
         except envelope.Malformed:
             with self._lock:
-                self._malformed += 1
+                self._health.malformed += 1
         except PublishQueueFull:  # an event loop of this process is blocked
             with self._lock:
-                self._blocked += 1
-
-    # Subscriptions
-
-    def _change(self, channel: str) -> None:
-        """Begin to do what is wanted, unless that is being done."""
-        with self._lock:
-            hold = self._holds.get(channel)
-            if hold is None or hold.changing:
-                return
-            if not hold.count and not (hold.subscribed and self.alive):
-                del self._holds[channel]
-                return
-            life = self._life
-            if life is None or life.leaving or life.loop is not running_loop():
-                return  # it will be done by who connects next
-            if self._state != "connected" or bool(hold.count) == hold.subscribed:
-                return
-            hold.changing = True
-        self._run(life, self._settle(channel, hold, self._generation))
-
-    async def _settle(self, channel: str, hold: _Hold, generation: int) -> None:
-        refused = False
-        while generation == self._generation and bool(hold.count) != hold.subscribed:
-            if hold.count and refused:
-                break  # until somebody wants it again
-            if hold.count:
-                refused = not await self._subscribe(channel)
-            else:
-                with self._lock:
-                    hold.subscribed = False  # who wants it now has to wait
-                with contextlib.suppress(Exception):  # the connection is broken: see `Sender`
-                    await self._backend.unsubscribe(channel)
-        if generation == self._generation:
-            hold.changing = False
-            if not hold.count:
-                self._change(channel)
-
-    async def _subscribe(self, channel: str) -> bool:
-        """Subscribe, and tell whoever waits for it, if it is connected; False if it was refused."""
-        generation = self._generation
-        why = ""
-        waiting: list[Taken] = []
-        try:
-            await self._backend.subscribe(channel)
-        except Exception as exc:
-            why = _words(exc)
-        with self._lock:
-            hold = self._holds.get(channel)
-            life = self._life
-            if hold is None or life is None or generation != self._generation:
-                return False
-            if why and life.broken.is_set():
-                return False  # and nobody is told: it may be back in time
-            hold.subscribed = not why
-            if why or self._state == "connected":
-                waiting, hold.waiting = hold.waiting, []
-        if why:
-            logger.warning("the broker does not give the channel %r: %s", channel, why)
-        for taken in waiting:
-            if why:
-                taken.fail(why)
-            else:
-                taken.set()
-        return not why
+                self._health.blocked += 1

@@ -31,8 +31,9 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
 
+from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, Lost
+from .base import Deliver, LoginRefused, Lost
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -100,7 +101,7 @@ class _Wire(TcpTransport):
         # and a reader that is full stops nobody.
         assert self._io_writer is not None
         host = uri if isinstance(uri, str) else uri.hostname
-        async with asyncio.timeout(connect_timeout):
+        async with Deadline(connect_timeout):
             await self._io_writer.start_tls(ssl_context, server_hostname=host)
         self._plain = False
 
@@ -178,7 +179,7 @@ class _Session:
         number = b"%d" % next(self._numbers)
         answered = self._waiters[number] = loop.create_future()
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
-        overdue = loop.call_later(ANSWER_TIMEOUT, self._fail, answered, trouble)
+        overdue = Overdue(ANSWER_TIMEOUT, partial(self._fail, answered, trouble))
 
         def forget(answered: asyncio.Future[None]) -> None:
             overdue.cancel()
@@ -308,7 +309,7 @@ class NatsBackend:
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
         try:
-            async with asyncio.timeout(START_TIMEOUT):
+            async with Deadline(START_TIMEOUT):
                 await session.open(self._servers, self._options)
             # It may also have been stopped, or have broken just now.
             if self._session is not session or session.client.is_closed:
@@ -319,7 +320,8 @@ class NatsBackend:
                 self._session = None
             if isinstance(error, (OSError, ValueError, nats.errors.Error)):
                 reason = str(session.trouble or error) or "no answer in time"
-                raise self._unavailable(reason) from None
+                refused = "authorization violation" in reason.lower()
+                raise self._unavailable(reason, LoginRefused if refused else None) from None
             raise
         self.max_payload = session.client.max_payload
         session.lost = lost
@@ -359,8 +361,10 @@ class NatsBackend:
         encoded = _ENCODED.sub(lambda match: b"%%%02X" % match[0][0], channel.encode())
         return self._prefix + encoded.decode()
 
-    def _unavailable(self, reason: str) -> BackendUnavailable:
-        return BackendUnavailable(f"{self._name}: {reason}")
+    def _unavailable(
+        self, reason: str, kind: type[BackendUnavailable] | None = None
+    ) -> BackendUnavailable:
+        return (kind or BackendUnavailable)(f"{self._name}: {reason}")
 
 
 def _read(url: str) -> tuple[list[str], dict[str, str]]:

@@ -13,8 +13,9 @@ from urllib.parse import parse_qs
 
 import asyncpg
 
+from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, Lost
+from .base import Deliver, LoginRefused, Lost
 
 # One "@" at most: no part of a password shall be taken for a host or a database, and be told.
 _URL = re.compile(
@@ -104,6 +105,10 @@ class PostgresBackend:
         ConfigurationError: The URL or the prefix makes no sense. The message repeats neither.
     """
 
+    if_silent = (
+        "behind a pooler such as pgbouncer, LISTEN needs session pooling or a direct connection"
+    )
+
     def __init__(self, url: str, *, prefix: str = "starcast:") -> None:
         parts = _URL.fullmatch(url)
         if parts is None:
@@ -135,7 +140,7 @@ class PostgresBackend:
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         """Open both connections, within 5 seconds."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
+            async with Deadline(CONNECT_TIMEOUT):
                 self._publisher = await self._connect(deliver)
                 self._listener = await self._connect(deliver)
             if self._publisher.is_closed():
@@ -145,7 +150,9 @@ class PostgresBackend:
             if not isinstance(error, Exception):
                 raise
             # The chain of causes is cut: it might hold what the URL holds.
-            raise BackendUnavailable(f"no connection to {self._where}: {_reason(error)}") from None
+            refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
+            kind = LoginRefused if refused else BackendUnavailable
+            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
         settings = self._publisher.get_settings()
         self._utf8 = getattr(settings, "server_encoding", "UTF8") == "UTF8"
         self._lost = lost

@@ -16,7 +16,7 @@ from backends.front import front
 from backends.nats_server import Flood, NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, backends, link
+from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, backends, link, probe
 from support import Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -94,10 +94,10 @@ def hub_is_back(hub: Broadcast):
 
 
 async def test_row_13_frozen(server, all_back, monkeypatch):
-    assert link.PROBE_EVERY + link.PROBE_TIMEOUT < 10
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.3)
-    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.7)
-    async with Broadcast(server.url) as hub, hub.subscribe("room", gaps=True) as subscriber:
+    assert link.PROBE_INTERVAL + probe.PROBE_TIMEOUT < 10
+    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.7)
+    hub = Broadcast(server.url, probe_interval=0.3)
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
         peer = await joined(hub)
         server.freeze()
         with pytest.raises(BackendUnavailable):
@@ -262,7 +262,7 @@ async def test_row_27_nobody_listens_there(url, all_back):
     scheme = url.partition("://")[0]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{port}")
+    hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{port}", open_timeout=0)
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"127\.0\.0\.1") as caught:
         await hub.connect()
@@ -276,7 +276,7 @@ async def test_row_27_nobody_listens_there(url, all_back):
 
 async def test_row_27_an_unknown_host(url, all_back):
     scheme = url.partition("://")[0]
-    hub = Broadcast(f"{scheme}://user:secret@starcast.invalid")
+    hub = Broadcast(f"{scheme}://user:secret@starcast.invalid", open_timeout=0)
     with pytest.raises(BackendUnavailable, match=r"starcast\.invalid") as caught:
         await hub.connect()
     assert "secret" not in str(caught.value)

@@ -31,5 +31,5 @@ async def hub(broker: Broker):
     broker.open.set()
     await hub.disconnect()
     await until(lambda: not starcast_tasks())
-    assert not hub._link._holds
+    assert not hub._link._subscriptions.holds
     assert not len(hub._link._sender)

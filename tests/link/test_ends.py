@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, broadcast, link, sender
-from starcast.waiter import Lock, Waiter, running_loop
+from starcast import BackendUnavailable, Broadcast, broadcast, link, probe, sender
+from starcast.waiter import Lock, running_loop
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -61,9 +61,8 @@ async def on_another_loop(hub: Broadcast) -> OtherLoop:
 # Of the loop
 
 
-async def test_a_loop_that_ends_while_it_connects(broker, monkeypatch):
+async def test_a_loop_that_ends_while_it_connects(broker):
     """What it still does to its connection is no harm to the next one."""
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.1)
 
     class Clinging(Bus):
         async def start(self, deliver, lost):
@@ -75,7 +74,7 @@ async def test_a_loop_that_ends_while_it_connects(broker, monkeypatch):
                     await asyncio.sleep(0.1)  # as NATS, which takes some time to close
             await super().start(deliver, lost)
 
-    hub = Broadcast(backend=Clinging(broker))
+    hub = Broadcast(backend=Clinging(broker), probe_interval=0.1)
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
     first.loop.call_soon_threadsafe(broker.kill)
@@ -83,18 +82,17 @@ async def test_a_loop_that_ends_while_it_connects(broker, monkeypatch):
     broker.up = True
     await asyncio.to_thread(first.close)
     await until(lambda: hub.stats().backend.gaps)
-    heard = hub._link._heard
-    await until(lambda: hub._link._heard > heard)  # it is being watched
+    heard = hub._link._probe.heard
+    await until(lambda: hub._link._probe.heard > heard)  # it is being watched
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
 
 
 @pytest.mark.parametrize("which", ["_live", "_watch", "all"])
-async def test_nothing_is_called_from_another_loop(broker, monkeypatch, which):
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.05)
+async def test_nothing_is_called_from_another_loop(broker, which):
     backend = Strict(broker)
-    hub = Broadcast(backend=backend)
+    hub = Broadcast(backend=backend, probe_interval=0.05)
     first = await on_another_loop(hub)
     await joined(hub, "room")
     tasks = [
@@ -106,8 +104,8 @@ async def test_nothing_is_called_from_another_loop(broker, monkeypatch, which):
         first.loop.call_soon_threadsafe(task.cancel)
     await until(lambda: hub.stats().backend.gaps)
     await until(lambda: not asyncio.all_tasks(first.loop))
-    heard = hub._link._heard
-    await until(lambda: hub._link._heard > heard)
+    heard = hub._link._probe.heard
+    await until(lambda: hub._link._probe.heard > heard)
     await hub.disconnect()
     await asyncio.to_thread(first.close)
     assert not backend.wrong
@@ -245,7 +243,7 @@ async def test_asking_on_a_loop_that_is_not_its_own_any_more(hub, broker):
     life = hub._link._life
     await asyncio.to_thread(first.close)
     await hub.connect()
-    answered = Waiter()
+    answered = sender.Taken()
     hub._link._answer(life, answered)
     assert not answered._future.done()
     assert await hub.healthy()
@@ -462,8 +460,8 @@ async def test_a_publish_while_the_hub_is_being_closed(hub, broker):
 
 async def test_a_connection_that_breaks_in_the_moment_in_which_it_is_made(broker):
     class Fragile(Bus):
-        async def subscribe(self, channel):
-            await super().subscribe(channel)
+        async def publish(self, messages):
+            await super().publish(messages)
             if self.starts == 1:
                 self.broker.kill()
 
@@ -528,22 +526,21 @@ async def test_a_connection_that_breaks_while_it_subscribes_is_one_line(broker, 
 
 async def test_health_checks_at_the_wrong_moment(broker, monkeypatch):
     """Somebody asks in the turn in which the answer to the watch is there."""
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.05)
-    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.2)
-    hub = Broadcast(backend=Bus(broker))
-    await hub.connect()
-    real, times = hub._link._arrived, []
+    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.2)
+    hub = Broadcast(backend=Bus(broker), probe_interval=0.05)
+    await joined(hub, "room")
+    real, times = hub._link._probe.came, []
 
-    def arrived(life, channel, data):
+    def came():
         if len(times) < 2:
-            times.append(asyncio.get_running_loop().call_soon(hub._link._ask, life))
-        real(life, channel, data)
+            times.append(asyncio.get_running_loop().call_soon(hub._link._probe.ask))
+        real()
 
-    monkeypatch.setattr(hub._link, "_arrived", arrived)
+    monkeypatch.setattr(hub._link._probe, "came", came)
     heard = 0
     for _ in range(4):
-        await until(lambda heard=heard: hub._link._heard > heard)
-        heard = hub._link._heard
+        await until(lambda heard=heard: hub._link._probe.heard > heard)
+        heard = hub._link._probe.heard
     assert len(times) == 2
     assert hub.stats().backend.error is None
     await hub.disconnect()
@@ -607,21 +604,20 @@ async def test_a_publish_inside_a_publish(hub, broker, monkeypatch):
 
 async def test_a_large_message_over_a_thin_line(broker, monkeypatch):
     """The probe waits behind it, and that is no outage."""
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.05)
-    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.1)
-    monkeypatch.setattr(link, "SLOWEST", 1000)
+    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.1)
+    monkeypatch.setattr(probe, "SLOWEST", 1000)
 
     class Thin(Bus):
         async def publish(self, messages):
             await asyncio.sleep(sum(len(data) for _, data in messages) / 20_000)
             await super().publish(messages)
 
-    hub = Broadcast(backend=Thin(broker))
+    hub = Broadcast(backend=Thin(broker), probe_interval=0.05)
     peer = await joined(hub, "room")
     hub.publish_nowait("room", "x" * 10_000)
     await until(lambda: peer.got)
-    heard = hub._link._heard
-    await until(lambda: hub._link._heard > heard)
+    heard = hub._link._probe.heard
+    await until(lambda: hub._link._probe.heard > heard)
     assert hub.stats().backend.gaps == 0
     await hub.disconnect()
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, PublishQueueFull, link, sender
+from starcast import BackendUnavailable, Broadcast, PublishQueueFull, link, sender, subscriptions
 from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
@@ -47,7 +47,7 @@ async def test_release_during_the_resubscribing_leaves_no_subscription(broker):
     await until(lambda: hub.stats().backend.state == "reconnecting")
     broker.open.clear()
     broker.up = True
-    for _ in ("start", "probe"):
+    for _ in ("start", "the probe's channel", "the probe"):
         await until(lambda: broker.stalled)
         broker.open.set()
         broker.open.clear()
@@ -225,7 +225,7 @@ async def test_closing_while_a_channel_is_left(broker):
     await hub.disconnect(peer.websocket)
     await until(lambda: broker.stalled)
     await hub.disconnect()
-    assert not hub._link._holds
+    assert not hub._link._subscriptions.holds
     assert hub.stats().backend.channels == 0
 
 
@@ -246,7 +246,7 @@ async def test_subscribing_while_another_loop_closes_the_hub(broker, other):
     with contextlib.suppress(Exception):
         await asyncio.wrap_future(entering)
     assert hub.stats().subscribers == 0
-    assert not hub._link._holds
+    assert not hub._link._subscriptions.holds
 
 
 async def test_healthy_while_the_loop_of_the_connection_ends(broker):
@@ -269,7 +269,7 @@ async def _clear(broker):
 
 @pytest.mark.parametrize("early", [0, 10])
 async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, early):
-    monkeypatch.setattr(link, "AT_ONCE", 1)
+    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
     monkeypatch.setattr(link, "MAX_EARLY", early)
     reached, go = asyncio.Event(), asyncio.Event()
 
@@ -356,7 +356,7 @@ async def test_many_channels_over_a_long_way(broker, monkeypatch):
             await asyncio.sleep(0.01)
             await super().subscribe(channel)
 
-    monkeypatch.setattr(link, "AT_ONCE", 1)
+    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
     hub = Broadcast(backend=Far(broker))
     for n in range(40):
         await joined(hub, str(n))
