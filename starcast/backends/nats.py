@@ -291,6 +291,8 @@ class NatsBackend:
         ConfigurationError: The URL, the prefix or an option makes no sense.
     """
 
+    if_silent = "do the user's permissions allow to subscribe to what it may publish to?"
+
     def __init__(self, url: str, *, prefix: str = "starcast:", **options: Any) -> None:
         if len(prefix) > MAX_PREFIX or not _PREFIX.fullmatch(prefix):
             raise ConfigurationError(

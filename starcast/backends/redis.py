@@ -58,7 +58,8 @@ class RedisBackend:
     a subscriber that is behind by more than `client-output-buffer-limit pubsub`, which is 32 MB (or
     8 MB for a minute) by default. Messages are therefore limited to 8 MiB, or to the server's
     `proto-max-bulk-len` if it is less and may be asked for. A user with few rights needs
-    `+ping +publish +subscribe +unsubscribe` and `&starcast:*`; `+config|get` lets it ask.
+    `+ping +publish +subscribe +unsubscribe` and `&starcast:*`; `+config|get` lets it ask, and
+    `+hello` lets it notice that the server is a replica, which tells only its own subscribers.
 
     Args:
         url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`. What
