@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from starcast import Broadcast, PublishQueueFull, loglimit, sender
+from starcast import BackendUnavailable, Broadcast, PublishQueueFull, loglimit, sender
 from starcast.event import Event
 from starcast.loglimit import LogLimit
 from support import Broker, Bus, Peer, joined, until
@@ -105,6 +105,18 @@ async def test_a_message_that_was_under_way_is_lost(hub, broker):
     broker.open.set()
     await until(lambda: lost)
     assert lost == [sender.LOST]
+
+
+async def test_a_message_that_nobody_awaits_any_more_is_not_sent(hub, broker):
+    peer = await joined(hub, "room")
+    broker.open.clear()
+    hub.publish_nowait("room", "under way")
+    await until(lambda: broker.stalled)
+    with pytest.raises(BackendUnavailable):
+        await hub.publish("room", "given up")
+    broker.open.set()
+    await hub.publish("room", "last")
+    await until(lambda: peer.got == ["under way", "last"])
 
 
 async def test_a_message_that_is_refused(hub, broker, caplog):
