@@ -230,8 +230,9 @@ async def test_a_connection_that_is_made_anew_has_to_deliver_too(all_back):
 
 async def test_a_hub_opens_at_a_slow_broker(url, all_back):
     port = urlsplit(url).port
-    async with front(port, delay=0.1) as slow, Broadcast(url.replace(f":{port}", f":{slow}")) as hub:
-        assert await hub.healthy()
+    async with front(port, delay=0.1) as slow:
+        async with Broadcast(url.replace(f":{port}", f":{slow}")) as hub:
+            assert await hub.healthy()
 
 
 # What is refused
@@ -243,7 +244,7 @@ async def test_a_redis_user_that_may_not_use_the_hubs_own_channel(all_back, capl
         server.command("ACL", "SETUSER", "few", "on", ">pass", "resetchannels", *rights)
         url = server.url.replace("://", "://few:pass@")
         hub = Broadcast(url, open_timeout=0)
-        with pytest.raises(BackendUnavailable, match=r"own channel 'starcast-probe-.*NOPERM|No perm"):
+        with pytest.raises(BackendUnavailable, match=r"own channel 'starcast-probe-.*(?i:no perm)"):
             await hub.connect()
         # It had the right, and loses that to publish there.
         server.command("ACL", "SETUSER", "few", "allchannels")
