@@ -230,9 +230,11 @@ async def test_a_connection_that_is_made_anew_has_to_deliver_too(all_back):
 
 async def test_a_hub_opens_at_a_slow_broker(url, all_back):
     port = urlsplit(url).port
-    async with front(port, delay=0.1) as slow:
-        async with Broadcast(url.replace(f":{port}", f":{slow}")) as hub:
-            assert await hub.healthy()
+    async with (
+        front(port, delay=0.1) as slow,
+        Broadcast(url.replace(f":{port}", f":{slow}")) as hub,
+    ):
+        assert await hub.healthy()
 
 
 # What is refused
