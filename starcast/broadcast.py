@@ -7,88 +7,30 @@ the shard brings it to them. In memory there is no broker, and no link.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
-import inspect
-import itertools
-import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import WebSocketException
-from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.routing import Router, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket
 
-from . import backends, codec
+from . import backends, codec, serving
 from .backends import Backend
 from .codec import Dumps, Encoding
-from .connection import (
-    ABNORMAL,
-    CLOSE_TIMEOUT,
-    GOING_AWAY,
-    NORMAL,
-    POLICY_VIOLATION,
-    SERVICE_RESTART,
-    Connection,
-    is_gone,
-)
-from .deadline import Deadline
-from .event import Event
-from .exceptions import (
-    BackendUnavailable,
-    ClientGone,
-    ConfigurationError,
-    EncodingError,
-    InvalidChannel,
-    InvalidMessage,
-    NotConnected,
-    OriginRefused,
-    PayloadTooLarge,
-    PublishQueueFull,
-)
+from .connection import NORMAL
+from .exceptions import ConfigurationError
 from .gap import Gap
-from .link import OPEN_TIMEOUT, PROBE_INTERVAL, Link, check_timing
+from .hub import AfterGap, Headers, Hub, Settings
+from .link import OPEN_TIMEOUT, PROBE_INTERVAL
+from .mount import Authorize, make_app
 from .origins import Origins
-from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
-from .registry import Registry
-from .sender import Taken
-from .shard import SLICE, Shard
-from .stats import Counters, Stats
-from .subscriber import GapSubscriber, Subscriber, Subscription
-from .waiter import Full, Lock, Place, Waiter
-
-logger = logging.getLogger("starcast")
+from .outbox import MAX_BUFFER, OnOverflow, Overflow
+from .stats import Stats
+from .subscriber import GapSubscriber, Subscriber
 
 DEFAULT_CHANNEL = "default"
-
-# Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
-YIELD_AFTER = 64
-
-# Seconds that `publish` waits for room before it raises PublishQueueFull.
-PUBLISH_TIMEOUT = 2.0
-
-# Seconds after which each event loop sees whether the connection to the broker is looked after.
-GUARD_EVERY = 0.5
-
-# Messages of one client that may be handed over before its next one waits for them.
-MAX_UNCONFIRMED = 256
-
-# The same in bytes: 256 clients that all send as much as they can just fill what may wait for a
-# loop (`shard.MAX_PENDING`).
-MAX_UNCONFIRMED_COST = 64 * 1024
-
-# Seconds without a failure after which the next one is logged again.
-OUTAGE_OVER = 10.0
-
-AfterGap = Literal["carry_on", "close"]
-Authorize = Callable[[WebSocket, str], Awaitable[object] | object]
-Headers = Iterable[tuple[bytes, bytes]]
 
 
 def _check_close(code: int, reason: str) -> None:
@@ -98,18 +40,6 @@ def _check_close(code: int, reason: str) -> None:
         raise ConfigurationError(f"{code!r} is not a close code that may be sent")
     if len(reason.encode()) > 123:
         raise ConfigurationError("a close reason has at most 123 bytes")
-
-
-def has_handler(websocket: WebSocket, exc: Exception) -> bool:
-    """Whether the app brings an exception handler for this error, which shall answer the client.
-
-    Starlette's own for WebSocketException does not count: it closes at once, on a websocket object
-    of its own, and so before what the client still has to get.
-    """
-    handlers, _ = websocket.scope.get("starlette.exception_handlers", ({}, {}))
-    handler = next((handlers[cls] for cls in type(exc).__mro__ if cls in handlers), None)
-    starlettes = ExceptionMiddleware.websocket_exception
-    return handler is not None and getattr(handler, "__func__", None) is not starlettes
 
 
 class Broadcast:
@@ -171,46 +101,19 @@ class Broadcast:
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
     ) -> None:
-        check_timing(open_timeout, probe_interval)
-        backend = backends.from_url(url) if backend is None else backend
-        self._registry = Registry(self._release)
-        self._link = None
-        if backend is not None:
-            registry = self._registry
-            self._link = Link(
-                backend,
-                registry.lock,
-                registry.bring,
-                self._tell_gap,
-                open_timeout,
-                probe_interval,
-            )
-        if after_gap not in ("carry_on", "close"):
-            raise ConfigurationError(f"after_gap must be carry_on or close, not {after_gap!r}")
-        self._on_gap = on_gap
-        self._after_gap = after_gap
-        self._dumps: Dumps = codec.dumps if dumps is None else dumps
-        self._origins = Origins(origins)
-        self._outbox = functools.partial(Outbox, max_buffer, overflow)
-        self._outbox()  # refuses settings that make no sense
-        self._max_buffer = max_buffer
-        self._overflow: Overflow = overflow
-        self._on_overflow = on_overflow
-        self._ready_frames = ready_frames
-        self._open = False
-        self._closed = False
-        self._switching = Lock()  # held while the backend starts or stops
-        self._failures = 0
-        self._failure: Exception | None = None  # why it did not start last
-        self._closings = 0
-        self._lock = self._registry.lock
-        # Guarded by the lock:
-        self._published = 0
-        self._failed = 0
-        self._ids = itertools.count(1)
-        self._unyielded = 0  # messages since a turn was given to the loop, and since when
-        self._unyielded_since = 0.0
-        self._failed_last = -OUTAGE_OVER  # when a client's message was lost last
+        settings = Settings(
+            dumps=codec.dumps if dumps is None else dumps,
+            origins=Origins(origins),
+            max_buffer=max_buffer,
+            overflow=overflow,
+            on_overflow=on_overflow,
+            ready_frames=ready_frames,
+            on_gap=on_gap,
+            after_gap=after_gap,
+            open_timeout=open_timeout,
+            probe_interval=probe_interval,
+        )
+        self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
         self._mount = self.app()
 
     # Open and close
@@ -227,15 +130,13 @@ class Broadcast:
     ) -> None:
         await self.disconnect()
 
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+    def lifespan(self, app: object = None) -> contextlib.AbstractAsyncContextManager[None]:
         """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`.
 
         An app waits `open_timeout` seconds for its broker and does not start without it; once
         started, it waits for it without end.
         """
-        async with self:
-            yield
+        return self._hub.lifespan(app)
 
     @overload
     async def connect(self) -> None: ...
@@ -295,44 +196,11 @@ class Broadcast:
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
         """
         if websocket is None:
-            await self._ensure_open(patient=True)
-            if self._link is not None:
-                await self._link.ready()
+            await self._hub.ready()
             return
         codec.check_channel(channel)
-        outbox = Outbox(
-            self._max_buffer if max_buffer is None else max_buffer,
-            self._overflow if overflow is None else overflow,
-        )
-        if websocket.application_state is WebSocketState.CONNECTING:
-            self._origins.check(websocket)
-        await self._ensure_open()
-        closings = self._closings
-        registered = False
-        if self._link is not None:
-            if self._is_on(websocket, channel):
-                self._link.want(channel)
-            else:
-                await self._link.hold(channel)
-        try:
-            if websocket.application_state is WebSocketState.CONNECTING:
-                try:
-                    await websocket.accept(subprotocol=subprotocol, headers=headers)
-                except OSError:
-                    raise ClientGone(ABNORMAL) from None
-            if is_gone(websocket) or websocket.application_state is not WebSocketState.CONNECTED:
-                raise ClientGone(ABNORMAL)
-            with self._lock:
-                closed = self._closings != closings
-                if not closed:
-                    registered = self._register(websocket, channel, outbox)
-            self._guard()
-            if closed:  # while the websocket was being accepted
-                await websocket.close(GOING_AWAY)
-                raise ClientGone(GOING_AWAY)
-        finally:
-            if not registered:
-                self._release(channel)
+        outbox = self._hub.settings.outbox(max_buffer, overflow)
+        await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
 
     @overload
     async def disconnect(self) -> None: ...
@@ -354,8 +222,8 @@ class Broadcast:
         1001 (going away), and waits for that up to 10 seconds. The hub may be opened again.
         """
         if websocket is None:
-            await self._close()
-        elif left := self._leave(websocket, channel):
+            await self._hub.close()
+        elif left := self._hub.leave(websocket, channel):
             await left
 
     async def close(self, websocket: WebSocket, code: int = NORMAL, reason: str = "") -> None:
@@ -374,16 +242,7 @@ class Broadcast:
             ConfigurationError: The code or the reason may not be sent.
         """
         _check_close(code, reason)
-        connection = self._find(websocket)
-        if connection is None or not self._registry.end(connection, Close(code, reason)):
-            if not is_gone(websocket):
-                with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
-                    async with asyncio.timeout(CLOSE_TIMEOUT):
-                        await websocket.close(code, reason)
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT + 1):
-                await connection.wait_ended()
+        await self._hub.close_client(websocket, code, reason)
 
     # Send
 
@@ -413,17 +272,7 @@ class Broadcast:
         if to is None:
             await self.publish(channel, data, exclude=exclude, encoding=encoding)
             return
-        event = self._event("", data, (), encoding)
-        connection = self._find(to)
-        if connection is None or connection.leaving is not None:
-            if is_gone(to):
-                return
-            raise NotConnected("the websocket is not registered; call connect(websocket) first")
-        try:
-            self._registry.post(event, connection)
-        except PublishQueueFull as exc:
-            await self._retry(functools.partial(self._registry.post, event, connection), exc)
-        await self._settled()
+        await self._hub.send(self._hub.event("", data, (), encoding), to)
 
     async def publish(
         self,
@@ -455,10 +304,9 @@ class Broadcast:
                 the message all the same if the connection was lost in this moment.
             PayloadTooLarge: The broker takes no message of this size.
         """
-        event = self._event(codec.check_channel(channel), message, exclude, encoding)
-        if not (self._running or self._closed):
-            await self._ensure_open()
-        await self._publish_and_wait(event)
+        event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
+        await self._hub.reopen()
+        await self._hub.dispatcher.publish_and_wait(event)
 
     def publish_nowait(
         self,
@@ -481,13 +329,8 @@ class Broadcast:
                 than 16 MiB waiting. Nobody got the message.
             BackendUnavailable: The hub has a broker and is not open.
         """
-        event = self._event(codec.check_channel(channel), message, exclude, encoding)
-        try:
-            self._publish(event)
-        except PublishQueueFull:
-            with self._lock:
-                self._failed += 1
-            raise
+        event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
+        self._hub.dispatcher.publish_nowait(event)
 
     @overload
     def subscribe(
@@ -536,10 +379,10 @@ class Broadcast:
         """
         return (GapSubscriber if gaps else Subscriber)(
             codec.check_channel(channel),
-            Outbox(self._max_buffer if max_buffer is None else max_buffer, overflow),
-            join=self._join,
-            leave=self._registry.unsubscribe,
-            on_overflow=self._on_overflow,
+            self._hub.settings.outbox(max_buffer, overflow),
+            join=self._hub.join,
+            leave=self._hub.registry.unsubscribe,
+            on_overflow=self._hub.settings.on_overflow,
         )
 
     # Serve
@@ -574,33 +417,18 @@ class Broadcast:
         Raises:
             OriginRefused, InvalidChannel, ConfigurationError: See `connect`.
         """
-        codec.check_encoding(encoding)
-        decode = functools.partial(codec.decode, encoding=encoding)
-        try:
-            await self.connect(
-                websocket,
-                channel,
-                subprotocol=subprotocol,
-                headers=headers,
-                max_buffer=max_buffer,
-                overflow=overflow,
-            )
-            while True:
-                message = await websocket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return int(message.get("code") or NORMAL)
-                if not publish:
-                    raise WebSocketException(POLICY_VIOLATION, "listen only")
-                await self._relay(websocket, channel, decode(message), encoding)
-        except (OriginRefused, InvalidChannel):
-            raise
-        except WebSocketException as exc:
-            await self._reject(websocket, exc)
-            return exc.code
-        except WebSocketDisconnect as exc:
-            return exc.code
-        finally:
-            self._leave(websocket)
+        connect = functools.partial(
+            self.connect,
+            websocket,
+            channel,
+            subprotocol=subprotocol,
+            headers=headers,
+            max_buffer=max_buffer,
+            overflow=overflow,
+        )
+        return await serving.serve(
+            self._hub, websocket, channel, encoding=encoding, publish=publish, connect=connect
+        )
 
     def app(
         self,
@@ -627,23 +455,8 @@ class Broadcast:
             encoding: See `serve`; without `publish` it is unused.
         """
         codec.check_encoding(encoding)
-
-        async def endpoint(websocket: WebSocket) -> None:
-            channel = codec.check_channel(websocket.path_params["channel"])
-            self._origins.check(websocket)
-            if authorize is not None and not await self._authorized(authorize, websocket, channel):
-                raise WebSocketException(POLICY_VIOLATION, "not authorized")
-            await self.serve(websocket, channel, encoding=encoding, publish=publish)
-
-        async def guarded(websocket: WebSocket) -> None:
-            try:
-                await endpoint(websocket)
-            except WebSocketException as exc:
-                if has_handler(websocket, exc):
-                    raise
-                await self.close(websocket, exc.code, exc.reason)
-
-        return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=self.lifespan)
+        serve = functools.partial(self.serve, encoding=encoding, publish=publish)
+        return make_app(self._hub, serve, authorize)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._mount(scope, receive, send)
@@ -652,7 +465,7 @@ class Broadcast:
 
     def __len__(self) -> int:
         """Return how many clients are connected to this process."""
-        return len(self._registry.clients())
+        return len(self._hub.registry.clients())
 
     def __bool__(self) -> bool:
         return True
@@ -660,28 +473,11 @@ class Broadcast:
     @property
     def channels(self) -> dict[str, int]:
         """Channel name to number of clients, for the channels that have any: a fresh copy."""
-        return self._registry.channels()
+        return self._hub.registry.channels()
 
     def stats(self) -> Stats:
         """Return a snapshot of counters and health. From any thread."""
-        registry = self._registry
-        channels = registry.channels()
-        with self._lock:
-            counters = registry.counters()
-            return Stats(
-                open=self._open,
-                clients=len(registry.connections),
-                subscribers=len(registry.subscribers),
-                channels=channels,
-                published=self._published,
-                failed=self._failed,
-                delivered=counters.delivered,
-                dropped=counters.dropped,
-                cut_off=counters.cut_off,
-                pending=registry.pending,
-                buffered=registry.buffered,
-                backend=None if self._link is None else self._link.stats(),
-            )
+        return self._hub.stats()
 
     async def healthy(self) -> bool:
         """Whether the hub is open and its broker answers, for a readiness check. From any loop.
@@ -689,313 +485,4 @@ class Broadcast:
         With a broker it sends itself a message by way of it, and waits two seconds at most. A hub
         that nobody has opened is not healthy: give the app `lifespan=hub.lifespan`.
         """
-        return self._open and (self._link is None or await self._link.healthy())
-
-    # Who is there
-
-    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> bool:
-        """Put it on the channel; False if it was there already."""
-        connection = self._find(websocket)
-        if connection is not None and connection.code is not None:
-            raise ClientGone(connection.code)
-        if connection is None or connection.ended:
-            connection = Connection(
-                websocket,
-                self._registry.here(),
-                outbox,
-                id=next(self._ids),
-                on_end=self._registry.remove,
-                on_overflow=self._on_overflow,
-                ready_frames=self._ready_frames,
-            )
-            websocket.scope.setdefault("starcast", {})[self] = connection
-        connection.leaving = None
-        return self._registry.join(connection, channel)
-
-    def _is_on(self, websocket: WebSocket, channel: str) -> bool:
-        connection = self._find(websocket)
-        return connection is not None and channel in connection.channels
-
-    def _find(self, websocket: WebSocket) -> Connection | None:
-        """Return what was registered for this websocket last, even if it is no more."""
-        found: Connection | None = websocket.scope.get("starcast", {}).get(self)
-        return found
-
-    def _clients(self) -> list[WebSocket]:
-        return [connection.websocket for connection in self._registry.clients()]
-
-    def _leave(self, websocket: WebSocket, channel: str | None = None) -> Waiter | None:
-        connection = self._find(websocket)
-        return None if connection is None else self._registry.leave(connection, channel)
-
-    async def _join(self, subscriber: Subscription[Any]) -> Counters:
-        await self._ensure_open()
-        closings = self._closings
-        if self._link is not None:
-            await self._link.hold(subscriber.channel)
-        with self._lock:
-            if self._link is not None and self._closings != closings:
-                self._release(subscriber.channel)
-                raise BackendUnavailable("the hub was closed")
-            counters = self._registry.subscribe(subscriber)
-        self._guard()
-        return counters
-
-    def _release(self, channel: str) -> None:
-        if self._link is not None:
-            self._link.release(channel)
-
-    # The way of a message
-
-    @property
-    def _running(self) -> bool:
-        return self._open and (self._link is None or self._link.alive)
-
-    async def _ensure_open(self, patient: bool = False) -> None:
-        if self._running:
-            return
-        failures = self._failures
-        async with self._switching:
-            if self._running:
-                return
-            if self._failure is not None and self._failures > failures:
-                raise self._failure.with_traceback(None)  # of the attempt that this one waited for
-            try:
-                if self._link is not None:
-                    # Not every client has to wait for what somebody has waited for in vain.
-                    await self._link.start(patient or self._failure is None)
-            except Exception as exc:
-                self._failures += 1
-                self._failure = exc
-                raise
-            self._open, self._closed, self._failure = True, False, None
-
-    def _guard(self) -> None:
-        """Look after the link from this loop, now and then as long as it has somebody.
-
-        If the link's own loop has ended, it lives on here: else who only listens would never hear
-        anything again.
-        """
-        if self._link is not None:
-            shard = self._registry.here()
-            if not shard.guarded:
-                shard.guarded = True
-                self._look(shard)
-
-    def _look(self, shard: Shard) -> None:
-        assert self._link is not None
-        if not (self._open and shard.channels):
-            shard.guarded = False
-            return
-        if not (self._link.alive or self._link.resting) and (
-            shard.moving is None or shard.moving.done()
-        ):
-            shard.moving = shard.loop.create_task(self._move())
-        shard.loop.call_later(GUARD_EVERY, self._look, shard)
-
-    async def _move(self) -> None:
-        assert self._link is not None
-        async with self._switching:
-            if self._open and not self._link.alive:
-                await self._link.start(patient=False)
-
-    async def _close(self) -> None:
-        connections: list[Connection] = []
-        if self._link is not None:
-            self._link.stop_opening()
-        try:
-            async with self._switching:
-                self._open, self._closed = False, True
-                self._closings += 1
-                connections = self._registry.dismiss(Close(GOING_AWAY, "going away"))
-                if self._link is not None:
-                    await self._link.stop()
-        finally:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT + 1):
-                    for connection in connections:
-                        await connection.wait_ended()
-
-    def _event(
-        self,
-        channel: str,
-        message: Any,
-        exclude: WebSocket | Iterable[WebSocket],
-        encoding: Encoding | None,
-    ) -> Event:
-        if encoding is not None:
-            codec.check_encoding(encoding)
-        content, payload = codec.encode(message, encoding, self._dumps)
-        if exclude == ():
-            return Event(channel, content, payload)
-        excluded = (exclude,) if isinstance(exclude, WebSocket) else exclude
-        found = [self._find(websocket) for websocket in excluded]
-        ids = frozenset(connection.id for connection in found if connection is not None)
-        return Event(channel, content, payload, ids)
-
-    def _publish(self, event: Event, wait: bool = False) -> Taken | None:
-        """Hand an event over; what comes back is set when the broker has it."""
-        taken = None
-        if self._link is not None:
-            if not self._open:
-                raise BackendUnavailable("the hub is not open")
-            taken = self._link.publish(event, wait)
-        elif self._open:
-            self._registry.deliver(event)
-        with self._lock:
-            self._published += 1
-        return taken
-
-    async def _publish_and_wait(self, event: Event) -> None:
-        deadline = None
-        try:
-            taken = self._publish(event, wait=True)
-        except PublishQueueFull as exc:
-            deadline = asyncio.get_running_loop().time() + PUBLISH_TIMEOUT
-            again = functools.partial(self._publish, event, wait=True)
-            taken = await self._retry(again, exc, deadline)
-        if taken is None:
-            await self._settled()
-            return
-        try:
-            await taken.wait(deadline)
-        except BackendUnavailable:
-            with self._lock:
-                self._failed += 1
-            raise
-
-    def _tell_gap(self, gap: Gap) -> None:
-        """Tell everybody who wants to know. The link calls this."""
-        close = None
-        if self._after_gap == "close":
-            close = Close(SERVICE_RESTART, "messages may be missing")
-        self._registry.tell_gap(gap, close)
-        if self._on_gap is not None:
-            try:
-                self._on_gap(gap)
-            except Exception:
-                logger.exception("on_gap raised")
-
-    async def _retry(
-        self,
-        hand_over: Callable[[], Taken | None],
-        full: PublishQueueFull,
-        deadline: float | None = None,
-    ) -> Taken | None:
-        """Call it again whenever there is room, for two seconds or until the deadline."""
-        loop = asyncio.get_running_loop()
-        if deadline is None:
-            deadline = loop.time() + PUBLISH_TIMEOUT
-        while loop.time() < deadline and isinstance(full, Full):
-            await self._room(full.place, deadline)
-            try:
-                return hand_over()
-            except PublishQueueFull as exc:
-                full = exc
-        with self._lock:
-            self._failed += 1
-        raise full
-
-    async def _room(self, place: Place, deadline: float) -> None:
-        room = Waiter()
-        with self._lock:
-            place.tell_room(room)
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with Deadline(deadline - asyncio.get_running_loop().time()):
-                    await room
-        finally:
-            with self._lock:
-                place.forget_room(room)
-
-    async def _settled(self) -> None:
-        """Bring everything published so far to the sockets or outboxes of this loop."""
-        shard = self._registry.shards.get(asyncio.get_running_loop())
-        late = False
-        if shard is not None and shard.awake:
-            if not self._unyielded:
-                self._unyielded_since = time.monotonic()
-            if not shard.flush():
-                sent = Waiter()
-                with self._lock:
-                    shard.add(None, done=sent.set)  # it is awake: nobody needs to wake it
-                await sent
-                self._unyielded = 0
-                return
-            late = time.monotonic() - self._unyielded_since > SLICE
-        # What ends without waiting must leave time to other tasks now and then.
-        self._unyielded += 1
-        if late or self._unyielded >= YIELD_AFTER:
-            self._unyielded = 0
-            await asyncio.sleep(0)
-
-    # The life of a client
-
-    async def _relay(
-        self, websocket: WebSocket, channel: str, data: Any, encoding: Encoding | None
-    ) -> None:
-        """Publish what a client sent, without waiting unless too much of it is unconfirmed."""
-        try:
-            event = self._event(codec.check_channel(channel), data, (), encoding)
-        except EncodingError as exc:
-            # It could be read and cannot be written: a number too large for `dumps=`, say.
-            raise InvalidMessage(1007, "cannot be sent on") from exc
-        if not (self._running or self._closed):
-            await self._ensure_open()
-        connection = self._find(websocket)
-        wait = connection is None or self._is_enough(connection, event)
-        try:
-            if wait:
-                await self._publish_and_wait(event)
-                return
-            try:
-                self._publish(event)
-            except PublishQueueFull as exc:
-                await self._retry(functools.partial(self._publish, event), exc)
-        except (PublishQueueFull, PayloadTooLarge, BackendUnavailable) as exc:
-            if (now := time.monotonic()) > self._failed_last + OUTAGE_OVER:
-                logger.error("messages of clients are being lost: %s", exc)
-            self._failed_last = now
-
-    @staticmethod
-    def _is_enough(connection: Connection, event: Event) -> bool:
-        connection.unconfirmed += 1
-        connection.unconfirmed_cost += event.cost
-        if (
-            connection.unconfirmed < MAX_UNCONFIRMED
-            and connection.unconfirmed_cost < MAX_UNCONFIRMED_COST
-        ):
-            return False
-        connection.unconfirmed = connection.unconfirmed_cost = 0
-        return True
-
-    async def _reject(self, websocket: WebSocket, exc: WebSocketException) -> None:
-        """Close a client for what it sent, with one line in the log."""
-        address = websocket.client
-        logger.warning(
-            "closed the client %s with %d: %s",
-            "?" if address is None else f"{address.host}:{address.port}",
-            exc.code,
-            exc.reason,
-        )
-        await self.close(websocket, exc.code, exc.reason)
-
-    @staticmethod
-    async def _authorized(authorize: Authorize, websocket: WebSocket, channel: str) -> bool:
-        is_async = inspect.iscoroutinefunction(authorize) or inspect.iscoroutinefunction(
-            getattr(authorize, "__call__", None)  # noqa: B004  # an object with an async __call__
-        )
-        try:
-            if is_async:
-                answer = authorize(websocket, channel)
-            else:
-                answer = await run_in_threadpool(authorize, websocket, channel)
-            if inspect.isawaitable(answer):
-                answer = await answer
-        except PermissionError:
-            return False
-        if answer is None or answer is True:
-            return True
-        if answer is False:
-            return False
-        raise ConfigurationError(f"authorize returned {answer!r}, not None, True or False")
+        return await self._hub.healthy()

@@ -11,9 +11,9 @@ from starlette.exceptions import WebSocketException
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec
-from .broadcast import DEFAULT_CHANNEL, Broadcast, has_handler
-from .connection import ABNORMAL, INTERNAL_ERROR, NORMAL, is_gone
+from . import codec, serving
+from .broadcast import DEFAULT_CHANNEL, Broadcast
+from .connection import ABNORMAL, INTERNAL_ERROR, is_gone
 from .exceptions import ClientGone, InvalidMessage
 
 
@@ -74,7 +74,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
         messages on their way is not read from until they have been sent.
         """
         channel = self.get_channel(websocket)
-        await self.broadcast._relay(websocket, channel, data, self.encoding)
+        await serving.relay(self.broadcast._hub, websocket, channel, data, self.encoding)
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         """Unregister the client. Called exactly once for every client that was registered.
@@ -90,21 +90,21 @@ class BroadcastEndpoint(WebSocketEndpoint):
     async def dispatch(self) -> None:
         """Live the client's life. Starlette calls this."""
         websocket = WebSocket(self.scope, receive=self.receive, send=self.send)
-        hub = self.broadcast
+        hub = self.broadcast._hub
         code = ABNORMAL  # what on_disconnect is told if this task is cancelled
         try:
             await self.on_connect(websocket)
             code = await self._converse(websocket)
         except InvalidMessage as exc:
             code = exc.code
-            await hub._reject(websocket, exc)
+            await serving.reject(hub, websocket, exc)
         except WebSocketException as exc:
             code = exc.code
-            if has_handler(websocket, exc):
+            if serving.has_handler(websocket, exc):
                 raise
-            await hub.close(websocket, exc.code, exc.reason)
+            await hub.close_client(websocket, exc.code, exc.reason)
         except Exception as exc:
-            connection = hub._find(websocket)
+            connection = hub.find(websocket)
             if isinstance(exc, WebSocketDisconnect) and (
                 isinstance(exc, ClientGone)
                 or is_gone(websocket)
@@ -114,19 +114,19 @@ class BroadcastEndpoint(WebSocketEndpoint):
                 return
             code = INTERNAL_ERROR
             accepted = websocket.application_state is WebSocketState.CONNECTED
-            if accepted and not has_handler(websocket, exc):
-                await hub.close(websocket, code)
+            if accepted and not serving.has_handler(websocket, exc):
+                await hub.close_client(websocket, code, "")
             raise
         finally:
             try:
-                if hub._find(websocket) is not None:
+                if hub.find(websocket) is not None:
                     await self.on_disconnect(websocket, code)
             finally:
-                hub._leave(websocket)
+                hub.leave(websocket)
 
     async def _converse(self, websocket: WebSocket) -> int:
         while True:
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
-                return int(message.get("code") or NORMAL)
+                return serving.disconnect_code(message)
             await self.on_receive(websocket, await self.decode(websocket, message))

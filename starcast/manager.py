@@ -31,7 +31,7 @@ class ConnectionManager:
     @property
     def active_connections(self) -> list[WebSocket]:
         """The clients of this process: a fresh list, which does not change any more."""
-        return self.hub._clients()
+        return self.hub._hub.clients()
 
     async def connect(self, websocket: WebSocket) -> None:
         """Accept a client, unless that was done, and register it.
@@ -44,7 +44,7 @@ class ConnectionManager:
 
     def disconnect(self, websocket: WebSocket) -> None:
         """Unregister a client; it keeps its socket. Harmless twice and for a stranger."""
-        self.hub._leave(websocket)
+        self.hub._hub.leave(websocket)
 
     async def send_personal_message(self, message: Any, websocket: WebSocket) -> None:
         """Send to one client, in order with what it gets from `broadcast`.
@@ -55,7 +55,7 @@ class ConnectionManager:
         try:
             await self.hub.send(message, to=websocket)
         except NotConnected:
-            content, _ = codec.encode(message, None, self.hub._dumps)
+            content, _ = codec.encode(message, None, self.hub._hub.settings.dumps)
             with contextlib.suppress(WebSocketDisconnect):
                 if isinstance(content, str):
                     await websocket.send_text(content)

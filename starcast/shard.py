@@ -55,8 +55,6 @@ class Shard:
         self.loop = loop
         self.counters = Counters()
         self.awake = False  # there is something to deliver
-        self.guarded = False  # the hub looks after its link from here
-        self.moving: asyncio.Task[None] | None = None  # which brings the link here
         self.version = 0
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}

@@ -32,6 +32,7 @@ from starcast import (
     SubscriberLagged,
     shard,
 )
+from starcast.serving import relay
 from starcast.waiter import Full
 from support import Bus, Peer, until, until_sync
 
@@ -269,7 +270,7 @@ async def test_what_the_garbage_collector_runs_may_publish():
         def __del__(self):
             hub.publish_nowait("default", "last words")
 
-    lock = hub._lock
+    lock = hub._hub.lock
     with lock:
         Last()
         gc.collect()
@@ -530,14 +531,14 @@ async def test_a_message_to_one_client():
 async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(monkeypatch):
     hub = Broadcast()
     peer = await joined(hub)
-    post = hub._registry.post
+    post = hub._hub.registry.post
 
     def full_once(event, connection):
-        monkeypatch.setattr(hub._registry, "post", post)
-        hub._leave(peer.websocket)
+        monkeypatch.setattr(hub._hub.registry, "post", post)
+        hub._hub.leave(peer.websocket)
         post(event, connection)
 
-    monkeypatch.setattr(hub._registry, "post", full_once)
+    monkeypatch.setattr(hub._hub.registry, "post", full_once)
     await hub.send("too late", to=peer.websocket)
     assert peer.got == []
 
@@ -703,13 +704,13 @@ async def test_a_client_is_not_read_from_while_256_of_its_messages_are_on_their_
     peer.leave()
     other = await joined(hub)
     pending = []
-    publish = hub._publish
+    publish = hub._hub.dispatcher.publish
 
     def watching(event, wait=False):
         publish(event, wait)
         pending.append(hub.stats().pending)
 
-    hub._publish = watching
+    hub._hub.dispatcher.publish = watching
     await hub.serve(peer.websocket)
     await until(lambda: len(other.got) == 1000)
     assert other.got == [str(number) for number in range(1000)]
@@ -723,13 +724,13 @@ async def test_large_messages_of_a_client_are_confirmed_more_often():
         peer.say("x" * 20_000)
     peer.leave()
     pending = []
-    publish = hub._publish
+    publish = hub._hub.dispatcher.publish
 
     def watching(event, wait=False):
         publish(event, wait)
         pending.append(hub.stats().pending)
 
-    hub._publish = watching
+    hub._hub.dispatcher.publish = watching
     await hub.serve(peer.websocket)
     assert len(pending) == 100
     assert max(pending) == 4  # 64 KiB
@@ -739,14 +740,14 @@ async def test_messages_that_cannot_be_handed_over_are_counted_and_logged_once(c
     full = True
 
     hub = Broadcast()
-    publish = hub._publish
+    publish = hub._hub.dispatcher.publish
 
     def refusing(*arguments, **options):
         if full:
             raise PublishQueueFull("no room")
         return publish(*arguments, **options)
 
-    hub._publish = refusing
+    hub._hub.dispatcher.publish = refusing
     peer = Peer()
     serving = asyncio.create_task(hub.serve(peer.websocket))
     for number in range(5):
@@ -759,7 +760,7 @@ async def test_messages_that_cannot_be_handed_over_are_counted_and_logged_once(c
     peer.say("works")
     await until(lambda: peer.got == ["works"])
     full = True
-    monkeypatch.setattr("starcast.broadcast.OUTAGE_OVER", -1)
+    monkeypatch.setattr("starcast.serving.OUTAGE_OVER", -1)
     peer.say("lost")
     peer.leave()
     await serving
@@ -1025,10 +1026,10 @@ async def test_a_loop_that_closes_while_it_is_woken(other, monkeypatch):
     other.run(several(hub, 1))
     other.close()
     monkeypatch.setattr(other.loop, "is_closed", lambda: False)  # it still was when that looked
-    gone = hub._registry.shards[other.loop]
+    gone = hub._hub.registry.shards[other.loop]
     await hub.send("nobody")
     assert len(hub) == 0
-    hub._registry._wake([gone])  # another thread has found it at the same time
+    hub._hub.registry._wake([gone])  # another thread has found it at the same time
     assert len(hub) == 0
 
 
@@ -1038,7 +1039,7 @@ async def test_the_clients_of_a_closed_loop_are_not_counted(other):
     other.close()
     assert len(hub) == 0
     assert not hub.channels
-    assert hub._clients() == []
+    assert hub._hub.clients() == []
 
 
 async def test_the_hubs_end_does_not_wait_for_a_closed_loop(other):
@@ -1105,7 +1106,7 @@ async def test_publish_waits_for_room(other, blocked, small):
     publishing = asyncio.create_task(hub.publish("default", "at last"))
     await until(lambda: here.got)
     gone = asyncio.create_task(hub.publish("default", "never"))
-    full = hub._registry.shards[other.loop]
+    full = hub._hub.registry.shards[other.loop]
     await until(lambda: len(full._room) == 2)  # they have asked to be told
     gone.cancel()
     await asyncio.wait([gone])
@@ -1118,7 +1119,7 @@ async def test_publish_waits_for_room(other, blocked, small):
 
 
 async def test_publish_gives_up_when_no_room_comes(other, blocked, small, monkeypatch):
-    monkeypatch.setattr("starcast.broadcast.PUBLISH_TIMEOUT", 0.05)
+    monkeypatch.setattr("starcast.dispatcher.PUBLISH_TIMEOUT", 0.05)
     hub = Broadcast()
     other.run(several(hub, 1))
     blocked()
@@ -1129,7 +1130,7 @@ async def test_publish_gives_up_when_no_room_comes(other, blocked, small, monkey
     with pytest.raises(PublishQueueFull):
         await hub.publish("default", "x")
     assert hub.stats().failed == failed + 1
-    assert not hub._registry.shards[other.loop]._room
+    assert not hub._hub.registry.shards[other.loop]._room
 
 
 async def test_a_personal_message_waits_for_room_too(other, blocked, small):
@@ -1140,7 +1141,7 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
         while True:
             hub.publish_nowait("default", "x")
     sending = asyncio.create_task(hub.send("you", to=there.websocket))
-    await until(lambda: hub._registry.shards[other.loop]._room)
+    await until(lambda: hub._hub.registry.shards[other.loop]._room)
     release.set()
     await sending
     await until(lambda: there.got[-1:] == ["you"])
@@ -1149,21 +1150,21 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
 async def test_room_that_others_have_taken_is_waited_for_again(small):
     hub = Broadcast()
     await several(hub, 1)
-    shard = hub._registry.shards[asyncio.get_running_loop()]
+    shard = hub._hub.registry.shards[asyncio.get_running_loop()]
     outcomes = [Full("", shard), Full("", shard), None]
 
     def hand_over():
         if error := outcomes.pop(0):
             raise error
 
-    await hub._retry(hand_over, Full("", shard))
+    await hub._hub.dispatcher.retry(hand_over, Full("", shard))
     assert outcomes == []
     assert hub.stats().failed == 0
 
 
 async def test_what_a_client_sends_opens_the_hub():
     hub = Broadcast()
-    await hub._relay(Peer().websocket, "room", "hello", "text")
+    await relay(hub._hub, Peer().websocket, "room", "hello", "text")
     assert hub.stats().open
     assert hub.stats().published == 1
 
@@ -1171,8 +1172,10 @@ async def test_what_a_client_sends_opens_the_hub():
 async def test_room_that_has_come_meanwhile_is_not_waited_for(small):
     hub = Broadcast()
     await several(hub, 1)
-    shard = hub._registry.shards[asyncio.get_running_loop()]
-    await asyncio.wait_for(hub._room(shard, asyncio.get_running_loop().time() + 60), 10)
+    shard = hub._hub.registry.shards[asyncio.get_running_loop()]
+    await asyncio.wait_for(
+        hub._hub.dispatcher._room(shard, asyncio.get_running_loop().time() + 60), 10
+    )
 
 
 async def test_a_message_larger_than_the_bound_passes_when_nothing_waits(small):
@@ -1191,7 +1194,7 @@ async def test_the_clients_and_subscribers_that_are_gone_are_not_counted():
     async with hub.subscribe(max_buffer=100) as subscriber:
         await hub.send("x" * 100)
         assert hub.stats().subscribers == 0
-        assert hub._clients() == [peer.websocket]
+        assert hub._hub.clients() == [peer.websocket]
         with pytest.raises(SubscriberLagged):
             await anext(subscriber)
     assert hub.stats().cut_off == 1

@@ -353,7 +353,7 @@ async def test_compressed_frames_and_the_handlers_own_in_chromium(serve, browser
     await page.goto(f"http://127.0.0.1:{server.port}/")
     await until(lambda: websockets)
     (websocket,) = websockets
-    (connection,) = hub._registry.connections
+    (connection,) = hub._hub.registry.connections
     assert connection._wire.setting != 0  # deflate was agreed upon
 
     sent: list[str | bytes] = []

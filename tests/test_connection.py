@@ -28,7 +28,7 @@ def behind(peer: Peer) -> None:
 
 
 def waiting(hub: Broadcast, peer: Peer) -> int:
-    return len(hub._find(peer.websocket).outbox)
+    return len(hub._hub.find(peer.websocket).outbox)
 
 
 # Order
@@ -568,7 +568,7 @@ async def test_a_sender_that_is_killed_and_cancelled_at_once_ends(monkeypatch):
     behind(peer)
     await hub.send("1")
     (runner,) = starcast_tasks()
-    hub._find(peer.websocket).kill()
+    hub._hub.find(peer.websocket).kill()
     runner.cancel()
     await asyncio.wait([runner])
     assert runner.cancelled()
@@ -596,13 +596,13 @@ async def test_a_websocket_on_two_hubs_may_leave_them_in_any_order(order):
 async def test_changing_rooms_again_and_again_leaves_no_trace():
     hub = Broadcast()
     peer = await joined(hub, "room 0")
-    found = hub._find(peer.websocket)
+    found = hub._hub.find(peer.websocket)
     for number in range(2000):
-        hub._leave(peer.websocket)
+        hub._hub.leave(peer.websocket)
         await hub.connect(peer.websocket, f"room {number}")
         await hub.publish(f"room {number}", "hello")
     assert peer.got == ["hello"] * 2000
-    assert hub._find(peer.websocket) is found
+    assert hub._hub.find(peer.websocket) is found
     assert hub.channels == {"room 1999": 1}
 
 
@@ -680,9 +680,9 @@ async def test_coming_back_in_time_is_not_undone_by_the_end_of_leaving(monkeypat
     peer = await joined(hub)
     behind(peer)
     await hub.send("1")
-    hub._leave(peer.websocket)
+    hub._hub.leave(peer.websocket)
     await until(lambda: waiting(hub, peer) == 1)
-    deadline = hub._find(peer.websocket)._deadline
+    deadline = hub._hub.find(peer.websocket)._deadline
     await hub.connect(peer.websocket)
     await hub.send("2")
     await until(lambda: asyncio.get_running_loop().time() > deadline.when())
@@ -698,7 +698,7 @@ async def test_leaving_coming_back_and_leaving_again_while_behind():
     behind(peer)
     await hub.send("1")
     for number in range(2, 5):
-        hub._leave(peer.websocket)
+        hub._hub.leave(peer.websocket)
         await hub.connect(peer.websocket)
         await hub.send(str(number))
     leaving = asyncio.create_task(hub.disconnect(peer.websocket))
@@ -762,7 +762,7 @@ async def test_a_cancelled_send_with_nothing_behind_it_holds_up_nobody():
 
 
 async def test_a_close_of_a_stranger_that_reads_nothing_is_given_up(monkeypatch):
-    monkeypatch.setattr("starcast.broadcast.CLOSE_TIMEOUT", 0.05)
+    monkeypatch.setattr("starcast.hub.CLOSE_TIMEOUT", 0.05)
     peer = Peer()
     await peer.websocket.accept()
     behind(peer)
@@ -928,7 +928,7 @@ async def test_who_cancels_a_handler_is_not_taken_for_the_hub():
     reading = asyncio.create_task(peer.websocket.receive_text())
     await asyncio.sleep(0)
     reading.cancel()
-    hub._find(peer.websocket).kill()
+    hub._hub.find(peer.websocket).kill()
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert reading.cancelling() == 1

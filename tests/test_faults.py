@@ -242,7 +242,7 @@ async def test_thousands_of_channels_leave_nothing_behind():
     await hub.disconnect(peer.websocket)
     await until(lambda: not hub.stats().pending)
     assert not hub.channels
-    (shard,) = hub._registry.shards.values()
+    (shard,) = hub._hub.registry.shards.values()
     assert not shard.channels
     assert not shard._snapshots
 
@@ -444,7 +444,7 @@ async def test_ten_thousand_connects_and_disconnects_leave_nothing():
     assert after - before < 50 * KIB  # a single leaked object a cycle would be megabytes
     assert len(hub) == 0
     assert not hub.channels
-    assert len(hub._registry.shards) == 1
+    assert len(hub._hub.registry.shards) == 1
     assert len(asyncio.all_tasks()) == tasks
     assert hub.stats().published == 2 * (100 + count)
 

@@ -70,7 +70,7 @@ async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
             await asyncio.sleep(0)
             await send(message)
 
-        hub._find(peer.websocket)._send_event = suspending
+        hub._hub.find(peer.websocket)._send_event = suspending
     async with ticking() as turns:
         await hub.send("hello")
         await until(lambda: not starcast_tasks())
@@ -105,7 +105,7 @@ async def test_a_pause_in_a_large_crew_pauses_all_of_it(monkeypatch):
                 await asyncio.sleep(0)
             await send(message)
 
-        hub._find(peer.websocket)._send_event = suspending
+        hub._hub.find(peer.websocket)._send_event = suspending
     async with ticking() as turns:
         await hub.send("hello")
         assert turns[0] >= 200
@@ -302,7 +302,7 @@ async def test_a_publisher_in_a_tight_loop_starves_nobody_and_grows_nothing():
 async def test_whoever_waits_for_room_is_told_when_what_waits_is_on_its_way():
     hub = Broadcast()
     await joined(hub, 1)
-    its = hub._registry.shards[asyncio.get_running_loop()]
+    its = hub._hub.registry.shards[asyncio.get_running_loop()]
     at_once, later, never = Waiter(), Waiter(), Waiter()
     its.tell_room(at_once)
     await at_once
@@ -343,7 +343,7 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
     hub.publish_nowait("default", "lost")
     told = [Waiter(), Waiter()]
     for waiter in told:
-        hub._registry.shards[asyncio.get_running_loop()].add(None, done=waiter.set)
+        hub._hub.registry.shards[asyncio.get_running_loop()].add(None, done=waiter.set)
     for waiter in told:
         await asyncio.wait_for(waiter, 10)
     hub.publish_nowait("default", "3")

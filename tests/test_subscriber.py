@@ -45,10 +45,10 @@ async def collect_until_error(subscriber: Subscriber) -> list[str | bytes]:
 
 def nobody_left(hub: Broadcast) -> bool:
     stats = hub.stats()
-    shards = list(hub._registry.shards.values())
+    shards = list(hub._hub.registry.shards.values())
     return (
         stats.subscribers == stats.buffered == 0
-        and not hub._registry.subscribers
+        and not hub._hub.registry.subscribers
         and not any(shard.channels for shard in shards)
     )
 

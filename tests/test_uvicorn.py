@@ -243,7 +243,7 @@ async def test_every_size_for_clients_of_every_kind_on_one_hub(start, any_window
         for got in await asyncio.gather(*readers):
             assert got == sent
         assert app.through_asgi == 0
-        settings = sorted(its.setting for its in app.hub._registry.connections)
+        settings = sorted(its.setting for its in app.hub._hub.registry.connections)
         assert settings == sorted([0, 12, 9, 12, 15, 0, *WINDOWS]) or settings == sorted(
             [0, 15, 9, 12, 15, 0, *WINDOWS]
         )
@@ -492,7 +492,7 @@ async def test_a_burst_goes_out_in_few_writes(start, back):
     server = await start(app)
     async with server.connect("/ws/x", compression=None) as one, server.connect("/ws/x") as two:
         await until(lambda: len(app.hub) == 2)
-        for its in app.hub._registry.connections:
+        for its in app.hub._hub.registry.connections:
 
             def counting(data, write=its._wire.write):
                 writes.append(len(data))

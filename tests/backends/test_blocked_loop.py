@@ -60,10 +60,10 @@ async def test_opening_and_probing(url, monkeypatch):
     await blocked(hub.connect, 0.3)
     async with hub.subscribe("room"):
         for _ in range(5):
-            heard = hub._link._probe.heard
-            await until(lambda: hub._link._probe._pending)
+            heard = hub._hub.link._probe.heard
+            await until(lambda: hub._hub.link._probe._pending)
             time.sleep(0.3)  # noqa: ASYNC251  # that is the point
-            await until(lambda: hub._link._probe.heard > heard)  # noqa: B023  # awaited here
+            await until(lambda: hub._hub.link._probe.heard > heard)  # noqa: B023  # awaited here
     assert hub.stats().backend.gaps == 0
     assert hub.stats().backend.error is None
     await hub.disconnect()

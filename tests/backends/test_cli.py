@@ -280,6 +280,7 @@ def test_its_version(capsys):
 
 def test_as_a_module_here(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["starcast", "--version"])
+    monkeypatch.delitem(sys.modules, "starcast.__main__", raising=False)  # another test's
     with pytest.raises(SystemExit):
         runpy.run_module("starcast", run_name="__main__")
     assert capsys.readouterr().out.strip() == __version__

@@ -199,7 +199,7 @@ async def test_row_16_larger_than_the_broker_takes(url, all_back, monkeypatch):
     async with Broadcast(url) as hub:
         peer = await joined(hub)
         await hub.publish("room", "x" * 500_000)
-        monkeypatch.setattr(hub._link._backend, "max_payload", 600_000)
+        monkeypatch.setattr(hub._hub.link._backend, "max_payload", 600_000)
         with pytest.raises(PayloadTooLarge):
             await hub.publish("room", "x" * 600_001)
         await hub.publish("room", "small")

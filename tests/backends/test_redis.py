@@ -598,7 +598,9 @@ async def test_a_frozen_server_at_the_start(own, monkeypatch):
         await inbox.probe()
 
 
-@pytest.mark.parametrize("client", [None, 5, redis.Redis()], ids=repr)
+@pytest.mark.parametrize(
+    "client", [None, 5, redis.Redis()], ids=lambda client: type(client).__name__
+)
 def test_neither_a_url_nor_a_client(client):
     with pytest.raises(ConfigurationError, match=r"a URL or a redis\.asyncio\.Redis"):
         RedisBackend(client=client)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, broadcast, link, probe, sender
+from starcast import BackendUnavailable, Broadcast, dispatcher, guard, link, probe, sender
 from starcast.waiter import Lock, running_loop
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
@@ -78,12 +78,12 @@ async def test_a_loop_that_ends_while_it_connects(broker):
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
     first.loop.call_soon_threadsafe(broker.kill)
-    await until(lambda: hub._link._backend.starts == 2)
+    await until(lambda: hub._hub.link._backend.starts == 2)
     broker.up = True
     await asyncio.to_thread(first.close)
     await until(lambda: hub.stats().backend.gaps)
-    heard = hub._link._probe.heard
-    await until(lambda: hub._link._probe.heard > heard)  # it is being watched
+    heard = hub._hub.link._probe.heard
+    await until(lambda: hub._hub.link._probe.heard > heard)  # it is being watched
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
@@ -104,8 +104,8 @@ async def test_nothing_is_called_from_another_loop(broker, which):
         first.loop.call_soon_threadsafe(task.cancel)
     await until(lambda: hub.stats().backend.gaps)
     await until(lambda: not asyncio.all_tasks(first.loop))
-    heard = hub._link._probe.heard
-    await until(lambda: hub._link._probe.heard > heard)
+    heard = hub._hub.link._probe.heard
+    await until(lambda: hub._hub.link._probe.heard > heard)
     await hub.disconnect()
     await asyncio.to_thread(first.close)
     assert not backend.wrong
@@ -149,7 +149,7 @@ async def test_opening_does_not_wait_for_ever(hub, broker, monkeypatch):
     monkeypatch.setattr(link, "TIMEOUT", 0.05)
     first = await on_another_loop(hub)
     await joined(hub, "room")
-    async with hub._switching:  # or it moves at once
+    async with hub._hub.switching:  # or it moves at once
         await asyncio.to_thread(first.close)
         broker.up = False
     await hub.connect()
@@ -186,7 +186,7 @@ async def test_who_is_excluded_stays_so_after_a_move(hub, broker, monkeypatch):
 async def test_leaving_after_the_loop_has_ended(hub, broker):
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
-    async with hub._switching:  # or it moves at once
+    async with hub._hub.switching:  # or it moves at once
         await asyncio.to_thread(first.close)
         await hub.disconnect(peer.websocket)
         assert hub.stats().backend.channels == 0
@@ -213,38 +213,38 @@ async def test_a_subscriber_whose_loop_was_closed():
 
 async def test_wanting_a_channel_while_there_is_no_loop(hub, broker):
     first = await on_another_loop(hub)
-    async with hub._switching:  # or it moves at once
+    async with hub._hub.switching:  # or it moves at once
         await asyncio.to_thread(first.close)
         with pytest.raises(BackendUnavailable):
-            await hub._link.hold("room")
+            await hub._hub.link.hold("room")
         assert hub.stats().backend.channels == 0
 
 
 async def test_an_earlier_life_that_is_left_late(hub, broker):
     first = await on_another_loop(hub)
-    life = hub._link._life
+    life = hub._hub.link._life
     await joined(hub, "room")
     await asyncio.to_thread(first.close)
     await hub.connect()
-    await hub._link._leave(life)
+    await hub._hub.link._leave(life)
     assert await hub.healthy()
 
 
 async def test_opening_what_is_open_elsewhere(hub, broker):
     first = await on_another_loop(hub)
     await hub.connect()
-    assert hub._link._life.loop is first.loop
+    assert hub._hub.link._life.loop is first.loop
     await hub.disconnect()
     await asyncio.to_thread(first.close)
 
 
 async def test_asking_on_a_loop_that_is_not_its_own_any_more(hub, broker):
     first = await on_another_loop(hub)
-    life = hub._link._life
+    life = hub._hub.link._life
     await asyncio.to_thread(first.close)
     await hub.connect()
     answered = sender.Taken()
-    hub._link._answer(life, answered)
+    hub._hub.link._answer(life, answered)
     assert not answered._future.done()
     assert await hub.healthy()
 
@@ -266,7 +266,7 @@ async def test_closing_from_another_loop_is_cancelled(broker, other):
     other.loop.call_soon_threadsafe(broker.open.set)
     await again
     assert not broker.buses
-    assert not hub._link._sender._open
+    assert not hub._hub.link._sender._open
 
 
 async def test_a_closing_that_comes_late(broker, other, monkeypatch):
@@ -348,9 +348,9 @@ async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
             try:
                 await asyncio.Event().wait()
             finally:
-                await until(lambda: not hub._link.alive)
+                await until(lambda: not hub._hub.link.alive)
                 if how == "guard":
-                    await asyncio.sleep(3 * broadcast.GUARD_EVERY)
+                    await asyncio.sleep(3 * guard.GUARD_EVERY)
                 else:
                     with pytest.raises(BackendUnavailable, match="comes to its end"):
                         await hub.publish("room", "bye")
@@ -375,14 +375,14 @@ async def test_closing_for_a_loop_that_closes_without_a_word(broker):
     first = await on_another_loop(hub)
     await asyncio.to_thread(first.stop)
     closing = asyncio.create_task(hub.disconnect())
-    await until(lambda: hub._link._stopping and hub._link._stopping.waiters)
+    await until(lambda: hub._hub.link._stopping and hub._hub.link._stopping.waiters)
     tasks = asyncio.all_tasks(first.loop)
     first.loop.close()
     await closing
     assert not broker.buses
     for _ in range(3):
         await hub.disconnect()
-    assert not hub._link._stopping.waiters
+    assert not hub._hub.link._stopping.waiters
     for task in tasks:
         task._log_destroy_pending = False
         task.get_coro().close()
@@ -398,7 +398,7 @@ async def test_what_waits_goes_out_before_it_closes(broker):
         await until(lambda: broker.stalled)
         hub.publish_nowait("room", "waiting")
         closing = asyncio.create_task(hub.disconnect())
-        await until(lambda: hub._link._stopping)
+        await until(lambda: hub._hub.link._stopping)
         broker.open.set()
         await closing
         await until(lambda: peer.got == ["under way", "waiting"])
@@ -449,10 +449,10 @@ async def test_a_backend_that_ignores_a_cancellation(broker, monkeypatch):
 
 async def test_a_publish_while_the_hub_is_being_closed(hub, broker):
     await hub.connect()
-    hub._link._sender.close("the hub was closed")
+    hub._hub.link._sender.close("the hub was closed")
     with pytest.raises(BackendUnavailable, match="closed"):
         await hub.publish("room", "x")
-    assert not len(hub._link._sender)
+    assert not len(hub._hub.link._sender)
 
 
 # Of a connection, and of what is on its way
@@ -492,11 +492,11 @@ async def test_publish_raises_within_its_time_also_when_it_waits_for_room(hub, b
     clock = asyncio.get_running_loop().time
     began = clock()
     waiting = asyncio.create_task(hub.publish("room", "y"))
-    await until(lambda: hub._link._sender._room)
-    latest = clock() + broadcast.PUBLISH_TIMEOUT
+    await until(lambda: hub._hub.link._sender._room)
+    latest = clock() + dispatcher.PUBLISH_TIMEOUT
     broker.open.set()
     await waiting
-    assert began + broadcast.PUBLISH_TIMEOUT <= deadlines[0] <= latest
+    assert began + dispatcher.PUBLISH_TIMEOUT <= deadlines[0] <= latest
 
 
 async def test_a_connection_that_breaks_while_it_subscribes_is_one_line(broker, caplog):
@@ -529,18 +529,18 @@ async def test_health_checks_at_the_wrong_moment(broker, monkeypatch):
     monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.2)
     hub = Broadcast(backend=Bus(broker), probe_interval=0.05)
     await joined(hub, "room")
-    real, times = hub._link._probe.came, []
+    real, times = hub._hub.link._probe.came, []
 
     def came():
         if len(times) < 2:
-            times.append(asyncio.get_running_loop().call_soon(hub._link._probe.ask))
+            times.append(asyncio.get_running_loop().call_soon(hub._hub.link._probe.ask))
         real()
 
-    monkeypatch.setattr(hub._link._probe, "came", came)
+    monkeypatch.setattr(hub._hub.link._probe, "came", came)
     heard = 0
     for _ in range(4):
-        await until(lambda heard=heard: hub._link._probe.heard > heard)
-        heard = hub._link._probe.heard
+        await until(lambda heard=heard: hub._hub.link._probe.heard > heard)
+        heard = hub._hub.link._probe.heard
     assert len(times) == 2
     assert hub.stats().backend.error is None
     await hub.disconnect()
@@ -552,7 +552,7 @@ async def test_no_task_is_made_under_the_lock(hub, broker):
     under = []
 
     def factory(loop, coro, **options):
-        if hub._lock._is_owned():
+        if hub._hub.lock._is_owned():
             under.append(coro)
         return asyncio.Task(coro, loop=loop, **options)
 
@@ -588,12 +588,12 @@ async def test_a_cancellation_that_a_backend_swallows(broker, monkeypatch):
 async def test_a_publish_inside_a_publish(hub, broker, monkeypatch):
     """Something publishes in the middle of a backend's call: it is the next batch."""
     peer = await joined(hub, "room")
-    backend = hub._link._backend
+    backend = hub._hub.link._backend
     real, inner = backend.publish, []
 
     def publish(messages):
         if not inner:
-            inner.append(hub._link._sender.put("room", b"inner", True))
+            inner.append(hub._hub.link._sender.put("room", b"inner", True))
         return real(messages)
 
     monkeypatch.setattr(backend, "publish", publish)
@@ -616,8 +616,8 @@ async def test_a_large_message_over_a_thin_line(broker, monkeypatch):
     peer = await joined(hub, "room")
     hub.publish_nowait("room", "x" * 10_000)
     await until(lambda: peer.got)
-    heard = hub._link._probe.heard
-    await until(lambda: hub._link._probe.heard > heard)
+    heard = hub._hub.link._probe.heard
+    await until(lambda: hub._hub.link._probe.heard > heard)
     assert hub.stats().backend.gaps == 0
     await hub.disconnect()
 

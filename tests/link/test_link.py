@@ -17,7 +17,7 @@ from starcast import (
     Gap,
     PayloadTooLarge,
     PublishQueueFull,
-    broadcast,
+    dispatcher,
     link,
     probe,
     sender,
@@ -117,7 +117,7 @@ async def test_from_threads_and_other_loops(hub, other):
 
 async def test_a_message_that_is_too_large_is_refused_before_anything_is_sent(hub, broker):
     peer = await joined(hub, "room")
-    hub._link._backend.max_payload = 10
+    hub._hub.link._backend.max_payload = 10
     for message in ("x" * 11, b"x" * 8):
         with pytest.raises(PayloadTooLarge, match="at most 10"):
             await hub.publish("room", message)
@@ -129,7 +129,7 @@ async def test_a_message_that_is_too_large_is_refused_before_anything_is_sent(hu
 
 async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
     monkeypatch.setattr(sender, "MAX_WAITING", 100)
-    monkeypatch.setattr(broadcast, "PUBLISH_TIMEOUT", 0.2)
+    monkeypatch.setattr(dispatcher, "PUBLISH_TIMEOUT", 0.2)
     peer = await joined(hub, "room")
     broker.open.clear()
     hub.publish_nowait("room", "first")
@@ -140,7 +140,7 @@ async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
     with pytest.raises(PublishQueueFull):
         await hub.publish("room", "x")
     assert hub.stats().failed == 2
-    assert not hub._link._sender._room
+    assert not hub._hub.link._sender._room
     broker.open.set()
     await until(lambda: len(peer.got) == 2)
 
@@ -153,7 +153,7 @@ async def test_who_waits_gets_the_room_that_is_made(hub, broker, monkeypatch):
     await until(lambda: broker.stalled)
     hub.publish_nowait("room", "x" * 200)
     waiting = [asyncio.create_task(hub.publish("room", str(number))) for number in range(3)]
-    await until(lambda: len(hub._link._sender._room) == 3)
+    await until(lambda: len(hub._hub.link._sender._room) == 3)
     broker.open.set()
     await asyncio.gather(*waiting)
     await until(lambda: len(peer.got) == 5)
@@ -174,7 +174,7 @@ async def test_closing_while_somebody_waits_for_room(hub, broker, monkeypatch):
     await until(lambda: broker.stalled)
     hub.publish_nowait("room", "x" * 200)
     waiting = asyncio.create_task(hub.publish("room", "last"))
-    await until(lambda: hub._link._sender._room)
+    await until(lambda: hub._hub.link._sender._room)
     await hub.disconnect()
     with pytest.raises(BackendUnavailable):
         await waiting
@@ -197,7 +197,7 @@ async def test_a_batch_that_the_broker_refuses(hub, broker, monkeypatch, how):
             return refuse(messages)
         raise PermissionError("nobody may")
 
-    monkeypatch.setattr(hub._link._backend, "publish", publish)
+    monkeypatch.setattr(hub._hub.link._backend, "publish", publish)
     hub.publish_nowait("room", "x")
     with pytest.raises(BackendUnavailable, match="nobody may"):
         await hub.publish("room", "x")
@@ -209,10 +209,12 @@ async def test_a_batch_that_the_broker_refuses(hub, broker, monkeypatch, how):
 async def test_a_publish_that_the_backend_never_ends(hub, broker, monkeypatch):
     peer = await joined(hub, "room")
     monkeypatch.setattr(
-        hub._link._backend, "publish", lambda messages: asyncio.get_running_loop().create_future()
+        hub._hub.link._backend,
+        "publish",
+        lambda messages: asyncio.get_running_loop().create_future(),
     )
     hub.publish_nowait("room", "lost")
-    await until(lambda: hub._link._sender._sending)
+    await until(lambda: hub._hub.link._sender._sending)
     monkeypatch.undo()
     broker.kill()
     broker.up = True
@@ -230,12 +232,14 @@ async def test_each_connection_is_watched_by_one_task(hub, broker):
         await until(lambda: hub.stats().backend.gaps == number)  # noqa: B023  # called here
     watching = [task for task in starcast_tasks() if "_watch" in repr(task.get_coro())]
     await until(lambda: sum(not task.done() for task in watching) == 1)
-    assert hub._link.alive
+    assert hub._hub.link.alive
 
 
 async def test_what_is_neither_text_nor_ours_is_dropped_and_counted(hub, broker):
     peer = await joined(hub, "room")
-    await hub._link._backend.publish([("room", b"\xfe"), ("room", b"\xff\x09"), ("room", b"text")])
+    await hub._hub.link._backend.publish(
+        [("room", b"\xfe"), ("room", b"\xff\x09"), ("room", b"text")]
+    )
     assert hub.stats().backend.malformed == 2
     await until(lambda: peer.got == ["text"])
 
@@ -320,10 +324,10 @@ async def test_a_broker_that_does_not_confirm(hub, broker):
     assert caught.value.code == 1013
     with pytest.raises(BackendUnavailable):
         await hub.subscribe("room").__aenter__()
-    assert not hub._link._subscriptions.holds["room"].count
-    assert not hub._link._subscriptions.holds["room"].waiting
+    assert not hub._hub.link._subscriptions.holds["room"].count
+    assert not hub._hub.link._subscriptions.holds["room"].waiting
     broker.open.set()
-    await until(lambda: not hub._link._subscriptions.holds)
+    await until(lambda: not hub._hub.link._subscriptions.holds)
     assert not subscribed(broker)
 
 
@@ -338,10 +342,10 @@ async def test_a_channel_that_the_broker_refuses(hub, broker, caplog):
     hub.publish_nowait("secret", "x")
     await until(lambda: hub.stats().backend.lost == 1)
     assert hub.channels == {"room": 1}
-    await until(lambda: list(hub._link._subscriptions.holds) == ["room"])
+    await until(lambda: list(hub._hub.link._subscriptions.holds) == ["room"])
     await hub.publish("room", "still there")
     await until(lambda: peer.got == ["still there"])
-    assert hub._link._backend.starts == 1
+    assert hub._hub.link._backend.starts == 1
     broker.refused.clear()
     await hub.connect(peer.websocket, "secret")
     assert caplog.text.count("does not give the channel 'secret'") == 2
@@ -357,7 +361,7 @@ async def test_a_channel_that_the_broker_refuses_after_an_outage(hub, broker, ca
     await hub.publish("room", "still there")
     await until(lambda: peer.got == ["still there"])
     await hub.disconnect(peer.websocket)
-    await until(lambda: not hub._link._subscriptions.holds)
+    await until(lambda: not hub._hub.link._subscriptions.holds)
 
 
 async def test_who_is_cancelled_while_waiting_holds_nothing(hub, broker):
@@ -369,7 +373,7 @@ async def test_who_is_cancelled_while_waiting_holds_nothing(hub, broker):
     with pytest.raises(asyncio.CancelledError):
         await connecting
     broker.open.set()
-    await until(lambda: not hub._link._subscriptions.holds)
+    await until(lambda: not hub._hub.link._subscriptions.holds)
 
 
 async def test_a_client_that_leaves_while_the_broker_confirms(hub, broker):
@@ -383,7 +387,7 @@ async def test_a_client_that_leaves_while_the_broker_confirms(hub, broker):
     broker.open.set()
     with pytest.raises(ClientGone):
         await connecting
-    await until(lambda: not hub._link._subscriptions.holds)
+    await until(lambda: not hub._hub.link._subscriptions.holds)
 
 
 # Outages
@@ -418,9 +422,9 @@ async def test_after_an_outage_everything_is_subscribed_to_and_a_gap_is_told(bro
 
 async def test_it_tries_for_ever(hub, broker):
     await joined(hub, "room")
-    starts = hub._link._backend.starts
+    starts = hub._hub.link._backend.starts
     broker.kill()
-    await until(lambda: hub._link._backend.starts >= starts + 20)
+    await until(lambda: hub._hub.link._backend.starts >= starts + 20)
     assert "the broker is down" in hub.stats().backend.error
     broker.up = True
     await until(lambda: hub.stats().backend.state == "connected")
@@ -465,8 +469,8 @@ async def test_a_broker_that_says_nothing_any_more_is_noticed(broker, monkeypatc
     hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, probe_interval=0.02)
     await joined(hub, "room")
     assert await hub.healthy()
-    heard = hub._link._probe.heard
-    await until(lambda: hub._link._probe.heard > heard)
+    heard = hub._hub.link._probe.heard
+    await until(lambda: hub._hub.link._probe.heard > heard)
     broker.open.clear()
     assert not await hub.healthy()
     await lost(hub)
@@ -528,7 +532,7 @@ async def test_who_is_there_already_need_not_wait_for_the_broker(hub, broker):
     await hub.publish("room", "x")
     await until(lambda: peer.got == ["x"])
     await hub.disconnect(peer.websocket)
-    await until(lambda: not hub._link._subscriptions.holds)
+    await until(lambda: not hub._hub.link._subscriptions.holds)
 
 
 async def test_who_comes_during_an_outage_has_no_gap(broker, monkeypatch):
@@ -563,8 +567,8 @@ async def test_who_comes_when_only_its_channel_is_back_has_no_gap(broker, monkey
     before = await joined(hub, "room", "slow")
     broker.kill()
     broker.up = True
-    await until(lambda: hub._link._backend.starts == 2)
-    holds = hub._link._subscriptions.holds
+    await until(lambda: hub._hub.link._backend.starts == 2)
+    holds = hub._hub.link._subscriptions.holds
     await until(lambda: holds["room"].subscribed)
     coming = asyncio.create_task(joined(hub, "room"))
     await until(lambda: holds["room"].count == 2)
@@ -655,7 +659,7 @@ async def test_closing_during_an_outage(broker):
     await hub.disconnect()
     assert peer.closed == 1001
     assert not starcast_tasks()
-    assert not hub._link._subscriptions.holds
+    assert not hub._hub.link._subscriptions.holds
 
 
 async def test_closing_while_a_publish_is_under_way(broker):
@@ -702,7 +706,7 @@ async def test_the_loop_of_the_connection_ends(broker):
     assert not await hub.healthy()
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
-    assert hub._link._life.loop is asyncio.get_running_loop()
+    assert hub._hub.link._life.loop is asyncio.get_running_loop()
     assert len(gaps) == 1
     await hub.disconnect()
 
@@ -724,7 +728,7 @@ async def test_closing_after_the_loop_of_the_connection_has_ended(broker):
 
 async def test_an_earlier_connection_has_no_say_any_more(hub, broker):
     peer = await joined(hub, "room")
-    bus = hub._link._backend
+    bus = hub._hub.link._backend
     deliver, lost_before = bus.deliver, bus.lost
     broker.kill()
     broker.up = True
@@ -770,7 +774,7 @@ async def test_a_subscription_under_way_when_the_connection_breaks(hub, broker, 
     broker.open.set()
     await until(lambda: hub.stats().backend.gaps)
     if leaving:
-        await until(lambda: not hub._link._subscriptions.holds)
+        await until(lambda: not hub._hub.link._subscriptions.holds)
         assert not subscribed(broker)
     else:
         with contextlib.suppress(BackendUnavailable):  # which of both comes first

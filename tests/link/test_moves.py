@@ -32,7 +32,7 @@ async def test_who_only_listens_is_found_a_new_connection(hub, broker):
         await until(lambda: peer.got == ["hello"])
         assert isinstance(gap, Gap)
         assert "event loop" in gap.error
-        assert hub._link._life.loop is asyncio.get_running_loop()
+        assert hub._hub.link._life.loop is asyncio.get_running_loop()
         assert await hub.healthy()
 
 
@@ -41,21 +41,21 @@ async def test_two_loops_that_end_together(hub, broker):
     second = OtherLoop()
     await asyncio.to_thread(second.run, joined(hub, "room"))
     peer = await joined(hub, "room")
-    async with hub._switching:
+    async with hub._hub.switching:
         await asyncio.to_thread(first.close)
-        await until(lambda: hub._registry.shards[second.loop].moving)
+        await until(lambda: hub._hub._guard._moves[hub._hub.registry.shards[second.loop]])
         await asyncio.to_thread(second.close)
     await until(lambda: hub.stats().backend.gaps)
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
-    assert hub._link._life.loop is asyncio.get_running_loop()
+    assert hub._hub.link._life.loop is asyncio.get_running_loop()
 
 
 async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
     peer = await joined(hub, "room")
     async with Broadcast(backend=Bus(broker)) as publisher:
         for task in starcast_tasks():
-            if task in hub._link._life.tasks:
+            if task in hub._hub.link._life.tasks:
                 task.cancel()
         await until(lambda: hub.stats().backend.gaps)
         await publisher.publish("room", "hello")
@@ -65,13 +65,14 @@ async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
 async def test_a_hub_that_is_closed_is_not_opened_again(hub, broker):
     first = await on_another_loop(hub)
     await joined(hub, "room")
-    async with hub._switching:
+    async with hub._hub.switching:
         closing = asyncio.create_task(hub.disconnect())
-        await until(lambda: hub._switching._waiting)
+        await until(lambda: hub._hub.switching._waiting)
         await asyncio.to_thread(first.close)
-        await until(lambda: len(hub._switching._waiting) > 1)
+        await until(lambda: len(hub._hub.switching._waiting) > 1)
+        moving = hub._hub._guard._moves[hub._hub.registry.here()]
     await closing
-    await until(lambda: hub._registry.here().moving.done())
+    await until(moving.done)
     assert not broker.buses
     assert hub.stats().backend.state == "closed"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 
 import pytest
@@ -177,7 +178,7 @@ async def test_a_probe_that_is_refused_is_no_silence(broker, caplog):
     bus = Bus(broker)
     hub = Broadcast(backend=bus, probe_interval=0.02)
     await joined(hub, "room")
-    own = hub._link._probe.channel
+    own = hub._hub.link._probe.channel
     broker.refused.add(own)
     await until(lambda: hub.stats().backend.state == "reconnecting")
     assert f"nobody may have {own}" in hub.stats().backend.error
@@ -190,7 +191,7 @@ async def test_a_probe_that_is_refused_is_no_silence(broker, caplog):
 
 async def test_a_health_check_that_the_broker_refuses(hub, broker):
     await hub.connect()
-    broker.refused.add(hub._link._probe.channel)
+    broker.refused.add(hub._hub.link._probe.channel)
     assert not await hub.healthy()
 
 
@@ -226,7 +227,7 @@ async def test_no_probes_while_nobody_is_there(broker):
     assert probes(broker) == asked
     # What was lost while nobody was there is nobody's loss.
     gaps = []
-    hub._on_gap = gaps.append
+    hub._hub.settings = dataclasses.replace(hub._hub.settings, on_gap=gaps.append)
     broker.kill()
     broker.up = True
     await until(lambda: gaps)

@@ -177,13 +177,13 @@ async def test_the_lock_and_the_garbage_collector(broker):
         def __exit__(self, *exc):
             real.release()
 
-    real, hub._link._lock = hub._link._lock, Eager()
+    real, hub._hub.link._lock = hub._hub.link._lock, Eager()
 
     def handler():
         try:
             yield
         finally:
-            hub._leave(peer.websocket)  # as in `serve`
+            hub._hub.leave(peer.websocket)  # as in `serve`
 
     suspended = handler()
     next(suspended)
@@ -199,7 +199,7 @@ async def test_the_lock_and_the_garbage_collector(broker):
     if not ok:
         real.release()
         await asyncio.to_thread(thread.join, 2)
-    hub._link._lock = real if ok else threading.Lock()
+    hub._hub.link._lock = real if ok else threading.Lock()
     await hub.disconnect()
     assert ok, "deadlock"
 
@@ -225,7 +225,7 @@ async def test_closing_while_a_channel_is_left(broker):
     await hub.disconnect(peer.websocket)
     await until(lambda: broker.stalled)
     await hub.disconnect()
-    assert not hub._link._subscriptions.holds
+    assert not hub._hub.link._subscriptions.holds
     assert hub.stats().backend.channels == 0
 
 
@@ -246,7 +246,7 @@ async def test_subscribing_while_another_loop_closes_the_hub(broker, other):
     with contextlib.suppress(Exception):
         await asyncio.wrap_future(entering)
     assert hub.stats().subscribers == 0
-    assert not hub._link._subscriptions.holds
+    assert not hub._hub.link._subscriptions.holds
 
 
 async def test_healthy_while_the_loop_of_the_connection_ends(broker):
@@ -374,7 +374,7 @@ async def test_each_start_has_a_name_of_its_own(broker):
     names = set()
     for _ in range(2):
         await hub.connect()
-        names.add(hub._link.hub)
+        names.add(hub._hub.link.hub)
         await hub.disconnect()
     assert len(names) == 2
 

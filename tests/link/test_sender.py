@@ -69,13 +69,13 @@ async def test_after_two_seconds_they_are_lost(hub, broker, caplog):
     lost: list[str] = []
     awaited = asyncio.create_task(hub.publish("room", "awaited"))
     await until(lambda: hub.stats().backend.waiting)
-    hub._link.publish(event("1"), wait=False, on_lost=lost.append)
-    hub._link.publish(event("2"), wait=False)
+    hub._hub.link.publish(event("1"), wait=False, on_lost=lost.append)
+    hub._hub.link.publish(event("2"), wait=False)
     await until(lambda: hub.stats().backend.lost == 2)
     assert lost == [sender.EXPIRED]
     assert said(caplog) == [f"messages did not reach the broker: {sender.EXPIRED}"]
     await asyncio.gather(awaited, return_exceptions=True)
-    hub._link.publish(event("3"), wait=False, on_lost=lost.append)
+    hub._hub.link.publish(event("3"), wait=False, on_lost=lost.append)
     broker.up = True
     await until(lambda: peer.got == ["3"])
     assert lost == [sender.EXPIRED]
@@ -85,9 +85,9 @@ async def test_one_after_the_other(hub, broker, monkeypatch):
     await hub.connect()
     await away(hub, broker)
     lost: list[str] = []
-    hub._link.publish(event("1"), wait=False, on_lost=lambda why: lost.append("1"))
+    hub._hub.link.publish(event("1"), wait=False, on_lost=lambda why: lost.append("1"))
     monkeypatch.setattr(sender, "TIMEOUT", 60)
-    hub._link.publish(event("2"), wait=False, on_lost=lambda why: lost.append("2"))
+    hub._hub.link.publish(event("2"), wait=False, on_lost=lambda why: lost.append("2"))
     await until(lambda: lost)
     assert lost == ["1"]
     assert hub.stats().backend.waiting == 1
@@ -99,7 +99,7 @@ async def test_a_message_that_was_under_way_is_lost(hub, broker):
     await hub.connect()
     broker.open.clear()
     lost: list[str] = []
-    hub._link.publish(event("1"), wait=False, on_lost=lost.append)
+    hub._hub.link.publish(event("1"), wait=False, on_lost=lost.append)
     await until(lambda: broker.stalled)
     broker.kill()
     broker.open.set()
@@ -124,8 +124,8 @@ async def test_a_message_that_is_refused(hub, broker, caplog):
     broker.refused.add("secret")
     lost: list[str] = []
     for _ in range(3):
-        hub._link.publish(event("x", "secret"), wait=False, on_lost=lost.append)
-        await until(lambda: not hub.stats().backend.waiting and not hub._link._sender._sending)
+        hub._hub.link.publish(event("x", "secret"), wait=False, on_lost=lost.append)
+        await until(lambda: not hub.stats().backend.waiting and not hub._hub.link._sender._sending)
     assert lost == ["nobody may have secret"] * 3
     assert hub.stats().backend.error == "nobody may have secret"
     assert said(caplog) == ["messages did not reach the broker: nobody may have secret"]

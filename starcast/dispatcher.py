@@ -1,0 +1,156 @@
+"""Dispatcher: hands what is published to the broker, or in memory to the registry.
+
+It waits where somebody has to wait: for room, for the broker's confirmation, or until the clients
+of this event loop have the message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+
+from .deadline import Deadline
+from .event import Event
+from .exceptions import BackendUnavailable, PublishQueueFull
+from .link import Link
+from .registry import Registry
+from .sender import OnLost, Taken
+from .shard import SLICE
+from .waiter import Full, Place, Waiter
+
+# Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
+YIELD_AFTER = 64
+
+# Seconds that `publish` waits for room before it raises PublishQueueFull.
+PUBLISH_TIMEOUT = 2.0
+
+
+class Dispatcher:
+    """See the module. Made on any thread, closed at first.
+
+    Attributes:
+        open: Whether it takes messages. The hub sets this.
+        published: Messages that were handed over.
+        failed: Messages that could not be.
+    """
+
+    def __init__(self, registry: Registry, link: Link | None) -> None:
+        self.open = False
+        self._registry = registry
+        self._link = link
+        self._lock = registry.lock
+        # Guarded by the lock:
+        self.published = 0
+        self.failed = 0
+        # On whichever loop publishes:
+        self._unyielded = 0  # messages since a turn was given to the loop, and since when
+        self._unyielded_since = 0.0
+
+    def publish_nowait(self, event: Event) -> None:
+        """Hand an event over, or raise at once."""
+        try:
+            self.publish(event)
+        except PublishQueueFull:
+            with self._lock:
+                self.failed += 1
+            raise
+
+    def publish(
+        self, event: Event, wait: bool = False, on_lost: OnLost | None = None
+    ) -> Taken | None:
+        """Hand an event over; what comes back is set when the broker has it.
+
+        Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
+        """
+        taken = None
+        if self._link is not None:
+            if not self.open:
+                raise BackendUnavailable("the hub is not open")
+            taken = self._link.publish(event, wait, on_lost)
+        elif self.open:
+            self._registry.deliver(event)
+        with self._lock:
+            self.published += 1
+        return taken
+
+    async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
+        """Hand an event over, and wait only as long as there is no room for it."""
+        try:
+            self.publish(event, on_lost=on_lost)
+        except PublishQueueFull as exc:
+            await self.retry(functools.partial(self.publish, event, on_lost=on_lost), exc)
+
+    async def publish_and_wait(self, event: Event) -> None:
+        """Hand an event over, and wait until the broker, or in memory this loop, has it."""
+        deadline = None
+        try:
+            taken = self.publish(event, wait=True)
+        except PublishQueueFull as exc:
+            deadline = asyncio.get_running_loop().time() + PUBLISH_TIMEOUT
+            again = functools.partial(self.publish, event, wait=True)
+            taken = await self.retry(again, exc, deadline)
+        if taken is None:
+            await self.settled()
+            return
+        try:
+            await taken.wait(deadline)
+        except BackendUnavailable:
+            with self._lock:
+                self.failed += 1
+            raise
+
+    async def retry(
+        self,
+        hand_over: Callable[[], Taken | None],
+        full: PublishQueueFull,
+        deadline: float | None = None,
+    ) -> Taken | None:
+        """Call it again whenever there is room, for two seconds or until the deadline."""
+        loop = asyncio.get_running_loop()
+        if deadline is None:
+            deadline = loop.time() + PUBLISH_TIMEOUT
+        while loop.time() < deadline and isinstance(full, Full):
+            await self._room(full.place, deadline)
+            try:
+                return hand_over()
+            except PublishQueueFull as exc:
+                full = exc
+        with self._lock:
+            self.failed += 1
+        raise full
+
+    async def _room(self, place: Place, deadline: float) -> None:
+        room = Waiter()
+        with self._lock:
+            place.tell_room(room)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with Deadline(deadline - asyncio.get_running_loop().time()):
+                    await room
+        finally:
+            with self._lock:
+                place.forget_room(room)
+
+    async def settled(self) -> None:
+        """Bring everything published so far to the sockets or outboxes of this loop."""
+        shard = self._registry.shards.get(asyncio.get_running_loop())
+        late = False
+        if shard is not None and shard.awake:
+            if not self._unyielded:
+                self._unyielded_since = time.monotonic()
+            if not shard.flush():
+                sent = Waiter()
+                with self._lock:
+                    shard.add(None, done=sent.set)  # it is awake: nobody needs to wake it
+                await sent
+                self._unyielded = 0
+                return
+            late = time.monotonic() - self._unyielded_since > SLICE
+        # What ends without waiting must leave time to other tasks now and then.
+        self._unyielded += 1
+        if late or self._unyielded >= YIELD_AFTER:
+            self._unyielded = 0
+            await asyncio.sleep(0)

@@ -1,0 +1,63 @@
+"""Guard: moves a hub's connection to the broker to another event loop when its own has ended.
+
+Otherwise clients that only listen, on the loops that are left, would never hear anything again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+from .link import Link
+from .registry import Registry
+from .shard import Shard
+from .waiter import Lock
+
+# Seconds between two looks at the connection, on each event loop that has somebody.
+GUARD_EVERY = 0.5
+
+
+class Guard:
+    """See the module.
+
+    Args:
+        link: The connection.
+        registry: Knows the event loops and who is on them.
+        switching: The hub's lock, held while the connection starts or stops.
+        is_open: Whether the hub is open.
+    """
+
+    def __init__(
+        self, link: Link, registry: Registry, switching: Lock, is_open: Callable[[], bool]
+    ) -> None:
+        self._link = link
+        self._registry = registry
+        self._switching = switching
+        self._is_open = is_open
+        # The shards that look, and the task of each that moves the connection there.
+        self._moves: WeakKeyDictionary[Shard, asyncio.Task[None] | None] = WeakKeyDictionary()
+
+    def watch(self) -> None:
+        """Look after the connection from this event loop for as long as somebody is on it."""
+        with self._registry.lock:
+            shard = self._registry.here()
+            if shard in self._moves:
+                return
+            self._moves[shard] = None
+        self._look(shard)
+
+    def _look(self, shard: Shard) -> None:
+        if not (self._is_open() and shard.channels):
+            with self._registry.lock:
+                del self._moves[shard]
+            return
+        move = self._moves[shard]
+        if not (self._link.alive or self._link.resting) and (move is None or move.done()):
+            self._moves[shard] = shard.loop.create_task(self._move())
+        shard.loop.call_later(GUARD_EVERY, self._look, shard)
+
+    async def _move(self) -> None:
+        async with self._switching:
+            if self._is_open() and not self._link.alive:
+                await self._link.start(patient=False)

@@ -1,0 +1,377 @@
+"""Hub: what a `Broadcast` does, behind its signatures.
+
+It opens and closes, registers clients and subscribers, and makes an `Event` of what is published.
+The `Dispatcher` hands that over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, Literal
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from . import codec
+from .backends import Backend
+from .codec import Dumps, Encoding
+from .connection import (
+    ABNORMAL,
+    CLOSE_TIMEOUT,
+    GOING_AWAY,
+    SERVICE_RESTART,
+    Connection,
+    is_gone,
+)
+from .dispatcher import Dispatcher
+from .event import Event
+from .exceptions import (
+    BackendUnavailable,
+    ClientGone,
+    ConfigurationError,
+    NotConnected,
+    PublishQueueFull,
+)
+from .gap import Gap
+from .guard import Guard
+from .link import OPEN_TIMEOUT, PROBE_INTERVAL, Link, check_timing
+from .origins import Origins
+from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
+from .registry import Registry
+from .stats import Counters, Stats
+from .subscriber import Subscription
+from .waiter import Lock, Waiter
+
+logger = logging.getLogger("starcast")
+
+AfterGap = Literal["carry_on", "close"]
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What a `Broadcast` was told; see there."""
+
+    dumps: Dumps
+    origins: Origins
+    max_buffer: int = MAX_BUFFER
+    overflow: Overflow = "disconnect"
+    on_overflow: OnOverflow | None = None
+    ready_frames: bool = True
+    on_gap: Callable[[Gap], None] | None = None
+    after_gap: AfterGap = "carry_on"
+    open_timeout: float = OPEN_TIMEOUT
+    probe_interval: float = PROBE_INTERVAL
+
+    def __post_init__(self) -> None:
+        check_timing(self.open_timeout, self.probe_interval)
+        if self.after_gap not in ("carry_on", "close"):
+            raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
+        self.outbox()  # refuses settings that make no sense
+
+    def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
+        """Return an outbox with these settings, unless others are given."""
+        return Outbox(
+            self.max_buffer if max_buffer is None else max_buffer,
+            self.overflow if overflow is None else overflow,
+        )
+
+
+class Hub:
+    """See the module. Made on any thread.
+
+    Args:
+        backend: What talks to the broker; None in memory.
+        settings: What the hub was told.
+    """
+
+    def __init__(self, backend: Backend | None, settings: Settings) -> None:
+        self.settings = settings
+        self.registry = Registry(self._release)
+        self.lock = self.registry.lock
+        self.link = None
+        if backend is not None:
+            self.link = Link(
+                backend,
+                self.lock,
+                self.registry.bring,
+                self._tell_gap,
+                settings.open_timeout,
+                settings.probe_interval,
+            )
+        self.dispatcher = Dispatcher(self.registry, self.link)
+        self.closed = False
+        self.switching = Lock()  # held while the backend starts or stops
+        self._guard = None
+        if self.link is not None:
+            self._guard = Guard(self.link, self.registry, self.switching, lambda: self.open)
+        self._failures = 0
+        self._failure: Exception | None = None  # why it did not start last
+        self._closings = 0
+        self.lost_last = -math.inf  # when a client's message was lost last
+        self._ids = itertools.count(1)  # guarded by the lock
+
+    # Open and close
+
+    @property
+    def open(self) -> bool:
+        return self.dispatcher.open
+
+    @property
+    def running(self) -> bool:
+        """Whether it is open, and its connection to the broker is looked after."""
+        return self.open and (self.link is None or self.link.alive)
+
+    async def ensure_open(self, patient: bool = False) -> None:
+        """Open it, unless it is open.
+
+        It waits for the broker for `open_timeout`. Not every client has to wait for what somebody
+        has waited for in vain, so after a failure it does that only if `patient`.
+        """
+        if self.running:
+            return
+        failures = self._failures
+        async with self.switching:
+            if self.running:
+                return
+            if self._failure is not None and self._failures > failures:
+                raise self._failure.with_traceback(None)  # of the attempt that this one waited for
+            try:
+                if self.link is not None:
+                    await self.link.start(patient or self._failure is None)
+            except Exception as exc:
+                self._failures += 1
+                self._failure = exc
+                raise
+            self.dispatcher.open, self.closed, self._failure = True, False, None
+
+    async def ready(self) -> None:
+        """Open it, and wait for a connection that has moved to this loop."""
+        await self.ensure_open(patient=True)
+        if self.link is not None:
+            await self.link.ready()
+
+    async def reopen(self) -> None:
+        """Open it at first use, but not again after it was closed."""
+        if not (self.running or self.closed):
+            await self.ensure_open()
+
+    async def close(self) -> None:
+        """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
+        connections: list[Connection] = []
+        if self.link is not None:
+            self.link.stop_opening()
+        try:
+            async with self.switching:
+                self.dispatcher.open, self.closed = False, True
+                self._closings += 1
+                connections = self.registry.dismiss(Close(GOING_AWAY, "going away"))
+                if self.link is not None:
+                    await self.link.stop()
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT + 1):
+                    for connection in connections:
+                        await connection.wait_ended()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[None]:
+        """Open it for as long as an app runs."""
+        await self.ready()
+        try:
+            yield
+        finally:
+            await self.close()
+
+    def _tell_gap(self, gap: Gap) -> None:
+        """Tell everybody who wants to know. The link calls this."""
+        close = None
+        if self.settings.after_gap == "close":
+            close = Close(SERVICE_RESTART, "messages may be missing")
+        self.registry.tell_gap(gap, close)
+        if self.settings.on_gap is not None:
+            try:
+                self.settings.on_gap(gap)
+            except Exception:
+                logger.exception("on_gap raised")
+
+    # Who is there
+
+    async def connect(
+        self,
+        websocket: WebSocket,
+        channel: str,
+        outbox: Outbox,
+        subprotocol: str | None,
+        headers: Headers | None,
+    ) -> None:
+        """Accept a client, unless that was done, and put it on a channel."""
+        if websocket.application_state is WebSocketState.CONNECTING:
+            self.settings.origins.check(websocket)
+        await self.ensure_open()
+        closings = self._closings
+        registered = False
+        if self.link is not None:
+            if self._is_on(websocket, channel):
+                self.link.want(channel)
+            else:
+                await self.link.hold(channel)
+        try:
+            if websocket.application_state is WebSocketState.CONNECTING:
+                try:
+                    await websocket.accept(subprotocol=subprotocol, headers=headers)
+                except OSError:
+                    raise ClientGone(ABNORMAL) from None
+            if is_gone(websocket) or websocket.application_state is not WebSocketState.CONNECTED:
+                raise ClientGone(ABNORMAL)
+            with self.lock:
+                closed = self._closings != closings
+                if not closed:
+                    registered = self._register(websocket, channel, outbox)
+            self._watch()
+            if closed:  # while the websocket was being accepted
+                await websocket.close(GOING_AWAY)
+                raise ClientGone(GOING_AWAY)
+        finally:
+            if not registered:
+                self._release(channel)
+
+    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> bool:
+        """Put it on the channel; False if it was there already."""
+        connection = self.find(websocket)
+        if connection is not None and connection.code is not None:
+            raise ClientGone(connection.code)
+        if connection is None or connection.ended:
+            connection = Connection(
+                websocket,
+                self.registry.here(),
+                outbox,
+                id=next(self._ids),
+                on_end=self.registry.remove,
+                on_overflow=self.settings.on_overflow,
+                ready_frames=self.settings.ready_frames,
+            )
+            websocket.scope.setdefault("starcast", {})[self] = connection
+        connection.leaving = None
+        return self.registry.join(connection, channel)
+
+    def _is_on(self, websocket: WebSocket, channel: str) -> bool:
+        connection = self.find(websocket)
+        return connection is not None and channel in connection.channels
+
+    def find(self, websocket: WebSocket) -> Connection | None:
+        """Return what was registered for this websocket last, even if it is no more."""
+        found: Connection | None = websocket.scope.get("starcast", {}).get(self)
+        return found
+
+    def clients(self) -> list[WebSocket]:
+        """Return the websockets that are registered."""
+        return [connection.websocket for connection in self.registry.clients()]
+
+    def leave(self, websocket: WebSocket, channel: str | None = None) -> Waiter | None:
+        """Take a client off one channel, or off all; return what may be waited for."""
+        connection = self.find(websocket)
+        return None if connection is None else self.registry.leave(connection, channel)
+
+    async def close_client(self, websocket: WebSocket, code: int, reason: str) -> None:
+        """Close a client after what it still has to get, within 11 seconds."""
+        connection = self.find(websocket)
+        if connection is None or not self.registry.end(connection, Close(code, reason)):
+            if not is_gone(websocket):
+                with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
+                    async with asyncio.timeout(CLOSE_TIMEOUT):
+                        await websocket.close(code, reason)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT + 1):
+                await connection.wait_ended()
+
+    async def join(self, subscriber: Subscription[Any]) -> Counters:
+        """Put a subscriber of this loop on its channel, and return what it counts with."""
+        await self.ensure_open()
+        closings = self._closings
+        if self.link is not None:
+            await self.link.hold(subscriber.channel)
+        with self.lock:
+            if self.link is not None and self._closings != closings:
+                self._release(subscriber.channel)
+                raise BackendUnavailable("the hub was closed")
+            counters = self.registry.subscribe(subscriber)
+        self._watch()
+        return counters
+
+    def _watch(self) -> None:
+        if self._guard is not None:
+            self._guard.watch()
+
+    def _release(self, channel: str) -> None:
+        if self.link is not None:
+            self.link.release(channel)
+
+    # The way of a message
+
+    def event(
+        self,
+        channel: str,
+        message: Any,
+        exclude: WebSocket | Iterable[WebSocket],
+        encoding: Encoding | None,
+    ) -> Event:
+        """Encode a message, once for everybody."""
+        if encoding is not None:
+            codec.check_encoding(encoding)
+        content, payload = codec.encode(message, encoding, self.settings.dumps)
+        if exclude == ():
+            return Event(channel, content, payload)
+        excluded = (exclude,) if isinstance(exclude, WebSocket) else exclude
+        found = [self.find(websocket) for websocket in excluded]
+        ids = frozenset(connection.id for connection in found if connection is not None)
+        return Event(channel, content, payload, ids)
+
+    async def send(self, event: Event, websocket: WebSocket) -> None:
+        """Send an event to one client; nothing if it has just left."""
+        connection = self.find(websocket)
+        if connection is None or connection.leaving is not None:
+            if is_gone(websocket):
+                return
+            raise NotConnected("the websocket is not registered; call connect(websocket) first")
+        try:
+            self.registry.post(event, connection)
+        except PublishQueueFull as exc:
+            await self.dispatcher.retry(
+                functools.partial(self.registry.post, event, connection), exc
+            )
+        await self.dispatcher.settled()
+
+    # Look
+
+    def stats(self) -> Stats:
+        """Return a snapshot of counters and health."""
+        registry = self.registry
+        channels = registry.channels()
+        with self.lock:
+            counters = registry.counters()
+            return Stats(
+                open=self.open,
+                clients=len(registry.connections),
+                subscribers=len(registry.subscribers),
+                channels=channels,
+                published=self.dispatcher.published,
+                failed=self.dispatcher.failed,
+                delivered=counters.delivered,
+                dropped=counters.dropped,
+                cut_off=counters.cut_off,
+                pending=registry.pending,
+                buffered=registry.buffered,
+                backend=None if self.link is None else self.link.stats(),
+            )
+
+    async def healthy(self) -> bool:
+        """Whether it is open and its broker answers within two seconds."""
+        return self.open and (self.link is None or await self.link.healthy())
