@@ -23,8 +23,8 @@ from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .hub import AfterGap, Headers, Hub, Settings
-from .link import OPEN_TIMEOUT, PROBE_INTERVAL
 from .mount import Authorize, make_app
+from .opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .origins import Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .stats import Stats

@@ -40,7 +40,8 @@ from .exceptions import (
 )
 from .gap import Gap
 from .guard import Guard
-from .link import OPEN_TIMEOUT, PROBE_INTERVAL, Link, check_timing
+from .link import Link
+from .opening import OPEN_TIMEOUT, PROBE_INTERVAL, check_timing
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
 from .registry import Registry

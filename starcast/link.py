@@ -1,15 +1,13 @@
 """Link: a hub's connection to a broker, which it keeps, loses and finds again.
 
-It lives on the event loop that started it; `publish`, `hold` and `release` may be called from any
-thread. What is published is up to a `Sender`, who is subscribed to what up to `Subscriptions`, and
-whether the broker is really there up to a `Probe`.
+It lives on the event loop that started it, for the time of a `Life`; `publish`, `hold` and
+`release` may be called from any thread. What is published is up to a `Sender`, who is subscribed to
+what up to `Subscriptions`, whether the broker is really there up to a `Probe`, and how a connection
+is made up to a `Session`.
 
-A connection is open when the backend has connected, a message to ourselves has come back and all
-that is wanted is subscribed to. `_live` makes a new one whenever the connection is lost, without
-end, and says that there was a gap. `_watch` looks at the probe.
-
-The link's time on one loop is a `_Life`. When the loop comes to its end, which cancels the tasks,
-`_live` disconnects there, and the link may be started on another one.
+`_live` makes a new connection whenever one is lost, without end, and says that there was a gap.
+`_watch` looks at the probe. When the loop comes to its end, which cancels the tasks, `_live`
+disconnects there, and the link may be started on another one.
 """
 
 from __future__ import annotations
@@ -18,146 +16,30 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from . import envelope
-from .backends.base import Backend, LoginRefused
+from .backends.base import Backend
 from .deadline import Deadline
 from .event import Event
-from .exceptions import (
-    BackendUnavailable,
-    ConfigurationError,
-    PayloadTooLarge,
-    PublishQueueFull,
-)
+from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from .gap import Gap
+from .life import Life, Stopping
 from .loglimit import LogLimit
+from .opening import CLOSED, OPEN_TIMEOUT, PROBE_INTERVAL, Backoff, keep_trying
 from .probe import Probe
 from .sender import TIMEOUT, OnLost, Sender, Taken
-from .stats import BackendStats
+from .session import Session, words
+from .stats import BackendStats, Health, State
 from .subscriptions import Subscriptions
-from .waiter import Waiter, running_loop
 
 logger = logging.getLogger("starcast")
 
-State = Literal["closed", "connected", "reconnecting"]
-
-# Seconds for which a hub that is being opened waits for its broker. One that is started together
-# with the app, as containers are, needs a few; gunicorn kills a worker that is not up within 30.
-OPEN_TIMEOUT = 10.0
-
-# Seconds that the last attempt gets, however little is left: it shall say what is wrong.
-LAST_ATTEMPT = 1.0
-
-# Seconds between two probes.
-PROBE_INTERVAL = 3.0
-MAX_PROBE_INTERVAL = 3600.0
-
-# Seconds before the first attempt to connect again, at most; each further one may wait half as long
-# again, up to the longest. Each wait is a random part of that, so that a hundred processes do not
-# come at once, and the longest leaves half a second of the two that it may take.
-FIRST_WAIT = 0.1
-LONGEST_WAIT = 1.5
-
 # Seconds that a connection must have held for the waits to begin anew.
 HELD = 10.0
-
-# Seconds that a backend has to connect with all its subscriptions, and to stop.
-CONNECT_TIMEOUT = 10.0
-STOP_TIMEOUT = 5.0
-
-# Seconds after which who waits for a stop sees whether its loop is still there.
-STOP_LOOK = 0.2
-
-# Seconds for which it is not started again on a loop that has cancelled its tasks: most likely that
-# loop comes to its end, and would not wait for new ones.
-REST = 1.0
-
-CLOSED = "the hub was closed"
-
-# Messages that wait until everything is subscribed to, and so stand behind the gap.
-MAX_EARLY = 10_000
-
-
-class _Life:
-    """What belongs to one event loop, from a start until the loop ends or the link is stopped."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.broken = asyncio.Event()  # the connection is
-        self.connected = asyncio.Event()
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.watching: asyncio.Task[None] | None = None
-        self.living: asyncio.Task[None] | None = None
-        self.leaving = False
-        self.ended = 0.0  # when its last task had, in time.monotonic()
-
-
-class _Stopping:
-    """A stop that is under way, and who waits for it."""
-
-    def __init__(self, life: _Life) -> None:
-        self.life = life
-        self.loop = life.loop  # where it happens
-        self.task: asyncio.Task[None] | None = None
-        self.done = False
-        self.waiters: set[Waiter] = set()
-
-    def end(self, task: asyncio.Task[None]) -> None:
-        """Call this when its task has ended; if that was cancelled, `_live` does what is left."""
-        self.done = True
-        for waiter in list(self.waiters):
-            waiter.set()
-
-
-def _words(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def check_timing(open_timeout: float, probe_interval: float) -> None:
-    """Refuse settings that make no sense.
-
-    Raises:
-        ConfigurationError: One of them is not a number of seconds that is possible.
-    """
-    if not (isinstance(open_timeout, int | float) and open_timeout >= 0):
-        raise ConfigurationError(
-            f"open_timeout must be a number of seconds, or 0 to try once, not {open_timeout!r}"
-        )
-    if not (isinstance(probe_interval, int | float) and 0 < probe_interval <= MAX_PROBE_INTERVAL):
-        raise ConfigurationError(
-            f"probe_interval must be more than 0 and at most {MAX_PROBE_INTERVAL:.0f} seconds, "
-            f"not {probe_interval!r}"
-        )
-
-
-class _Backoff:
-    """How long to wait before the next attempt to connect."""
-
-    def __init__(self) -> None:
-        self._longest = FIRST_WAIT
-
-    def next(self) -> float:
-        wait = random.uniform(0, self._longest)
-        self._longest = min(1.5 * self._longest, LONGEST_WAIT)
-        return wait
-
-
-class _Health:
-    """What `stats` says of a link. Guarded by the hub's lock."""
-
-    def __init__(self) -> None:
-        self.state: State = "closed"
-        self.since = time.time()
-        self.error: str | None = None
-        self.gaps = 0
-        self.blocked = 0  # messages that a blocked event loop had no room for
-        self.malformed = 0
 
 
 class Link:
@@ -190,15 +72,14 @@ class Link:
         self._sender = Sender(backend, lock, self._on_refused)
         self._subscriptions = Subscriptions(backend, lock, self)
         self._probe = Probe(backend, self._sender)
+        self._session = Session(
+            backend, self._probe, self._subscriptions, self._arrived, self._break
+        )
         self._lock = lock
         # Guarded by the lock:
-        self._health = _Health()
-        self._life: _Life | None = None
-        self._stopping: _Stopping | None = None
-        # On the loop:
-        self._generation = 0  # of the connection: what an earlier one brings does not count
-        self._started = False  # the backend has to be stopped
-        self._early: list[tuple[str, bytes]] | None = None  # what came before it is all back
+        self._health = Health()
+        self._life: Life | None = None
+        self._stopping: Stopping | None = None
 
     # From any thread
 
@@ -206,15 +87,13 @@ class Link:
     def alive(self) -> bool:
         """Whether the event loop that it lives on is still there, and its tasks are."""
         life = self._life
-        return life is not None and not (life.ended or life.loop.is_closed())
+        return life is not None and life.alive
 
     @property
     def resting(self) -> bool:
         """Whether its tasks were cancelled a moment ago, on this loop."""
         life = self._life
-        if life is None or life.loop is not running_loop():
-            return False
-        return bool(life.ended) and time.monotonic() < life.ended + REST
+        return life is not None and life.resting
 
     @property
     def connected(self) -> bool:
@@ -227,7 +106,7 @@ class Link:
     @property
     def is_here(self) -> bool:
         life = self._life
-        return life is not None and not life.leaving and life.loop is running_loop()
+        return life is not None and life.is_here
 
     def stats(self) -> BackendStats:
         with self._lock:
@@ -304,13 +183,8 @@ class Link:
         life = self._life
         if life is None:
             function(*arguments)
-        elif running_loop() is life.loop:
-            life.loop.call_soon(function, *arguments)  # not under a lock of the caller's
         else:
-            try:
-                life.loop.call_soon_threadsafe(function, *arguments)
-            except RuntimeError:  # it is closed
-                function(*arguments)
+            life.call(function, *arguments)
 
     def _become(self, state: State, error: Exception | None = None) -> None:
         with self._lock:
@@ -318,7 +192,7 @@ class Link:
             if state != health.state:
                 health.state, health.since = state, time.time()
             if error is not None:
-                health.error = _words(error)
+                health.error = words(error)
 
     # Open and close
 
@@ -335,7 +209,7 @@ class Link:
             BackendUnavailable: There is no connection.
         """
         if self._stopping is not None:
-            await self._stopped(self._stopping)
+            await self._stopping.wait()
             self._sender.close(CLOSED)  # if that was too long
             self._stopping = None
         life = self._life
@@ -345,42 +219,31 @@ class Link:
         if not moved:
             self.hub = os.urandom(8)
             self._probe.channel = f"starcast-probe-{self.hub.hex()}"
-        life = self._life = _Life()
+        life = self._life = Life()
         self._sender.live_here()
         if moved:
-            self._break(RuntimeError("the event loop of the connection ended"), self._generation)
+            lost = RuntimeError("the event loop of the connection ended")
+            self._break(lost, self._session.generation)
         else:
+
+            async def connect(seconds: float | None) -> None:
+                life.broken.clear()
+                await self._session.open(seconds)
+
             try:
-                await self._disconnect()  # if what stopped it last was cut off
-                await self._open(life, self._timing[0] if patient else 0.0)
+                await self._session.close()  # if what stopped it last was cut off
+                await keep_trying(
+                    connect,
+                    self._timing[0] if patient else 0.0,
+                    lambda error: self._become("closed", error),
+                    lambda: life.leaving,
+                )
             except BaseException:
                 self._life = None
                 raise
             self._connected(life)
-            self._catch_up(life)
-        life.living = self._run(life, self._live(life))
-
-    async def _open(self, life: _Life, seconds: float) -> None:
-        """Connect for the first time, again and again until there is no time left."""
-        until = time.monotonic() + seconds
-        backoff = _Backoff()
-        while True:
-            left = max(until - time.monotonic(), LAST_ATTEMPT) if seconds else CONNECT_TIMEOUT
-            try:
-                await self._connect(life, left)
-                return
-            except BackendUnavailable as exc:
-                self._become("closed", exc)
-                wait = backoff.next()
-                left = until - time.monotonic() - wait
-                if left <= 0 or isinstance(exc, LoginRefused):
-                    raise
-                logger.warning(
-                    "no connection to the broker yet, trying again for %.1f seconds: %s", left, exc
-                )
-            await asyncio.sleep(wait)
-            if life.leaving:
-                raise BackendUnavailable(CLOSED)
+            self._session.catch_up()
+        life.living = life.run(self._live(life))
 
     def stop_opening(self) -> None:
         """Make no further attempt at a first connection: the hub is to be closed. Any thread."""
@@ -391,7 +254,7 @@ class Link:
     async def ready(self) -> None:
         """Wait, for two seconds at most, until a connection that has moved here is there."""
         life = self._life
-        if life is not None and life.loop is running_loop():
+        if life is not None and life.is_here:
             with contextlib.suppress(TimeoutError):
                 async with Deadline(TIMEOUT):
                     await life.connected.wait()
@@ -404,116 +267,37 @@ class Link:
         with self._lock:
             life, self._life = self._life, None
             if life is not None:
-                self._stopping = _Stopping(life)
+                self._stopping = Stopping(life, self._stop, lambda it: it is self._stopping)
                 self._become("closed")
             stopping = self._stopping
         if stopping is None:
             return
         self._subscriptions.fail(CLOSED)
         if life is not None:
-            self._begin_stop_there(stopping)
-        await self._stopped(stopping)
+            stopping.begin()
+        await stopping.wait()
 
-    def _begin_stop_there(self, stopping: _Stopping) -> None:
-        here = asyncio.get_running_loop()
-        if stopping.loop is not here and not stopping.loop.is_closed():
-            with contextlib.suppress(RuntimeError):  # it was closed in this moment
-                stopping.loop.call_soon_threadsafe(self._begin_stop, stopping)
-                return
-        stopping.loop = here
-        self._begin_stop(stopping)
-
-    async def _stopped(self, stopping: _Stopping) -> None:
-        """Wait for it, and no longer than it takes if nothing is blocked."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + 2 * STOP_TIMEOUT
-        while not stopping.done and clock() < deadline:
-            waiter = Waiter()
-            stopping.waiters.add(waiter)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_LOOK):
-                    await waiter
-            stopping.waiters.discard(waiter)
-            if stopping.loop.is_closed():
-                self._begin_stop_there(stopping)
-
-    def _begin_stop(self, stopping: _Stopping) -> None:
-        if stopping is self._stopping:
-            stopping.task = asyncio.get_running_loop().create_task(self._stop(stopping))
-            stopping.task.add_done_callback(stopping.end)
-            return
-        stopping.life.leaving = True  # it has been started anew since, elsewhere
-        for task in stopping.life.tasks:
-            task.cancel()
-
-    async def _stop(self, stopping: _Stopping) -> None:
+    async def _stop(self, life: Life) -> None:
         try:
-            if stopping.life.loop is running_loop():
+            if life.loop is asyncio.get_running_loop():
                 await self._sender.drain()
         finally:
             self._sender.close(CLOSED)
-            await self._leave(stopping.life)
+            await self._leave(life)
 
-    async def _leave(self, life: _Life) -> None:
+    async def _leave(self, life: Life) -> None:
         """End everything that belongs to a loop, on it; if it is closed, what is left of it."""
         life.leaving = True
         if self._life in (life, None):  # else there is a new one already, elsewhere
             self._sender.pause()
         try:
-            if life.loop is running_loop():
-                tasks = life.tasks - {asyncio.current_task()}
-                for task in tasks:
-                    task.cancel()
-                if tasks:
-                    await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+            await life.end()
         finally:
             if self._life in (life, None):
-                await self._disconnect()
+                await self._session.close()
                 self._sender.give_up()
 
-    async def _connect(self, life: _Life, seconds: float = CONNECT_TIMEOUT) -> None:
-        """Connect and subscribe, once a message to ourselves has come back."""
-        self._generation = generation = self._generation + 1
-        life.broken.clear()
-        self._started = True
-
-        def deliver(channel: str, data: bytes) -> None:
-            if generation == self._generation:
-                if channel == self._probe.channel:
-                    self._probe.came()
-                elif self._early is None or len(self._early) >= MAX_EARLY:
-                    self._arrived(channel, data)
-                else:
-                    self._early.append((channel, data))
-
-        def lost(error: Exception) -> None:
-            self._break(error, generation)
-
-        self._early = []
-        seconds = min(seconds, CONNECT_TIMEOUT)
-        try:
-            async with Deadline(seconds):
-                await self._backend.start(deliver, lost)
-                await self._subscribe_to_probe()
-            await self._probe.prove(seconds)
-            await self._subscriptions.restore(CONNECT_TIMEOUT)
-        except TimeoutError:
-            await self._disconnect()
-            raise BackendUnavailable("the broker did not answer in time") from None
-        except BaseException:
-            await self._disconnect()
-            raise
-
-    async def _subscribe_to_probe(self) -> None:
-        channel = self._probe.channel
-        try:
-            await self._backend.subscribe(channel)
-        except Exception as exc:
-            raise BackendUnavailable(
-                f"the hub cannot subscribe to its own channel {channel!r}: {_words(exc)}"
-            ) from None
-
-    def _connected(self, life: _Life) -> None:
+    def _connected(self, life: Life) -> None:
         self.hear()
         self._become("connected")
         self._subscriptions.resume()
@@ -521,73 +305,40 @@ class Link:
         if life.watching is not None:
             life.tasks.discard(life.watching)
             life.watching.cancel()
-        life.watching = self._run(life, self._watch(self._generation))
+        life.watching = life.run(self._watch(self._session.generation))
         life.connected.set()
-
-    async def _disconnect(self) -> None:
-        self._generation += 1
-        self._subscriptions.lose()
-        self._probe.forget()
-        if not self._started:
-            return
-        try:
-            async with Deadline(STOP_TIMEOUT):
-                await self._backend.stop()
-            self._started = False
-        except Exception as exc:
-            logger.warning("the connection to the broker did not end in order: %s", _words(exc))
 
     # Stay connected
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         life = self._life
         assert life is not None  # the subscriptions have asked
-        self._run(life, work)
-
-    def _run(self, life: _Life, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = life.loop.create_task(work)
-        life.tasks.add(task)
-        task.add_done_callback(partial(self._ended, life))
-        return task
-
-    def _ended(self, life: _Life, task: asyncio.Task[None]) -> None:
-        """A task of ours has ended. If it was cancelled, or we made a mistake, all of them end."""
-        if task is life.living:
-            life.ended = time.monotonic()
-        if task not in life.tasks:
-            return
-        life.tasks.remove(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            logger.error("the connection to the broker has to begin anew", exc_info=error)
-        if (error is not None or task.cancelled()) and not life.leaving:
-            for other in life.tasks:
-                other.cancel()
+        life.run(work)
 
     def _break(self, error: Exception, generation: int) -> None:
         life = self._life
-        if generation == self._generation and life is not None:
+        if generation == self._session.generation and life is not None:
             if self.connected:
-                logger.warning("lost the connection to the broker: %s", _words(error))
+                logger.warning("lost the connection to the broker: %s", words(error))
                 self._become("reconnecting", error)
                 self._sender.pause()
             life.broken.set()
             self._probe.forget()
 
-    async def _live(self, life: _Life) -> None:
+    async def _live(self, life: Life) -> None:
         try:
             await self._keep(life)
         finally:
             if not life.leaving:  # nobody has stopped it: the loop comes to its end
                 await self._leave(life)
 
-    async def _keep(self, life: _Life) -> None:
-        backoff = _Backoff()
+    async def _keep(self, life: Life) -> None:
+        backoff = Backoff()
         while not life.leaving:
             since = time.monotonic()
             await life.broken.wait()
             if time.monotonic() - since > HELD:
-                backoff = _Backoff()
+                backoff = Backoff()
             self._become("reconnecting")
             self._sender.pause()
             error = self._health.error or ""
@@ -595,11 +346,12 @@ class Link:
                 self.hear()  # nobody was there to miss anything
             heard = self._probe.heard
             while life.broken.is_set() and not life.leaving:
-                await self._disconnect()
+                await self._session.close()
                 self._sender.give_up()
                 await asyncio.sleep(backoff.next())
                 try:
-                    await self._connect(life)
+                    life.broken.clear()
+                    await self._session.open()
                 except Exception as exc:
                     self._become("reconnecting", exc)
                     life.broken.set()
@@ -609,7 +361,7 @@ class Link:
     def hear(self) -> None:
         self._probe.heard = time.time()
 
-    def _tell_gap(self, life: _Life, since: float, error: str) -> None:
+    def _tell_gap(self, life: Life, since: float, error: str) -> None:
         self._connected(life)
         gap = Gap(since, self._probe.heard - since, error)
         with self._lock:
@@ -619,20 +371,13 @@ class Link:
             gap.seconds,
         )
         self._on_gap(gap)
-        self._catch_up(life)
-
-    def _catch_up(self, life: _Life) -> None:
-        """Let in what came, and who came, before it was all back: the gap is not theirs."""
-        early, self._early = self._early or [], None
-        for channel, data in early:
-            self._arrived(channel, data)
-        self._subscriptions.confirm()
+        self._session.catch_up()
 
     async def _watch(self, generation: int) -> None:
         wrong = await self._probe.watch(self._timing[1], lambda: self._subscriptions.wanted)
         self._break(ConnectionError(wrong), generation)
 
-    def _answer(self, life: _Life, answered: Taken) -> None:
+    def _answer(self, life: Life, answered: Taken) -> None:
         """Set it when a message to ourselves has come."""
 
         def tell(probe: asyncio.Future[str]) -> None:

@@ -24,7 +24,7 @@ logger = logging.getLogger("starcast")
 AT_ONCE = 1000
 
 
-class Session(Protocol):
+class Host(Protocol):
     """What the subscriptions need of the connection."""
 
     @property
@@ -72,13 +72,11 @@ class Subscriptions:
         holds: The channels, guarded by the lock.
     """
 
-    def __init__(
-        self, backend: Backend, lock: AbstractContextManager[object], session: Session
-    ) -> None:
+    def __init__(self, backend: Backend, lock: AbstractContextManager[object], host: Host) -> None:
         self.holds: dict[str, Subscription] = {}
         self._backend = backend
         self._lock = lock
-        self._session = session
+        self._host = host
         self._generation = 0  # of the connection: what was asked of an earlier one does not count
 
     # From any thread
@@ -92,12 +90,12 @@ class Subscriptions:
         with self._lock:
             hold = self.holds.setdefault(channel, Subscription())
             hold.count += 1
-            if hold.subscribed and self._session.connected:
+            if hold.subscribed and self._host.connected:
                 return
             taken = Taken()
             hold.waiting.append(taken)
         try:
-            self._session.call(self._change, channel)
+            self._host.call(self._change, channel)
             await taken.wait()
         except BaseException:
             with self._lock, contextlib.suppress(ValueError):
@@ -109,7 +107,7 @@ class Subscriptions:
         """Want a channel that is wanted already, without waiting."""
         with self._lock:
             self.holds.setdefault(channel, Subscription()).count += 1
-        self._session.call(self._change, channel)
+        self._host.call(self._change, channel)
 
     def release(self, channel: str) -> None:
         """Want it no more; once for each `hold` or `want`."""
@@ -118,7 +116,7 @@ class Subscriptions:
             hold.count -= 1
             if hold.count:
                 return
-        self._session.call(self._change, channel)
+        self._host.call(self._change, channel)
 
     @property
     def wanted(self) -> bool:
@@ -150,7 +148,7 @@ class Subscriptions:
             TimeoutError: The broker took longer than so many seconds for a thousand of them.
         """
         tried: set[str] = set()
-        while not self._session.broken and (missing := self._missing(tried)):
+        while not self._host.broken and (missing := self._missing(tried)):
             tried.update(missing)
             for start in range(0, len(missing), AT_ONCE):
                 some = missing[start : start + AT_ONCE]
@@ -191,20 +189,20 @@ class Subscriptions:
 
     def _change(self, channel: str) -> None:
         """Begin to do what is wanted, unless that is being done."""
-        session = self._session
+        host = self._host
         with self._lock:
             hold = self.holds.get(channel)
             if hold is None or hold.changing:
                 return
-            if not hold.count and not (hold.subscribed and session.alive):
+            if not hold.count and not (hold.subscribed and host.alive):
                 del self.holds[channel]
                 return
-            if not (session.is_here and session.connected):
+            if not (host.is_here and host.connected):
                 return  # whoever connects next will do it
             if bool(hold.count) == hold.subscribed:
                 return
             hold.changing = True
-        session.run(self._settle(channel, hold, self._generation))
+        host.run(self._settle(channel, hold, self._generation))
 
     async def _settle(self, channel: str, hold: Subscription, generation: int) -> None:
         refused = False
@@ -234,17 +232,17 @@ class Subscriptions:
             why = str(exc) or type(exc).__name__
         with self._lock:
             hold = self.holds.get(channel)
-            if hold is None or not self._session.is_here or generation != self._generation:
+            if hold is None or not self._host.is_here or generation != self._generation:
                 return False
-            if why and self._session.broken:
+            if why and self._host.broken:
                 return False  # and nobody is told: it may be back in time
             hold.subscribed = not why
-            if why or self._session.connected:
+            if why or self._host.connected:
                 waiting, hold.waiting = hold.waiting, []
         if why:
             logger.warning("the broker does not give the channel %r: %s", channel, why)
-        elif self._session.connected:
-            self._session.hear()
+        elif self._host.connected:
+            self._host.hear()
         for taken in waiting:
             if why:
                 taken.fail(why)

@@ -16,7 +16,17 @@ from backends.front import front
 from backends.nats_server import Flood, NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, backends, link, probe
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    Gap,
+    PayloadTooLarge,
+    backends,
+    life,
+    link,
+    opening,
+    probe,
+)
 from support import Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -47,7 +57,7 @@ async def test_row_11_killed_and_back_after_a_second(server, all_back):
             assert not await hub.healthy()
             await asyncio.sleep(1)  # what the row says
             server.start()
-            assert link.LONGEST_WAIT < 2  # so that it takes less than two seconds
+            assert opening.LONGEST_WAIT < 2  # so that it takes less than two seconds
             await until(lambda: gaps)
             await until(lambda: other.stats().backend.state == "connected")
             await other.publish("room", "after")
@@ -94,7 +104,7 @@ def hub_is_back(hub: Broadcast):
 
 
 async def test_row_13_frozen(server, all_back, monkeypatch):
-    assert link.PROBE_INTERVAL + probe.PROBE_TIMEOUT < 10
+    assert opening.PROBE_INTERVAL + probe.PROBE_TIMEOUT < 10
     monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.7)
     hub = Broadcast(server.url, probe_interval=0.3)
     async with hub, hub.subscribe("room", gaps=True) as subscriber:
@@ -190,7 +200,7 @@ async def test_a_hub_closes_while_its_broker_is_frozen(server, all_back):
     server.freeze()
     began = time.monotonic()
     await hub.disconnect()
-    assert time.monotonic() - began < link.STOP_TIMEOUT + 5
+    assert time.monotonic() - began < life.STOP_TIMEOUT + 5
     assert peer.closed == 1001
     server.thaw()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from starcast import Broadcast, guard, link, sender
+from starcast import Broadcast, guard, life, link, opening, sender
 from support import Broker, Bus, starcast_tasks, until
 
 
@@ -13,10 +13,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "TIMEOUT", 0.5)
     monkeypatch.setattr(link, "TIMEOUT", 0.5)
     monkeypatch.setattr(guard, "GUARD_EVERY", 0.02)
-    monkeypatch.setattr(link, "REST", 0.05)
-    monkeypatch.setattr(link, "STOP_LOOK", 0.02)
-    monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(life, "REST", 0.05)
+    monkeypatch.setattr(life, "STOP_LOOK", 0.02)
+    monkeypatch.setattr(opening, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(opening, "LONGEST_WAIT", 0.02)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, dispatcher, guard, link, probe, sender
+from starcast import BackendUnavailable, Broadcast, dispatcher, guard, life, link, probe, sender
 from starcast.waiter import Lock, running_loop
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
@@ -271,7 +271,7 @@ async def test_closing_from_another_loop_is_cancelled(broker, other):
 
 async def test_a_closing_that_comes_late(broker, other, monkeypatch):
     """The loop of the connection was blocked, and the hub is open again elsewhere."""
-    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
     hub = Broadcast(backend=Bus(broker))
     await asyncio.to_thread(other.run, hub.connect())
     go, blocked = threading.Event(), threading.Event()
@@ -339,7 +339,7 @@ async def test_the_loop_ends_while_the_hub_is_closed(steps):
 @pytest.mark.parametrize("how", ["guard", "publish"])
 async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
     """A handler takes a moment to end, or says goodbye."""
-    monkeypatch.setattr(link, "REST", 60)
+    monkeypatch.setattr(life, "REST", 60)
 
     async def main():
         async def handler():
@@ -428,7 +428,7 @@ async def test_clients_do_not_wait_for_the_broker_to_be_told(broker):
 
 
 async def test_a_backend_that_ignores_a_cancellation(broker, monkeypatch):
-    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
     go = asyncio.Event()
 
     class Stubborn(Bus):
@@ -565,7 +565,7 @@ async def test_no_task_is_made_under_the_lock(hub, broker):
 
 
 async def test_a_cancellation_that_a_backend_swallows(broker, monkeypatch):
-    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
 
     class Swallows(Bus):
         async def start(self, deliver, lost):

@@ -18,9 +18,10 @@ from starcast import (
     PayloadTooLarge,
     PublishQueueFull,
     dispatcher,
-    link,
+    life,
     probe,
     sender,
+    session,
     testing,
 )
 from starcast.waiter import Waiter
@@ -643,7 +644,7 @@ async def test_a_broker_that_is_not_there_is_said_at_once(broker):
 
 
 async def test_a_broker_that_takes_too_long(broker, monkeypatch):
-    monkeypatch.setattr(link, "CONNECT_TIMEOUT", 0.05)
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.05)
     broker.open.clear()
     hub = Broadcast(backend=Bus(broker), open_timeout=0)
     with pytest.raises(BackendUnavailable, match="in time"):
@@ -674,7 +675,7 @@ async def test_closing_while_a_publish_is_under_way(broker):
 
 
 async def test_a_backend_that_does_not_stop(broker, monkeypatch, caplog):
-    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.2)
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.2)
 
     class Stuck(Bus):
         async def stop(self) -> None:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, ConfigurationError, link, probe
+from starcast import BackendUnavailable, Broadcast, ConfigurationError, opening, probe
 from starcast.backends.base import LoginRefused
 from support import Bus, Peer, joined, until
 
@@ -248,4 +248,4 @@ def test_a_probe_interval_that_makes_no_sense(probe_interval):
 
 
 def test_the_defaults_notice_a_frozen_broker_within_ten_seconds():
-    assert link.PROBE_INTERVAL + probe.PROBE_TIMEOUT + 1 < 10
+    assert opening.PROBE_INTERVAL + probe.PROBE_TIMEOUT + 1 < 10

@@ -10,7 +10,16 @@ import time
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, PublishQueueFull, link, sender, subscriptions
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    PublishQueueFull,
+    link,
+    opening,
+    sender,
+    session,
+    subscriptions,
+)
 from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
@@ -270,7 +279,7 @@ async def _clear(broker):
 @pytest.mark.parametrize("early", [0, 10])
 async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, early):
     monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
-    monkeypatch.setattr(link, "MAX_EARLY", early)
+    monkeypatch.setattr(session, "MAX_EARLY", early)
     reached, go = asyncio.Event(), asyncio.Event()
 
     class Slow(Bus):
@@ -349,7 +358,7 @@ async def test_who_asks_whether_it_is_healthy_may_be_cancelled(broker):
 
 async def test_many_channels_over_a_long_way(broker, monkeypatch):
     """Connecting takes longer than CONNECT_TIMEOUT as a whole, though every answer is quick."""
-    monkeypatch.setattr(link, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.2)
 
     class Far(Bus):
         async def subscribe(self, channel):
@@ -381,7 +390,7 @@ async def test_each_start_has_a_name_of_its_own(broker):
 
 async def test_a_connection_that_does_not_hold_is_waited_for_longer_and_longer(broker, monkeypatch):
     waits = []
-    monkeypatch.setattr(link.random, "uniform", lambda least, most: waits.append(most) or 0)
+    monkeypatch.setattr(opening.random, "uniform", lambda least, most: waits.append(most) or 0)
     hub = Broadcast(backend=Bus(broker))
     await joined(hub, "room")
     for gaps in range(1, 5):
@@ -389,11 +398,11 @@ async def test_a_connection_that_does_not_hold_is_waited_for_longer_and_longer(b
         broker.up = True
         await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
     assert waits == sorted(waits)
-    assert waits[-1] == link.LONGEST_WAIT
+    assert waits[-1] == opening.LONGEST_WAIT
     monkeypatch.setattr(link, "HELD", -1)
     for gaps in range(5, 7):
         broker.kill()
         broker.up = True
         await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
-    assert waits[-1] == link.FIRST_WAIT
+    assert waits[-1] == opening.FIRST_WAIT
     await hub.disconnect()
