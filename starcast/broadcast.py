@@ -23,6 +23,7 @@ from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .hub import AfterGap, Headers, Hub, Settings
+from .lifespan import with_handlers
 from .mount import Authorize, make_app
 from .opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .origins import Origins
@@ -134,9 +135,11 @@ class Broadcast:
         """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`.
 
         An app waits `open_timeout` seconds for its broker and does not start without it; once
-        started, it waits for it without end.
+        started, it waits for it without end. What FastAPI was told by `on_event`, `on_startup` and
+        `on_shutdown` runs while the hub is open: FastAPI itself leaves it out once it has a
+        `lifespan`.
         """
-        return self._hub.lifespan(app)
+        return with_handlers(app, self.lifespan, self._hub.lifespan())
 
     @overload
     async def connect(self) -> None: ...

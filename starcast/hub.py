@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec
+from . import codec, server
 from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import (
@@ -151,6 +151,8 @@ class Hub:
                 self._failure = exc
                 raise
             self.dispatcher.open, self.closed, self._failure = True, False, None
+            if self.link is None:
+                server.warn_of_workers()
 
     async def ready(self) -> None:
         """Open it, and wait for a connection that has moved to this loop."""
@@ -182,7 +184,7 @@ class Hub:
                         await connection.wait_ended()
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, app: object) -> AsyncIterator[None]:
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Open it for as long as an app runs."""
         await self.ready()
         try:

@@ -61,18 +61,21 @@ class Taken(Waiter):
         Raises:
             BackendUnavailable: The broker refused it, was lost, or did not answer in time.
         """
+        left = TIMEOUT
+        if deadline is not None:
+            left = deadline - asyncio.get_running_loop().time()
+        overdue = Overdue(left, self._give_up)
         try:
-            left = TIMEOUT
-            if deadline is not None:
-                left = deadline - asyncio.get_running_loop().time()
-            async with Deadline(left):
-                await self
-        except TimeoutError:
-            raise BackendUnavailable("the broker did not answer in time") from None
+            await self
         finally:
+            overdue.cancel()
             self.abandoned = True
         if self.failed is not None:
             raise BackendUnavailable(self.failed)
+
+    def _give_up(self) -> None:
+        if not self._future.done():
+            self.fail("the broker did not answer in time")
 
 
 class Entry:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
 
+from . import server
 from .event import Event
 from .exceptions import SubscriberLagged
 from .frames import PLAIN
@@ -16,6 +17,10 @@ from .outbox import Close, Item, OnOverflow, Outbox, OutboxFull, Overflowed
 from .stats import Counters
 
 Got = TypeVar("Got")
+
+# Seconds that a block takes which is entered while the server shuts down. A program that subscribes
+# again whenever its subscription has ended must not keep the event loop busy until it is cancelled.
+STOPPING_DELAY = 0.05
 
 
 class Subscription(Generic[Got]):
@@ -52,7 +57,12 @@ class Subscription(Generic[Got]):
         if self._loop is not None:
             raise RuntimeError("a Subscriber can be entered once; call subscribe() again")
         self._loop = asyncio.get_running_loop()
+        if server.is_stopping():
+            await asyncio.sleep(STOPPING_DELAY)
+            self.end()
+            return self
         self._counters = await self._join(self)
+        server.end_with_server(self)
         return self
 
     async def __aexit__(
@@ -61,6 +71,7 @@ class Subscription(Generic[Got]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        server.forget(self)
         self._leave(self)
         self.outbox.clear()
         self.end()
@@ -123,8 +134,9 @@ class Subscription(Generic[Got]):
 class Subscriber(Subscription[Event]):
     """What `Broadcast.subscribe` returns: an async context manager and an async iterator of events.
 
-    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed or
-    the block has been left, after what was already buffered at a close.
+    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed,
+    when the server begins to shut down or when the block has been left: in the first two cases
+    after what is buffered. A block that is entered while the server shuts down ends at once.
 
     It belongs to the event loop that entered the block; iterate in one task there.
 

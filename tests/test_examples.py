@@ -9,12 +9,14 @@ import io
 import json
 import re
 import socket
+import struct
 import sys
 import threading
 import tokenize
 from pathlib import Path
 
 import anyio
+import httpx
 import pytest
 import websockets
 from starlette.testclient import TestClient
@@ -259,6 +261,31 @@ def test_fastapi_endpoint_on_a_sub_app(example):
         assert ann.receive_text() == ben.receive_text() == "hello"
 
 
+def test_fastapi_lifespan(example):
+    app = example("fastapi_lifespan").app
+    with TestClient(app) as client, client.websocket_connect("/live/news") as ann:
+        response = client.post("/news", params={"headline": "It snows."})
+        assert response.json() == ["It rains.", "It snows."]
+        assert ann.receive_text() == "It snows."
+    assert not hasattr(app.state, "headlines")
+
+
+async def test_fastapi_stream(example, serve):
+    module = example("fastapi_stream")
+    server = await serve(module.app)
+    async with (
+        httpx.AsyncClient(trust_env=False) as client,
+        client.stream("GET", f"http://{server.host}:{server.port}/news") as response,
+    ):
+        assert response.headers["content-type"].startswith("text/event-stream")
+        await until(lambda: module.hub.stats().subscribers == 1)
+        await module.hub.publish("news", "It rains.")
+        lines = response.aiter_lines()
+        assert await anext(lines) == "data: It rains."
+        server.server.should_exit = True
+        assert [line async for line in lines] == [""]
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [
@@ -408,6 +435,43 @@ async def test_broadcaster_chat(name, example, serve):
         await ben.send("hi")
         assert await ann.recv() == "hi"
     await until(lambda: stats().subscribers + stats().clients == 0)
+
+
+@pytest.mark.parametrize("name", ["broadcaster_chat", "broadcaster_endpoint"])
+async def test_broadcaster_chat_when_everybody_leaves(name, example, serve, caplog):
+    module = example(name)
+    server = await serve(module.app)
+    stats = module.broadcast.stats
+    clients = await asyncio.gather(*(server.connect("/", max_queue=None) for _ in range(200)))
+    await until(lambda: stats().subscribers + stats().clients == 200)
+    talking = asyncio.gather(*map(talk, clients))
+    await until(lambda: stats().delivered > 20_000)
+    leaving = []
+    for client in clients:
+        if len(leaving) % 2:
+            reset(client)
+        leaving.append(asyncio.create_task(client.close()))
+        await asyncio.sleep(0)
+    await asyncio.gather(talking, *leaving)
+    await until(lambda: stats().subscribers + stats().clients == 0)
+    await until(lambda: not server.server.server_state.tasks)
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+async def talk(client):
+    """Say something for every 200 messages that came, until the connection is gone."""
+    with contextlib.suppress(websockets.ConnectionClosed):
+        while True:
+            await client.send("hello")
+            for _ in range(200):
+                await client.recv()
+
+
+def reset(client):
+    """Leave as a process that was killed: with a TCP reset."""
+    sock = client.transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.transport.abort()
 
 
 # Slow clients

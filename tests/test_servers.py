@@ -8,19 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import websockets
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from support import DEADLINE, until_sync
+from server_process import ServerProcess
+from support import DEADLINE
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +27,6 @@ SERVERS = {
     "granian": ["granian", "--interface", "asgi", "--port", "{port}", APP],
     "daphne": ["daphne", "--bind", "127.0.0.1", "--port", "{port}", APP],
 }
-SHUTDOWN = 10.0  # seconds that a server may take to end after SIGTERM
 
 # What the servers themselves do not do.
 TELLS_NO_CODE = {"hypercorn"}  # what a client closes with; the app is told 1006
@@ -40,45 +36,12 @@ END = [name for name in SERVERS if name != "hypercorn" or sys.version_info < (3,
 NEVER_SUSPENDS = {"daphne"}  # a send, whoever does not read: it keeps everything itself
 
 
-class Process:
-    """A server with the app, on a port of loopback that was free."""
+class Process(ServerProcess):
+    """A server with the app."""
 
     def __init__(self, name: str, log: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
         self.name = name
-        command = [part.format(port=self.port) for part in SERVERS[name]]
-        here = Path(__file__).parent
-        self._log = log
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdout=output,
-                stderr=output,
-                cwd=here,
-                env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-                start_new_session=True,  # a server may have workers
-            )
-        try:
-            until_sync(self._answers)
-        except BaseException:
-            self.kill()
-            raise
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, self.log
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-            return True
-        return False
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def connect(self, path: str, **options):
-        url = f"ws://127.0.0.1:{self.port}{path}"
-        return websockets.connect(url, proxy=None, **options)
+        super().__init__(SERVERS[name], log)
 
     async def until(self, channel: str, **expected) -> None:
         """Wait until the hub is in this state: see `served_app.state`."""
@@ -90,16 +53,6 @@ class Process:
                     everything = json.loads(await asking.recv())
                     said = {name: everything[name] for name in expected}
         assert said == expected
-
-    def stop(self) -> None:
-        """End it as a supervisor does, which would not wait for ever."""
-        self._process.terminate()
-        self._process.wait(SHUTDOWN)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 @pytest.fixture(params=SERVERS, scope="module")

@@ -1,0 +1,54 @@
+"""The app of test_shutdown.py: what a subscriber feeds, in every shape that people write."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, WebSocket
+from fastapi.sse import EventSourceResponse
+from starlette.responses import StreamingResponse
+
+from starcast import Broadcast
+
+VERSION = "1"
+
+hub = Broadcast()
+app = FastAPI(lifespan=hub.lifespan)
+
+
+@app.get("/version")
+async def version() -> str:
+    return VERSION
+
+
+@app.get("/sse", response_class=EventSourceResponse)
+async def sse() -> AsyncIterator[str]:
+    async with hub.subscribe("news") as subscriber:
+        yield "subscribed"
+        async for event in subscriber:
+            yield str(event.message)
+
+
+@app.get("/stream")
+async def stream() -> StreamingResponse:
+    async def lines() -> AsyncIterator[str]:
+        async with hub.subscribe("news") as subscriber:
+            yield "subscribed\n"
+            async for event in subscriber:
+                yield f"{event.message}\n"
+
+    return StreamingResponse(lines(), media_type="text/plain")
+
+
+@app.websocket("/forward")
+async def forward(websocket: WebSocket) -> None:
+    await websocket.accept()
+    async with hub.subscribe("news") as subscriber:
+        await websocket.send_text("subscribed")
+        async for event in subscriber:
+            await websocket.send_text(str(event.message))
+
+
+@app.websocket("/chat")
+async def chat(websocket: WebSocket) -> None:
+    await hub.serve(websocket, "news")
