@@ -8,8 +8,8 @@ wait for it: four to six turns were measured with all three brokers on both loop
 milliseconds where PostgreSQL is asked a second question.
 
 So a timer that is due first lets the loop take `TURNS` turns, with a pause before each of them in
-which the kernel can bring more. The pauses are longer if the timer itself came late, for then the
-loop has been blocked, and much may have piled up in front of the answer.
+which the kernel can bring more. The pauses are longer if the loop has been blocked shortly before:
+then the question itself may not have left yet, and much may have piled up in front of the answer.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from collections.abc import Callable
 from types import TracebackType
 
 # Turns that the loop gets after a deadline, and the seconds before each: 0.05 in all, or 0.5 if the
-# deadline came late.
+# loop has been blocked.
 TURNS = 10
 PAUSE = 0.005
 PAUSE_LATE = 0.05
 
 # Seconds by which a timer may be late on a loop that is only busy.
 LATE = 0.03
+
+# The part of the time after which a first timer sees whether the loop is blocked. Whoever is free
+# from then on has enough of it left.
+LOOK_AT = 0.8
 
 
 class Overdue:
@@ -39,26 +43,34 @@ class Overdue:
         callback: What is called, without arguments.
     """
 
-    __slots__ = ("_callback", "_due", "_handle", "_loop", "_turns")
+    __slots__ = ("_blocked", "_callback", "_due", "_handle", "_left", "_loop", "_turns")
 
     def __init__(self, seconds: float, callback: Callable[[], object]) -> None:
         self._loop = asyncio.get_running_loop()
         self._callback = callback
         self._turns = TURNS
+        self._blocked = False
+        look = LOOK_AT * seconds
+        self._left = seconds - look
         # Not the loop's own time, which uvloop keeps as it was before it was blocked.
-        self._due = time.monotonic() + seconds
-        self._handle = self._loop.call_later(max(seconds, 0.0), self._fire)
+        self._due = time.monotonic() + look
+        self._handle = self._loop.call_later(max(look, 0.0), self._fire)
 
     def cancel(self) -> None:
         self._handle.cancel()
 
     def _fire(self) -> None:
-        if not self._turns:
+        now = time.monotonic()
+        late = now - self._due
+        self._blocked = self._blocked or late > LATE
+        if self._left > 0.0:
+            pause, self._left = max(self._left - late, 0.0), 0.0
+        elif self._turns:
+            self._turns -= 1
+            pause = PAUSE_LATE if self._blocked else PAUSE
+        else:
             self._callback()
             return
-        self._turns -= 1
-        now = time.monotonic()
-        pause = PAUSE_LATE if now - self._due > LATE else PAUSE
         self._due = now + pause
         self._handle = self._loop.call_later(pause, self._fire)
 

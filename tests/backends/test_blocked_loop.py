@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, link, probe, sender
+from starcast import BackendUnavailable, Broadcast, probe, sender
 from starcast.deadline import Deadline
 from support import Peer, until
 
@@ -39,13 +39,12 @@ async def test_publish_and_connect_succeed_after_a_handler_that_sleeps(url):
         assert hub.stats().backend.gaps == 0
 
 
-@pytest.mark.parametrize("seconds", [0.19, 0.2, 0.21, 0.3])
+@pytest.mark.parametrize("seconds", [0.45, 0.5, 0.51, 0.6])
 async def test_whenever_the_timer_fires(url, monkeypatch, seconds):
     """Before the loop is free, in that moment, and after it."""
-    monkeypatch.setattr(sender, "TIMEOUT", 0.2)
-    monkeypatch.setattr(link, "TIMEOUT", 0.2)
+    monkeypatch.setattr(sender, "TIMEOUT", 0.5)
     async with Broadcast(url) as hub:
-        for number in range(5):
+        for number in range(3):
             peer = Peer()
             channel = f"room {number}"
             await blocked(lambda: hub.connect(peer.websocket, channel), seconds)  # noqa: B023

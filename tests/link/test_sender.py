@@ -107,6 +107,13 @@ async def test_a_message_that_was_under_way_is_lost(hub, broker):
     assert lost == [sender.LOST]
 
 
+async def test_an_answer_that_comes_with_the_last_turn_counts():
+    taken = sender.Taken()
+    taken.set()
+    taken._give_up()
+    await taken.wait()
+
+
 async def test_a_message_that_nobody_awaits_any_more_is_not_sent(hub, broker):
     peer = await joined(hub, "room")
     broker.open.clear()
