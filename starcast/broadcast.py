@@ -26,12 +26,14 @@ from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .heartbeats import Heartbeats
-from .hub import AfterGap, Headers, Hub, Settings
+from .hub import Headers, Hub
 from .lifespan import with_handlers
 from .mount import Authorize, make_app
+from .opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .origins import Allowed, Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .relay import OnPublishError
+from .settings import AfterGap, Settings
 from .stats import Stats
 from .subscriber import GapSubscriber, Subscriber
 
@@ -88,6 +90,14 @@ class Broadcast:
             on the event loop that the hub was opened on. It must not block.
         after_gap: What becomes of the clients then. `"carry_on"`, the default: nothing. `"close"`:
             they are closed with 1012 (service restart), so that they connect again.
+        open_timeout: Seconds for which a hub that is being opened tries to reach its broker, again
+            and again, with a line in the log for each attempt: 10 by default, which is enough for
+            a broker that starts together with the app. 0: it tries once. What the hub sends to
+            itself must come back before it counts as open. A refused login is final at once, and
+            after an attempt in vain a first use by a client tries once only.
+        probe_interval: Seconds between two messages that the hub sends to itself by way of the
+            broker, to notice when that is frozen: 3 by default, more than 0. It may take 5 seconds
+            more until that is noticed. None is sent while no channel is in use.
 
     Raises:
         ConfigurationError: One of these makes no sense.
@@ -107,6 +117,8 @@ class Broadcast:
         ready_frames: bool = True,
         on_gap: Callable[[Gap], None] | None = None,
         after_gap: AfterGap = "carry_on",
+        open_timeout: float = OPEN_TIMEOUT,
+        probe_interval: float = PROBE_INTERVAL,
     ) -> None:
         settings = Settings(
             dumps=codec.dumps if dumps is None else dumps,
@@ -118,6 +130,8 @@ class Broadcast:
             on_gap=on_gap,
             after_gap=after_gap,
             name=name,
+            open_timeout=open_timeout,
+            probe_interval=probe_interval,
         )
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
         scheme = str(url).strip().partition("://")[0]
@@ -141,9 +155,10 @@ class Broadcast:
     def lifespan(self, app: object = None) -> contextlib.AbstractAsyncContextManager[None]:
         """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`.
 
-        An app does not start without its broker; once started, it waits for it for ever. What
-        FastAPI was told by `on_event`, `on_startup` and `on_shutdown` runs while the hub is open:
-        FastAPI itself leaves it out once it has a `lifespan`.
+        An app waits `open_timeout` seconds for its broker and does not start without it; once
+        started, it waits for it without end. What FastAPI was told by `on_event`, `on_startup` and
+        `on_shutdown` runs while the hub is open: FastAPI itself leaves it out once it has a
+        `lifespan`.
         """
         return with_handlers(app, self.lifespan, self._hub.lifespan())
 
@@ -175,9 +190,10 @@ class Broadcast:
         """Register a client on a channel; without a websocket, open the hub.
 
         Opening is optional and may happen on another event loop than the clients': the hub opens on
-        first use. Without its broker it does not open; once open, it waits for it for ever. A
-        websocket that nobody has accepted yet is accepted, after the check of its
-        Origin. A client that is registered already joins a further channel.
+        first use. It waits `open_timeout` seconds for its broker, and does not open without it;
+        once open, it waits for it without end. A websocket that nobody has accepted yet is
+        accepted, after the check of its Origin. A client that is registered already joins a further
+        channel.
 
         From then on until `disconnect` the handler's own sends take their turn behind what the hub
         has for this client, so that nothing overtakes. Call it on the client's own event loop, and
@@ -377,8 +393,10 @@ class Broadcast:
     ) -> None:
         """Publish a message and come back at once: a plain function, for any thread and any loop.
 
-        Messages of one thread keep their order. Arguments as for `publish`. A message that a broker
-        could not be given, because it was away, is counted in `stats().backend.lost`.
+        Messages of one thread keep their order. Arguments as for `publish`. While the broker is
+        away they wait for it, two seconds at most. A message that the broker could not be given in
+        that time, or that it refused, is counted in `stats().backend.lost`, and a warning in the
+        log says why, once in ten seconds for each kind of trouble.
 
         Raises:
             EncodingError, InvalidChannel, PayloadTooLarge: See `publish`.

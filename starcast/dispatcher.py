@@ -12,6 +12,7 @@ import functools
 import time
 from collections.abc import Callable
 
+from .deadline import Deadline
 from .event import Event
 from .exceptions import BackendUnavailable, PublishQueueFull
 from .link import Link
@@ -67,7 +68,7 @@ class Dispatcher:
     ) -> Taken | None:
         """Hand an event over; what comes back is set when the broker has it.
 
-        Without `wait`, `on_lost` is called with the reason if the broker does not get it after all.
+        Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
         taken = None
         if self._link is not None:
@@ -81,11 +82,7 @@ class Dispatcher:
         return taken
 
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
-        """Hand an event over, and wait only as long as there is no room for it.
-
-        If it is lost later, `on_lost` is called with the reason, once, on any thread. It must
-        neither block nor raise.
-        """
+        """Hand an event over, and wait only as long as there is no room for it."""
         try:
             self.publish(event, on_lost=on_lost)
         except PublishQueueFull as exc:
@@ -136,7 +133,7 @@ class Dispatcher:
             place.tell_room(room)
         try:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
+                async with Deadline(deadline - asyncio.get_running_loop().time()):
                     await room
         finally:
             with self._lock:

@@ -60,4 +60,4 @@ class Guard:
     async def _move(self) -> None:
         async with self._switching:
             if self._is_open() and not self._link.alive:
-                await self._link.start()
+                await self._link.start(patient=False)

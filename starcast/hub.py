@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import dataclasses
 import functools
 import itertools
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -24,7 +23,7 @@ from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
-from .codec import Dumps, Encoding
+from .codec import Encoding
 from .connection import (
     ABNORMAL,
     CLOSE_TIMEOUT,
@@ -38,7 +37,6 @@ from .event import Event
 from .exceptions import (
     BackendUnavailable,
     ClientGone,
-    ConfigurationError,
     NotConnected,
     PublishQueueFull,
 )
@@ -46,44 +44,16 @@ from .gap import Gap
 from .guard import Guard
 from .link import Link
 from .naming import DEFAULT_NAME, NamedBackend, check_name
-from .origins import Origins
-from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
+from .outbox import Close, Outbox
 from .registry import Registry
+from .settings import Settings
 from .stats import Counters, Stats
 from .subscriber import Subscription
 from .waiter import Lock, Waiter
 
 logger = logging.getLogger("starcast")
 
-AfterGap = Literal["carry_on", "close"]
 Headers = Iterable[tuple[bytes, bytes]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
-    """What a `Broadcast` was told; see there."""
-
-    dumps: Dumps
-    origins: Origins
-    max_buffer: int = MAX_BUFFER
-    overflow: Overflow = "disconnect"
-    on_overflow: OnOverflow | None = None
-    ready_frames: bool = True
-    on_gap: Callable[[Gap], None] | None = None
-    after_gap: AfterGap = "carry_on"
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.after_gap not in ("carry_on", "close"):
-            raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
-        self.outbox()  # refuses settings that make no sense
-
-    def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
-        """Return an outbox with these settings, unless others are given."""
-        return Outbox(
-            self.max_buffer if max_buffer is None else max_buffer,
-            self.overflow if overflow is None else overflow,
-        )
 
 
 def _again(exc: Exception) -> Exception:
@@ -108,8 +78,14 @@ class Hub:
         self.link = None
         if backend is not None:
             backends.check(backend)
-            named = NamedBackend(backend, name)
-            self.link = Link(named, self.lock, self.registry.bring, self._tell_gap)
+            self.link = Link(
+                NamedBackend(backend, name),
+                self.lock,
+                self.registry.bring,
+                self._tell_gap,
+                settings.open_timeout,
+                settings.probe_interval,
+            )
         self.dispatcher = Dispatcher(self.registry, self.link)
         self.closed = False
         self.switching = Lock()  # held while the backend starts or stops
@@ -133,8 +109,12 @@ class Hub:
         """Whether it is open, and its connection to the broker is looked after."""
         return self.open and (self.link is None or self.link.alive)
 
-    async def ensure_open(self) -> None:
-        """Open it, unless it is open."""
+    async def ensure_open(self, patient: bool = False) -> None:
+        """Open it, unless it is open.
+
+        It waits for the broker for `open_timeout`. Not every client has to wait for what somebody
+        has waited for in vain, so after a failure it does that only if `patient`.
+        """
         if self.running:
             return
         failures = self._failures
@@ -146,7 +126,7 @@ class Hub:
             try:
                 if self.link is not None:
                     with self.claim.taken():
-                        await self.link.start()
+                        await self.link.start(patient or self._failure is None)
             except Exception as exc:
                 self._failures += 1
                 self._failure = exc
@@ -157,7 +137,7 @@ class Hub:
 
     async def ready(self) -> None:
         """Open it, and wait for a connection that has moved to this loop."""
-        await self.ensure_open()
+        await self.ensure_open(patient=True)
         if self.link is not None:
             await self.link.ready()
 
@@ -169,6 +149,8 @@ class Hub:
     async def close(self) -> None:
         """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
         connections: list[Connection] = []
+        if self.link is not None:
+            self.link.stop_opening()
         try:
             async with self.switching:
                 self.dispatcher.open, self.closed = False, True

@@ -2,23 +2,31 @@
 
 What comes while the broker has not confirmed a batch is the next one. `put` may be called from any
 thread; everything else happens on the event loop of the connection.
+
+While the broker is away everything waits in the queue, in its order, for two seconds: a message
+that somebody awaits until they give up, any other until it expires and is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 from .backends.base import Backend
+from .deadline import Deadline, Overdue
 from .event import OVERHEAD
 from .exceptions import BackendUnavailable
 from .waiter import Full, Waiter, running_loop
 
-# Seconds that `publish` and `connect` wait for the broker.
+# Seconds that `publish` and `connect` wait for the broker, and a message that nobody awaits.
 TIMEOUT = 2.0
+
+# Seconds between two looks at what has expired: each goes through the whole queue.
+EXPIRE_EVERY = 0.1
 
 # Bytes that may wait to be handed over. Each message counts `event.OVERHEAD` more.
 MAX_WAITING = 16 * 1024 * 1024
@@ -28,6 +36,7 @@ BATCH = 1000
 BATCH_BYTES = 1024 * 1024
 
 LOST = "the connection to the broker was lost"
+EXPIRED = "the broker was away for too long"
 
 OnLost = Callable[[str], object]
 
@@ -52,49 +61,73 @@ class Taken(Waiter):
         Raises:
             BackendUnavailable: The broker refused it, was lost, or did not answer in time.
         """
+        left = TIMEOUT
+        if deadline is not None:
+            left = deadline - asyncio.get_running_loop().time()
+        overdue = Overdue(left, self._give_up)
         try:
-            if deadline is None:
-                deadline = asyncio.get_running_loop().time() + TIMEOUT
-            async with asyncio.timeout_at(deadline):
-                await self
-        except TimeoutError:
-            raise BackendUnavailable("the broker did not answer in time") from None
+            await self
         finally:
+            overdue.cancel()
             self.abandoned = True
         if self.failed is not None:
             raise BackendUnavailable(self.failed)
 
+    def _give_up(self) -> None:
+        if not self._future.done():
+            self.fail("the broker did not answer in time")
+
 
 class Entry:
-    """A message that waits, and who waits for it."""
+    """A message that waits, and who waits for it or wants to know that it is lost."""
 
-    __slots__ = ("channel", "cost", "counts", "data", "on_lost", "taken")
+    __slots__ = ("channel", "cost", "data", "expires", "is_probe", "on_lost", "taken")
 
     def __init__(
         self,
         channel: str,
         data: bytes,
-        taken: Taken | None,
+        taken: Taken | None = None,
         on_lost: OnLost | None = None,
-        counts: bool = True,
+        is_probe: bool = False,
     ) -> None:
         self.channel = channel
         self.data = data
         self.taken = taken
         self.on_lost = on_lost
-        self.counts = counts  # if it is lost
+        self.is_probe = is_probe
+        self.expires = time.monotonic() + TIMEOUT  # unless somebody awaits it
         self.cost = len(data) + OVERHEAD
+
+    def is_due(self, now: float) -> bool:
+        """Whether it has waited long enough: nobody awaits it, or nobody does any more."""
+        if self.taken is not None:
+            return self.taken.abandoned
+        return self.is_probe or self.expires <= now
 
 
 class Sender:
-    """See the module. Made on any thread, closed at first."""
+    """See the module. Made on any thread, closed at first.
 
-    def __init__(self, backend: Backend, lock: AbstractContextManager[object]) -> None:
+    Args:
+        backend: What talks to the broker.
+        lock: The hub's.
+        on_refused: Called with the reason when messages that nobody awaits were lost.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        lock: AbstractContextManager[object],
+        on_refused: OnLost = lambda why: None,
+    ) -> None:
         self._backend = backend
+        self._on_refused = on_refused
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = lock
         # Guarded by the lock:
         self.lost = 0
+        self.published = 0  # messages that were ever put here
         self._open = False
         self._closed = ""  # why nobody has to wait
         self._queue: deque[Entry] = deque()
@@ -104,6 +137,7 @@ class Sender:
         self._batch: list[Entry] = []  # what the broker has not confirmed
         self._sending: asyncio.Future[None] | None = None
         self._busy = False
+        self._expiry: Overdue | None = None
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -115,26 +149,29 @@ class Sender:
     ) -> Taken | None:
         """Hand a message over. What comes back, if `wait`, is set when the broker has it.
 
-        Without a connection and without `wait` the message is lost, and counted. `on_lost` is then
-        called with the reason, on any thread.
+        Without `wait`, `on_lost` is called with the reason, once at most, if the broker does not
+        get the message: on the event loop of the connection, or on the thread that closes it. It
+        must neither block nor raise.
 
         Raises:
             Full: Too much is waiting.
         """
         entry = Entry(channel, data, Taken() if wait else None, on_lost)
-        if not (wait or (self._open and self._loop and not self._loop.is_closed())):
-            self._fail([entry], LOST)
-            return None
+        wake = False
         with self._lock:
-            if self._closed and entry.taken is not None:
-                entry.taken.fail(self._closed)
-                return entry.taken
-            if self._queue and self._size + entry.cost > MAX_WAITING:
-                raise Full(f"{len(self._queue)} messages wait for the broker", self)
-            wake = not self._queue
-            self._queue.append(entry)
-            self._size += entry.cost
-        if wake:
+            closed = self._closed
+            if not wait and (self._loop is None or self._loop.is_closed()):
+                closed = closed or LOST
+            if not closed:
+                if self._queue and self._size + entry.cost > MAX_WAITING:
+                    raise Full(f"{len(self._queue)} messages wait for the broker", self)
+                wake = not self._queue or not (wait or self._open or self._expiry)
+                self._queue.append(entry)
+                self._size += entry.cost
+                self.published += 1
+        if closed:
+            self._fail([entry], closed)
+        elif wake:
             self._wake(wait)
         return entry.taken
 
@@ -172,20 +209,21 @@ class Sender:
     def live_here(self) -> None:
         """Live on this event loop from now on. What another one had under way is lost."""
         self._loop = asyncio.get_running_loop()
-        self._sending = None
+        self._sending = self._expiry = None
         self._fail_batch(LOST)
         with self._lock:
             self._closed = ""
+        self._expire()
 
     @property
     def under_way(self) -> int:
         """Bytes that the broker has not confirmed."""
         return sum(len(entry.data) for entry in self._batch)
 
-    def probe(self, channel: str) -> None:
-        """Send an empty message before all others. It does not count if it is lost."""
+    def probe(self, channel: str, on_lost: OnLost) -> None:
+        """Send an empty message before all others, and alone. It does not count if it is lost."""
         with self._lock:
-            self._queue.appendleft(Entry(channel, b"", None, counts=False))
+            self._queue.appendleft(Entry(channel, b"", on_lost=on_lost, is_probe=True))
             self._size += OVERHEAD
         self._send()
 
@@ -193,29 +231,48 @@ class Sender:
         """Send no more until `open`. From any thread."""
         with self._lock:
             self._open = False
+        if running_loop() is self._loop:
+            self._expect()
 
     async def drain(self) -> None:
         """Hand over what waits, for two seconds at most. It stays open."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TIMEOUT):
+            async with Deadline(TIMEOUT):
                 self._send()
                 while self._sending is not None:
                     await asyncio.wait([self._sending])
 
     def give_up(self) -> None:
-        """Lose what the broker had not confirmed, and what nobody waits for.
-
-        Who waits for another message may still see the end of the outage.
-        """
+        """Lose what the broker had not confirmed. What waits may still see the outage's end."""
         sending, self._sending = self._sending, None
         if sending is not None and sending.get_loop() is running_loop():
             sending.cancel()
         self._fail_batch(LOST)
+        self._expire()
+
+    def _expect(self) -> None:
+        """Have what nobody awaits lost in time, as long as the broker is away."""
+        if self._open or self._expiry is not None:
+            return
         with self._lock:
-            lost = [entry for entry in self._queue if entry.taken is None]
-            kept = [entry for entry in self._queue if entry.taken and not entry.taken.abandoned]
-            self._replace(kept)
-        self._fail(lost, LOST)
+            expires = next((entry.expires for entry in self._queue if entry.taken is None), None)
+        if expires is not None:
+            left = max(expires - time.monotonic(), EXPIRE_EVERY)
+            self._expiry = Overdue(left, self._expire)
+
+    def _expire(self) -> None:
+        """Lose what has waited for too long."""
+        here = running_loop() is self._loop
+        if here:
+            self._expiry = None
+        now = time.monotonic()
+        with self._lock:
+            lost = [entry for entry in self._queue if entry.is_due(now)] if not self._open else []
+            if lost:
+                self._replace([entry for entry in self._queue if not entry.is_due(now)])
+        self._fail(lost, EXPIRED)
+        if here:
+            self._expect()
 
     def close(self, why: str) -> None:
         """Take no more until `live_here`, and tell whoever is not sent yet why. From any thread."""
@@ -240,6 +297,7 @@ class Sender:
         """Hand over what waits, unless the broker still has to confirm some."""
         if self._busy or running_loop() is not self._loop:
             return
+        self._expect()
         while self._sending is None and (batch := self._take()):
             self._batch = batch
             self._busy = True
@@ -265,6 +323,8 @@ class Sender:
                 if entry.taken is None or not entry.taken.abandoned:
                     batch.append(entry)
                     size += len(entry.data)
+                if entry.is_probe:
+                    break  # what the broker says is then about the probe, and nothing else
             if self._room:
                 self._tell()
         return batch
@@ -297,8 +357,10 @@ class Sender:
             if entry.taken is not None:
                 entry.taken.fail(why)
                 continue
-            lost += entry.counts
+            lost += not entry.is_probe
             if entry.on_lost is not None:
                 entry.on_lost(why)
-        with self._lock:
-            self.lost += lost
+        if lost:
+            with self._lock:
+                self.lost += lost
+            self._on_refused(why)

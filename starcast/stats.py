@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from typing import Literal
+
+State = Literal["closed", "connected", "reconnecting"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +68,18 @@ class Stats:
     pending: int
     buffered: int
     backend: BackendStats | None = None
+
+
+class Health:
+    """What a connection to a broker counts, and how it is. Guarded by the hub's lock."""
+
+    def __init__(self) -> None:
+        self.state: State = "closed"
+        self.since = time.time()
+        self.error: str | None = None
+        self.gaps = 0
+        self.blocked = 0  # messages that a blocked event loop had no room for
+        self.malformed = 0
 
 
 class Counters:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+from ..exceptions import BackendUnavailable
+
 Deliver = Callable[[str, bytes], None]
 Lost = Callable[[Exception], None]
+
+
+class LoginRefused(BackendUnavailable):
+    """The broker has answered, and does not let us in: to try again soon makes no sense."""
 
 
 class Backend(Protocol):
@@ -25,6 +31,8 @@ class Backend(Protocol):
             spelling and holds no password, such as `Redis at 127.0.0.1:6379, prefix 'starcast:'`.
             Two backends with the same address share their channels. With it, the hub refuses to
             open beside another hub of this process that it would share channels with by accident.
+        if_silent: What a developer should look for if nothing that is published ever comes back,
+            as a part of a sentence. Optional.
     """
 
     max_payload: int
@@ -38,6 +46,8 @@ class Backend(Protocol):
 
         Raises:
             BackendUnavailable: There is no connection. The message names the host, and no password.
+            LoginRefused: One of these: the server has refused the user or the password. A hub that
+                is being opened says so at once, instead of trying again.
         """
 
     async def stop(self) -> None:

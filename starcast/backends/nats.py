@@ -32,8 +32,9 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
 
+from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, Lost
+from .base import Deliver, LoginRefused, Lost
 from .nats_names import read, same_servers, tokens
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
@@ -105,7 +106,7 @@ class _Wire(TcpTransport):
         # and a reader that is full stops nobody.
         assert self._io_writer is not None
         host = uri if isinstance(uri, str) else uri.hostname
-        async with asyncio.timeout(connect_timeout):
+        async with Deadline(connect_timeout):
             await self._io_writer.start_tls(ssl_context, server_hostname=host)
         self._plain = False
 
@@ -182,7 +183,7 @@ class _Session:
         number = b"%d" % next(self._numbers)
         answered = self._waiters[number] = loop.create_future()
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
-        overdue = loop.call_later(ANSWER_TIMEOUT, self._fail, answered, trouble)
+        overdue = Overdue(ANSWER_TIMEOUT, partial(self._fail, answered, trouble))
 
         def forget(answered: asyncio.Future[None]) -> None:
             overdue.cancel()
@@ -300,6 +301,8 @@ class NatsBackend:
         ConfigurationError: The URL, the prefix or an option makes no sense.
     """
 
+    if_silent = "do the user's permissions allow to subscribe to what it may publish to?"
+
     def __init__(self, url: object, *, prefix: str = "starcast:", **options: Any) -> None:
         if len(prefix) > MAX_PREFIX or not _PREFIX.fullmatch(prefix):
             raise ConfigurationError(
@@ -324,7 +327,7 @@ class NatsBackend:
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
         try:
-            async with asyncio.timeout(START_TIMEOUT):
+            async with Deadline(START_TIMEOUT):
                 await session.open(self._servers, await self._current_options())
             # It may also have been stopped, or have broken just now.
             if self._session is not session or session.client.is_closed:
@@ -335,7 +338,8 @@ class NatsBackend:
                 self._session = None
             if isinstance(error, (OSError, ValueError, nats.errors.Error)):
                 reason = str(session.trouble or error) or "no answer in time"
-                raise self._unavailable(reason) from None
+                refused = "authorization violation" in reason.lower()
+                raise self._unavailable(reason, LoginRefused if refused else None) from None
             raise
         self.max_payload = session.client.max_payload
         session.lost = lost
@@ -387,5 +391,7 @@ class NatsBackend:
     def _subject(self, channel: str) -> str:
         return self._prefix + tokens(channel)
 
-    def _unavailable(self, reason: str) -> BackendUnavailable:
-        return BackendUnavailable(f"{self._name}: {reason}")
+    def _unavailable(
+        self, reason: str, kind: type[BackendUnavailable] | None = None
+    ) -> BackendUnavailable:
+        return (kind or BackendUnavailable)(f"{self._name}: {reason}")

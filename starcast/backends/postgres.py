@@ -12,8 +12,9 @@ from typing import Any
 
 import asyncpg
 
+from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, Lost
+from .base import Deliver, LoginRefused, Lost
 from .postgres_url import Server
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # as in a channel's name
@@ -108,6 +109,10 @@ class PostgresBackend:
             none of their values.
     """
 
+    if_silent = (
+        "behind a pooler such as pgbouncer, LISTEN needs session pooling or a direct connection"
+    )
+
     def __init__(self, url: object, *, prefix: str = "starcast:", **options: Any) -> None:
         if _FORBIDDEN.search(prefix):
             raise ConfigurationError("a prefix must not contain control characters")
@@ -132,7 +137,7 @@ class PostgresBackend:
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         """Open both connections, within 5 seconds."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
+            async with Deadline(CONNECT_TIMEOUT):
                 self._publisher = await self._connect(deliver)
                 self._listener = await self._connect(deliver)
             if self._publisher.is_closed():
@@ -141,10 +146,12 @@ class PostgresBackend:
             self._disconnect()
             if not isinstance(error, Exception):
                 raise
-            if (refused := self._server.refused(error)) is not None:
-                raise refused from None
+            if (wrong := self._server.refused(error)) is not None:
+                raise wrong from None
             # The chain of causes is cut: it might hold what the URL holds.
-            raise BackendUnavailable(f"no connection to {self._where}: {_reason(error)}") from None
+            refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
+            kind = LoginRefused if refused else BackendUnavailable
+            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
         settings = self._publisher.get_settings()
         self._utf8 = getattr(settings, "server_encoding", "UTF8") == "UTF8"
         self._lost = lost

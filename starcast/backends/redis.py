@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
+from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
-from .base import Deliver, Lost
+from .base import Deliver, LoginRefused, Lost
 from .urls import first_of, options_of, refuse_option, same_host
 
 Command = tuple[str | bytes, ...]
@@ -41,7 +42,7 @@ _SETTINGS: dict[str, Any] = {
     "retry_on_timeout": False,
     # A channel may be silent for hours. The hub probes by itself whether the broker is alive.
     "socket_timeout": None,
-    "socket_connect_timeout": CONNECT_TIMEOUT,
+    "socket_connect_timeout": None,  # `start` has a deadline, which a blocked loop does not eat
     "health_check_interval": 0,
 }
 
@@ -77,7 +78,8 @@ class RedisBackend:
     8 MB for a minute) by default. Messages are therefore limited to 8 MiB, or to the server's
     `proto-max-bulk-len` if it is less and may be asked for. A user with few rights needs
     `+ping +publish +subscribe +unsubscribe` and `&starcast:*`, or `&starcast:staff:*` for one hub
-    only; `+config|get` lets it ask.
+    only; `+config|get` lets it ask, and `+hello` lets it notice that the server is a replica, which
+    tells only its own subscribers.
 
     Args:
         url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`;
@@ -99,6 +101,7 @@ class RedisBackend:
     """
 
     max_payload = MAX_PAYLOAD
+    if_silent = "is there a proxy in between that does not carry SUBSCRIBE and PUBLISH?"
 
     def __init__(
         self, url: object = None, *, client: Redis | None = None, prefix: str = "starcast:"
@@ -125,19 +128,22 @@ class RedisBackend:
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         connections = [self._class(**self._settings) for _ in (_SUBSCRIBER, _PUBLISHER)]
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
+            async with Deadline(CONNECT_TIMEOUT):
                 for connection in connections:
                     await connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it out
                     # A server that wants a password may say so only now.
                     await connection.send_command("PING")
                     await connection.read_response()
+                if await _is_replica(connections[_PUBLISHER]):
+                    raise _ReplicaError
                 self.max_payload = min(MAX_PAYLOAD, await _longest(connections[_PUBLISHER]))
         except BaseException as error:
             for connection in connections:
                 await _drop(connection)
             if not isinstance(error, Exception):
                 raise
-            raise BackendUnavailable(f"no connection to {self._where}: {_reason(error)}") from None
+            kind = LoginRefused if isinstance(error, AuthenticationError) else BackendUnavailable
+            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
         cut = len(self._prefix)
 
         def take(name: bytes, payload: bytes) -> None:
@@ -320,6 +326,25 @@ async def _longest(connection: AbstractConnection) -> int:
         return int(value)
     except (ResponseError, ValueError):  # we may not ask, or it has no such setting
         return MAX_PAYLOAD
+
+
+class _ReplicaError(RedisError):
+    def __str__(self) -> str:
+        return (
+            "this is a replica, and what is published there reaches only its own subscribers; "
+            "use the address of the primary"
+        )
+
+
+async def _is_replica(connection: AbstractConnection) -> bool:
+    """Ask, if we may. In a cluster every node hands on what is published, replicas too."""
+    await connection.send_command("HELLO", "2")
+    try:
+        said = await connection.read_response(disable_decoding=True)
+    except ResponseError:  # we may not ask, or the server is older than Redis 6
+        return False
+    fields = dict(zip(said[::2], said[1::2], strict=False))
+    return fields.get(b"role") in (b"replica", b"slave") and fields.get(b"mode") != b"cluster"
 
 
 async def _drop(connection: AbstractConnection) -> None:

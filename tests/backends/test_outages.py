@@ -16,7 +16,17 @@ from backends.front import front
 from backends.nats_server import Flood, NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, backends, link
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    Gap,
+    PayloadTooLarge,
+    backends,
+    life,
+    link,
+    opening,
+    probe,
+)
 from support import Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -50,7 +60,7 @@ async def test_row_11_killed_and_back_after_a_second(server, all_back):
             assert not await hub.healthy()
             await asyncio.sleep(1)  # what the row says
             server.start()
-            assert link.LONGEST_WAIT < 2  # so that it takes less than two seconds
+            assert opening.LONGEST_WAIT < 2  # so that it takes less than two seconds
             await until(lambda: gaps)
             await until(lambda: other.stats().backend.state == "connected")
             await other.publish("room", "after")
@@ -97,10 +107,10 @@ def hub_is_back(hub: Broadcast):
 
 
 async def test_row_13_frozen(server, all_back, monkeypatch):
-    assert link.PROBE_EVERY + link.PROBE_TIMEOUT < 10
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.3)
-    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.7)
-    async with Broadcast(server.url) as hub, hub.subscribe("room", gaps=True) as subscriber:
+    assert opening.PROBE_INTERVAL + probe.PROBE_TIMEOUT < 10
+    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.7)
+    hub = Broadcast(server.url, probe_interval=0.3)
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
         peer = await joined(hub)
         server.freeze()
         with pytest.raises(BackendUnavailable):
@@ -193,7 +203,7 @@ async def test_a_hub_closes_while_its_broker_is_frozen(server, all_back):
     server.freeze()
     began = time.monotonic()
     await hub.disconnect()
-    assert time.monotonic() - began < link.STOP_TIMEOUT + 5
+    assert time.monotonic() - began < life.STOP_TIMEOUT + 5
     assert peer.closed == 1001
     server.thaw()
 
@@ -265,7 +275,7 @@ async def test_row_27_nobody_listens_there(url, all_back):
     scheme = url.partition("://")[0]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{port}")
+    hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{port}", open_timeout=0)
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"127\.0\.0\.1") as caught:
         await hub.connect()
@@ -279,7 +289,7 @@ async def test_row_27_nobody_listens_there(url, all_back):
 
 async def test_row_27_an_unknown_host(url, all_back):
     scheme = url.partition("://")[0]
-    hub = Broadcast(f"{scheme}://user:secret@starcast.invalid")
+    hub = Broadcast(f"{scheme}://user:secret@starcast.invalid", open_timeout=0)
     with pytest.raises(BackendUnavailable, match=r"starcast\.invalid") as caught:
         await hub.connect()
     assert "secret" not in str(caught.value)

@@ -804,8 +804,8 @@ async def test_credentials_that_cannot_be_had(server):
 async def test_an_answer_that_nobody_waits_for(server, odd, reason):
     # The answers to AUTH, two times CLIENT SETINFO and PING, then the odd one.
     answers = [b"+OK\r\n", b"+OK\r\n+OK\r\n", b"+PONG\r\n" + odd]
-    # The publishing connection also asks for a limit.
-    second = [*answers[:2], b"+PONG\r\n", b"-NOPERM\r\n"]
+    # The publishing connection also asks for the server's role and a limit.
+    second = [*answers[:2], b"+PONG\r\n", b"-NOPERM\r\n", b"-NOPERM\r\n"]
     async with scripted(*answers, second=second) as url, Inbox(RedisBackend(url)) as inbox:
         await until(lambda: inbox.lost)
         with pytest.raises(BackendUnavailable):

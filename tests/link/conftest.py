@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from starcast import Broadcast, guard, link, sender
+from starcast import Broadcast, guard, life, link, opening, sender
 from support import Broker, Bus, starcast_tasks, until
 
 
@@ -22,10 +22,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "TIMEOUT", 0.5)
     monkeypatch.setattr(link, "TIMEOUT", 0.5)
     monkeypatch.setattr(guard, "GUARD_EVERY", 0.02)
-    monkeypatch.setattr(link, "REST", 0.05)
-    monkeypatch.setattr(link, "STOP_LOOK", 0.02)
-    monkeypatch.setattr(link, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(link, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(life, "REST", 0.05)
+    monkeypatch.setattr(life, "STOP_LOOK", 0.02)
+    monkeypatch.setattr(opening, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(opening, "LONGEST_WAIT", 0.02)
 
 
 @pytest.fixture
@@ -40,5 +40,5 @@ async def hub(broker: Broker):
     broker.open.set()
     await hub.disconnect()
     await until(lambda: not starcast_tasks())
-    assert not hub._hub.link._holds
+    assert not hub._hub.link._subscriptions.holds
     assert not len(hub._hub.link._sender)

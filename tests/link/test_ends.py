@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, dispatcher, guard, link, sender
-from starcast.waiter import Lock, Waiter, running_loop
+from starcast import BackendUnavailable, Broadcast, dispatcher, guard, life, link, probe, sender
+from starcast.waiter import Lock, running_loop
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -61,9 +61,8 @@ async def on_another_loop(hub: Broadcast) -> OtherLoop:
 # Of the loop
 
 
-async def test_a_loop_that_ends_while_it_connects(broker, monkeypatch):
+async def test_a_loop_that_ends_while_it_connects(broker):
     """What it still does to its connection is no harm to the next one."""
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.1)
 
     class Clinging(Bus):
         async def start(self, deliver, lost):
@@ -75,7 +74,7 @@ async def test_a_loop_that_ends_while_it_connects(broker, monkeypatch):
                     await asyncio.sleep(0.1)  # as NATS, which takes some time to close
             await super().start(deliver, lost)
 
-    hub = Broadcast(backend=Clinging(broker))
+    hub = Broadcast(backend=Clinging(broker), probe_interval=0.1)
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
     first.loop.call_soon_threadsafe(broker.kill)
@@ -83,18 +82,17 @@ async def test_a_loop_that_ends_while_it_connects(broker, monkeypatch):
     broker.up = True
     await asyncio.to_thread(first.close)
     await until(lambda: hub.stats().backend.gaps)
-    heard = hub._hub.link._heard
-    await until(lambda: hub._hub.link._heard > heard)  # it is being watched
+    heard = hub._hub.link._probe.heard
+    await until(lambda: hub._hub.link._probe.heard > heard)  # it is being watched
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
 
 
 @pytest.mark.parametrize("which", ["_live", "_watch", "all"])
-async def test_nothing_is_called_from_another_loop(broker, monkeypatch, which):
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.05)
+async def test_nothing_is_called_from_another_loop(broker, which):
     backend = Strict(broker)
-    hub = Broadcast(backend=backend)
+    hub = Broadcast(backend=backend, probe_interval=0.05)
     first = await on_another_loop(hub)
     await joined(hub, "room")
     tasks = [
@@ -106,8 +104,8 @@ async def test_nothing_is_called_from_another_loop(broker, monkeypatch, which):
         first.loop.call_soon_threadsafe(task.cancel)
     await until(lambda: hub.stats().backend.gaps)
     await until(lambda: not asyncio.all_tasks(first.loop))
-    heard = hub._hub.link._heard
-    await until(lambda: hub._hub.link._heard > heard)
+    heard = hub._hub.link._probe.heard
+    await until(lambda: hub._hub.link._probe.heard > heard)
     await hub.disconnect()
     await asyncio.to_thread(first.close)
     assert not backend.wrong
@@ -245,7 +243,7 @@ async def test_asking_on_a_loop_that_is_not_its_own_any_more(hub, broker):
     life = hub._hub.link._life
     await asyncio.to_thread(first.close)
     await hub.connect()
-    answered = Waiter()
+    answered = sender.Taken()
     hub._hub.link._answer(life, answered)
     assert not answered._future.done()
     assert await hub.healthy()
@@ -273,7 +271,7 @@ async def test_closing_from_another_loop_is_cancelled(broker, other):
 
 async def test_a_closing_that_comes_late(broker, other, monkeypatch):
     """The loop of the connection was blocked, and the hub is open again elsewhere."""
-    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
     hub = Broadcast(backend=Bus(broker))
     await asyncio.to_thread(other.run, hub.connect())
     go, blocked = threading.Event(), threading.Event()
@@ -341,7 +339,7 @@ async def test_the_loop_ends_while_the_hub_is_closed(steps):
 @pytest.mark.parametrize("how", ["guard", "publish"])
 async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
     """A handler takes a moment to end, or says goodbye."""
-    monkeypatch.setattr(link, "REST", 60)
+    monkeypatch.setattr(life, "REST", 60)
 
     async def main():
         async def handler():
@@ -430,7 +428,7 @@ async def test_clients_do_not_wait_for_the_broker_to_be_told(broker):
 
 
 async def test_a_backend_that_ignores_a_cancellation(broker, monkeypatch):
-    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
     go = asyncio.Event()
 
     class Stubborn(Bus):
@@ -462,8 +460,8 @@ async def test_a_publish_while_the_hub_is_being_closed(hub, broker):
 
 async def test_a_connection_that_breaks_in_the_moment_in_which_it_is_made(broker):
     class Fragile(Bus):
-        async def subscribe(self, channel):
-            await super().subscribe(channel)
+        async def publish(self, messages):
+            await super().publish(messages)
             if self.starts == 1:
                 self.broker.kill()
 
@@ -528,22 +526,21 @@ async def test_a_connection_that_breaks_while_it_subscribes_is_one_line(broker, 
 
 async def test_health_checks_at_the_wrong_moment(broker, monkeypatch):
     """Somebody asks in the turn in which the answer to the watch is there."""
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.05)
-    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.2)
-    hub = Broadcast(backend=Bus(broker))
-    await hub.connect()
-    real, times = hub._hub.link._arrived, []
+    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.2)
+    hub = Broadcast(backend=Bus(broker), probe_interval=0.05)
+    await joined(hub, "room")
+    real, times = hub._hub.link._probe.came, []
 
-    def arrived(life, channel, data):
+    def came():
         if len(times) < 2:
-            times.append(asyncio.get_running_loop().call_soon(hub._hub.link._ask, life))
-        real(life, channel, data)
+            times.append(asyncio.get_running_loop().call_soon(hub._hub.link._probe.ask))
+        real()
 
-    monkeypatch.setattr(hub._hub.link, "_arrived", arrived)
+    monkeypatch.setattr(hub._hub.link._probe, "came", came)
     heard = 0
     for _ in range(4):
-        await until(lambda heard=heard: hub._hub.link._heard > heard)
-        heard = hub._hub.link._heard
+        await until(lambda heard=heard: hub._hub.link._probe.heard > heard)
+        heard = hub._hub.link._probe.heard
     assert len(times) == 2
     assert hub.stats().backend.error is None
     await hub.disconnect()
@@ -568,7 +565,7 @@ async def test_no_task_is_made_under_the_lock(hub, broker):
 
 
 async def test_a_cancellation_that_a_backend_swallows(broker, monkeypatch):
-    monkeypatch.setattr(link, "STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
 
     class Swallows(Bus):
         async def start(self, deliver, lost):
@@ -607,21 +604,20 @@ async def test_a_publish_inside_a_publish(hub, broker, monkeypatch):
 
 async def test_a_large_message_over_a_thin_line(broker, monkeypatch):
     """The probe waits behind it, and that is no outage."""
-    monkeypatch.setattr(link, "PROBE_EVERY", 0.05)
-    monkeypatch.setattr(link, "PROBE_TIMEOUT", 0.1)
-    monkeypatch.setattr(link, "SLOWEST", 1000)
+    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.1)
+    monkeypatch.setattr(probe, "SLOWEST", 1000)
 
     class Thin(Bus):
         async def publish(self, messages):
             await asyncio.sleep(sum(len(data) for _, data in messages) / 20_000)
             await super().publish(messages)
 
-    hub = Broadcast(backend=Thin(broker))
+    hub = Broadcast(backend=Thin(broker), probe_interval=0.05)
     peer = await joined(hub, "room")
     hub.publish_nowait("room", "x" * 10_000)
     await until(lambda: peer.got)
-    heard = hub._hub.link._heard
-    await until(lambda: hub._hub.link._heard > heard)
+    heard = hub._hub.link._probe.heard
+    await until(lambda: hub._hub.link._probe.heard > heard)
     assert hub.stats().backend.gaps == 0
     await hub.disconnect()
 

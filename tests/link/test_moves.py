@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from starcast import Broadcast, Gap, link
+from starcast import Broadcast, Gap, opening
 from support import Bus, OtherLoop, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -79,7 +79,7 @@ async def test_a_hub_that_is_closed_is_not_opened_again(hub, broker):
 
 async def test_a_mistake_of_ours_is_no_end(hub, broker, monkeypatch, caplog):
     peer = await joined(hub, "room")
-    monkeypatch.setattr(link.random, "uniform", None)
+    monkeypatch.setattr(opening.random, "uniform", None)
     broker.kill()
     broker.up = True
     await until(lambda: caplog.records and caplog.records[-1].levelname == "ERROR")

@@ -10,7 +10,16 @@ import time
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, PublishQueueFull, link, sender
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    PublishQueueFull,
+    link,
+    opening,
+    sender,
+    session,
+    subscriptions,
+)
 from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
@@ -47,7 +56,7 @@ async def test_release_during_the_resubscribing_leaves_no_subscription(broker):
     await until(lambda: hub.stats().backend.state == "reconnecting")
     broker.open.clear()
     broker.up = True
-    for _ in ("start", "probe"):
+    for _ in ("start", "the probe's channel", "the probe"):
         await until(lambda: broker.stalled)
         broker.open.set()
         broker.open.clear()
@@ -225,7 +234,7 @@ async def test_closing_while_a_channel_is_left(broker):
     await hub.disconnect(peer.websocket)
     await until(lambda: broker.stalled)
     await hub.disconnect()
-    assert not hub._hub.link._holds
+    assert not hub._hub.link._subscriptions.holds
     assert hub.stats().backend.channels == 0
 
 
@@ -246,7 +255,7 @@ async def test_subscribing_while_another_loop_closes_the_hub(broker, other):
     with contextlib.suppress(Exception):
         await asyncio.wrap_future(entering)
     assert hub.stats().subscribers == 0
-    assert not hub._hub.link._holds
+    assert not hub._hub.link._subscriptions.holds
 
 
 async def test_healthy_while_the_loop_of_the_connection_ends(broker):
@@ -269,8 +278,8 @@ async def _clear(broker):
 
 @pytest.mark.parametrize("early", [0, 10])
 async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, early):
-    monkeypatch.setattr(link, "AT_ONCE", 1)
-    monkeypatch.setattr(link, "MAX_EARLY", early)
+    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
+    monkeypatch.setattr(session, "MAX_EARLY", early)
     reached, go = asyncio.Event(), asyncio.Event()
 
     class Slow(Bus):
@@ -349,14 +358,14 @@ async def test_who_asks_whether_it_is_healthy_may_be_cancelled(broker):
 
 async def test_many_channels_over_a_long_way(broker, monkeypatch):
     """Connecting takes longer than CONNECT_TIMEOUT as a whole, though every answer is quick."""
-    monkeypatch.setattr(link, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.2)
 
     class Far(Bus):
         async def subscribe(self, channel):
             await asyncio.sleep(0.01)
             await super().subscribe(channel)
 
-    monkeypatch.setattr(link, "AT_ONCE", 1)
+    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
     hub = Broadcast(backend=Far(broker))
     for n in range(40):
         await joined(hub, str(n))
@@ -381,7 +390,7 @@ async def test_each_start_has_a_name_of_its_own(broker):
 
 async def test_a_connection_that_does_not_hold_is_waited_for_longer_and_longer(broker, monkeypatch):
     waits = []
-    monkeypatch.setattr(link.random, "uniform", lambda least, most: waits.append(most) or 0)
+    monkeypatch.setattr(opening.random, "uniform", lambda least, most: waits.append(most) or 0)
     hub = Broadcast(backend=Bus(broker))
     await joined(hub, "room")
     for gaps in range(1, 5):
@@ -389,11 +398,11 @@ async def test_a_connection_that_does_not_hold_is_waited_for_longer_and_longer(b
         broker.up = True
         await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
     assert waits == sorted(waits)
-    assert waits[-1] == link.LONGEST_WAIT
+    assert waits[-1] == opening.LONGEST_WAIT
     monkeypatch.setattr(link, "HELD", -1)
     for gaps in range(5, 7):
         broker.kill()
         broker.up = True
         await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
-    assert waits[-1] == link.FIRST_WAIT
+    assert waits[-1] == opening.FIRST_WAIT
     await hub.disconnect()

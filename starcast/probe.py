@@ -1,0 +1,120 @@
+"""Probe: messages that a hub sends to itself by way of the broker.
+
+A connection may be open and yet carry nothing: the broker is frozen, a proxy in between swallows
+what it does not understand, nobody may subscribe to what everybody may publish. So a connection
+counts as open only when a message to ourselves has come back, and is asked for one now and then.
+All of this happens on the event loop of the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from .backends.base import Backend
+from .deadline import Deadline
+from .exceptions import BackendUnavailable
+from .sender import LOST, Sender
+from .waiter import running_loop
+
+# Seconds until a probe must be back. Together with the interval between two, which is 3 by default,
+# less than ten.
+PROBE_TIMEOUT = 5.0
+
+# Bytes a second that a working line carries at least: a probe that waits behind a large message may
+# come back that much later.
+SLOWEST = 1024 * 1024
+
+
+class Probe:
+    """See the module.
+
+    Attributes:
+        channel: Where the messages go; nobody else subscribes to it.
+        heard: When the broker was known to be there last, in seconds since 1970.
+    """
+
+    def __init__(self, backend: Backend, sender: Sender) -> None:
+        self.channel = ""
+        self.heard = 0.0
+        self._backend = backend
+        self._sender = sender
+        # Done with "" when the message has come back, or with the reason why it will not. Everybody
+        # who asks meanwhile waits for the same one: many health checks make one message.
+        self._pending: asyncio.Future[str] | None = None
+
+    def ask(self) -> asyncio.Future[str]:
+        """Send a message to ourselves. What comes back must not be cancelled."""
+        pending = self._pending
+        if pending is None or pending.done():
+            pending = self._expect()
+            self._sender.probe(self.channel, self._end)
+        return pending
+
+    def came(self) -> None:
+        """Call this when a message on `channel` has arrived."""
+        self.heard = time.time()
+        self._end("")
+
+    def forget(self) -> None:
+        """Call this when the connection that should bring the message back is gone."""
+        self._end(LOST)
+
+    async def prove(self, seconds: float) -> None:
+        """Send the first message of a new connection, on which nothing else is sent yet.
+
+        Raises:
+            BackendUnavailable: It has not come back within so many seconds, 5 at most.
+        """
+        seconds = min(seconds, PROBE_TIMEOUT)
+        pending = self._expect()
+        try:
+            async with Deadline(seconds):
+                await self._backend.publish([(self.channel, b"")])
+        except TimeoutError:
+            raise BackendUnavailable("the broker did not answer in time") from None
+        except Exception as exc:
+            raise BackendUnavailable(
+                f"the hub cannot publish to its own channel {self.channel!r}: {exc}"
+            ) from None
+        try:
+            async with Deadline(seconds):
+                lost = await asyncio.shield(pending)
+        except TimeoutError:
+            lost = "the broker takes what is published and delivers nothing of it"
+            if hint := getattr(self._backend, "if_silent", ""):
+                lost = f"{lost}; {hint}"
+        if lost:
+            raise BackendUnavailable(lost)
+
+    async def watch(self, interval: float, is_needed: Callable[[], bool]) -> str:
+        """Send a message every so many seconds, and return what is wrong when there is none back.
+
+        None is sent while nothing is published and `is_needed` says no.
+        """
+        published = self._sender.published
+        while True:
+            await asyncio.sleep(interval)
+            if published == self._sender.published and not is_needed():
+                continue
+            published = self._sender.published
+            # It waits behind what is being handed over.
+            patience = PROBE_TIMEOUT + self._sender.under_way / SLOWEST
+            try:
+                async with Deadline(patience):
+                    lost = await asyncio.shield(self.ask())
+            except TimeoutError:
+                return f"the broker did not answer for {patience:.0f} seconds"
+            if lost:
+                return f"the hub cannot publish to its own channel {self.channel!r}: {lost}"
+
+    def _expect(self) -> asyncio.Future[str]:
+        self._pending = asyncio.get_running_loop().create_future()
+        return self._pending
+
+    def _end(self, lost: str) -> None:
+        pending, self._pending = self._pending, None
+        # The loop of an earlier connection may be closed, and nobody waits there any more.
+        if pending is not None and pending.get_loop() is running_loop() and not pending.done():
+            pending.set_result(lost)
