@@ -20,6 +20,7 @@ from .exceptions import (
 from .gap import Gap
 from .manager import ConnectionManager
 from .outbox import Overflowed
+from .publisher import Publisher
 from .stats import BackendStats, Stats
 from .subscriber import GapSubscriber, Subscriber
 
@@ -44,6 +45,7 @@ __all__ = [
     "Overflowed",
     "PayloadTooLarge",
     "PublishQueueFull",
+    "Publisher",
     "StarcastError",
     "Stats",
     "Subscriber",

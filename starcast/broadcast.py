@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from . import backends, codec, serving
+from . import backends, codec, refusals, serving
+from . import heartbeats as _heartbeats
+from . import subprotocols as _subprotocols
+from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client
 from .backends import Backend
-from .codec import Dumps, Encoding
+from .codec import Channel, Dumps, Encoding
 from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
+from .heartbeats import Heartbeats
 from .hub import AfterGap, Headers, Hub, Settings
 from .lifespan import with_handlers
 from .mount import Authorize, make_app
 from .opening import OPEN_TIMEOUT, PROBE_INTERVAL
-from .origins import Origins
+from .origins import Allowed, Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
+from .relay import OnPublishError
 from .stats import Stats
 from .subscriber import GapSubscriber, Subscriber
 
@@ -51,15 +56,26 @@ class Broadcast:
 
     Args:
         url: Where messages travel. `memory://`, the default, is this process; `redis://`,
-            `nats://` and `postgresql://` with their variants join any number of processes.
+            `nats://` and `postgresql://` with their variants join any number of processes. A `str`,
+            or anything whose `str()` is a URL, such as pydantic's `RedisDsn`.
         backend: A backend of your own instead of a URL.
+        name: What this hub is called on the broker: 1 to 64 ASCII letters, digits, `-` and `_`;
+            "default" by default. Hubs share their channels if they have the same name on the same
+            broker, in whatever process or app, and are apart otherwise. Two hubs of one process
+            that would share them without having been given the same name do not open. In memory
+            hubs are always apart.
         dumps: Writes JSON for messages that are neither `str` nor bytes, and for
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
-            which is `json.dumps` and knows dates, UUID, Enum, dataclasses and pydantic models.
+            which writes the JSON that a FastAPI route returns, pydantic models included.
         origins: Which web pages may connect. `None`, the default: those of the same host name,
-            whatever their port. A list: exactly these, such as `["https://example.com"]`. `"*"`:
-            all. Clients that send no Origin are not browsers and are always let in. Nothing is
-            checked for a websocket that the app has accepted itself.
+            whatever their port, and on a server of this machine (`localhost`, `*.localhost`,
+            127.0.0.0/8, `[::1]`) all pages of this machine. A list: exactly these, such as
+            `["https://example.com", "capacitor://localhost", "null"]`;
+            `"https://*.example.com"` stands for all subdomains, however deep, and not for
+            `example.com`. A function: called as `origins(origin, websocket)`, it lets in by
+            returning True, under the rule of `authorize` (see `app`). `"*"`: all. Clients that send
+            no Origin are not browsers and are always let in. Nothing is checked for a websocket
+            that the app has accepted itself.
         max_buffer: Bytes that may wait for one client or subscriber, 1 MiB by default. A message
             counts its bytes and 64 more.
         overflow: What happens when that is too little. `"disconnect"`, the default: the client is
@@ -88,11 +104,12 @@ class Broadcast:
 
     def __init__(
         self,
-        url: str = "memory://",
+        url: object = "memory://",
         *,
         backend: Backend | None = None,
+        name: str | None = None,
         dumps: Dumps | None = None,
-        origins: Iterable[str] | str | None = None,
+        origins: Allowed = None,
         max_buffer: int = MAX_BUFFER,
         overflow: Overflow = "disconnect",
         on_overflow: OnOverflow | None = None,
@@ -113,8 +130,11 @@ class Broadcast:
             after_gap=after_gap,
             open_timeout=open_timeout,
             probe_interval=probe_interval,
+            name=name,
         )
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
+        scheme = str(url).strip().partition("://")[0]
+        self._kind = f"{scheme}://" if backend is None else type(backend).__name__
         self._mount = self.app()
 
     # Open and close
@@ -148,7 +168,7 @@ class Broadcast:
     async def connect(
         self,
         websocket: WebSocket,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         subprotocol: str | None = None,
         headers: Headers | None = None,
@@ -158,8 +178,8 @@ class Broadcast:
 
     async def connect(
         self,
-        websocket: WebSocket | None = None,
-        channel: str = DEFAULT_CHANNEL,
+        websocket: WebSocket | Omitted = OMITTED,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         subprotocol: str | None = None,
         headers: Headers | None = None,
@@ -180,7 +200,8 @@ class Broadcast:
 
         Args:
             websocket: The client.
-            channel: 1 to 200 characters without control characters.
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
             subprotocol: For `accept`; unused if the websocket was accepted before.
             headers: For `accept`, as pairs of bytes; unused if the websocket was accepted before.
             max_buffer: For this client instead of the hub's, in bytes. It and `overflow` count at
@@ -194,25 +215,33 @@ class Broadcast:
             ClientGone: The client has left already. A `WebSocketDisconnect`.
             BackendUnavailable: The hub was not open and there is no connection to its broker; or
                 the broker has not confirmed within two seconds that it will send the channel's
-                messages. The app answers 403, or closes with 1013 if the websocket
-                was accepted before.
+                messages. The app answers 503 (403 where the server can't), or closes with 1013 if
+                the websocket was accepted before.
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
+            TypeError: `websocket` is None, which would be nobody, or no websocket.
         """
-        if websocket is None:
+        if websocket is OMITTED:
             await self._hub.ready()
             return
-        codec.check_channel(channel)
-        outbox = self._hub.settings.outbox(max_buffer, overflow)
-        await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
+        websocket = check_client(
+            websocket,
+            "connect(...)",
+            "would have opened the hub and registered nobody",
+            "call connect() to open the hub",
+        )
+        with refusals.logged(websocket):
+            channel = check_channel(websocket, channel)
+            outbox = self._hub.settings.outbox(max_buffer, overflow)
+            await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
 
     @overload
     async def disconnect(self) -> None: ...
 
     @overload
-    async def disconnect(self, websocket: WebSocket, channel: str | None = None) -> None: ...
+    async def disconnect(self, websocket: WebSocket, channel: Channel | None = None) -> None: ...
 
     async def disconnect(
-        self, websocket: WebSocket | None = None, channel: str | None = None
+        self, websocket: WebSocket | Omitted = OMITTED, channel: Channel | None = None
     ) -> None:
         """Take a client off one channel, or off all; without a websocket, close the hub.
 
@@ -223,10 +252,22 @@ class Broadcast:
 
         Closing the hub ends every subscriber, sends every client what it still has to get and then
         1001 (going away), and waits for that up to 10 seconds. The hub may be opened again.
+
+        Raises:
+            TypeError: `websocket` is None, which would be nobody, or no websocket.
+            InvalidChannel: The name is not valid.
         """
-        if websocket is None:
+        if websocket is OMITTED:
             await self._hub.close()
-        elif left := self._hub.leave(websocket, channel):
+            return
+        websocket = check_client(
+            websocket,
+            "disconnect(...)",
+            "would have closed the hub",
+            "call disconnect() to close the hub",
+        )
+        name = None if channel is None else codec.check_channel(channel)
+        if left := self._hub.leave(websocket, name):
             await left
 
     async def close(self, websocket: WebSocket, code: int = NORMAL, reason: str = "") -> None:
@@ -243,19 +284,34 @@ class Broadcast:
 
         Raises:
             ConfigurationError: The code or the reason may not be sent.
+            TypeError: `websocket` is None, or no websocket.
         """
+        check_client(websocket, "close(...)")
         _check_close(code, reason)
         await self._hub.close_client(websocket, code, reason)
 
     # Send
 
+    @overload
     async def send(
         self,
         data: Any,
         *,
-        to: WebSocket | None = None,
-        channel: str = DEFAULT_CHANNEL,
-        exclude: WebSocket | Iterable[WebSocket] = (),
+        channel: Channel = DEFAULT_CHANNEL,
+        exclude: Exclude = None,
+        encoding: Encoding | None = None,
+    ) -> None: ...
+
+    @overload
+    async def send(self, data: Any, *, to: WebSocket, encoding: Encoding | None = None) -> None: ...
+
+    async def send(
+        self,
+        data: Any,
+        *misplaced: object,
+        to: WebSocket | Omitted = OMITTED,
+        channel: Channel = DEFAULT_CHANNEL,
+        exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> None:
         """Send to everybody on the default channel, whoever sent it included, or to one client.
@@ -270,19 +326,29 @@ class Broadcast:
 
         Raises:
             NotConnected: `to` is alive and not registered with this hub.
+            TypeError: `to` is None, which would be nobody, or no websocket; or something in
+                `exclude` is neither.
             EncodingError, InvalidChannel, PublishQueueFull: See `publish`.
         """
-        if to is None:
+        if misplaced:
+            raise TypeError("send takes its client by name: write send(data, to=websocket)")
+        if to is OMITTED:
             await self.publish(channel, data, exclude=exclude, encoding=encoding)
             return
-        await self._hub.send(self._hub.event("", data, (), encoding), to)
+        to = check_client(
+            to,
+            "send(to=...)",
+            "would have sent the message to everybody",
+            "leave to= out if everybody is meant",
+        )
+        await self._hub.send(self._hub.event("", data, None, encoding), to)
 
     async def publish(
         self,
-        channel: str,
+        channel: Channel,
         message: Any,
         *,
-        exclude: WebSocket | Iterable[WebSocket] = (),
+        exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> None:
         """Publish a message to a channel.
@@ -292,10 +358,12 @@ class Broadcast:
         broker has it. It does not wait for slow clients.
 
         Args:
-            channel: 1 to 200 characters without control characters.
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
             message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
                 in a text frame. It is encoded once, however many clients there are.
-            exclude: A websocket or several that do not get it. Strangers are ignored.
+            exclude: A websocket or several that do not get it. None is nobody, also among several.
+                Strangers are ignored.
             encoding: `"json"` makes JSON of a `str` too; `"text"` and `"bytes"` insist on theirs.
 
         Raises:
@@ -306,6 +374,9 @@ class Broadcast:
             BackendUnavailable: The broker was away for two seconds, or did not answer. It may have
                 the message all the same if the connection was lost in this moment.
             PayloadTooLarge: The broker takes no message of this size.
+
+        What becomes of one that nobody catches, in HTTP routes and in WebSocket routes, is told in
+        `starcast.exceptions`.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         await self._hub.reopen()
@@ -313,10 +384,10 @@ class Broadcast:
 
     def publish_nowait(
         self,
-        channel: str,
+        channel: Channel,
         message: Any,
         *,
-        exclude: WebSocket | Iterable[WebSocket] = (),
+        exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> None:
         """Publish a message and come back at once: a plain function, for any thread and any loop.
@@ -338,7 +409,7 @@ class Broadcast:
     @overload
     def subscribe(
         self,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         max_buffer: int | None = None,
         overflow: Overflow = "disconnect",
@@ -348,7 +419,7 @@ class Broadcast:
     @overload
     def subscribe(
         self,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         max_buffer: int | None = None,
         overflow: Overflow = "disconnect",
@@ -357,7 +428,7 @@ class Broadcast:
 
     def subscribe(
         self,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         max_buffer: int | None = None,
         overflow: Overflow = "disconnect",
@@ -370,7 +441,8 @@ class Broadcast:
                     print(event.message)
 
         Args:
-            channel: 1 to 200 characters without control characters.
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
             max_buffer: Bytes that may wait to be iterated over; the hub's by default.
             overflow: What happens when that is too little. `"disconnect"`, whatever the hub's is:
                 iteration hands out what is buffered and then raises `SubscriberLagged`.
@@ -393,14 +465,17 @@ class Broadcast:
     async def serve(
         self,
         websocket: WebSocket,
-        channel: str = DEFAULT_CHANNEL,
+        channel: Channel = DEFAULT_CHANNEL,
         *,
         encoding: Encoding | None = "text",
         publish: bool = True,
+        heartbeats: Heartbeats | None = None,
         subprotocol: str | None = None,
+        subprotocols: Sequence[str] = (),
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
+        on_publish_error: OnPublishError | None = None,
     ) -> int:
         """Live a client's whole life: register it, publish what it sends, unregister it.
 
@@ -411,26 +486,49 @@ class Broadcast:
             websocket, channel, subprotocol, headers, max_buffer, overflow: See `connect`.
             encoding: `"text"`, `"bytes"` or `"json"` both ways; `None` takes frames as they come.
             publish: Whether the client may publish. If not, it only listens.
+            heartbeats: Messages that client libraries send to see whether the server is there, and
+                their answers: `{"ping": "pong"}`, or None for no answer. A `str` stands for a text
+                frame, bytes for a binary one, and both are compared with what was sent, before JSON
+                is read. Such a message is answered to this client alone, in order with what it
+                gets. It is not published, and a client that may only listen may send it.
+            subprotocols: Used in place of `subprotocol`: the client is answered with the first of
+                these that it offers, or with none.
+            on_publish_error: Called as `on_publish_error(websocket, data, exc)` when something that
+                the client said could not be published, with a `BackendUnavailable` or
+                `PublishQueueFull`: an async function, or a plain one that does not block. Then the
+                client stays, unless it raises. By default the client is closed with 1013, so that
+                nobody believes that it was said.
 
         Returns:
             The close code. A client that sends something else than the encoding allows is closed
-            with 1003 (wrong type of frame) or 1007 (content not valid), and one that may not
-            publish with 1008; one log line says so.
+            with 1003 (wrong type of frame) or 1007 (content not valid), one that may not publish
+            with 1008, and one whose message is too large for the broker with 1009; one log line
+            says so. A handshake that the broker is away for is answered with HTTP 503, or 403
+            where the server cannot do that, and the code is 1013.
 
         Raises:
-            OriginRefused, InvalidChannel, ConfigurationError: See `connect`.
+            OriginRefused, InvalidChannel, ConfigurationError, TypeError: See `connect`.
         """
+        check_client(websocket, "serve(...)")
+        beats = _heartbeats.check(heartbeats)
         connect = functools.partial(
             self.connect,
             websocket,
             channel,
-            subprotocol=subprotocol,
+            subprotocol=_subprotocols.choose(websocket, subprotocols, subprotocol),
             headers=headers,
             max_buffer=max_buffer,
             overflow=overflow,
         )
         return await serving.serve(
-            self._hub, websocket, channel, encoding=encoding, publish=publish, connect=connect
+            self._hub,
+            websocket,
+            channel,
+            encoding=encoding,
+            publish=publish,
+            beats=beats,
+            connect=connect,
+            on_publish_error=on_publish_error,
         )
 
     def app(
@@ -439,6 +537,8 @@ class Broadcast:
         publish: bool = False,
         authorize: Authorize | None = None,
         encoding: Encoding | None = "text",
+        heartbeats: Heartbeats | None = None,
+        subprotocols: Sequence[str] = (),
     ) -> ASGIApp:
         """Return an ASGI app that serves `/{channel}`: `app.mount("/live", broadcast.app())`.
 
@@ -449,22 +549,45 @@ class Broadcast:
 
         Args:
             publish: Whether clients may publish to the channel. By default they only listen, and
-                one that sends anything is closed with 1008.
+                one that sends anything but a heartbeat is closed with 1008.
             authorize: Called as `authorize(websocket, channel)` before the websocket is accepted;
-                a plain function runs in a thread. It refuses with 403 by raising `PermissionError`
-                or returning False; other exceptions take their way through the app. It lets in by
-                returning None or True; anything else is a mistake and raises `ConfigurationError`.
-                Write `bool(users.get(name))`, not `users.get(name)`: None lets in.
+                a plain function runs in a thread. Only True lets in. It refuses with 403 by
+                returning False or raising `PermissionError`; None refuses too, and one line in the
+                log says that a `return` may be missing. Anything else is a mistake and raises
+                `ConfigurationError`, so write `return user is not None` and not `return user`.
+                Other exceptions take their way through the app.
             encoding: See `serve`; without `publish` it is unused.
+            heartbeats, subprotocols: See `serve`.
+
+        Raises:
+            ConfigurationError: An argument makes no sense.
         """
         codec.check_encoding(encoding)
-        serve = functools.partial(self.serve, encoding=encoding, publish=publish)
+        serve = functools.partial(
+            self.serve,
+            encoding=encoding,
+            publish=publish,
+            heartbeats=_heartbeats.check(heartbeats),
+            subprotocols=_subprotocols.check(subprotocols),
+        )
         return make_app(self._hub, serve, authorize)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._mount(scope, receive, send)
 
     # Look
+
+    @property
+    def name(self) -> str:
+        """What this hub is called on its broker."""
+        return self._hub.claim.name
+
+    def __repr__(self) -> str:
+        """Return its kind of backend, its name, whether it is open and its clients; no secrets."""
+        number = len(self)
+        clients = "1 client" if number == 1 else f"{number} clients"
+        state = "open" if self._hub.open else "closed"
+        return f"<Broadcast {self._kind} {self.name!r} {state}, {clients}>"
 
     def __len__(self) -> int:
         """Return how many clients are connected to this process."""

@@ -30,6 +30,7 @@ from .exceptions import (
     SubscriberLagged,
 )
 from .gap import Gap
+from .naming import DEFAULT_NAME
 from .subscriber import GapSubscriber
 
 ROUND_TRIPS = 20
@@ -39,9 +40,11 @@ examples:
   starcast publish redis://localhost room 'the kettle is on'
   date | starcast publish redis://localhost room
   starcast subscribe redis://localhost room another
+  starcast publish --name staff redis://localhost room 'for the hub with name="staff"'
 
 URLs:
   redis://user:password@host:6379    rediss:// with TLS    unix:///path/redis.sock
+  valkey://user:password@host:6379   valkeys:// with TLS
   nats://user:password@host:4222     tls:// with TLS
   postgresql://user:password@host:5432/database
 
@@ -69,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="connect and time some round trips")
     for command in (publish, subscribe, check):
         command.add_argument("url", metavar="URL", help="of the broker: redis://localhost, say")
+        command.add_argument(
+            "--name",
+            default=DEFAULT_NAME,
+            help="of the hub, as in Broadcast(url, name=...); default: %(default)s",
+        )
     publish.add_argument("channel", metavar="CHANNEL")
     publish.add_argument(
         "message",
@@ -91,11 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("starcast").addHandler(log)
     try:
         if chosen.command == "publish":
-            work = _publish(_hub(chosen.url), chosen.channel, _content(chosen.message))
+            work = _publish(_hub(chosen), chosen.channel, _content(chosen.message))
         elif chosen.command == "subscribe":
-            work = _subscribe(_hub(chosen.url), chosen.channels, sys.stdout)
+            work = _subscribe(_hub(chosen), chosen.channels, sys.stdout)
         else:
-            work = _check(_hub(chosen.url))
+            work = _check(_hub(chosen))
         asyncio.run(work)
     except (ConfigurationError, InvalidChannel, PayloadTooLarge) as exc:
         return _complain(exc, 2)
@@ -117,10 +125,10 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def _hub(url: str) -> Broadcast:
-    if url.startswith("memory://"):
+def _hub(chosen: argparse.Namespace) -> Broadcast:
+    if chosen.url.startswith("memory://"):
         raise ConfigurationError("memory:// is one process alone: there is nobody to talk to")
-    return Broadcast(url)
+    return Broadcast(chosen.url, name=chosen.name)
 
 
 def _content(message: str) -> str | bytes:

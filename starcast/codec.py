@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import enum
 import functools
 import json
 import math
 import re
 import uuid
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from starlette.types import Message
 
 from .exceptions import ConfigurationError, EncodingError, InvalidChannel, InvalidMessage
+from .serializer import dumps as dumps
+from .serializer import no_constant
 
 Encoding = Literal["text", "bytes", "json"]
 Dumps = Callable[[Any], str | bytes]
+Channel = str | int | uuid.UUID
 
 MAX_CHANNEL = 200
+MAX_BITS = 1000  # of an int: more digits than that, and fewer than Python refuses to write
 
 # C0 and C1 control characters, and halves of surrogate pairs, which have no UTF-8 form.
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def check_channel(channel: str) -> str:
-    """Return the name if it is a valid channel, or raise `InvalidChannel`.
+def check_channel(channel: object) -> str:
+    """Return the name of a valid channel, or raise `InvalidChannel`.
 
+    An int or a UUID, such as a path parameter or the id of a row, is the channel of its `str()`.
     Every backend has the same rule, so a name that works in memory works everywhere.
     """
-    if not isinstance(channel, str):
-        raise InvalidChannel(f"a channel's name must be a str, not {type(channel).__name__}")
-    return _checked(channel)
+    return _checked(channel if type(channel) is str else _name(channel))
+
+
+def _name(channel: object) -> str:
+    if isinstance(channel, str):
+        return str.__str__(channel)  # of an Enum that is a str, its value
+    if isinstance(channel, uuid.UUID):
+        return str(channel)
+    if isinstance(channel, int) and not isinstance(channel, bool):
+        if channel.bit_length() > MAX_BITS:
+            raise InvalidChannel(f"a channel's name must have 1 to {MAX_CHANNEL} characters")
+        return int.__repr__(channel)  # of an Enum that is an int, its value
+    kind = type(channel).__name__
+    raise InvalidChannel(f"a channel's name must be a str, an int or a UUID, not {kind}")
 
 
 @functools.lru_cache(maxsize=1024)  # the same few names come with every message
@@ -56,33 +69,6 @@ def check_encoding(encoding: Encoding | None) -> Encoding | None:
     return encoding
 
 
-def _default(value: Any) -> Any:
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, uuid.UUID):
-        return str(value)
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if hasattr(
-        type(value), "model_dump"
-    ):  # a pydantic model, recognised without importing pydantic
-        return value.model_dump(mode="json")
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-def dumps(value: Any) -> str:
-    """Write a value as JSON: compact, in UTF-8, without NaN and infinities.
-
-    Besides what `json` knows: date, time, datetime (ISO 8601), UUID, Enum (its value), dataclasses
-    and pydantic models.
-    """
-    return json.dumps(
-        value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_default
-    )
-
-
 def encode(data: Any, encoding: Encoding | None, dumps: Dumps) -> tuple[str | bytes, bytes]:
     """Return a frame's content as `str` (a text frame) or `bytes` (binary), and as bytes.
 
@@ -99,8 +85,11 @@ def encode(data: Any, encoding: Encoding | None, dumps: Dumps) -> tuple[str | by
     if encoding == "json":
         try:
             data = dumps(data)
+        except UnicodeEncodeError as exc:
+            raise EncodingError(f"the message has no UTF-8 form: {exc}") from exc
         except Exception as exc:  # whatever a serialiser raises: it cannot write this
-            raise EncodingError(f"the message cannot be written as JSON: {exc}") from exc
+            why = "bytes that are not UTF-8" if isinstance(exc, UnicodeDecodeError) else exc
+            raise EncodingError(f"the message cannot be written as JSON: {why}") from exc
         if isinstance(data, bytes):  # orjson and msgspec return bytes
             try:
                 return data.decode(), data
@@ -113,10 +102,6 @@ def encode(data: Any, encoding: Encoding | None, dumps: Dumps) -> tuple[str | by
         return data, data.encode()
     except UnicodeEncodeError as exc:
         raise EncodingError(f"the message has no UTF-8 form: {exc}") from exc
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(literal: str) -> float:
@@ -147,7 +132,7 @@ def decode(message: Message, encoding: Encoding | None) -> Any:
         text.encode()  # a lone surrogate can be received and could not be sent on
         if encoding != "json":
             return text
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=no_constant, parse_float=_finite)
         if "\\ud" in text.lower():  # perhaps half of a surrogate pair, written as an escape
             dumps(value).encode()
         return value

@@ -24,6 +24,11 @@ from .waiter import Full, Place, Waiter
 # Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
 YIELD_AFTER = 64
 
+NOT_OPEN = (
+    "the hub is not open; open it with the app, as in FastAPI(lifespan=hub.lifespan), "
+    "or with await hub.connect()"
+)
+
 # Seconds that `publish` waits for room before it raises PublishQueueFull.
 PUBLISH_TIMEOUT = 2.0
 
@@ -68,7 +73,7 @@ class Dispatcher:
         taken = None
         if self._link is not None:
             if not self.open:
-                raise BackendUnavailable("the hub is not open")
+                raise BackendUnavailable(NOT_OPEN)
             taken = self._link.publish(event, wait, on_lost)
         elif self.open:
             self._registry.deliver(event)
@@ -77,7 +82,11 @@ class Dispatcher:
         return taken
 
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
-        """Hand an event over, and wait only as long as there is no room for it."""
+        """Hand an event over, and wait only as long as there is no room for it.
+
+        If it is lost later, `on_lost` is called with the reason, once, on any thread. It must
+        neither block nor raise.
+        """
         try:
             self.publish(event, on_lost=on_lost)
         except PublishQueueFull as exc:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 from starlette.endpoints import WebSocketEndpoint
 from starlette.exceptions import WebSocketException
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, serving
+from . import codec, heartbeats, serving, subprotocols
+from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
+from .codec import Channel
 from .connection import ABNORMAL, INTERNAL_ERROR, is_gone
-from .exceptions import ClientGone, InvalidMessage
+from .exceptions import BackendUnavailable, ClientGone, InvalidMessage, PublishQueueFull
+from .heartbeats import Heartbeats
+from .relay import Relay
 
 
 class _OwnHub:
@@ -48,24 +54,80 @@ class BroadcastEndpoint(WebSocketEndpoint):
     A hook that raises a `WebSocketException` closes that client with its code, or refuses it if it
     was not accepted yet. Any other exception closes it with 1011 and goes on to the server's log.
     A client that sends what the encoding does not allow is closed with 1003 (wrong type of frame)
-    or 1007 (content not valid), and one log line says so.
+    or 1007 (content not valid), and one log line says so. A pydantic `ValidationError` in
+    `on_receive` or `decode` is such a message: 1007.
+
+    FastAPI takes it where it wants a function too: `@app.websocket("/ws")` on the class, also with
+    `dependencies=`.
 
     Attributes:
         broadcast: The hub. Left out: one in memory, of this very class.
         encoding: `"text"`, the default, `"bytes"` or `"json"`, both ways; `None` takes text and
-            binary frames as they come.
+            binary frames as they come. It counts for what clients send and `on_receive` publishes
+            of it. What the server publishes itself goes by its type or by `publish(encoding=)`.
+        heartbeats: Messages that clients send to see whether the server is there, with their
+            answers: `{"ping": "pong"}`, or None for no answer. `on_receive` does not get them. See
+            `Broadcast.serve`.
+        subprotocols: Names of subprotocols. A client is answered with the first of them that it
+            offers, or with none.
+
+    Raises:
+        ConfigurationError: From the statement that makes the class: `heartbeats` or `subprotocols`
+            is not valid.
     """
 
     broadcast: Broadcast = _OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
     encoding: Literal["text", "bytes", "json"] | None = "text"
+    heartbeats: Heartbeats | None = None
+    subprotocols: Sequence[str] = ()
 
-    def get_channel(self, websocket: WebSocket) -> str:
-        """Return the client's channel: the path parameter `channel`, or else `"default"`."""
+    # FastAPI reads this to know what to call the class with.
+    __signature__ = inspect.Signature(
+        [
+            inspect.Parameter(
+                "websocket", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=WebSocket
+            )
+        ]
+    )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        heartbeats.check(cls.heartbeats)
+        subprotocols.check(cls.subprotocols)
+
+    @overload
+    def __init__(self, websocket: WebSocket) -> None: ...
+
+    @overload
+    def __init__(self, websocket: Scope, receive: Receive, send: Send) -> None: ...
+
+    def __init__(
+        self,
+        websocket: WebSocket | Scope,
+        receive: Receive | None = None,
+        send: Send | None = None,
+    ) -> None:
+        """Starlette calls it as an ASGI app, FastAPI with a websocket; either way, await it."""
+        if not isinstance(websocket, WebSocket):
+            assert receive is not None
+            assert send is not None
+            websocket = WebSocket(websocket, receive, send)
+        super().__init__(websocket.scope, websocket._receive, websocket._send)
+        self._websocket = websocket
+
+    def get_channel(self, websocket: WebSocket) -> Channel:
+        """Return the client's channel: the path parameter `channel`, or else `"default"`.
+
+        Override it to return a `str`, or an `int` or a `UUID`, which is the channel of its `str()`.
+        """
         return str(websocket.path_params.get("channel", DEFAULT_CHANNEL))
 
     async def on_connect(self, websocket: WebSocket) -> None:
         """Accept and register the client."""
-        await self.broadcast.connect(websocket, self.get_channel(websocket))
+        subprotocol = subprotocols.choose(websocket, self.subprotocols)
+        await self.broadcast.connect(
+            websocket, self.get_channel(websocket), subprotocol=subprotocol
+        )
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:
         """Broadcast what the client sent, to its channel and so to itself too.
@@ -74,11 +136,31 @@ class BroadcastEndpoint(WebSocketEndpoint):
         messages on their way is not read from until they have been sent.
         """
         channel = self.get_channel(websocket)
-        await serving.relay(self.broadcast._hub, websocket, channel, data, self.encoding)
+        await self._relay.publish(channel, data, self.encoding)
+
+    async def on_publish_error(
+        self, websocket: WebSocket, data: Any, exc: BackendUnavailable | PublishQueueFull
+    ) -> None:
+        """Called when something that the client said could not be published.
+
+        It raises `exc`, which closes the client with 1013 (try again later), so that nobody
+        believes that it was said. Override it to tell the client, or to keep the message, and let
+        the client stay. Called for what `BroadcastEndpoint.on_receive` was given, in order, and
+        before `on_disconnect`; nothing more is read from the client meanwhile. A message that is
+        lost after the client has left does not come here; the log and `stats()` have it.
+
+        Args:
+            data: What `on_receive` was given.
+            exc: Why. The message may have been published all the same if the connection to the
+                broker was lost at this moment.
+        """
+        raise exc
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
-        """Unregister the client. Called exactly once for every client that was registered.
+        """Unregister the client.
 
+        Called exactly once for every client that was registered, and for every one that
+        `on_connect` accepted without `super()`, unless `on_connect` then raised, as in Starlette.
         `close_code` is what the client or the server closed with; 1006 if nobody said goodbye.
         """
         await self.broadcast.disconnect(websocket)
@@ -89,20 +171,24 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
     async def dispatch(self) -> None:
         """Live the client's life. Starlette calls this."""
-        websocket = WebSocket(self.scope, receive=self.receive, send=self.send)
+        websocket = self._websocket
         hub = self.broadcast._hub
+        self._relay = Relay(hub, websocket, self.on_publish_error)
         code = ABNORMAL  # what on_disconnect is told if this task is cancelled
+        was_accepted = False
         try:
             await self.on_connect(websocket)
+            # Who is refused by a close has not even received the handshake.
+            was_accepted = websocket.client_state is not WebSocketState.CONNECTING
             code = await self._converse(websocket)
         except InvalidMessage as exc:
             code = exc.code
             await serving.reject(hub, websocket, exc)
-        except WebSocketException as exc:
+        except (WebSocketException, Answered) as exc:
             code = exc.code
             if serving.has_handler(websocket, exc):
                 raise
-            await hub.close_client(websocket, exc.code, exc.reason)
+            await serving.close_for(hub, websocket, exc)
         except Exception as exc:
             connection = hub.find(websocket)
             if isinstance(exc, WebSocketDisconnect) and (
@@ -119,7 +205,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
             raise
         finally:
             try:
-                if hub.find(websocket) is not None:
+                await self._relay.end()
+                if was_accepted or hub.find(websocket) is not None:
                     await self.on_disconnect(websocket, code)
             finally:
                 hub.leave(websocket)
@@ -129,4 +216,14 @@ class BroadcastEndpoint(WebSocketEndpoint):
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return serving.disconnect_code(message)
-            await self.on_receive(websocket, await self.decode(websocket, message))
+            if message["type"] != "websocket.receive":
+                continue  # the handshake of a client that on_connect has refused
+            beats = self.heartbeats
+            if beats and await heartbeats.answer(self.broadcast._hub, websocket, message, beats):
+                continue
+            try:
+                await self.on_receive(websocket, await self.decode(websocket, message))
+            except serving.validation_errors() as exc:
+                if serving.has_handler(websocket, exc):
+                    raise
+                raise serving.invalid(exc) from None

@@ -1,27 +1,48 @@
 """The errors that starcast raises.
 
     StarcastError
-    ├── ConfigurationError   (ValueError)          a setting of the hub makes no sense
-    ├── InvalidChannel       (ValueError, 1008)    a channel's name is not allowed
-    ├── EncodingError        (ValueError)          a message cannot become a frame
-    ├── InvalidMessage       (1007 or 1003)        a client sent what its encoding does not allow
-    ├── OriginRefused        (1008)                a page from another host asked to connect
-    ├── ClientGone           (WebSocketDisconnect) the client had left before it was registered
-    ├── NotConnected                               `send(to=)` for a client that is not registered
-    ├── PublishQueueFull                           more is waiting to be sent than may wait
-    ├── BackendUnavailable   (1013)                there is no connection to the broker
-    ├── PayloadTooLarge      (ValueError)          a message is larger than the broker takes
-    └── SubscriberLagged                           a subscriber fell behind its buffer
+    ├── ConfigurationError   (ValueError)            a setting of the hub makes no sense
+    ├── InvalidChannel       (ValueError, 422, 1008) a channel's name is not allowed
+    ├── EncodingError        (ValueError)            a message cannot become a frame
+    ├── InvalidMessage       (1003, 1007 or 1009)    a client sent what cannot be taken
+    ├── OriginRefused        (1008)                  a page from another host asked to connect
+    ├── ClientGone           (WebSocketDisconnect)   the client had left before it was registered
+    ├── NotConnected                                 `send(to=)` for a client that is not registered
+    ├── PublishQueueFull     (503, 1013)             more is waiting to be sent than may wait
+    ├── BackendUnavailable   (503, 1013)             there is no connection to the broker
+    ├── PayloadTooLarge      (ValueError, 413, 1009) a message is larger than the broker takes
+    └── SubscriberLagged                             a subscriber fell behind its buffer
 
-A number in brackets is a WebSocket close code of RFC 6455, section 7.4. An error with a number is
-a `starlette.exceptions.WebSocketException` too: raised in a WebSocket route it closes that client
-with the code (before the handshake is answered: with HTTP 403) and leaves no traceback in the log.
+A number from 1000 on is a WebSocket close code of RFC 6455, section 7.4, the other one an HTTP
+status. They are what the client gets if nobody catches the error, in Starlette and in FastAPI:
+
+- **An HTTP route**, a dependency or anything that they await answers with the status. 503 comes
+  with `Retry-After`, and the body does not repeat the message. A `def` route does so too.
+- **A WebSocket route** closes the client with the code. If the client was not accepted yet, it is
+  answered with HTTP 503 instead of 1013 where the server can do that, and with 403 otherwise.
+- **Where nothing can be answered any more** it is an error like any other, and the server's log has
+  its traceback: in a background task, in a stream that has begun, after the client has left, in a
+  task that no route awaits, and in middleware, which is outside of Starlette's error handling.
+
+`except BackendUnavailable` and `@app.exception_handler(BackendUnavailable)` work in all of them. A
+handler of the app's is called instead of the answers above, but not for an accepted client of
+`BroadcastEndpoint`, `serve` or a mount, which is closed with the code. For an error with two
+numbers, both answers are attributes: `status_code`, `detail` and `headers`, and `code` and
+`reason`. An error with a close code only is a `starlette.exceptions.WebSocketException`.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
+
+from .answers import TRY_AGAIN_LATER, Answered
+
+# Seconds after which a client may try again what could not be published: about as long as the link
+# waits before it tries to connect again.
+RETRY_AFTER = 2
 
 
 class StarcastError(Exception):
@@ -32,18 +53,13 @@ class ConfigurationError(StarcastError, ValueError):
     """A setting makes no sense: an unknown URL scheme, overflow policy or origin."""
 
 
-class InvalidChannel(StarcastError, WebSocketException, ValueError):
-    """A channel's name is not 1 to 200 characters without control characters.
+class InvalidChannel(StarcastError, Answered, ValueError):
+    """A channel's name is not 1 to 200 characters without control characters."""
 
-    In a WebSocket route it refuses or closes the client with 1008 (policy violation).
-    """
-
-    def __init__(self, message: str) -> None:
-        WebSocketException.__init__(self, code=1008, reason="invalid channel")
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
+    status_code = 422
+    detail = "invalid channel"
+    code = 1008
+    reason = "invalid channel"
 
 
 class EncodingError(StarcastError, ValueError):
@@ -51,10 +67,11 @@ class EncodingError(StarcastError, ValueError):
 
 
 class InvalidMessage(StarcastError, WebSocketException):
-    """A client sent something that its endpoint's encoding does not allow.
+    """A client sent something that cannot be taken.
 
-    `code` is 1003 for a frame of the wrong type and 1007 for content that is not valid. The
-    endpoint, `serve` and the mount close the client with it; handlers do not see this error.
+    `code` is 1003 for a frame of the wrong type, 1007 for content that is not valid, and 1009 for a
+    message that is larger than the broker takes. The endpoint, `serve` and the mount close the
+    client with it; handlers do not see this error.
     """
 
     def __init__(self, code: int, reason: str) -> None:
@@ -90,30 +107,39 @@ class NotConnected(StarcastError):
     """`send(to=websocket)` was called for a living client that is not registered with the hub."""
 
 
-class PublishQueueFull(StarcastError):
+class PublishQueueFull(StarcastError, Answered):
     """An event loop has more messages waiting than may wait, and nothing of this one was sent.
 
     `publish_nowait` raises it at once, `publish` and `send` after waiting two seconds for room.
     """
 
+    status_code = 503
+    detail = "try again later"
+    headers: ClassVar[dict[str, str] | None] = {"Retry-After": str(RETRY_AFTER)}
+    code = TRY_AGAIN_LATER
+    reason = "try again later"
 
-class BackendUnavailable(StarcastError, WebSocketException):
+
+class BackendUnavailable(StarcastError, Answered):
     """There is no connection to the broker, or it did not answer in time.
 
-    In a WebSocket route it refuses or closes the client with 1013 (try again later). The message
-    names the broker's host and never a password.
+    The message names the broker's host and never a password. It goes to the log, not to clients.
     """
 
-    def __init__(self, message: str) -> None:
-        WebSocketException.__init__(self, code=1013, reason="try again later")
-        self.message = message
+    status_code = 503
+    detail = "try again later"
+    headers: ClassVar[dict[str, str] | None] = {"Retry-After": str(RETRY_AFTER)}
+    code = TRY_AGAIN_LATER
+    reason = "try again later"
 
-    def __str__(self) -> str:
-        return self.message
 
-
-class PayloadTooLarge(StarcastError, ValueError):
+class PayloadTooLarge(StarcastError, Answered, ValueError):
     """A message is larger than the broker takes. Nothing of it was sent."""
+
+    status_code = 413
+    detail = "message too large"
+    code = 1009
+    reason = "message too large"
 
 
 class SubscriberLagged(StarcastError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -18,8 +19,11 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, server
+from . import backends, codec, server
+from .answers import Answered
+from .arguments import Exclude, check_excluded
 from .backends import Backend
+from .claims import Claim
 from .codec import Dumps, Encoding
 from .connection import (
     ABNORMAL,
@@ -41,6 +45,7 @@ from .exceptions import (
 from .gap import Gap
 from .guard import Guard
 from .link import Link
+from .naming import DEFAULT_NAME, NamedBackend, check_name
 from .opening import OPEN_TIMEOUT, PROBE_INTERVAL, check_timing
 from .origins import Origins
 from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
@@ -69,6 +74,7 @@ class Settings:
     after_gap: AfterGap = "carry_on"
     open_timeout: float = OPEN_TIMEOUT
     probe_interval: float = PROBE_INTERVAL
+    name: str | None = None
 
     def __post_init__(self) -> None:
         check_timing(self.open_timeout, self.probe_interval)
@@ -84,6 +90,11 @@ class Settings:
         )
 
 
+def _again(exc: Exception) -> Exception:
+    """Return an error for another one to raise. An `Answered` one may be answered differently."""
+    return copy.copy(exc) if isinstance(exc, Answered) else exc.with_traceback(None)
+
+
 class Hub:
     """See the module. Made on any thread.
 
@@ -96,10 +107,13 @@ class Hub:
         self.settings = settings
         self.registry = Registry(self._release)
         self.lock = self.registry.lock
+        name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
+        self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
         self.link = None
         if backend is not None:
+            backends.check(backend)
             self.link = Link(
-                backend,
+                NamedBackend(backend, name),
                 self.lock,
                 self.registry.bring,
                 self._tell_gap,
@@ -142,10 +156,11 @@ class Hub:
             if self.running:
                 return
             if self._failure is not None and self._failures > failures:
-                raise self._failure.with_traceback(None)  # of the attempt that this one waited for
+                raise _again(self._failure)  # of the attempt that this one waited for
             try:
                 if self.link is not None:
-                    await self.link.start(patient or self._failure is None)
+                    with self.claim.taken():
+                        await self.link.start(patient or self._failure is None)
             except Exception as exc:
                 self._failures += 1
                 self._failure = exc
@@ -176,7 +191,10 @@ class Hub:
                 self._closings += 1
                 connections = self.registry.dismiss(Close(GOING_AWAY, "going away"))
                 if self.link is not None:
-                    await self.link.stop()
+                    try:
+                        await self.link.stop()
+                    finally:
+                        self.claim.release()
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT + 1):
@@ -216,7 +234,7 @@ class Hub:
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
         if websocket.application_state is WebSocketState.CONNECTING:
-            self.settings.origins.check(websocket)
+            await self.settings.origins.check(websocket)
         await self.ensure_open()
         closings = self._closings
         registered = False
@@ -323,17 +341,16 @@ class Hub:
         self,
         channel: str,
         message: Any,
-        exclude: WebSocket | Iterable[WebSocket],
+        exclude: Exclude,
         encoding: Encoding | None,
     ) -> Event:
         """Encode a message, once for everybody."""
         if encoding is not None:
             codec.check_encoding(encoding)
         content, payload = codec.encode(message, encoding, self.settings.dumps)
-        if exclude == ():
+        if exclude is None:
             return Event(channel, content, payload)
-        excluded = (exclude,) if isinstance(exclude, WebSocket) else exclude
-        found = [self.find(websocket) for websocket in excluded]
+        found = [self.find(websocket) for websocket in check_excluded(exclude)]
         ids = frozenset(connection.id for connection in found if connection is not None)
         return Event(channel, content, payload, ids)
 

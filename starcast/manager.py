@@ -8,6 +8,7 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from . import codec
+from .arguments import check_client
 from .broadcast import Broadcast
 from .exceptions import NotConnected
 
@@ -39,23 +40,36 @@ class ConnectionManager:
         Raises:
             OriginRefused: The page may not connect; the app answers 403.
             ClientGone: The client has left already. A `WebSocketDisconnect`.
+            TypeError: It is None, or no websocket.
         """
-        await self.hub.connect(websocket)
+        await self.hub.connect(check_client(websocket, "connect(...)"))
 
     def disconnect(self, websocket: WebSocket) -> None:
-        """Unregister a client; it keeps its socket. Harmless twice and for a stranger."""
-        self.hub._hub.leave(websocket)
+        """Unregister a client; it keeps its socket. Harmless twice and for a stranger.
+
+        Raises:
+            TypeError: It is None, or no websocket.
+        """
+        self.hub._hub.leave(check_client(websocket, "disconnect(...)"))
 
     async def send_personal_message(self, message: Any, websocket: WebSocket) -> None:
         """Send to one client, in order with what it gets from `broadcast`.
 
         `message` is as for `Broadcast.publish`. A client that is not registered but connected gets
         it too, and one that has left is no error.
+
+        Raises:
+            TypeError: `websocket` is None, or no websocket.
+            EncodingError, PublishQueueFull: See `Broadcast.publish`.
         """
+        if isinstance(message, WebSocket):
+            raise TypeError("the message comes first: send_personal_message(message, websocket)")
+        check_client(websocket, "send_personal_message(message, ...)")
+        # Here and not in `send`: a generator cannot be written twice.
+        content, _ = codec.encode(message, None, self.hub._hub.settings.dumps)
         try:
-            await self.hub.send(message, to=websocket)
+            await self.hub.send(content, to=websocket)
         except NotConnected:
-            content, _ = codec.encode(message, None, self.hub._hub.settings.dumps)
             with contextlib.suppress(WebSocketDisconnect):
                 if isinstance(content, str):
                     await websocket.send_text(content)

@@ -2,60 +2,65 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import WebSocketException
 from starlette.routing import Router, WebSocketRoute
+from starlette.types import Scope
 from starlette.websockets import WebSocket
 
-from . import codec
-from .connection import POLICY_VIOLATION
+from . import admission
+from .answers import Answered
+from .arguments import check_channel
 from .exceptions import ConfigurationError
 from .hub import Hub
-from .serving import has_handler
+from .serving import close_for, has_handler
 
-Authorize = Callable[[WebSocket, str], Awaitable[object] | object]
+Authorize = Callable[[WebSocket, str], Awaitable[bool] | bool]
 Serve = Callable[[WebSocket, str], Awaitable[object]]
 
 
 def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
     """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`."""
+    if authorize is not None and not callable(authorize):
+        raise ConfigurationError(f"authorize must be a function, not {authorize!r}")
 
     async def endpoint(websocket: WebSocket) -> None:
-        channel = codec.check_channel(websocket.path_params["channel"])
-        hub.settings.origins.check(websocket)
-        if authorize is not None and not await _authorized(authorize, websocket, channel):
-            raise WebSocketException(POLICY_VIOLATION, "not authorized")
+        channel = check_channel(websocket, _channel(websocket.scope))
+        websocket.path_params["channel"] = channel
+        await hub.settings.origins.check(websocket)
+        if authorize is not None and not await admission.ask(
+            "authorize", authorize, websocket, channel, about=f"the channel {channel!r}"
+        ):
+            raise admission.Refused
         await serve(websocket, channel)
 
     async def guarded(websocket: WebSocket) -> None:
         try:
             await endpoint(websocket)
-        except WebSocketException as exc:
+        except (WebSocketException, Answered) as exc:
             if has_handler(websocket, exc):
                 raise
-            await hub.close_client(websocket, exc.code, exc.reason)
+            await close_for(hub, websocket, exc)
 
     return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifespan)
 
 
-async def _authorized(authorize: Authorize, websocket: WebSocket, channel: str) -> bool:
-    is_async = inspect.iscoroutinefunction(authorize) or inspect.iscoroutinefunction(
-        getattr(authorize, "__call__", None)  # noqa: B004  # an object with an async __call__
-    )
-    try:
-        if is_async:
-            answer = authorize(websocket, channel)
-        else:
-            answer = await run_in_threadpool(authorize, websocket, channel)
-        if inspect.isawaitable(answer):
-            answer = await answer
-    except PermissionError:
-        return False
-    if answer is None or answer is True:
-        return True
-    if answer is False:
-        return False
-    raise ConfigurationError(f"authorize returned {answer!r}, not None, True or False")
+def _channel(scope: Scope) -> str:
+    """Return what stands in the path after the mount; empty if it does not lie below the mount.
+
+    `root_path` is the path of the mount as the outside sees it: a prefix that the server or
+    `FastAPI(root_path=)` was told, and what the mounts in between have matched. `path` begins with
+    all of it. But where a proxy has stripped the prefix and only the app knows, the path begins
+    with what the mounts have matched, and Starlette, which looks for all of it, would take
+    the mount for a part of the channel.
+    """
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    if path.startswith(f"{root}/"):
+        return path[len(root) + 1 :]
+    # What the root path was before the mounts. A FastAPI app has put its own in place of that.
+    prefix: str = getattr(scope.get("app"), "root_path", "") or scope.get("app_root_path", root)
+    mount = root.removeprefix(prefix.rstrip("/")).lstrip("/")
+    start = f"/{mount}/" if mount else "/"
+    return path[len(start) :] if path.startswith(start) else ""

@@ -2,84 +2,147 @@
 
 from __future__ import annotations
 
-import logging
+import ipaddress
 import re
-from collections.abc import Iterable
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable, Iterable
 
 from starlette.websockets import WebSocket
 
+from . import admission, logs
 from .exceptions import ConfigurationError, OriginRefused
 
-logger = logging.getLogger("starcast")
+Decide = Callable[[str, WebSocket], Awaitable[bool] | bool]
+Allowed = Iterable[str] | str | Decide | None
 
-# Refusals that were logged already. Past this many nothing more is logged: a stranger who sends
-# ever new values must not be able to fill a disk.
-MAX_LOGGED = 100
-
-
-# scheme, host and port as a browser sends them (RFC 6454 section 6.2): a name in its ASCII form or
-# an IPv6 address in brackets, no path, no user, no pattern.
-_ORIGIN = re.compile(
-    r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?", re.I
+# Scheme, host and port as a browser sends them (RFC 6454 section 6.2): a name in its ASCII form or
+# an IPv6 address in brackets; no path, no user, no pattern. Whoever writes something else is no
+# browser, and a URL parser would only help him to have one thing read and another one meant.
+_HOST = re.compile(
+    r"(?P<host>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?",
+    re.IGNORECASE | re.ASCII,
 )
+_ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]{{0,63}}://{_HOST.pattern}", re.IGNORECASE | re.ASCII)
+_LABELS = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
+
+# A page without a host: a sandboxed frame or a data: URL, and a file in Chromium.
+_HOSTLESS = ("null", "file://")
+
+_LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
 
 
-def _hostname(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:  # an address in brackets that is none
+def _host(pattern: re.Pattern[str], text: str) -> str | None:
+    """Return the host of an origin or of a Host header; None if it is not one."""
+    found = pattern.fullmatch(text)
+    if found is None or int(found["port"] or 0) > 65535:
         return None
+    return found["host"].lower()
+
+
+def _is_origin(text: str) -> bool:
+    return text in _HOSTLESS or _host(_ORIGIN, text) is not None
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a browser finds this host on its own machine (RFC 6761 section 6.3).
+
+    Only in the spelling that browsers send. They have made 127.0.0.1 of the others before.
+    """
+    if host in ("localhost", "[::1]"):
+        return True
+    if host.endswith(".localhost"):
+        return _LABELS.fullmatch(host) is not None
+    try:
+        return ipaddress.IPv4Address(host) in _LOOPBACK
+    except ValueError:
+        return False
 
 
 class Origins:
     """The rule of one hub.
 
     `None` lets in a page of the same host name, whatever its port or scheme; a list lets in those
-    origins exactly; `"*"` lets in everybody. A client that sends no Origin is not a browser and is
-    let in by every rule.
+    origins exactly; a function of the app decides; `"*"` lets in everybody. A client that sends no
+    Origin is not a browser and is let in by every rule.
     """
 
-    def __init__(self, allowed: Iterable[str] | str | None) -> None:
-        if isinstance(allowed, str) and allowed != "*":
-            raise ConfigurationError(f'origins must be a list of origins or "*", not {allowed!r}')
+    def __init__(self, allowed: Allowed) -> None:
         self._everybody = allowed == "*"
-        self._allowed: frozenset[str] | None = None
-        self._logged: set[tuple[str, str]] = set()
-        if allowed is not None and not self._everybody:
-            if not isinstance(allowed, Iterable):
-                raise ConfigurationError(
-                    f'origins must be a list of origins or "*", not {allowed!r}'
-                )
-            self._allowed = frozenset(map(self._checked, allowed))
-
-    @staticmethod
-    def _checked(origin: str) -> str:
-        found = _ORIGIN.fullmatch(origin) if isinstance(origin, str) else None
-        if found is None or int(found["port"] or 0) > 65535:
+        self._decide: Decide | None = None
+        self._listed: set[str] | None = None
+        self._patterns: list[tuple[str, str]] = []  # what stands before and after the subdomain
+        if allowed is None or self._everybody:
+            return
+        if callable(allowed):
+            self._decide = allowed
+            return
+        if isinstance(allowed, str) or not isinstance(allowed, Iterable):
             raise ConfigurationError(
-                f"an origin looks like https://example.com or http://localhost:8000, not {origin!r}"
+                f'origins must be a list of origins, a function or "*", not {allowed!r}'
             )
-        return origin.lower()
+        self._listed = set()
+        for entry in allowed:
+            self._add(entry)
 
-    def check(self, websocket: WebSocket) -> None:
+    def _add(self, entry: str) -> None:
+        origin = entry.lower() if isinstance(entry, str) else ""
+        assert self._listed is not None
+        if _is_origin(origin):
+            self._listed.add(origin)
+            return
+        scheme, wildcard, rest = origin.partition("://*.")
+        host = _host(_ORIGIN, f"{scheme}://{rest}")
+        if wildcard and host is not None and _LABELS.fullmatch(host):
+            self._patterns.append((f"{scheme}://", f".{rest}"))
+            return
+        advice = '; to let every page in, write origins="*"' if origin == "*" else ""
+        raise ConfigurationError(
+            "an origin looks like https://example.com, http://localhost:8000 or "
+            f"https://*.example.com, not {entry!r}{advice}"
+        )
+
+    async def check(self, websocket: WebSocket) -> None:
         """Raise `OriginRefused` if the page that asks may not connect."""
         given = websocket.headers.getlist("origin")
         if self._everybody or not given:
             return
-        origin = given[0]
-        host = websocket.headers.get("host", "")
-        if len(given) == 1:
-            if self._allowed is not None:
-                if origin.lower() in self._allowed:
-                    return
-            elif (name := _hostname(origin)) and name == _hostname(f"//{host}"):
-                return
-        refused = (origin, host)
-        if refused not in self._logged and len(self._logged) < MAX_LOGGED:
-            self._logged.add(refused)
-            logger.warning(
-                "refused a WebSocket from the page %r on the host %r; allow it with origins=[...]",
-                *refused,
+        # A mount asks before `authorize` and `connect` asks again; a function is called once.
+        if websocket.scope.get("starcast.origin") is self:
+            return
+        origin, host = given[0], websocket.headers.get("host", "")
+        if len(given) > 1 or not _is_origin(origin.lower()):
+            logs.once(
+                ("origin", "malformed"),
+                "refused a WebSocket: its Origin header %.200r is not one origin",
+                ", ".join(given),
+            )
+        elif await self._lets_in(origin.lower(), host, websocket):
+            websocket.scope["starcast.origin"] = self
+            return
+        elif self._decide is None:
+            logs.once(
+                ("origin", origin),
+                "refused a WebSocket from a page of %r to the host %.200r%s; "
+                'to let that page in, write origins=[%s"%s"]',
+                origin,
+                host,
+                "" if self._listed is None else ", because it is not in origins=",
+                "" if self._listed is None else "..., ",
+                origin,
             )
         raise OriginRefused(f"the origin {origin!r} may not connect to the host {host!r}")
+
+    async def _lets_in(self, origin: str, host: str, websocket: WebSocket) -> bool:
+        if self._decide is not None:
+            about = f"a page of {origin!r}"
+            return await admission.ask("origins", self._decide, origin, websocket, about=about)
+        if self._listed is not None:
+            return origin in self._listed or any(
+                origin.startswith(start)
+                and origin.endswith(end)
+                and _LABELS.fullmatch(origin[len(start) : -len(end)])
+                for start, end in self._patterns
+            )
+        page, server = _host(_ORIGIN, origin), _host(_HOST, host)
+        if page is None or server is None:
+            return False
+        return page == server or (_is_loopback(page) and _is_loopback(server))

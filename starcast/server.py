@@ -82,7 +82,9 @@ def end_with_server(stream: Stream) -> None:
 
 
 def forget(stream: Stream) -> None:
-    _streams.get(asyncio.get_running_loop(), weakref.WeakSet()).discard(stream)
+    """Do not end a stream of this event loop any more."""
+    with contextlib.suppress(RuntimeError):  # the loop was closed under it
+        _streams.get(asyncio.get_running_loop(), weakref.WeakSet()).discard(stream)
 
 
 def _poll(loop: asyncio.AbstractEventLoop) -> None:

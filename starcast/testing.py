@@ -205,8 +205,8 @@ async def two_hubs_are_one_room(make: Make) -> None:
     """With all that a hub does with it."""
     channel = _channel()
     async with (
-        Broadcast(backend=make()) as one,
-        Broadcast(backend=make()) as two,
+        Broadcast(backend=make(), name="check") as one,
+        Broadcast(backend=make(), name="check") as two,
         one.subscribe(channel) as ones,
         two.subscribe(channel) as twos,
         asyncio.timeout(DEADLINE),

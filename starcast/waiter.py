@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import Generator
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from .exceptions import PublishQueueFull
 
@@ -91,3 +91,6 @@ class Full(PublishQueueFull):
     def __init__(self, text: str, place: Place) -> None:
         super().__init__(text)
         self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PublishQueueFull, self.args  # what is full cannot be sent to another process

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from starcast import logs
 from support import OtherLoop, Peer, Served
 
 
@@ -23,6 +24,12 @@ def no_stray_log_records(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     errors = [record for record in caplog.get_records("call") if record.levelname == "ERROR"]
     assert not errors, [record.getMessage() for record in errors]
+
+
+@pytest.fixture(autouse=True)
+def no_log_line_was_seen() -> None:
+    """What a process logs once, it logs once in each test."""
+    logs.reset()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import enum
 import functools
 import gc
 import json
+import pickle
 import threading
 
 import pytest
@@ -32,7 +33,7 @@ from starcast import (
     SubscriberLagged,
     shard,
 )
-from starcast.serving import relay
+from starcast.relay import Relay, close_sender
 from starcast.waiter import Full
 from support import Bus, Peer, until, until_sync
 
@@ -132,7 +133,7 @@ async def test_a_backend_of_ones_own():
     hub = Broadcast(backend=backend)
     peer = await joined(hub, "room")
     await hub.publish("room", "hello")
-    assert backend.broker.calls[-1] == ("publish", [("room", b"hello")])
+    assert backend.broker.calls[-1] == ("publish", [("default:room", b"hello")])
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
 
@@ -376,7 +377,7 @@ async def test_connecting_a_client_that_has_left_says_so():
     assert len(hub) == 0
 
 
-@pytest.mark.parametrize("name", ["", "x" * 201, "a\0b", "a\r\nb", "\x9f", "\ud800", 5, None])
+@pytest.mark.parametrize("name", ["", "x" * 201, "a\0b", "a\r\nb", "\x9f", "\ud800", 5.0, None])
 async def test_a_name_that_is_no_channel(name):
     hub = Broadcast()
     peer = Peer()
@@ -706,7 +707,7 @@ async def test_a_client_is_not_read_from_while_256_of_its_messages_are_on_their_
     pending = []
     publish = hub._hub.dispatcher.publish
 
-    def watching(event, wait=False):
+    def watching(event, wait=False, on_lost=None):
         publish(event, wait)
         pending.append(hub.stats().pending)
 
@@ -726,7 +727,7 @@ async def test_large_messages_of_a_client_are_confirmed_more_often():
     pending = []
     publish = hub._hub.dispatcher.publish
 
-    def watching(event, wait=False):
+    def watching(event, wait=False, on_lost=None):
         publish(event, wait)
         pending.append(hub.stats().pending)
 
@@ -749,7 +750,8 @@ async def test_messages_that_cannot_be_handed_over_are_counted_and_logged_once(c
 
     hub._hub.dispatcher.publish = refusing
     peer = Peer()
-    serving = asyncio.create_task(hub.serve(peer.websocket))
+    stays = lambda *lost: None  # noqa: E731  # by default the first one would close it
+    serving = asyncio.create_task(hub.serve(peer.websocket, on_publish_error=stays))
     for number in range(5):
         peer.say(str(number))
     await until(lambda: hub.stats().failed == 5)
@@ -760,7 +762,7 @@ async def test_messages_that_cannot_be_handed_over_are_counted_and_logged_once(c
     peer.say("works")
     await until(lambda: peer.got == ["works"])
     full = True
-    monkeypatch.setattr("starcast.serving.OUTAGE_OVER", -1)
+    monkeypatch.setattr("starcast.relay.OUTAGE_OVER", -1)
     peer.say("lost")
     peer.leave()
     await serving
@@ -844,6 +846,7 @@ def deny(websocket, channel):
 async def deny_async(websocket, channel):
     if channel == "secret":
         raise PermissionError
+    return True
 
 
 class Deny:
@@ -902,6 +905,7 @@ async def test_a_plain_authorize_runs_in_a_thread():
 
     def authorize(websocket, channel):
         threads.append(threading.current_thread())
+        return True
 
     app = Starlette(routes=[Mount("/live", Broadcast().app(authorize=authorize))])
     with TestClient(app).websocket_connect("/live/x"):
@@ -912,6 +916,7 @@ async def test_a_plain_authorize_runs_in_a_thread():
 async def test_a_client_that_leaves_while_it_is_authorized():
     async def authorize(websocket, channel):
         await websocket.close()
+        return True
 
     peer = Peer(path_params={"channel": "x"})
     peer.scope |= {"path": "/x", "root_path": ""}
@@ -1079,11 +1084,13 @@ async def test_what_waits_for_a_loop_is_bounded_and_refused_by_name(other, block
     (there,) = other.run(several(hub, 1, "room"))
     release = blocked()
     sent = []
-    with pytest.raises(PublishQueueFull, match="waiting"):  # noqa: PT012  # the last of a loop
+    with pytest.raises(PublishQueueFull, match="waiting") as caught:  # noqa: PT012  # of a loop
         for number in range(100):
             hub.publish_nowait("room", str(number))
             sent.append(str(number))
             await hub.send("somewhere else")  # other channels are untouched
+    sent_on = pickle.loads(pickle.dumps(caught.value))
+    assert (type(sent_on), str(sent_on)) == (PublishQueueFull, str(caught.value))
     assert 0 < len(sent) < 20
     assert hub.stats().failed == 1
     assert hub.stats().pending == len(sent)
@@ -1164,7 +1171,8 @@ async def test_room_that_others_have_taken_is_waited_for_again(small):
 
 async def test_what_a_client_sends_opens_the_hub():
     hub = Broadcast()
-    await relay(hub._hub, Peer().websocket, "room", "hello", "text")
+    relay = Relay(hub._hub, Peer().websocket, close_sender)
+    await relay.publish("room", "hello", "text")
     assert hub.stats().open
     assert hub.stats().published == 1
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 import demo_app
@@ -391,3 +391,112 @@ async def test_compressed_frames_and_the_handlers_own_in_chromium(serve, browser
     await wait_for(page, "ended")
     assert await page.evaluate("ended") == [4000, "enough"]
     await until(lambda: len(hub) == 0)
+
+
+# Who may connect, as Chromium asks
+
+
+DOOR = """
+<!doctype html>
+<script>
+  function connect(url, protocols) {
+    return new Promise(resolve => {
+      const socket = new WebSocket(url, protocols)
+      const got = []
+      socket.onopen = () => { socket.send("ping") }
+      socket.onmessage = ({data}) => { got.push(data); if (data === "hello") socket.close(4000) }
+      socket.onclose = ({code}) => resolve([socket.protocol, got, code])
+    })
+  }
+</script>
+"""
+
+
+async def test_a_token_in_the_subprotocol_in_chromium(serve, browser):
+    hub = Broadcast()
+    plain = Broadcast()  # accepts without a subprotocol
+    token = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.s3cr3t"
+    asked = []
+
+    async def authorize(websocket, channel):
+        asked.append(websocket.scope["subprotocols"])
+        return asked[-1] == ["bearer", token]
+
+    heartbeats = {"ping": "pong"}
+    app = Starlette(
+        routes=[
+            Route("/", lambda request: HTMLResponse(DOOR)),
+            Mount(
+                "/live",
+                hub.app(authorize=authorize, subprotocols=["bearer"], heartbeats=heartbeats),
+            ),
+            Mount("/plain", plain.app(heartbeats=heartbeats)),
+        ]
+    )
+    server = await serve(app)
+    page = await (await browser.new_context()).new_page()
+    page.set_default_timeout(DEADLINE * 1000)
+    await page.goto(f"http://127.0.0.1:{server.port}/")
+
+    connecting = asyncio.create_task(
+        page.evaluate("url => connect(url[0], url[1])", [server.url("/live/a"), ["bearer", token]])
+    )
+    await until(lambda: hub.channels == {"a": 1})
+    await hub.publish("a", "hello")
+    protocol, got, code = await connecting
+    assert (protocol, code) == ("bearer", 4000)
+    assert set(got) <= {"pong", "hello"}
+
+    connect = "url => connect(url[0], url[1])"
+    refused = await page.evaluate(connect, [server.url("/live/a"), ["bearer", "another"]])
+    assert refused == ["", [], 1006]
+    # Without an answer to what it offered, Chromium closes.
+    dropped = await page.evaluate(connect, [server.url("/plain/a"), ["bearer", token]])
+    assert dropped == ["", [], 1006]
+    assert asked == [["bearer", token], ["bearer", "another"]]
+
+
+async def opens(page, url: str) -> bool:
+    """Whether a script of this page, or of this frame, can open a WebSocket."""
+    script = """url => new Promise(resolve => {
+      const socket = new WebSocket(url)
+      socket.onopen = () => { resolve(true); socket.close() }
+      socket.onclose = () => resolve(false)
+    })"""
+    return await page.evaluate(script, url)
+
+
+async def test_origins_in_chromium(serve, browser, tmp_path):
+    """Which Origin a page has is up to the browser: on this machine, of a file, in a sandbox."""
+    same = Broadcast()
+    hostless = Broadcast(origins=["null", "file://"])
+    app = Starlette(
+        routes=[
+            Route("/", lambda request: HTMLResponse(DOOR)),
+            Route("/frame", lambda request: HTMLResponse("<iframe sandbox=allow-scripts src=/>")),
+            Mount("/same", same),
+            Mount("/hostless", hostless),
+        ]
+    )
+    server = await serve(app)
+    page = await (await browser.new_context()).new_page()
+    page.set_default_timeout(DEADLINE * 1000)
+
+    for host in ("localhost", "127.0.0.1", "app.localhost"):
+        await page.goto(f"http://{host}:{server.port}/")
+        # Chromium makes 127.0.0.1 of the last two, before it writes the Host header.
+        for target in ("localhost", "127.0.0.1", "2130706433", "127.1"):
+            assert await opens(page, f"ws://{target}:{server.port}/same/a"), (host, target)
+        assert not await opens(page, server.url("/hostless/a"))
+
+    file = tmp_path / "page.html"
+    file.write_text(DOOR)
+    await page.goto(file.as_uri())
+    assert not await opens(page, server.url("/same/a"))
+    assert await opens(page, server.url("/hostless/a"))
+
+    await page.goto(f"http://127.0.0.1:{server.port}/frame")
+    (frame,) = page.main_frame.child_frames
+    await frame.wait_for_load_state()
+    assert not await opens(frame, server.url("/same/a"))
+    assert await opens(frame, server.url("/hostless/a"))

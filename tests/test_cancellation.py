@@ -53,6 +53,7 @@ async def listen_only(hub, peer):
 
     async def authorize(websocket, channel):
         await asyncio.sleep(0)
+        return True
 
     await hub.app(authorize=authorize)(peer.scope, peer.receive, peer.send)
 

@@ -7,11 +7,13 @@ import contextlib
 import logging
 
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from starlette.applications import Starlette
+from starlette.endpoints import WebSocketEndpoint
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.routing import Mount, WebSocketRoute
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from starcast import Broadcast, BroadcastEndpoint
@@ -89,6 +91,41 @@ async def test_under_starlette_and_under_fastapi_alike(serve):
         assert [await other.recv() for other in clients] == [str(number)] * 4
     for client in clients:
         await client.close()
+
+
+@pytest.mark.parametrize("how", ["decorator", "call", "router"])
+async def test_fastapi_takes_the_class_where_it_wants_a_function(serve, how):
+    checked = []
+
+    async def check(websocket: WebSocket, room: str):
+        checked.append(room)
+        if room == "closed":
+            raise WebSocketException(1008)
+
+    app = FastAPI()
+
+    class Chat(Recorded):
+        def get_channel(self, websocket):
+            return websocket.path_params["room"]
+
+    if how == "decorator":
+        assert app.websocket("/ws/{room}", dependencies=[Depends(check)])(Chat) is Chat
+    elif how == "call":
+        app.add_api_websocket_route("/ws/{room}", Chat, dependencies=[Depends(check)])
+    else:
+        router = APIRouter(dependencies=[Depends(check)])
+        router.websocket("/{room}")(Chat)
+        app.include_router(router, prefix="/ws")
+    server = await serve(app)
+    async with server.connect("/ws/a") as one, server.connect("/ws/a") as two:
+        await until(lambda: Chat.broadcast.channels == {"a": 2})
+        await one.send("hello")
+        assert await one.recv() == await two.recv() == "hello"
+    await until(lambda: Chat.events.count(("disconnect", 1000)) == 2)
+    assert len(Chat.broadcast) == 0
+    with pytest.raises(InvalidStatus):
+        await server.connect("/ws/closed")
+    assert checked == ["a", "a", "closed"]
 
 
 async def test_it_is_an_asgi_app_by_itself(serve):
@@ -289,6 +326,71 @@ async def test_on_disconnect_is_called_when_the_task_is_cancelled():
         await task
     assert Chat.events == ["connect", ("disconnect", 1006)]
     assert len(Chat.broadcast) == 0
+
+
+async def test_who_is_accepted_without_super_has_an_on_disconnect_too(serve):
+    class Chat(Recorded):
+        async def on_connect(self, websocket):
+            await websocket.accept()
+            if "close" in websocket.query_params:
+                await websocket.close(4000)
+            self.events.append("connect")
+
+        async def on_receive(self, websocket, data):
+            await websocket.send_text(data)
+
+    server = await serve(app_of(Chat))
+    async with server.connect("/ws") as client:
+        await client.send("hello")
+        assert await client.recv() == "hello"
+    await until(lambda: len(Chat.events) == 2)
+    assert Chat.events == ["connect", ("disconnect", 1000)]
+    async with server.connect("/ws?close") as client:
+        assert await code_of(client) == 4000
+    await until(lambda: len(Chat.events) == 4)
+    assert Chat.events[2:] == ["connect", ("disconnect", 4000)]
+
+
+async def test_who_is_refused_by_a_close_has_no_on_disconnect(serve, caplog):
+    class Chat(Recorded):
+        async def on_connect(self, websocket):
+            await websocket.close()
+            self.events.append("refused")
+
+    server = await serve(app_of(Chat))
+    with pytest.raises(InvalidStatus) as caught:
+        await server.connect("/ws")
+    assert caught.value.response.status_code == 403
+    await server.stop()
+    assert Chat.events == ["refused"]
+    assert not [record for record in caplog.records if record.name == "starcast"]
+
+
+async def test_an_on_connect_that_raises_after_an_accept_of_its_own_is_as_in_starlette(
+    serve, caplog
+):
+    """There, on_disconnect is for those whose on_connect has come to its end."""
+
+    def of(base):
+        class Chat(base):
+            events = []  # noqa: RUF012  # of this class
+
+            async def on_connect(self, websocket):
+                await websocket.accept()
+                raise LookupError("a mistake")
+
+            async def on_disconnect(self, websocket, close_code):
+                self.events.append(close_code)
+
+        return Chat
+
+    for chat in (of(WebSocketEndpoint), of(BroadcastEndpoint)):
+        server = await serve(app_of(chat))
+        async with server.connect("/ws") as client:
+            assert await code_of(client) in (1011, 1006)
+        await server.stop()
+        assert chat.events == []
+    assert take_errors(caplog) == ["LookupError('a mistake')"] * 2
 
 
 async def test_an_on_disconnect_that_forgets_super_leaves_nothing_behind(serve):
@@ -499,7 +601,7 @@ async def test_the_apps_own_handler_of_an_error_is_used(serve):
 
 
 async def test_hooks_may_use_another_hub_than_the_endpoints(serve):
-    """Not registered with its own hub, a client has no on_disconnect, and may still publish."""
+    """A client that is not registered with the endpoint's own hub may still publish."""
     other = Broadcast()
 
     class Chat(Recorded):
@@ -513,7 +615,7 @@ async def test_hooks_may_use_another_hub_than_the_endpoints(serve):
             await client.send("hello")
             assert (await anext(subscriber)).message == "hello"
     await until(lambda: len(server.server.server_state.connections) == 0)
-    assert Chat.events == [("receive", "hello")]
+    assert Chat.events == [("receive", "hello"), ("disconnect", 1000)]
 
 
 def test_with_a_bare_test_client():
@@ -527,3 +629,49 @@ def test_with_a_bare_test_client():
         assert one.receive_text() == two.receive_text() == "hello"
     until_sync(lambda: len(Chat.broadcast) == 0)
     assert [event[0] for event in Chat.events].count("disconnect") == 2
+
+
+async def test_what_the_server_publishes_goes_by_its_type_whatever_the_encoding_of_the_endpoint(
+    serve,
+):
+    class Chat(BroadcastEndpoint):
+        broadcast = Broadcast()
+        encoding = "json"
+
+    server = await serve(app_of(Chat))
+    async with server.connect("/ws") as client:
+        await client.send('"from a client"')
+        assert await client.recv() == '"from a client"'
+        await Chat.broadcast.publish("default", "text")
+        await Chat.broadcast.publish("default", "text", encoding="json")
+        await Chat.broadcast.publish("default", ["text"])
+        assert [await client.recv() for _ in range(3)] == ["text", '"text"', '["text"]']
+
+
+@pytest.mark.parametrize("leaving", ["the client closes", "the server closes", "a hook raises"])
+async def test_an_endpoint_that_accepts_by_itself_is_told_when_its_client_leaves(serve, leaving):
+    class Alone(BroadcastEndpoint):
+        codes: list = []  # noqa: RUF012
+
+        async def on_connect(self, websocket):
+            await websocket.accept()
+
+        async def on_receive(self, websocket, data):
+            if leaving == "a hook raises":
+                raise WebSocketException(4000)
+            await websocket.close(4001)
+
+        async def on_disconnect(self, websocket, close_code):
+            self.codes.append(close_code)
+            await super().on_disconnect(websocket, close_code)
+
+    server = await serve(app_of(Alone))
+    async with server.connect("/ws") as client:
+        if leaving != "the client closes":
+            await client.send("hello")
+            await client.wait_closed()
+    await until(lambda: Alone.codes, deadline=5)
+    assert len(Alone.codes) == 1
+    expected = {"the client closes": 1000, "a hook raises": 4000}
+    if leaving in expected:
+        assert Alone.codes == [expected[leaving]]

@@ -7,25 +7,30 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import socket
 import struct
 import sys
 import threading
 import tokenize
+import types
 from pathlib import Path
 
 import anyio
 import httpx
 import pytest
 import websockets
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import starcast.testing
+from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
-from starcast import Broadcast
-from support import Broker, Bus, until, until_sync
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
+from support import DEADLINE, Broker, Bus, Peer, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -238,6 +243,110 @@ def test_fastapi_mount(example):
         assert closed(ann) == 1008
 
 
+def test_fastapi_json(example):
+    client = TestClient(example("fastapi_json").app)
+    with client.websocket_connect("/live/orders") as ann:
+        response = client.post("/orders")
+        assert ann.receive_text() == response.text
+    assert f"# Both are {response.text}\n" in source("fastapi_json")
+    with client.websocket_connect("/live/users") as ann:
+        response = client.post("/users")
+        assert ann.receive_text() == response.text == '{"name":"Ann"}'
+
+
+def away():
+    """A broker that is away."""
+    broker = Broker()
+    broker.up = False
+    return Bus(broker)
+
+
+@pytest.mark.parametrize("path", ["news", "plain"])
+def test_fastapi_errors_of_routes(path, example):
+    module = example("fastapi_errors")
+    client = TestClient(module.app)
+    with client.websocket_connect("/chat/today") as ann:
+        assert client.post(f"/{path}/today", params={"headline": "It rains."}).status_code == 200
+        assert ann.receive_text() == "It rains."
+    response = client.post(f"/{path}/a%00b", params={"headline": "x"})
+    assert response.status_code == 422
+    module.news = Broadcast(backend=away())
+    response = client.post(f"/{path}/today", params={"headline": "x"})
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+
+
+def test_fastapi_errors_in_the_background(example, caplog):
+    module = example("fastapi_errors")
+    module.news = Broadcast(backend=away())
+    assert TestClient(module.app).post("/later", params={"headline": "x"}).status_code == 200
+    assert caplog.messages == ["not announced: the broker is down"]
+
+
+def test_fastapi_errors_with_a_handler(example):
+    module = example("fastapi_errors")
+    module.news = Broadcast(backend=away())
+    client = TestClient(module.app)
+    response = client.post("/api/news")
+    assert (response.status_code, response.json()) == (503, {"published": False})
+    assert response.headers["Retry-After"] == "10"
+    with client.websocket_connect("/api/ws") as websocket:
+        assert closed(websocket) == 1013
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [("7", "no such room"), ("seven", "parameters are not valid")],
+)
+def test_fastapi_errors_refused(number, line, example, caplog):
+    client = TestClient(example("fastapi_errors").app)
+    assert refused(client, f"/rooms?number={number}") == 1008
+    assert f"refused /rooms: {line}" in caplog.messages
+
+
+async def test_fastapi_errors_on_publish_error(example, monkeypatch):
+    module = example("fastapi_errors")
+    broker = Broker()
+    monkeypatch.setattr(module.Chat, "broadcast", Broadcast(backend=Bus(broker)))
+    peer = Peer(path_params={"channel": "room"})
+    chat = asyncio.ensure_future(module.Chat(peer.scope, peer.receive, peer.send).dispatch())
+    await until(lambda: len(module.Chat.broadcast) == 1)
+    broker.kill()
+    peer.say("hello")
+    await until(lambda: peer.got == ["Not sent: hello"])
+    peer.leave()
+    await chat
+    await module.Chat.broadcast.disconnect()
+
+
+def test_fastapi_drops_what_its_page_says():
+    def app_of(router, **options):
+        app = FastAPI()
+        app.include_router(router, **options)
+        return TestClient(app)
+
+    class Chat(BroadcastEndpoint):
+        pass
+
+    checked = []
+
+    def check():
+        checked.append("checked")
+
+    dependencies = [Depends(check)]
+    own = APIRouter(prefix="/own", dependencies=dependencies)
+    own.routes.append(WebSocketRoute("/ws", Chat))
+    own.mount("/live", Broadcast())
+    own.websocket("/class")(Chat)
+    client = app_of(own, prefix="/given", dependencies=dependencies)
+    for path in ("/given/ws", "/given/live/x"):
+        with client.websocket_connect(path):
+            assert checked == []
+    refused(client, "/given/own/ws")
+    refused(client, "/given/own/live/x")
+    with client.websocket_connect("/given/own/class"):
+        assert checked  # it is a route of FastAPI's
+
+
 def test_fastapi_authorize(example):
     client = TestClient(example("fastapi_mount").app)
     assert refused(client, "/staff/bar") == 1008
@@ -249,6 +358,71 @@ def test_fastapi_authorize(example):
     ):
         ann.send_text("two coffees")
         assert ann.receive_text() == ben.receive_text() == "two coffees"
+
+
+def test_who_may_connect_origins(example):
+    client = TestClient(example("who_may_connect").app)
+
+    def let_in(mount, *origins, host="chat.example"):
+        for origin in origins:
+            headers = {"origin": origin, "host": host}
+            with client.websocket_connect(f"/{mount}/x", headers=headers):
+                pass
+
+    let_in("same", "http://chat.example:5173")
+    for host in ("127.0.0.1:8000", "localhost:8000", "[::1]:8000"):
+        let_in("same", "http://localhost:5173", "http://app.localhost", host=host)
+    let_in("these", "https://example.com", "http://localhost:5173")
+    let_in("subdomains", "https://example.com", "https://a.b.example.com")
+    let_in("shells", "https://example.com", "capacitor://localhost", "app://obsidian.md")
+    let_in("every", "https://evil.example", "null")
+    let_in("embedded", "https://shop.example.org", "https://WWW.example.net")
+    for mount in ("same", "these", "subdomains", "shells", "embedded"):
+        for origin in ("https://evil.example", "null", "http://www.example.net"):
+            assert refused(client, f"/{mount}/x", headers={"origin": origin}) == 1008
+
+
+def test_who_may_connect_log(example, caplog):
+    client = TestClient(example("who_may_connect").app)
+    headers = {"origin": "http://localhost:5173", "host": "chat.example"}
+    assert refused(client, "/same/x", headers=headers) == 1008
+    page = EXAMPLES.parent / "how-to" / "who-may-connect.md"
+    assert f"```text\n{caplog.records[-1].getMessage()}\n```" in page.read_text()
+
+
+def test_who_may_connect_authorize(example):
+    client = TestClient(example("who_may_connect").app)
+    for path in ("bar", "bar?token=t-ann", "bar?token=x", "cellar?token=t-ben"):
+        assert refused(client, f"/rooms/{path}") == 1008
+    with client.websocket_connect("/rooms/bar?token=t-ben") as ben:
+        ben.send_text("two coffees")
+        assert ben.receive_text() == "two coffees"
+
+
+def test_who_may_connect_token(example):
+    client = TestClient(example("who_may_connect").app)
+    for offered in ([], ["bearer"], ["bearer", "t-eve"], ["t-ann"], ["t-ann", "bearer"]):
+        assert refused(client, "/token/news", subprotocols=offered) == 1008
+    with client.websocket_connect("/token/news", subprotocols=["bearer", "t-ann"]) as ann:
+        assert ann.accepted_subprotocol == "bearer"
+
+
+def test_heartbeats(example):
+    with TestClient(example("heartbeats").app) as client:
+        with client.websocket_connect("/live/a") as ann:
+            ann.send_text("ping")
+            assert ann.receive_text() == "pong"
+            ann.send_text("hello")
+            assert closed(ann) == 1008
+        with client.websocket_connect("/rooms/a") as ann:
+            for said in ("ping", "keepalive", "hello"):
+                ann.send_text(said)
+            assert [ann.receive_text(), ann.receive_text()] == ["pong", "hello"]
+        with client.websocket_connect("/chat/a") as ann:
+            ann.send_text('{"type":"ping"}')
+            assert ann.receive_json() == {"type": "pong"}
+            ann.send_json({"type": "hello"})
+            assert ann.receive_json() == {"type": "hello"}
 
 
 def test_fastapi_endpoint_on_a_sub_app(example):
@@ -292,6 +466,7 @@ async def test_fastapi_stream(example, serve):
         ("starlette_routes", "/members/tea"),
         ("fastapi_depends", "/rooms/tea"),
         ("fastapi_mount", "/staff/bar"),
+        ("who_may_connect", "/rooms/bar"),
     ],
 )
 async def test_refusals_are_http_403(name, path, example, serve):
@@ -369,6 +544,20 @@ async def test_manager_chat(example, serve):
 def test_manager_chat_page(example):
     client = TestClient(example("manager_chat").app)
     assert "<title>Chat</title>" in client.get("/").text
+
+
+async def test_manager_exclude(example, serve):
+    module = example("manager_exclude")
+    server = await serve(module.app, send_buffer=4096)
+    with stalled(server, "/ws"):  # the first of the list
+        await until(lambda: len(module.manager.active_connections) == 1)
+        async with server.connect("/ws") as ann, server.connect("/ws") as ben:
+            async with asyncio.timeout(DEADLINE):
+                for number in range(100):
+                    await ann.send(f"{number:<8192}")
+                    assert int(await ben.recv()) == number
+                await ben.send("for ann")
+                assert await ann.recv() == "for ann"
 
 
 def test_manager_rooms(example):
@@ -576,10 +765,21 @@ def test_threads_route_when_full(example, monkeypatch):
     module = example("threads")
 
     def full(channel, message):
-        raise module.PublishQueueFull
+        raise PublishQueueFull
 
     monkeypatch.setattr(module.hub, "publish_nowait", full)
     assert TestClient(module.app).post("/orders/7").status_code == 503
+
+
+def test_threads_wait(example):
+    module = example("threads")
+    client = TestClient(module.app)
+    with client.websocket_connect("/live/payments") as ann:
+        assert client.post("/payments/7").json() == {"published": True}
+        assert ann.receive_json() == {"payment": 7}
+    module.hub = Broadcast(backend=away())
+    response = client.post("/payments/7")
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 
 
 def test_threads_thread(example):
@@ -619,9 +819,42 @@ async def test_redis_client(example, monkeypatch):
         monkeypatch.setenv("REDIS_URL", server.url)
         module = example("redis_client")
         async with module.redis, module.hub as hub, hub.subscribe("room") as subscriber:
-            await module.redis.publish("starcast:room", "hello")
+            await module.redis.publish("starcast:default:room", "hello")
             assert (await anext(subscriber)).message == "hello"
         assert server.clients() == []
+
+
+async def test_two_hubs(example, serve, monkeypatch):
+    with RedisServer() as redis:
+        monkeypatch.setenv("STARCAST_URL", redis.url)
+        monkeypatch.setenv("STAGE", "test")
+        module = example("two_hubs")
+        server = await serve(module.app)
+        cookie = {"additional_headers": {"Cookie": "session=a session of the staff"}}
+        async with (
+            server.connect("/live/news") as stranger,
+            server.connect("/staff/news", **cookie) as insider,
+        ):
+            assert redis.command("PUBLISH", "starcast:shop-staff-test:news", "secret") == 1
+            assert redis.command("PUBLISH", "starcast:shop-test:news", "for all") == 1
+            assert await insider.recv() == "secret"
+            assert await stranger.recv() == "for all"
+        with pytest.raises(websockets.InvalidStatus):
+            await server.connect("/staff/news")
+        await server.stop()
+
+
+async def test_expiring_passwords(example, monkeypatch):
+    monkeypatch.setenv("TOKEN", PASSWORD)
+    server = PostgresServer()
+    server.start()
+    try:
+        url = f"postgresql://{USER}@127.0.0.1:{server.port}/postgres"
+        monkeypatch.setenv("DATABASE_URL", url)
+        async with example("expiring_passwords").hub as hub:
+            assert await hub.healthy()
+    finally:
+        server.close()
 
 
 async def test_gaps(example, capsys):
@@ -653,14 +886,85 @@ async def test_gaps(example, capsys):
     assert re.fullmatch(r"messages of the last \d+\.\d s may be missing\n", printed)
 
 
-async def test_from_a_job(example, monkeypatch):
-    broker = Broker()
-    module = example("from_a_job")
-    hubs = iter([Broadcast(backend=Bus(broker))])
-    monkeypatch.setattr(module, "Broadcast", lambda url: next(hubs))
-    async with Broadcast(backend=Bus(broker)) as hub, hub.subscribe("room") as subscriber:
-        await module.tell("redis://localhost", "room", {"type": "report", "ready": True})
-        assert (await anext(subscriber)).json() == {"type": "report", "ready": True}
+@pytest.fixture
+def redis_url(monkeypatch):
+    """A server whose URL the examples read from the environment."""
+    with RedisServer() as server:
+        monkeypatch.setenv("STARCAST_URL", server.url)
+        yield server.url
+
+
+async def test_from_a_job(example, redis_url):
+    async with Broadcast(redis_url) as hub, hub.subscribe("room") as subscriber:
+        await asyncio.to_thread(example("from_a_job").main)
+        script = await asyncio.create_subprocess_exec(
+            *[sys.executable, str(EXAMPLES / "from_a_job.py")],
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])},
+        )
+        assert await script.wait() == 0
+        for _ in range(2):
+            assert (await anext(subscriber)).json() == {"type": "report", "ready": True}
+
+
+async def test_celery_task(example, monkeypatch, redis_url):
+    """The function, without Celery, which may not be installed."""
+    options = {}
+
+    def shared_task(**given):
+        options.update(given)
+        return lambda function: function
+
+    celery = types.SimpleNamespace(shared_task=shared_task)
+    monkeypatch.setitem(sys.modules, "celery", celery)
+    module = example("celery_task")
+    async with Broadcast(redis_url) as hub, hub.subscribe("report:7") as subscriber:
+        with module.publisher:
+            await asyncio.to_thread(module.render, 7)
+        assert (await anext(subscriber)).json() == {"ready": True}
+    assert options["autoretry_for"] == (BackendUnavailable,)
+
+
+async def test_django_view(example, monkeypatch, redis_url):
+    """The view, without Django, which may not be installed."""
+    committed = []
+    transaction = types.SimpleNamespace(
+        atomic=lambda view: view,
+        on_commit=lambda function, robust: committed.append((function, robust)),
+    )
+    monkeypatch.setitem(sys.modules, "django", types.ModuleType("django"))
+    monkeypatch.setitem(sys.modules, "django.db", types.SimpleNamespace(transaction=transaction))
+    monkeypatch.setitem(sys.modules, "django.http", types.SimpleNamespace(HttpResponse=dict))
+    module = example("django_view")
+    async with Broadcast(redis_url) as hub, hub.subscribe("order:7") as subscriber:
+        with module.publisher:
+            assert module.pay(None, 7) == {"status": 204}
+            ((tell, robust),) = committed
+            assert robust
+            await asyncio.to_thread(tell)
+        assert (await anext(subscriber)).json() == {"state": "paid"}
+
+
+async def test_def_route(example, monkeypatch, serve):
+    with RedisServer() as server:
+        monkeypatch.setenv("STARCAST_URL", server.url)
+        module = example("def_route")
+        served = await serve(module.app)
+        url = f"http://{served.host}:{served.port}"
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+            async with (
+                served.connect("/live/orders") as orders,
+                served.connect("/live/notes") as notes,
+            ):
+                assert (await http.post("/orders/7")).json() == {"published": True}
+                assert json.loads(await orders.recv()) == {"order": 7}
+                assert (await http.post("/notes", params={"text": "tea"})).status_code == 200
+                assert await notes.recv() == '"tea"'
+            server.kill()
+            answer = await http.post("/orders/8", timeout=20)
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            server.start()
+            await until(lambda: module.hub.stats().backend.state == "connected")
+            assert (await http.post("/orders/9")).status_code == 200
 
 
 def test_healthz(example):

@@ -12,6 +12,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from starcast import exceptions
 from starcast.exceptions import (
+    BackendUnavailable,
     ClientGone,
     ConfigurationError,
     EncodingError,
@@ -19,6 +20,7 @@ from starcast.exceptions import (
     InvalidMessage,
     NotConnected,
     OriginRefused,
+    PayloadTooLarge,
     PublishQueueFull,
     StarcastError,
     SubscriberLagged,
@@ -45,7 +47,11 @@ def test_an_error_is_what_the_tree_says(name):
     named = set(re.findall(r"[A-Z]\w+", TREE[name]))
     for other in (ValueError, WebSocketDisconnect):
         assert issubclass(cls, other) is (other.__name__ in named)
-    assert issubclass(cls, WebSocketException) is bool(re.search(r"\b1\d{3}\b", TREE[name]))
+    statuses = [int(number) for number in re.findall(r"\b\d{3}\b", TREE[name])]
+    codes = [int(number) for number in re.findall(r"\b\d{4}\b", TREE[name])]
+    assert issubclass(cls, WebSocketException) is bool(codes and not statuses)
+    if statuses:
+        assert [cls.status_code, cls.code] == statuses + codes
 
 
 def test_an_error_is_caught_by_the_base_only_if_it_is_starcasts():
@@ -55,7 +61,6 @@ def test_an_error_is_caught_by_the_base_only_if_it_is_starcasts():
 @pytest.mark.parametrize(
     ("error", "code", "reason", "says"),
     [
-        (InvalidChannel("'' is too short"), 1008, "invalid channel", "'' is too short"),
         (OriginRefused("'http://x' may not"), 1008, "origin not allowed", "'http://x' may not"),
         (InvalidMessage(1007, "not valid JSON"), 1007, "not valid JSON", "not valid JSON (1007)"),
         (InvalidMessage(1003, "text only"), 1003, "text only", "text only (1003)"),
@@ -77,6 +82,9 @@ def test_an_error_with_a_close_code(error, code, reason, says):
         NotConnected,
         PublishQueueFull,
         SubscriberLagged,
+        InvalidChannel,
+        BackendUnavailable,
+        PayloadTooLarge,
     ],
 )
 def test_an_error_without_a_close_code_says_its_message(cls):

@@ -250,7 +250,7 @@ async def test_thousands_of_channels_leave_nothing_behind():
 async def test_names_are_checked_before_anything_else_sees_them(all_back, serve):
     class Never(Bus):
         async def subscribe(self, channel):
-            assert channel.startswith("starcast-probe"), "a backend saw it"
+            assert channel.startswith("default:starcast-probe"), "a backend saw it"
             await super().subscribe(channel)
 
         async def publish(self, messages):

@@ -302,7 +302,7 @@ async def test_a_message_that_cannot_be_sent_is_an_error_of_the_one_who_sends_it
     peer = Peer()
     await joined(manager, peer)
     with pytest.raises(EncodingError):
-        await manager.broadcast({1, 2})
+        await manager.broadcast(object())
     await manager.broadcast("fine")
     assert peer.got == ["fine"]
     await manager.hub.disconnect()
@@ -398,7 +398,7 @@ async def test_a_personal_message_that_cannot_be_sent_is_an_error_for_strangers_
     await stranger.websocket.accept()
     for peer in (one, stranger):
         with pytest.raises(EncodingError):
-            await manager.send_personal_message({1, 2}, peer.websocket)
+            await manager.send_personal_message(object(), peer.websocket)
         assert peer.got == []
     await manager.hub.disconnect()
 

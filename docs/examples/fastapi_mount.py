@@ -20,7 +20,7 @@ async def publish_news(channel: str, headline: str):
 # --8<-- [end:mount]
 
 # --8<-- [start:authorize]
-staff = Broadcast("memory://")
+staff = Broadcast("memory://", name="staff")
 KEYS = {"kitchen": "k-key", "bar": "b-key"}
 
 

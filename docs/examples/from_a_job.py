@@ -1,12 +1,12 @@
-import asyncio
+import os
 
-from starcast import Broadcast
-
-
-async def tell(url, channel, message):
-    async with Broadcast(url) as hub:
-        await hub.publish(channel, message)
+from starcast import Publisher
 
 
-def job(url):
-    asyncio.run(tell(url, "room", {"type": "report", "ready": True}))
+def main():
+    with Publisher(os.environ["STARCAST_URL"]) as publisher:
+        publisher.publish("room", {"type": "report", "ready": True})
+
+
+if __name__ == "__main__":
+    main()

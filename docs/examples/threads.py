@@ -1,9 +1,10 @@
 import asyncio
 import threading
 
-from fastapi import FastAPI, HTTPException
+from anyio import from_thread
+from fastapi import FastAPI
 
-from starcast import Broadcast, PublishQueueFull
+from starcast import Broadcast
 
 # --8<-- [start:route]
 hub = Broadcast("memory://")
@@ -14,14 +15,21 @@ app.mount("/live", hub)
 
 @app.post("/orders/{number}")
 def order(number: int):  # FastAPI runs a plain function in a thread
-    try:
-        hub.publish_nowait("orders", {"order": number})
-    except PublishQueueFull:
-        raise HTTPException(503) from None
+    hub.publish_nowait("orders", {"order": number})
     return {"published": True}
 
 
 # --8<-- [end:route]
+
+
+# --8<-- [start:wait]
+@app.post("/payments/{number}")
+def payment(number: int):
+    from_thread.run(hub.publish, "payments", {"payment": number})
+    return {"published": True}
+
+
+# --8<-- [end:wait]
 
 
 # --8<-- [start:thread]

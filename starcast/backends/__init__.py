@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 
 from ..exceptions import ConfigurationError
 from .base import Backend
@@ -15,6 +16,8 @@ SCHEMES: dict[str, tuple[str, str, str] | None] = {
     "memory": None,
     "redis": ("redis", "RedisBackend", "redis"),
     "rediss": ("redis", "RedisBackend", "redis"),
+    "valkey": ("redis", "RedisBackend", "redis"),
+    "valkeys": ("redis", "RedisBackend", "redis"),
     "unix": ("redis", "RedisBackend", "redis"),
     "nats": ("nats", "NatsBackend", "nats"),
     "tls": ("nats", "NatsBackend", "nats"),
@@ -22,25 +25,46 @@ SCHEMES: dict[str, tuple[str, str, str] | None] = {
     "postgres": ("postgres", "PostgresBackend", "postgres"),
 }
 
+CALLS = ("start", "stop", "subscribe", "unsubscribe", "publish")
 
-def from_url(url: str) -> Backend | None:
+# What is shown of a URL that is not understood.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}")
+
+
+def from_url(url: object) -> Backend | None:
     """Return a backend for the URL; None for `memory://`.
 
+    Args:
+        url: A `str`, or anything whose `str()` is a URL, such as pydantic's `RedisDsn`.
+
     Raises:
-        ConfigurationError: There is none for its scheme, or what it needs is not installed. The
-            message does not repeat the URL, which may hold a password.
+        ConfigurationError: There is none for its scheme, what it needs is not installed, or it is
+            None or empty. The message does not repeat the URL, which may hold a password.
     """
-    scheme, separator, _ = url.partition("://")
+    text = "" if url is None else str(url).strip()
+    if not text:
+        raise ConfigurationError(
+            f"the hub's URL is {'None' if url is None else 'empty'}: the environment variable or "
+            "setting that it comes from is not set. Without a broker write memory://, for example "
+            'os.environ.get("REDIS_URL", "memory://")'
+        )
+    scheme, separator, _ = text.partition("://")
     if not separator or scheme not in SCHEMES:
+        if hasattr(url, "get_secret_value"):  # pydantic's SecretStr, whose str() is asterisks
+            raise ConfigurationError("the hub's URL is a secret: pass url.get_secret_value()")
+        if callable(getattr(url, "publish", None)):
+            raise ConfigurationError("a backend is not a URL: write Broadcast(backend=...)")
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        given = f"{scheme}://" if separator else "nothing of the kind"
+        given = "nothing of the kind"
+        if separator and (_SCHEME.fullmatch(scheme) or not scheme):
+            given = f"{scheme}://"
         raise ConfigurationError(f"a hub's URL starts with {known}, not with {given}")
     found = SCHEMES[scheme]
     if found is None:
         return None
     module, name, extra = found
     try:
-        made: Backend = getattr(importlib.import_module(f".{module}", __name__), name)(url)
+        made: Backend = getattr(importlib.import_module(f".{module}", __name__), name)(text)
     except ModuleNotFoundError as exc:
         raise ConfigurationError(
             f"{scheme}:// needs the package {exc.name}: pip install 'starcast[{extra}]'"
@@ -48,4 +72,22 @@ def from_url(url: str) -> Backend | None:
     return made
 
 
-__all__ = ["Backend", "from_url"]
+def check(backend: object) -> None:
+    """Raise `ConfigurationError` unless it is a backend, as far as can be seen from here."""
+    missing = [name for name in CALLS if not callable(getattr(backend, name, None))]
+    if isinstance(backend, type):
+        wrong = f"{backend.__name__} is a class; make one of it"
+    elif missing:
+        wrong = f"{type(backend).__name__} has no {', '.join(missing)}"
+        if hasattr(backend, "next_published"):
+            wrong += " (it is made for encode/broadcaster; give its URL in its place)"
+    elif not isinstance(getattr(backend, "max_payload", None), int):
+        wrong = f"{type(backend).__name__} has no max_payload, the bytes that a message may have"
+    else:
+        return
+    raise ConfigurationError(
+        f"a backend has the calls {', '.join(CALLS)}, and max_payload: {wrong}"
+    )
+
+
+__all__ = ["Backend", "check", "from_url"]

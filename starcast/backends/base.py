@@ -22,8 +22,15 @@ class Backend(Protocol):
     remember anything: when its connection breaks it says so once, and the hub stops it, starts it
     again when the broker is back, and subscribes to what it needs.
 
+    A channel is a `str` of up to 265 characters: the hub's name, a colon, and what the app calls
+    the channel. It is taken as it is, and comes back as it is.
+
     Attributes:
         max_payload: Bytes that one message may have. It may change in `start`.
+        address: Optional, a `str`: where the channels are, in a form that is the same for every
+            spelling and holds no password, such as `Redis at 127.0.0.1:6379, prefix 'starcast:'`.
+            Two backends with the same address share their channels. With it, the hub refuses to
+            open beside another hub of this process that it would share channels with by accident.
         if_silent: What a developer should look for if nothing that is published ever comes back,
             as a part of a sentence. Optional.
     """

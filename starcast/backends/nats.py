@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import re
 import ssl
@@ -23,7 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
-from urllib.parse import ParseResult, unquote, urlsplit
+from urllib.parse import ParseResult
 
 import nats.errors
 from nats.aio.client import Client
@@ -34,6 +35,7 @@ from nats.aio.transport import TcpTransport
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost
+from .nats_names import read, same_servers, tokens
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -43,13 +45,12 @@ STOP_TIMEOUT = 1.0  # seconds for nats-py to end its tasks, which takes a few tu
 # Bytes that may wait because the socket takes no more; further calls raise.
 MAX_UNSENT = 8 * 1024 * 1024
 
-# Characters. A server takes 4,096 bytes of subject; 200 characters of a channel take up to 2,400.
+# Characters. A server takes 4,096 bytes of subject; a hub's name has 64 and a dot, and the 200
+# characters of a channel take up to 2,400.
 MAX_PREFIX = 200
 
 # Printable ASCII but the wildcards, in tokens between dots; the last one may be empty.
 _PREFIX = re.compile(r"(?:[!-)+,\-/-=?-~]+\.)*[!-)+,\-/-=?-~]*")
-_ENCODED = re.compile(rb"[^A-Za-z0-9_-]")
-
 # What this module decides for itself; no option of the user's.
 _FIXED: dict[str, Any] = {
     "allow_reconnect": False,
@@ -64,6 +65,10 @@ _FIXED: dict[str, Any] = {
     "no_echo": False,
     "verbose": False,
 }
+
+
+# Options whose value may be a function that is asked for it, for each connection.
+_CREDENTIALS = ("user", "password", "token")
 
 
 class _Sink(asyncio.Future[Msg]):
@@ -149,14 +154,13 @@ class _Session:
         self._numbers = itertools.count()
         self._waiters: dict[bytes, asyncio.Future[None]] = {}
         self._refusal = ""
-        self._connecting = False
+        self._connecting = True  # or not even that: there is nothing to be closed yet
         self._ended = asyncio.Event()
 
     async def open(self, servers: list[str], options: dict[str, Any]) -> None:
         task = asyncio.current_task()
         assert task is not None
         cancellations = task.cancelling()
-        self._connecting = True
         try:
             await self.client.connect(
                 servers, error_cb=self._on_error, closed_cb=self._on_closed, **options, **_FIXED
@@ -261,30 +265,36 @@ class _Session:
 class NatsBackend:
     """`Broadcast("nats://localhost:4222")`: core NATS, nothing is stored.
 
-    A channel is the subject of the prefix and the channel's name, in which every byte of its UTF-8
-    form that is not an ASCII letter, a digit, `-` or `_` is written as `%` and two upper-case hex
-    digits. The channel `room 1.b` is `starcast:room%201%2Eb`, so no name is a wildcard or has two
-    tokens. `nats pub starcast:lobby hello` reaches the clients of the channel `lobby`; headers and
-    reply subjects are ignored. With the prefix `starcast.` all channels are `starcast.*` in
-    permissions and for other subscribers.
+    A channel is the subject of the prefix, the hub's name, a dot and the channel, in which every
+    byte of its UTF-8 form that is not an ASCII letter, a digit, `-` or `_` is written as `%` and
+    two upper-case hex digits. The channel `room 1.b` is `starcast:default.room%201%2Eb`, so no
+    channel is a wildcard or has two tokens. `nats pub starcast:default.lobby hello` reaches the
+    clients of the channel `lobby`; headers and reply subjects are ignored.
+
+    With the prefix `starcast.` the channels of the hub `staff` are `starcast.staff.*` in
+    permissions and for other subscribers. A process needs `starcast.*` besides, for the subject
+    with which it asks whether the server has handled what it sent; that is no hub's channel.
 
     One publisher's messages keep their order, also across channels. Those of two publishers may
     reach two processes in different orders.
 
-    A process also has a subject `%-` and a random word after the prefix: what it sends there and
-    gets back tells that the broker has handled all that went before.
+    That subject is `%-` and a random word after the prefix: what a process sends there and gets
+    back tells it that the broker has handled all that went before.
 
     Args:
         url: `nats://` or `tls://`, with `user:password@` or `token@` (percent-encoded) before the
             host; port 4222 by default. More servers of a cluster follow after commas; one of them
             is chosen at random. `tls://` refuses a server without TLS; `nats://` uses TLS when
-            the server asks for it.
+            the server asks for it. A `str`, or anything whose `str()` is one.
         prefix: What subjects begin with: up to 200 printable ASCII characters without blanks, `*`
             and `>`; may be empty.
         options: Further arguments of `nats.connect`, such as `tls` (an `ssl.SSLContext`),
-            `user_credentials`, `nkeys_seed` or `name`.
+            `user_credentials`, `nkeys_seed` or `name`. `user`, `password` and `token` may be
+            functions without arguments, plain or `async`, that are called for each connection: for
+            passwords that expire. They are called on the event loop and have five seconds.
 
     Attributes:
+        address: Where its channels are; see `Backend`.
         max_payload: Bytes that one message may have: 1 MiB, until a server has told its own limit.
 
     Raises:
@@ -293,7 +303,7 @@ class NatsBackend:
 
     if_silent = "do the user's permissions allow to subscribe to what it may publish to?"
 
-    def __init__(self, url: str, *, prefix: str = "starcast:", **options: Any) -> None:
+    def __init__(self, url: object, *, prefix: str = "starcast:", **options: Any) -> None:
         if len(prefix) > MAX_PREFIX or not _PREFIX.fullmatch(prefix):
             raise ConfigurationError(
                 f"a prefix of subjects is up to {MAX_PREFIX} printable ASCII characters without "
@@ -301,9 +311,15 @@ class NatsBackend:
             )
         if taken := options.keys() & {*_FIXED, "servers", "error_cb", "closed_cb"}:
             raise ConfigurationError(f"the backend sets these options: {', '.join(sorted(taken))}")
-        self._servers, login = _read(url)
+        known = inspect.signature(Client.connect).parameters
+        if unknown := options.keys() - known:
+            raise ConfigurationError(f"nats.connect does not know: {', '.join(sorted(unknown))}")
+        self._servers, login = read(str(url))
+        if "password" in options and "token" in login:  # nats://user@host is a user then
+            login = {"user": login["token"]}
         self._name = "NATS at " + ", ".join(url.partition("://")[2] for url in self._servers)
         self._options = {**login, **options}
+        self.address = f"NATS at {', '.join(same_servers(self._servers))}, prefix {prefix!r}"
         self._prefix = prefix
         self._session: _Session | None = None
         self.max_payload = 1024 * 1024
@@ -312,7 +328,7 @@ class NatsBackend:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
         try:
             async with Deadline(START_TIMEOUT):
-                await session.open(self._servers, self._options)
+                await session.open(self._servers, await self._current_options())
             # It may also have been stopped, or have broken just now.
             if self._session is not session or session.client.is_closed:
                 raise nats.errors.ConnectionClosedError
@@ -351,6 +367,19 @@ class NatsBackend:
                 )
         return session.hand_over(*((self._subject(channel), data) for channel, data in messages))
 
+    async def _current_options(self) -> dict[str, Any]:
+        options = dict(self._options)
+        for name in _CREDENTIALS:
+            ask = options.get(name)
+            if callable(ask):
+                try:
+                    answer = ask()
+                    options[name] = await answer if inspect.isawaitable(answer) else answer
+                except Exception as error:
+                    # Not what it says, which may hold a secret.
+                    raise self._unavailable(f"{name}= raised {type(error).__name__}") from None
+        return options
+
     def _opened(self) -> _Session:
         session = self._session
         if session is None or session.client.is_closed:
@@ -360,39 +389,9 @@ class NatsBackend:
         return session
 
     def _subject(self, channel: str) -> str:
-        encoded = _ENCODED.sub(lambda match: b"%%%02X" % match[0][0], channel.encode())
-        return self._prefix + encoded.decode()
+        return self._prefix + tokens(channel)
 
     def _unavailable(
         self, reason: str, kind: type[BackendUnavailable] | None = None
     ) -> BackendUnavailable:
         return (kind or BackendUnavailable)(f"{self._name}: {reason}")
-
-
-def _read(url: str) -> tuple[list[str], dict[str, str]]:
-    """Take the servers and the login out of a URL: nats-py does not decode a password."""
-    scheme, _, rest = url.partition("://")
-    servers: list[str] = []
-    logins: list[dict[str, str]] = []
-    try:
-        for part in rest.split(","):
-            parts = urlsplit(f"{scheme}://{part.removeprefix(f'{scheme}://')}")
-            host, port = parts.hostname, parts.port or 4222
-            if scheme not in ("nats", "tls") or not host or "".join(parts[2:]) not in ("", "/"):
-                raise ValueError
-            servers.append(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
-            if parts.password is not None:
-                logins.append(
-                    {"user": unquote(parts.username or ""), "password": unquote(parts.password)}
-                )
-            elif parts.username:
-                logins.append({"token": unquote(parts.username)})
-        if any(login != logins[0] for login in logins):
-            raise ValueError
-    except ValueError:
-        # Neither the URL nor what `urlsplit` says of it: both may hold the password.
-        raise ConfigurationError(
-            "a URL of NATS is nats:// or tls://, then user:password@ or token@ if there is one "
-            "(percent-encoded, the same for all servers), and host:port, more of them after commas"
-        ) from None
-    return servers, logins[0] if logins else {}

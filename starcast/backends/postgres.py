@@ -9,24 +9,14 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
-from urllib.parse import parse_qs
 
 import asyncpg
 
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost
+from .postgres_url import Server
 
-# One "@" at most: no part of a password shall be taken for a host or a database, and be told.
-_URL = re.compile(
-    r"""postgres(?:ql)?://
-    (?:[^@/?\#\[\]]*@)?
-    (?P<hosts>(?:\[[^@/?\#\[\],]+\]|[^@/?\#\[\],:]*)(?::[0-9]{0,5})?
-        (?:,(?:\[[^@/?\#\[\],]+\]|[^@/?\#\[\],:]+)(?::[0-9]{0,5})?)*)
-    (?:/(?P<database>[^@?\#]*))?
-    (?:\?(?P<query>[^@\#&=]+=[^@\#&]*(?:&[^@\#&=]+=[^@\#&]*)*)?)?""",
-    re.VERBOSE,
-)
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # as in a channel's name
 
 # Seconds that `start` may take.
@@ -81,13 +71,17 @@ class PostgresBackend:
     through pgbouncer it works with session pooling only. All processes and other programs must use
     the same database, and a URL that names several hosts leads to the primary. Nothing is written
     to tables, and nothing is kept for who is not listening. All see all messages in one order.
+    PostgreSQL has no rights for NOTIFY channels: whoever may connect to the database can listen to
+    all of them.
 
-    **Channels.** A channel is the NOTIFY channel `prefix + channel`:
-    `SELECT pg_notify('starcast:room', 'hello')` reaches the clients on "room". A name of more than
-    63 bytes, one that begins with "sha256:", and in a database whose encoding is not UTF8 one that
-    is not ASCII, is hashed: it becomes "sha256:" and the first 56 hexadecimal digits of the SHA-256
-    of its UTF-8 form, prefix included. In SQL, for a UTF8 database:
-    `'sha256:' || left(encode(sha256(convert_to('starcast:' || name, 'UTF8')), 'hex'), 56)`.
+    **Channels.** A channel is the NOTIFY channel of the prefix, the hub's name, a colon and the
+    channel: `SELECT pg_notify('starcast:default:room', 'hello')` reaches the clients on "room" of a
+    hub without a name of its own. A name of more than 63 bytes, one that begins with "sha256:", and
+    in a database whose encoding is not UTF8 one that is not ASCII, is hashed: it becomes "sha256:"
+    and the first 56 hexadecimal digits of the SHA-256 of its UTF-8 form, with everything that
+    stands before the channel. In SQL, for a UTF8 database and the hub "default":
+    `'sha256:' || left(encode(sha256(convert_to('starcast:default:' || channel, 'UTF8')), 'hex'),
+    56)`.
 
     **Messages.** Text is the payload as it is. Only this is sent in pieces: what is not text or
     contains NUL, has more than 7,999 bytes (16 MiB at most), begins with U+0010, is in one batch a
@@ -98,30 +92,33 @@ class PostgresBackend:
     Args:
         url: As libpq and asyncpg have it. What it leaves out is taken from PGHOST, PGPORT, PGUSER,
             PGPASSWORD, PGDATABASE, PGSSLMODE and the password file. Characters that mean something
-            in a URL must be percent-encoded in a user or password: `@` is `%40`.
+            in a URL must be percent-encoded in a user or password: `@` is `%40`. A `str`, or
+            anything whose `str()` is one. An option that neither asyncpg nor the server knows is
+            refused; the server's refusal comes when the hub opens.
         prefix: Put before each channel's name; may be empty.
+        options: Further arguments of `asyncpg.connect`, which go before what the URL says, such as
+            `ssl` (an `ssl.SSLContext`) or `server_settings`. `password` may be a function without
+            arguments, plain or `async`, that is called for each connection: for passwords that
+            expire. It is called on the event loop and has five seconds.
+
+    Attributes:
+        address: Where its channels are; see `Backend`.
 
     Raises:
-        ConfigurationError: The URL or the prefix makes no sense. The message repeats neither.
+        ConfigurationError: The URL, the prefix or an option makes no sense. The message repeats
+            none of their values.
     """
 
     if_silent = (
         "behind a pooler such as pgbouncer, LISTEN needs session pooling or a direct connection"
     )
 
-    def __init__(self, url: str, *, prefix: str = "starcast:") -> None:
-        parts = _URL.fullmatch(url)
-        if parts is None:
-            raise ConfigurationError(
-                "a PostgreSQL URL looks like postgresql://user:password@host:5432/database?a=b; in "
-                "its parts, characters that mean something in a URL are percent-encoded, @ as %40"
-            )
+    def __init__(self, url: object, *, prefix: str = "starcast:", **options: Any) -> None:
         if _FORBIDDEN.search(prefix):
             raise ConfigurationError("a prefix must not contain control characters")
-        query = parse_qs(parts["query"] or "")
-        host = parts["hosts"] or query.get("host", ["its default host"])[0]
-        self._where = f"PostgreSQL at {host}, database {parts['database'] or '(default)'}"
-        self._url = url
+        self._server = Server(str(url), options)
+        self._where = self._server.where
+        self.address = f"{self._server.address}, prefix {prefix!r}"
         self._prefix = prefix
         self._utf8 = True  # the encoding of the database
         self._listener: Any = None
@@ -149,9 +146,11 @@ class PostgresBackend:
             self._disconnect()
             if not isinstance(error, Exception):
                 raise
+            if (refused := self._server.refused(error)) is not None:
+                raise refused from None
             # The chain of causes is cut: it might hold what the URL holds.
-            refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
-            kind = LoginRefused if refused else BackendUnavailable
+            unknown = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
+            kind = LoginRefused if unknown else BackendUnavailable
             raise kind(f"no connection to {self._where}: {_reason(error)}") from None
         settings = self._publisher.get_settings()
         self._utf8 = getattr(settings, "server_encoding", "UTF8") == "UTF8"
@@ -207,7 +206,10 @@ class PostgresBackend:
     async def _connect(self, deliver: Deliver) -> Any:
         # A standby server runs neither LISTEN nor NOTIFY.
         connection = await asyncpg.connect(
-            self._url, connection_class=_Connection, target_session_attrs="primary"
+            self._server.url,
+            connection_class=_Connection,
+            target_session_attrs="primary",
+            **self._server.options,
         )
         try:
             await connection.execute(_SETUP)

@@ -15,6 +15,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
 from .base import Deliver, LoginRefused, Lost
+from .urls import first_of, options_of, refuse_option, same_host
 
 Command = tuple[str | bytes, ...]
 
@@ -46,41 +47,67 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
+# What to do about options that hosters and other libraries put into a URL.
+_ADVICE = {
+    "family": "it is for ioredis; take it out",
+    "ssl": "write rediss:// for TLS, and take it out",
+    "tls": "write rediss:// for TLS, and take it out",
+    "ssl_cert_reqs": (
+        "it is 'none', 'optional' or 'required', in a URL that begins with rediss:// (or "
+        "valkeys://); Celery's CERT_NONE is 'none' here"
+    ),
+}
+_TAKE_OUT = "redis-py does not know it; take it out"
+_SSL_ONLY = "it is for TLS: write rediss:// in place of redis://"
+
+# The schemes that redis-py does not know, and those that mean the same to it.
+_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
+
+
 class RedisBackend:
     """A connection to one Redis or Valkey server.
 
-    A channel's name there is the prefix and the name, in UTF-8: `PUBLISH starcast:news hello`
-    reaches the channel `news`. Nothing in a name is special, for it is never a pattern. A number of
-    a database in the URL makes no difference: Redis has the same channels in all of them, and apps
-    that share a server need different prefixes.
+    A channel's name there is the prefix, the hub's name, a colon and the channel, in UTF-8:
+    `PUBLISH starcast:default:news hello` reaches the channel `news` of a hub without a name of its
+    own. Nothing in a name is special, for it is never a pattern. The number of a database in the
+    URL makes no difference, because Redis has the same channels in all of them: apps and stages
+    that share a server need different names for their hubs, or different prefixes.
 
     Redis forgets a message once it has handed it to who is subscribed, and drops the connection of
     a subscriber that is behind by more than `client-output-buffer-limit pubsub`, which is 32 MB (or
     8 MB for a minute) by default. Messages are therefore limited to 8 MiB, or to the server's
     `proto-max-bulk-len` if it is less and may be asked for. A user with few rights needs
-    `+ping +publish +subscribe +unsubscribe` and `&starcast:*`; `+config|get` lets it ask, and
-    `+hello` lets it notice that the server is a replica, which tells only its own subscribers.
+    `+ping +publish +subscribe +unsubscribe` and `&starcast:*`, or `&starcast:staff:*` for one hub
+    only; `+config|get` lets it ask, and `+hello` lets it notice that the server is a replica, which
+    tells only its own subscribers.
 
     Args:
-        url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`. What
-            is special in a URL is escaped in a password (`%40` for `@`). Options of
+        url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`;
+            `valkey://` and `valkeys://` mean the same. A `str`, or anything whose `str()` is one.
+            What is special in a URL is escaped in a password (`%40` for `@`). Options of
             `redis.asyncio.Connection` may follow: `rediss://host?ssl_ca_certs=/path/ca.pem`.
         client: In place of the URL, a `redis.asyncio.Redis` that the app has already. Two more
             connections are made with its settings. The client itself is neither used nor closed.
+            Its `credential_provider` is asked anew for each connection: this is the way for
+            passwords that expire.
         prefix: What the names of the channels begin with on the server. May be empty.
 
+    Attributes:
+        address: Where its channels are; see `Backend`.
+
     Raises:
-        ConfigurationError: The URL makes no sense, or there is not one of URL and client.
+        ConfigurationError: The URL or one of its options makes no sense, or there is not one of
+            URL and client.
     """
 
     max_payload = MAX_PAYLOAD
     if_silent = "is there a proxy in between that does not carry SUBSCRIBE and PUBLISH?"
 
     def __init__(
-        self, url: str | None = None, *, client: Redis | None = None, prefix: str = "starcast:"
+        self, url: object = None, *, client: Redis | None = None, prefix: str = "starcast:"
     ) -> None:
         if url is not None and client is None:
-            pool = _pool(url)
+            pool = _pool(str(url))
         elif isinstance(client, Redis) and url is None:
             pool = client.connection_pool
         else:
@@ -89,8 +116,10 @@ class RedisBackend:
         self._settings = {**pool.connection_kwargs, **_SETTINGS}
         # It needs version 3, and tells of another address to connect to; the hub does that.
         self._settings.pop("maint_notifications_config", None)
-        address = "{host}:{port}".format(**{"host": "localhost", "port": 6379, **self._settings})
-        self._where = f"Redis at {self._settings.get('path', address)}"
+        host, port = self._settings.get("host", "localhost"), self._settings.get("port", 6379)
+        path = self._settings.get("path")  # of a socket, in place of the two
+        self._where = f"Redis at {path or f'{host}:{port}'}"
+        self.address = f"Redis at {path or f'{same_host(host)}:{port}'}, prefix {prefix!r}"
         self._prefix = prefix
         self._pipes: list[_Pipe] = []
         self._lost: Lost | None = None  # None if stopped, or told
@@ -255,19 +284,38 @@ class _Pipe:
 
 
 def _pool(url: str) -> ConnectionPool:
+    scheme, separator, rest = url.partition("://")
+    url = _SCHEMES.get(scheme, scheme) + separator + rest
+    options: list[tuple[str, str]] = []
     try:
         parts = urlsplit(url)
         if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
             raise ValueError("a password that ends the host's part of the URL")
+        options = options_of(parts.query)
         pool = ConnectionPool.from_url(url)
         pool.connection_class(**pool.connection_kwargs)  # looks at the options, and no more
-    except Exception:
-        # Not what was wrong: it may be a piece of the password.
+    except Exception as error:
+        # Nothing of what the error says but the name of an option: it may repeat the password.
+        if (refused := _refused(dict(options), error)) is not None:
+            raise refused from None
         raise ConfigurationError(
-            "not a URL of a Redis server, or with unknown options; it looks like "
+            "not a URL of a Redis server, or with options that make no sense; it looks like "
             "redis://user:password@host:6379, with %40 for an @ in the password and so on"
         ) from None
     return pool
+
+
+def _refused(options: dict[str, str], error: Exception) -> ConfigurationError | None:
+    """Return what to say if redis-py complains about an option of the URL."""
+    if isinstance(error, RedisError) and "ssl_cert_reqs" in options:
+        return refuse_option("Redis", "ssl_cert_reqs", _ADVICE["ssl_cert_reqs"])
+    name = first_of(options, str(error))
+    if name is None:
+        return None
+    if isinstance(error, ValueError):
+        return refuse_option("Redis", name, "its value is not valid")
+    otherwise = _SSL_ONLY if name.startswith("ssl_") else _TAKE_OUT
+    return refuse_option("Redis", name, _ADVICE.get(name, otherwise))
 
 
 async def _longest(connection: AbstractConnection) -> int:

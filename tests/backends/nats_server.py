@@ -36,7 +36,7 @@ class NatsServer:
         self.port = -1  # the server chooses
         self._folder = Path(tempfile.mkdtemp(prefix="starcast-nats-"))
         self._config = self._folder / "nats.conf"
-        self._config.write_text(config)
+        self.configure(config)
         self._scheme = scheme
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -47,6 +47,10 @@ class NatsServer:
     @property
     def log(self) -> str:
         return (self._folder / "log").read_text()
+
+    def configure(self, config: str) -> None:
+        """Give it other lines, which count from the next start."""
+        self._config.write_text(config)
 
     def start(self) -> None:
         """Start it, and come back when it takes connections."""

@@ -48,7 +48,7 @@ class Room:
     """A hub, with two subscribers and a client in the room, and one subscriber elsewhere."""
 
     def __init__(self, url: str) -> None:
-        self.hub = Broadcast(url)
+        self.hub = Broadcast(url, name="slow-outages")
         self.got: dict[str, list[Any]] = {"one": [], "two": [], "elsewhere": []}
         self.peer = Peer()
         self._tasks: list[asyncio.Task[None]] = []
@@ -97,7 +97,7 @@ async def test_row_11_killed_and_back_after_a_second(server, all_back, tell):
             await asyncio.to_thread(server.start)
             began = time.monotonic()  # it takes connections
             # Somebody who was not there during the outage speaks, until he is heard.
-            async with Broadcast(server.url) as fresh:
+            async with Broadcast(server.url, name="slow-outages") as fresh:
                 while not (one.has(f"word {number}") and two.has(f"word {number}")):
                     assert time.monotonic() - began < 10
                     await fresh.publish("room", f"word {number}")

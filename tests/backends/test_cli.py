@@ -55,13 +55,46 @@ class Terminal(io.StringIO):
 
 
 async def test_publish(url):
-    async with Broadcast(url) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(url, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", url, "room", "the kettle is on") == 0
         assert (await anext(subscriber)).message == "the kettle is on"
 
 
+async def test_the_name_of_the_hub(url):
+    async with (
+        Broadcast(url, name="staff") as staff,
+        Broadcast(url, name="default") as other,
+        staff.subscribe("room") as subscriber,
+        other.subscribe("room") as others,
+    ):
+        assert await run("publish", "--name", "staff", url, "room", "for the staff") == 0
+        assert await run("publish", url, "room", "for the others") == 0
+        assert (await anext(subscriber)).message == "for the staff"
+        assert (await anext(others)).message == "for the others"
+
+
+async def test_follow_a_hub_with_a_name(redis):
+    process = subscribing(redis, "room", "--name", "staff", stdout=subprocess.PIPE)
+    async with Broadcast(redis, name="staff") as hub, Broadcast(redis) as other:
+        await until(lambda: _subscribers(redis, "room", "staff"))
+        await other.publish("room", "not for them")
+        line = await told(hub, "room", "hello", process.stdout.readline)
+    assert json.loads(line) == {"channel": "room", "text": "hello"}
+    process.terminate()
+    process.wait(10)
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("command", ["publish", "subscribe", "check"])
+async def test_what_is_no_name(command, capsys):
+    arguments = [] if command == "check" else ["room"]
+    code = await run(command, "redis://127.0.0.1:1", *arguments, "--name", "a:b")
+    assert code == 2
+    assert "1 to 64 ASCII letters" in capsys.readouterr().err
+
+
 async def test_publish_an_argument_that_is_not_text(redis):
-    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room", "\udcff") == 0
         assert (await anext(subscriber)).message == b"\xff"
 
@@ -79,14 +112,14 @@ async def test_publish_an_argument_that_is_not_text(redis):
 @pytest.mark.parametrize("dash", [["-"], []])
 async def test_publish_what_comes_in(redis, monkeypatch, content, message, dash):
     standard_input(monkeypatch, content)
-    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room", *dash) == 0
         assert (await anext(subscriber)).message == message
 
 
 async def test_publish_what_is_typed(redis, monkeypatch, capsys):
     standard_input(monkeypatch, b"tea\n", terminal=True)
-    async with Broadcast(redis) as hub, hub.subscribe("room") as subscriber:
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
         assert await run("publish", redis, "room") == 0
         assert (await anext(subscriber)).message == "tea"
     assert capsys.readouterr().err == "starcast: reading the message from standard input\n"
@@ -121,7 +154,7 @@ async def told(hub: Broadcast, channel: str, message: str | bytes, read: Callabl
 
 async def test_subscribe_into_a_pipe(redis):
     process = subscribing(redis, "a", "b", stdout=subprocess.PIPE)
-    async with Broadcast(redis) as hub:
+    async with Broadcast(redis, name="default") as hub:
         await until(lambda: _subscribers(redis, "a") and _subscribers(redis, "b"))
         line = first = await told(hub, "a", "te\nxt", process.stdout.readline)
         assert json.loads(line) == {"channel": "a", "text": "te\nxt"}
@@ -136,7 +169,7 @@ async def test_subscribe_into_a_pipe(redis):
 
 async def test_who_reads_the_pipe_goes(redis):
     process = subscribing(redis, "gone", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    async with Broadcast(redis) as hub:
+    async with Broadcast(redis, name="default") as hub:
         await until(lambda: _subscribers(redis, "gone"))
         process.stdout.close()
         assert await told(hub, "gone", "1", partial(process.wait, 10)) == 1
@@ -148,7 +181,7 @@ async def test_subscribe_on_a_terminal(redis):
     ours, theirs = pty.openpty()
     process = subscribing(redis, "tty", stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
-    async with Broadcast(redis) as hub:
+    async with Broadcast(redis, name="default") as hub:
         await until(lambda: _subscribers(redis, "tty"))
         tea = "\x1b[2J tea \N{HOT BEVERAGE}"
         line = (await told(hub, "tty", tea, partial(os.read, ours, 1000))).decode()
@@ -165,7 +198,7 @@ async def test_subscribe_says_on_a_terminal_what_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     with RedisServer() as broker:
-        hub = Broadcast(broker.url)
+        hub = Broadcast(broker.url, name="default")
         monkeypatch.setattr(cli, "_hub", lambda url: hub)
         running = asyncio.create_task(run("subscribe", broker.url, "one", "\u202etwo"))
         await until(lambda: err.getvalue() == "starcast: listening to one, \\u202etwo\n")
@@ -185,17 +218,17 @@ async def test_subscribe_says_on_a_terminal_what_goes_on(monkeypatch):
     )
 
 
-def _subscribers(url: str, channel: str) -> int:
+def _subscribers(url: str, channel: str, name: str = "default") -> int:
     import redis
 
     with redis.Redis.from_url(url) as client:
-        ((_, count),) = client.pubsub_numsub(f"starcast:{channel}")
+        ((_, count),) = client.pubsub_numsub(f"starcast:{name}:{channel}")
     return count
 
 
 async def test_follow_in_this_process(redis, capsys, monkeypatch):
     """What the tests above see from outside, and a hub that closes."""
-    hub = Broadcast(redis)
+    hub = Broadcast(redis, name="default")
     monkeypatch.setattr(cli, "_hub", lambda url: hub)
     following = asyncio.create_task(cli._subscribe(hub, ["in"], sys.stdout))
     await until(lambda: hub.stats().subscribers)
@@ -211,7 +244,7 @@ async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
         def write(self, text):
             raise BrokenPipeError
 
-    hub = Broadcast(redis)
+    hub = Broadcast(redis, name="default")
     following = asyncio.create_task(cli._subscribe(hub, ["in"], Closed()))
     await until(lambda: hub.stats().subscribers)
     await hub.publish("in", "hello")
@@ -288,12 +321,12 @@ def test_as_a_module_here(monkeypatch, capsys):
 
 async def test_subscribe_as_a_command(redis, monkeypatch):
     out = io.StringIO()
-    hub = Broadcast(redis)
+    hub = Broadcast(redis, name="default")
     monkeypatch.setattr(cli, "_hub", lambda url: hub)
     monkeypatch.setattr(sys, "stdout", out)
     running = asyncio.create_task(run("subscribe", redis, "one", "two"))
     await until(lambda: hub.stats().subscribers == 2)
-    async with Broadcast(redis) as other:
+    async with Broadcast(redis, name="default") as other:
         await other.publish("one", b"\0")
     await until(lambda: hub.stats().delivered)
     await hub.disconnect()

@@ -17,6 +17,7 @@ import pytest
 import trustme
 
 from backends.nats_server import Flood, NatsServer
+from starcast import Broadcast
 from starcast.backends import nats as module
 from starcast.backends.nats import NatsBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
@@ -214,7 +215,7 @@ async def test_channels_are_apart(connect):
 
 async def test_the_longest_prefix_and_channel(connect):
     backend, inbox = await connect(prefix="p" * 200)
-    channel = "\N{GRINNING FACE}" * 200
+    channel = "n" * 64 + ":" + "\N{GRINNING FACE}" * 200
     await backend.subscribe(channel)
     await backend.publish([(channel, b"x")])
     assert inbox.got == [(channel, b"x")]
@@ -288,18 +289,51 @@ async def test_foreign_programs(server, connect):
         await client.close()
 
 
-async def test_dots_in_the_prefix_are_for_permissions(server, connect):
-    backend, _ = await connect(prefix="starcast.")
+async def test_the_name_of_the_hub_is_a_token(server):
+    """So that permissions and wildcards can tell hubs apart."""
+    seen: list[tuple[str, bytes]] = []
+
+    async def see(message):
+        if "-probe-" not in message.subject:
+            seen.append((message.subject, message.data))
+
     client = await nats.connect(server.url)
+    staff = Broadcast(backend=NatsBackend(server.url, prefix="starcast."), name="staff")
     try:
-        heard = await client.subscribe("starcast.*")
-        await client.publish("starcast.ready", b"")
-        await heard.next_msg()
-        await backend.publish([("a.b", b"1")])
-        message = await heard.next_msg()
-        assert (message.subject, message.data) == ("starcast.a%2Eb", b"1")
+        for subject in ("starcast.staff.*", "starcast:default.*"):
+            await client.subscribe(subject, cb=see)
+        await client.flush()
+        async with Broadcast(server.url) as hub, staff, staff.subscribe("a.b:c") as subscriber:
+            await staff.publish("a.b:c", "1")
+            await client.publish("starcast.staff.a%2Eb%3Ac", b"2")
+            assert [(await anext(subscriber)).message for _ in range(2)] == ["1", "2"]
+            await hub.publish("room 1", "3")
+            await until(lambda: len(seen) == 3)
+        own = "starcast.staff.a%2Eb%3Ac"
+        assert sorted(seen) == [(own, b"1"), (own, b"2"), ("starcast:default.room%201", b"3")]
     finally:
         await client.close()
+
+
+async def test_a_user_with_the_rights_of_one_hub(own_server):
+    server = own_server(
+        """authorization: {users: [{user: u, password: p, permissions: {
+            publish: ["app.*", "app.public.*"], subscribe: ["app.*", "app.public.*"]}}]}"""
+    )
+    url = server.url.replace("//", "//u:p@")
+    public = Broadcast(backend=NatsBackend(url, prefix="app."), name="public")
+    async with public, public.subscribe("news") as subscriber:
+        await public.publish("news", "1")
+        assert (await anext(subscriber)).message == "1"
+        assert await public.healthy()
+    backend = NatsBackend(url, prefix="app.")
+    inbox = await Inbox().start(backend)
+    with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
+        await backend.subscribe("staff:news")
+    with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
+        await backend.publish([("staff:news", b"x")])
+    assert inbox.got == []
+    await backend.stop()
 
 
 async def test_answers_that_nobody_waits_for(server, connect):
@@ -631,13 +665,6 @@ async def test_nobody_answers_there(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         assert "no answer in time" in await refused(NatsBackend(f"nats://127.0.0.1:{port}"))
-
-
-async def test_an_unknown_option(server):
-    backend = NatsBackend(server.url, no_such_thing=1)
-    with pytest.raises(TypeError, match="no_such_thing"):
-        await Inbox().start(backend)
-    await backend.stop()
 
 
 async def test_stopped_while_it_starts(server):

@@ -47,7 +47,10 @@ async def joined(hub: Broadcast, channel: str = "room") -> Peer:
 
 async def test_row_11_killed_and_back_after_a_second(server, all_back):
     gaps: list[Gap] = []
-    async with Broadcast(server.url, on_gap=gaps.append) as hub, Broadcast(server.url) as other:
+    async with (
+        Broadcast(server.url, name="both", on_gap=gaps.append) as hub,
+        Broadcast(server.url, name="both") as other,
+    ):
         peer, others = await joined(hub), await joined(other)
         async with hub.subscribe("room", gaps=True) as one, hub.subscribe("b", gaps=True) as two:
             await other.publish("room", "before")
@@ -172,10 +175,10 @@ async def cut_off(server: Any) -> None:
     """Have the server end the connection on which the hub listens, as it does by itself."""
     if isinstance(server, RedisServer):
         # MiB, while the loop stands still; a kernel may take many.
-        while server.command("PUBLISH", "starcast:flood", b"x" * 2**20):
+        while server.command("PUBLISH", "starcast:default:flood", b"x" * 2**20):
             pass
     elif isinstance(server, NatsServer):
-        flood = Flood(server.port, b"starcast:flood", b"x" * 60_000, 2_000)
+        flood = Flood(server.port, b"starcast:default.flood", b"x" * 60_000, 2_000)
         flood.start()
         flood.join()  # meanwhile the loop reads nothing
     else:
@@ -224,7 +227,7 @@ async def test_row_17_foreign_bytes(url, all_back):
         peer = await joined(hub)
         pickled = b"\x80\x04\x95\x10\x00\x00\x00"
         for data in (b"\xff", b"\xff\x01", b"\xff\x63\x00x", pickled, b"text", b"{}"):
-            await foreign.publish([("room", data)])
+            await foreign.publish([("default:room", data)])
         await until(lambda: len(peer.got) == 2)
         assert peer.got == ["text", "{}"]
         assert hub.stats().backend.malformed == 4
@@ -233,7 +236,7 @@ async def test_row_17_foreign_bytes(url, all_back):
 
 
 async def test_row_21_many_come_at_once_and_miss_nothing(url, all_back):
-    async with Broadcast(url) as hub, Broadcast(url) as publisher:
+    async with Broadcast(url, name="both") as hub, Broadcast(url, name="both") as publisher:
         for round_ in range(5):
             channel = f"row 21, {round_}"
             peers = await asyncio.gather(*(joined(hub, channel) for _ in range(20)))
@@ -245,9 +248,9 @@ async def test_row_21_many_come_at_once_to_a_slow_broker(url, all_back):
     """Who is not the first on a channel must not be let in before the broker has confirmed it."""
     port = urlsplit(url).port
     async with (
-        Broadcast(url) as publisher,
+        Broadcast(url, name="both") as publisher,
         front(port, delay=0.05) as slow,
-        Broadcast(url.replace(f":{port}", f":{slow}")) as hub,
+        Broadcast(url.replace(f":{port}", f":{slow}"), name="both") as hub,
     ):
         begun: list[str] = []
         expected: list[tuple[Peer, int]] = []

@@ -766,7 +766,9 @@ async def test_tls_that_the_server_does_not_have(server):
 
 
 async def test_tls_settings_that_make_no_sense(server):
-    assert "`sslmode` parameter must be one of" in await refused(server.url + "?sslmode=maybe")
+    assert "`sslnegotiation` parameter must be one of" in await refused(
+        server.url + "?sslnegotiation=maybe"
+    )
 
 
 @pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])

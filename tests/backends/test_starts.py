@@ -242,7 +242,7 @@ async def test_a_hub_opens_at_a_slow_broker(url, all_back):
 
 async def test_a_redis_user_that_may_not_use_the_hubs_own_channel(all_back, caplog):
     with RedisServer() as server:
-        rights = ["+ping", "+publish", "+subscribe", "+unsubscribe", "&starcast:room"]
+        rights = ["+ping", "+publish", "+subscribe", "+unsubscribe", "&starcast:default:room"]
         server.command("ACL", "SETUSER", "few", "on", ">pass", "resetchannels", *rights)
         url = server.url.replace("://", "://few:pass@")
         hub = Broadcast(url, open_timeout=0)
@@ -264,7 +264,9 @@ async def test_a_message_that_is_refused_and_that_nobody_awaits(all_back, caplog
     with RedisServer() as server:
         server.command("ACL", "SETUSER", "few", "on", ">pass", "+@all", "allchannels")
         async with Broadcast(server.url.replace("://", "://few:pass@")) as hub:
-            server.command("ACL", "SETUSER", "few", "resetchannels", "&starcast:starcast-probe*")
+            server.command(
+                "ACL", "SETUSER", "few", "resetchannels", "&starcast:default:starcast-probe*"
+            )
             for _ in range(20):
                 lost = hub.stats().backend.lost
                 hub.publish_nowait("secret", "x")

@@ -9,6 +9,15 @@ from support import Broker, Bus, starcast_tasks, until
 
 
 @pytest.fixture(autouse=True)
+def no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the backends of these tests see channels as an app calls them.
+
+    That the hub's name goes before them is the matter of `test_naming.py` and `test_rooms.py`.
+    """
+    monkeypatch.setattr("starcast.hub.NamedBackend", lambda backend, name: backend)
+
+
+@pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "TIMEOUT", 0.5)
     monkeypatch.setattr(link, "TIMEOUT", 0.5)

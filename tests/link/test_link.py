@@ -597,9 +597,11 @@ async def test_an_error_in_on_gap_is_logged(broker, caplog):
     await hub.disconnect()
 
 
-async def test_clients_that_send_during_an_outage_stay(hub, broker, caplog):
+async def test_clients_that_send_during_an_outage_stay_if_the_hook_lets_them(hub, broker, caplog):
     peer = Peer()
-    serving = asyncio.create_task(hub.serve(peer.websocket, "room"))
+    told = []
+    note = lambda websocket, data, exc: told.append(data)  # noqa: E731
+    serving = asyncio.create_task(hub.serve(peer.websocket, "room", on_publish_error=note))
     await until(lambda: len(hub) == 1)
     broker.kill()
     await lost(hub)
@@ -607,6 +609,8 @@ async def test_clients_that_send_during_an_outage_stay(hub, broker, caplog):
         peer.say(str(number))
     await until(lambda: hub.stats().backend.lost == 299)  # one is waited for
     await until(lambda: hub.stats().failed == 1)
+    await until(lambda: len(told) == 300)
+    assert told == [str(number) for number in range(300)]
     assert [r.levelname for r in caplog.records].count("ERROR") == 1
     caplog.clear()
     broker.up = True

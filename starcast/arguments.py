@@ -1,0 +1,74 @@
+"""Arguments: what people pass for a client or a channel, checked where it comes in.
+
+People look a client up and pass on what they have found. So None is nobody, and never everybody;
+only an argument that was left out means what its method says.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Final
+
+from starlette.requests import HTTPConnection
+from starlette.websockets import WebSocket, WebSocketState
+
+from . import codec, logs
+from .exceptions import InvalidChannel
+
+Exclude = WebSocket | Iterable[WebSocket | None] | None
+
+
+class Omitted(enum.Enum):
+    """The type of an argument that was left out, which is not the same as None."""
+
+    OMITTED = enum.auto()
+
+
+OMITTED: Final = Omitted.OMITTED
+
+
+def check_client(
+    value: object, call: str, meaning: str = "names no client", instead: str = ""
+) -> WebSocket:
+    """Return a client, or raise the TypeError that explains what was passed in its place.
+
+    Args:
+        value: What was passed.
+        call: The call with `...` where the client stands.
+        meaning: What the call would have done if None were the same as an argument left out.
+        instead: What to write to have that.
+    """
+    if isinstance(value, WebSocket):
+        return value
+    if value is None:
+        call = call.replace("...", "None")
+        instead = f", or {instead}" if instead else ""
+        raise TypeError(f"{call} {meaning}; check whether your look-up found a client{instead}")
+    raise TypeError(f"{call} needs a WebSocket, not {type(value).__name__}")
+
+
+def check_excluded(exclude: WebSocket | Iterable[WebSocket | None]) -> list[WebSocket]:
+    """Return who is excluded; a None among them is nobody."""
+    if isinstance(exclude, (str, bytes, HTTPConnection)) or not isinstance(exclude, Iterable):
+        return [check_client(exclude, "exclude=...")]
+    return [check_client(each, "exclude=[...]") for each in exclude if each is not None]
+
+
+def check_channel(websocket: WebSocket, channel: object) -> str:
+    """Return the name of a client's channel; a refusal before accept is in the log, once a kind.
+
+    Raises:
+        InvalidChannel: See `codec.check_channel`.
+    """
+    try:
+        return codec.check_channel(channel)
+    except InvalidChannel as exc:
+        if websocket.application_state is WebSocketState.CONNECTING:
+            hint, what = "; check get_channel(), or what you pass as the channel", "type"
+            if isinstance(channel, str):
+                fits = 1 <= len(channel) <= codec.MAX_CHANNEL
+                hint, what = "", "characters" if fits else "length"
+            kind = ("channel", type(channel).__name__, what)
+            logs.once(kind, "refused a WebSocket: %s%s", exc, hint)
+        raise

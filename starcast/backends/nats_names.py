@@ -1,0 +1,81 @@
+"""How NATS is spelled: the URL of its servers, and the subject of a channel."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote, urlsplit
+
+from ..exceptions import ConfigurationError
+from .urls import options_of, refuse_option, same_host
+
+_ENCODED = re.compile(rb"[^A-Za-z0-9_-]")
+
+
+# What to do about options in a URL, of which NATS has none.
+_ADVICE = {
+    "tls": "write tls:// in place of nats://, or NatsBackend(url, tls=ssl.create_default_context())"
+}
+_AN_ARGUMENT = (
+    "a URL of NATS has no options; give what nats.connect knows as an argument, such as "
+    'NatsBackend(url, name="chat")'
+)
+
+
+def tokens(channel: str) -> str:
+    """Return the tokens of a subject for a channel as the hub gives it, no two the same.
+
+    The hub's name becomes a token of its own, for permissions and wildcards: the first colon is a
+    dot, and no other dot is left.
+    """
+    name, _, rest = channel.partition(":")
+    if name and rest:
+        return f"{_encode(name)}.{_encode(rest)}"
+    return _encode(channel)
+
+
+def _encode(text: str) -> str:
+    return _ENCODED.sub(lambda match: b"%%%02X" % match[0][0], text.encode()).decode()
+
+
+def same_servers(urls: list[str]) -> list[str]:
+    """Return hosts and ports in the one form that stands for all spellings."""
+    parts = [urlsplit(url) for url in urls]
+    return sorted(f"{same_host(each.hostname or '')}:{each.port}" for each in parts)
+
+
+def read(url: str) -> tuple[list[str], dict[str, str]]:
+    """Take the servers and the login out of a URL: nats-py does not decode a password."""
+    scheme, _, rest = url.partition("://")
+    rest, _, query = rest.partition("?")
+    if query and "@" not in query:  # else it may be a piece of a password
+        for name, _ in options_of(query):
+            raise refuse_option("NATS", name, _ADVICE.get(name, _AN_ARGUMENT))
+    servers: list[str] = []
+    logins: list[dict[str, str]] = []
+    try:
+        for part in rest.split(","):
+            parts = urlsplit(f"{scheme}://{part.removeprefix(f'{scheme}://')}")
+            host, port = parts.hostname, parts.port or 4222
+            if (
+                query
+                or scheme not in ("nats", "tls")
+                or not host
+                or "".join(parts[2:]) not in ("", "/")
+            ):
+                raise ValueError
+            servers.append(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+            if parts.password is not None:
+                logins.append(
+                    {"user": unquote(parts.username or ""), "password": unquote(parts.password)}
+                )
+            elif parts.username:
+                logins.append({"token": unquote(parts.username)})
+        if any(login != logins[0] for login in logins):
+            raise ValueError
+    except ValueError:
+        # Neither the URL nor what `urlsplit` says of it: both may hold the password.
+        raise ConfigurationError(
+            "a URL of NATS is nats:// or tls://, then user:password@ or token@ if there is one "
+            "(percent-encoded, the same for all servers), and host:port, more of them after commas"
+        ) from None
+    return servers, logins[0] if logins else {}

@@ -1,0 +1,32 @@
+"""Log lines that a developer needs once, however often their cause comes back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+logger = logging.getLogger("starcast")
+
+# Kinds of lines a process logs. A stranger who causes ever new ones must not fill a disk, and those
+# who share the first word of a kind must not use up what the others need.
+MAX_KINDS = 100
+MAX_ALIKE = 20
+
+_said: set[tuple[str, ...]] = set()
+_lock = threading.Lock()
+
+
+def once(kind: tuple[str, ...], message: str, *args: object) -> None:
+    """Log a warning, unless this process has logged one of this kind before. From any thread."""
+    with _lock:
+        alike = sum(1 for said in _said if said[0] == kind[0])
+        if kind in _said or len(_said) >= MAX_KINDS or alike >= MAX_ALIKE:
+            return
+        _said.add(kind)
+    logger.warning(message, *args)
+
+
+def reset() -> None:
+    """Forget what was logged, so that the next test sees it again."""
+    with _lock:
+        _said.clear()

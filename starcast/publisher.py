@@ -1,0 +1,425 @@
+"""Publisher: publishing for code that has no event loop.
+
+A `Publisher` has one thread per process. On it runs an event loop with a hub that nobody joins, and
+`publish` hands a message to that loop and waits. The thread starts with the first message, and a
+process that was forked starts its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import random
+import selectors
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from types import TracebackType
+from typing import Any, Self
+
+from . import codec
+from .backends import Backend
+from .broadcast import Broadcast
+from .codec import Channel, Dumps, Encoding
+from .exceptions import BackendUnavailable, ConfigurationError, StarcastError
+from .stats import BackendStats
+from .waiter import running_loop
+
+# Seconds that `publish` waits for the broker, and after which an idle connection is closed.
+TIMEOUT = 5.0
+IDLE = 60.0
+
+# Seconds that `close` and the interpreter's exit wait for the connection to be closed.
+CLOSE_TIMEOUT = 3.0
+
+# Seconds before the first further attempt to connect, at most; each wait may be half as long again.
+FIRST_WAIT = 0.1
+LONGEST_WAIT = 0.5
+
+# Seconds between two looks at a connection that the hub is trying to restore.
+LOOK_EVERY = 0.02
+
+# Seconds without a message after which the connection is looked at before it is used, and the turns
+# of the event loop that this takes, with some to spare.
+PAUSE = 0.01
+TURNS = 8
+
+CLOSED = "the publisher is closed"
+
+
+class Publisher:
+    """Publish from Celery tasks, cron scripts, Django views: from any code without an event loop.
+
+        publisher = Publisher("redis://localhost")
+        publisher.publish("user:42", {"state": "paid"})
+
+    Make one per program, at module level. That neither connects nor starts a thread: the first
+    `publish` does, once per process. The connection is kept for the calls that follow, whichever
+    thread they come from, and it is restored when the broker was away. Publishers and hubs with the
+    same URL and name reach the same channels.
+
+    A publisher survives `os.fork()`: the child opens a connection of its own with its first
+    message and leaves the parent's alone. It needs a real thread, so it refuses to work where
+    gevent or eventlet has replaced them.
+
+    At the interpreter's exit, and when nothing refers to the publisher any more, its connection is
+    closed.
+
+    Args:
+        url: The broker, as for `Broadcast`. Not `memory://`, which no other process can reach.
+        backend: A function that returns a new backend, instead of a URL:
+            `lambda: RedisBackend("redis://localhost", prefix="")`. It is called once per process,
+            and once when the publisher is made.
+        name: The name of the hubs to publish to: what they were given as `name=`.
+        dumps: Writes JSON, as for `Broadcast`. It is called on the thread that publishes.
+        timeout: Seconds that `publish` waits for the broker, 5 by default.
+        idle: Seconds without a message after which the connection is closed, 60 by default. The
+            next message opens it again. `None` keeps it open.
+
+    Raises:
+        ConfigurationError: One of these makes no sense.
+    """
+
+    def __init__(
+        self,
+        url: object = None,
+        *,
+        backend: Callable[[], Backend] | None = None,
+        name: str | None = None,
+        dumps: Dumps | None = None,
+        timeout: float = TIMEOUT,
+        idle: float | None = IDLE,
+    ) -> None:
+        if (url is None) == (backend is None):
+            raise ConfigurationError(
+                "a Publisher takes the URL of a broker, or backend=; if the URL comes from an "
+                "environment variable, it is not set"
+            )
+        if backend is not None and not callable(backend):
+            raise ConfigurationError(
+                "a Publisher takes a function that makes a backend, because each process needs "
+                f"its own: backend=lambda: {type(backend).__name__}(...)"
+            )
+        if timeout <= 0 or (idle is not None and idle <= 0):
+            raise ConfigurationError("timeout and idle are seconds, and more than 0")
+        self._url = url
+        self._backend = backend
+        self._name = name
+        self._dumps: Dumps = codec.dumps if dumps is None else dumps
+        self._timeout = timeout
+        self._idle = idle
+        self._closed = False
+        self._worker: _Worker | None = None  # changed under `_lock`
+        if self._make_hub().stats().backend is None:
+            raise ConfigurationError(
+                "memory:// connects nobody outside of this process, so a Publisher would publish "
+                "to nobody; give it the URL of the broker that the app uses, such as "
+                "redis://localhost"
+            )
+
+    def _make_hub(self) -> Broadcast:
+        backend = None if self._backend is None else self._backend()
+        hub = Broadcast(self._url or "memory://", backend=backend, name=self._name)
+        hub._hub.claim.waive()  # nobody ever joins this hub, so it hears nobody else's messages
+        return hub
+
+    def publish(
+        self,
+        channel: Channel,
+        message: Any,
+        *,
+        encoding: Encoding | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Publish a message to a channel, and return when the broker has it.
+
+        From any thread that does not run an event loop. Messages of one thread keep their order.
+        While the broker is away it waits for it to come back, until the timeout.
+
+        Args:
+            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
+                of its `str()`.
+            message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
+                in a text frame.
+            encoding: `"json"` makes JSON of a `str` too; `"text"` and `"bytes"` insist on theirs.
+            timeout: Seconds to wait for the broker instead of the publisher's own `timeout`.
+
+        Raises:
+            BackendUnavailable: There was no connection to the broker for `timeout` seconds, the
+                broker did not confirm the message within two, it refused it, or the publisher is
+                closed. A broker that was sent the message and lost before it had confirmed it may
+                have it all the same.
+            PayloadTooLarge: The broker takes no message of this size.
+            EncodingError: The message does not fit the encoding or cannot be written as JSON.
+            InvalidChannel: The name is not valid.
+            PublishQueueFull: More than 16 MiB of other threads' messages wait for the broker.
+            RuntimeError: An event loop runs on this thread, and waiting would block it; or gevent
+                or eventlet has replaced this process's threads.
+        """
+        if running_loop() is not None:
+            raise RuntimeError(
+                "Publisher.publish blocks, and an event loop runs on this thread: use "
+                "`await hub.publish(...)` of a Broadcast, or "
+                "`await asyncio.to_thread(publisher.publish, ...)`"
+            )
+        name = codec.check_channel(channel)
+        codec.check_encoding(encoding)
+        # Here and not on the other thread: a model's own code may expect the caller's thread.
+        content, _ = codec.encode(message, encoding, self._dumps)
+        self._get_worker().publish(name, content, self._timeout if timeout is None else timeout)
+
+    def _get_worker(self) -> _Worker:
+        """Return this process's worker, started if need be."""
+        worker = self._worker
+        if worker is None or not worker.usable:
+            with _lock:
+                if self._closed:
+                    raise BackendUnavailable(CLOSED)
+                worker = self._worker
+                if worker is None or not worker.usable:
+                    worker = self._worker = _Worker(self._make_hub(), self._idle)
+                    weakref.finalize(self, worker.stop).atexit = False  # see `_at_exit`
+        return worker
+
+    def close(self) -> None:
+        """Close the connection, and publish no more. A second call does nothing.
+
+        What other threads are publishing is waited for, 3 seconds at most.
+        """
+        with _lock:
+            self._closed = True
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop()
+            worker.join(CLOSE_TIMEOUT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """The event loop of a worker."""
+
+    async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
+        # asyncio resolves names on an executor's threads, which take no more work once the main
+        # thread has ended. Other threads may go on publishing then. While a name is resolved this
+        # loop is not connected, so it has nothing else to do.
+        return socket.getaddrinfo(*args, **kwargs)
+
+
+class _Worker:
+    """The thread, the event loop and the hub of one publisher in one process.
+
+    It does not know its publisher, so that the garbage collector can tell when nobody else does.
+    """
+
+    def __init__(self, hub: Broadcast, idle: float | None) -> None:
+        self._pid = os.getpid()
+        self._hub = hub
+        self._idle = idle
+        self._selector = selectors.DefaultSelector()
+        self._loop = _Loop(self._selector)
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="starcast-publisher", daemon=True)
+        self._maker = threading.get_native_id()
+        self._error = ""  # why there is no connection
+        # On the loop:
+        self._publishing = 0
+        self._used = self._loop.time()  # when something was published last
+        self._connecting: set[asyncio.Task[Any] | None] = set()
+        try:
+            self._thread.start()
+        except RuntimeError as exc:  # no more threads, or the interpreter is about to exit
+            self._loop.close()
+            raise BackendUnavailable(f"the publisher cannot start its thread: {exc}") from None
+        _running.add(self)
+        if self._is_green:
+            raise RuntimeError(
+                "a Publisher needs a thread of its own, and gevent or eventlet has replaced the "
+                "threads of this process: publish with the broker's own client instead"
+            )
+
+    # From any thread
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is this process's, and has not ended."""
+        return self._pid == os.getpid() and not self._loop.is_closed()
+
+    def publish(self, channel: str, content: str | bytes, timeout: float) -> None:
+        """Publish, and wait for it."""
+        work = self._publish(channel, content)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # another thread has closed the publisher meanwhile
+            work.close()
+            raise BackendUnavailable(CLOSED) from None
+        try:
+            future.result(timeout)
+        except TimeoutError:
+            because = f": {self._error}" if self._error else ""
+            raise BackendUnavailable(
+                f"the broker did not take the message within {timeout:g} seconds{because}"
+            ) from None
+        except CancelledError:
+            raise BackendUnavailable(CLOSED) from None
+        except StarcastError as exc:
+            raise exc.with_traceback(None) from None  # what it went through here is no help
+        finally:
+            future.cancel()  # whoever is interrupted does not want it published later
+
+    def stop(self) -> None:
+        """Begin to end. Does not wait, because the garbage collector may call it."""
+        if self._pid == os.getpid():
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._stop.set)
+
+    def join(self, timeout: float) -> None:
+        if self._pid == os.getpid():
+            self._thread.join(timeout)
+
+    def sever(self) -> None:
+        """Let go of the parent's connections, in a child process that was forked.
+
+        Its descriptors are copies. If the child ever closed a transport, it would say goodbye in
+        the parent's name; if it kept them, the broker would not notice when the parent closes its
+        own. So they are made to lead nowhere.
+        """
+        null = os.open(os.devnull, os.O_RDWR)
+        for key in (self._selector.get_map() or {}).values():
+            os.dup2(null, key.fd)
+        os.close(null)
+
+    # On the loop
+
+    @property
+    def _is_green(self) -> bool:
+        """Whether the thread is none to the operating system: a greenlet in its maker's."""
+        return self._thread.native_id == self._maker
+
+    def _run(self) -> None:
+        try:
+            if not self._is_green:  # or the loop would block every greenlet
+                self._loop.run_until_complete(self._main())
+        finally:
+            # Not `shutdown_default_executor`, which starts a thread, and at exit none may start.
+            self._loop.close()
+            _running.discard(self)
+
+    async def _main(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._rest()):
+                    await self._stop.wait()
+            if self._rest() == 0:
+                await self._hub.disconnect()
+                self._used = self._loop.time()
+        for task in self._connecting:
+            assert task is not None
+            task.cancel()
+        await self._hub.disconnect()
+        publishing = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in publishing:
+            task.cancel()
+        if publishing:
+            await asyncio.wait(publishing, timeout=CLOSE_TIMEOUT)
+
+    def _rest(self) -> float | None:
+        """Seconds until the connection will have been idle for long enough."""
+        if self._idle is None:
+            return None
+        if self._publishing:
+            return self._idle
+        return max(0, self._used + self._idle - self._loop.time())
+
+    async def _publish(self, channel: str, content: str | bytes) -> None:
+        if self._stop.is_set():
+            raise BackendUnavailable(CLOSED)
+        self._publishing += 1
+        try:
+            if self._loop.time() > self._used + PAUSE:
+                # The process may have been suspended, or busy in code that holds the interpreter's
+                # lock. What has come meanwhile is read first: that the broker has gone, say.
+                for _ in range(TURNS):
+                    await asyncio.sleep(0)
+            if self._backend.state != "connected":
+                await self._connect()
+            await self._hub.publish(channel, content)
+        finally:
+            self._publishing -= 1
+            self._used = self._loop.time()
+
+    @property
+    def _backend(self) -> BackendStats:
+        backend = self._hub.stats().backend
+        assert backend is not None
+        return backend
+
+    async def _connect(self) -> None:
+        """Wait until there is a connection, however long that takes."""
+        task = asyncio.current_task()
+        self._connecting.add(task)
+        longest = FIRST_WAIT
+        try:
+            while (backend := self._backend).state != "connected":
+                if backend.state == "reconnecting":  # the hub does it
+                    self._error = backend.error or ""
+                    await asyncio.sleep(LOOK_EVERY)
+                    continue
+                try:
+                    await self._hub.connect()
+                except BackendUnavailable as exc:
+                    self._error = str(exc)
+                    await asyncio.sleep(random.uniform(0, longest))
+                    longest = min(1.5 * longest, LONGEST_WAIT)
+            self._error = ""
+        finally:
+            self._connecting.discard(task)
+
+
+# Guards the start and the end of workers.
+_lock = threading.RLock()
+
+_running: set[_Worker] = set()  # in this process
+
+# Workers of processes that this one was forked from. Were they garbage, their transports would be
+# closed, and with them what the parent has under way.
+_inherited: list[_Worker] = []
+
+
+def _after_fork() -> None:
+    """Forget the parent's workers, in the child."""
+    global _lock
+    _lock = threading.RLock()  # a thread that is not in the child may have held it
+    for worker in _running:
+        worker.sever()
+    _inherited.extend(_running)
+    _running.clear()
+
+
+def _at_exit() -> None:
+    """Close what is open. Threads that are not daemons have ended by now, and none may start."""
+    workers = list(_running)
+    for worker in workers:
+        worker.stop()
+    deadline = time.monotonic() + CLOSE_TIMEOUT
+    for worker in workers:
+        worker.join(max(0, deadline - time.monotonic()))
+
+
+atexit.register(_at_exit)
+with contextlib.suppress(AttributeError):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)

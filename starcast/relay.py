@@ -1,0 +1,156 @@
+"""Relay: publishes what one client says, and tells a hook what could not be published."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.exceptions import WebSocketException
+from starlette.websockets import WebSocket
+
+from . import codec
+from .answers import Answered
+from .codec import Channel, Encoding
+from .connection import CLOSE_TIMEOUT, INTERNAL_ERROR, Connection
+from .event import Event
+from .exceptions import (
+    BackendUnavailable,
+    EncodingError,
+    InvalidMessage,
+    PayloadTooLarge,
+    PublishQueueFull,
+)
+from .hub import Hub
+
+logger = logging.getLogger("starcast")
+
+# Messages of one client that may be handed over before its next one waits for them.
+MAX_UNCONFIRMED = 256
+
+# The same in bytes: 256 clients that all send as much as they can just fill what may wait for a
+# loop (`shard.MAX_PENDING`).
+MAX_UNCONFIRMED_COST = 64 * 1024
+
+# Seconds without a failure after which the next one is logged again.
+OUTAGE_OVER = 10.0
+
+PublishError = BackendUnavailable | PublishQueueFull
+OnPublishError = Callable[[WebSocket, Any, PublishError], Awaitable[object] | object]
+
+
+def close_sender(websocket: WebSocket, data: Any, exc: PublishError) -> None:
+    """Close the client with 1013, so that nobody believes that it was said."""
+    raise exc
+
+
+class Relay:
+    """See the module. Made on the client's event loop, for one life of the client.
+
+    Args:
+        on_error: The hook. What it raises closes the client as if its handler had raised it.
+    """
+
+    __slots__ = ("_ended", "_hub", "_loop", "_lost", "_on_error", "_telling", "_websocket")
+
+    def __init__(self, hub: Hub, websocket: WebSocket, on_error: OnPublishError) -> None:
+        self._hub = hub
+        self._websocket = websocket
+        self._on_error = on_error
+        self._loop = asyncio.get_running_loop()
+        # What was lost after `publish` had returned. While some of it is here, `publish` waits, so
+        # this is at most what a client may have unconfirmed.
+        self._lost: list[tuple[Any, PublishError]] = []
+        self._telling: asyncio.Task[None] | None = None
+        self._ended = False
+
+    async def publish(self, channel: Channel, data: Any, encoding: Encoding | None) -> None:
+        """Publish a message of the client, without waiting unless too much is unconfirmed.
+
+        Raises:
+            InvalidMessage: It can be read and not be sent on, or is too large for the broker.
+            Exception: Whatever the hook raises.
+        """
+        hub = self._hub
+        try:
+            event = hub.event(codec.check_channel(channel), data, None, encoding)
+        except EncodingError as exc:
+            # It could be read and cannot be written: a number too large for `dumps=`, say.
+            raise InvalidMessage(1007, "cannot be sent on") from exc
+        if self._telling is not None:
+            await asyncio.wait([self._telling])
+        try:
+            await hub.reopen()
+            connection = hub.find(self._websocket)
+            if connection is None or _must_wait(connection, event):
+                await hub.dispatcher.publish_and_wait(event)
+            elif hub.link is None:
+                await hub.dispatcher.publish_soon(event)
+            else:
+                on_lost = functools.partial(self._lost_later, data)
+                await hub.dispatcher.publish_soon(event, on_lost)
+        except PayloadTooLarge as exc:
+            raise InvalidMessage(exc.code, exc.reason) from None
+        except (PublishQueueFull, BackendUnavailable) as exc:
+            if (now := time.monotonic()) > hub.lost_last + OUTAGE_OVER:
+                logger.error("messages of clients are being lost: %s", exc)
+            hub.lost_last = now
+            await self._tell(data, exc)
+
+    def _lost_later(self, data: Any, why: str) -> None:
+        """Take note of a message that was handed over and then lost. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the client's loop is closed, and so is the client
+            self._loop.call_soon_threadsafe(self._add_lost, data, BackendUnavailable(why))
+
+    def _add_lost(self, data: Any, exc: PublishError) -> None:
+        if self._ended:
+            return
+        self._lost.append((data, exc))
+        if self._telling is None:
+            self._telling = self._loop.create_task(self._tell_lost())
+
+    async def _tell_lost(self) -> None:
+        try:
+            while self._lost:
+                await self._tell(*self._lost.pop(0))
+        except (WebSocketException, Answered) as exc:
+            await self._hub.close_client(self._websocket, exc.code, exc.reason)
+        except Exception:
+            logger.exception("on_publish_error raised")
+            await self._hub.close_client(self._websocket, INTERNAL_ERROR, "")
+        finally:
+            self._lost.clear()  # of a client that is closed now, if anything is left
+            self._telling = None
+
+    async def _tell(self, data: Any, exc: PublishError) -> None:
+        answer = self._on_error(self._websocket, data, exc)
+        if inspect.isawaitable(answer):
+            await answer
+
+    async def end(self) -> None:
+        """Let the hook finish with what was lost until now, for 10 seconds at most."""
+        self._ended = True
+        if self._telling is not None:
+            telling = self._telling
+            try:
+                await asyncio.wait([telling], timeout=CLOSE_TIMEOUT)
+            finally:
+                telling.cancel()
+
+
+def _must_wait(connection: Connection, event: Event) -> bool:
+    """Count a client's message; whether it has sent so much that it has to wait."""
+    connection.unconfirmed += 1
+    connection.unconfirmed_cost += event.cost
+    if (
+        connection.unconfirmed < MAX_UNCONFIRMED
+        and connection.unconfirmed_cost < MAX_UNCONFIRMED_COST
+    ):
+        return False
+    connection.unconfirmed = connection.unconfirmed_cost = 0
+    return True

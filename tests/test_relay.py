@@ -1,0 +1,411 @@
+"""What a client says and what cannot be published: too large, too late, not valid."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+
+import pydantic
+import pytest
+from starlette.applications import Starlette
+from starlette.exceptions import WebSocketException
+from starlette.routing import Mount, WebSocketRoute
+from websockets.exceptions import ConnectionClosed
+
+from backends.nats_server import NatsServer
+from backends.redis_server import RedisServer
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
+from support import Broker, Bus, Peer, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def code_of(client) -> int:
+    """Read until the server closes, and return its code."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            await client.recv()
+    await client.wait_closed()
+    return client.close_code
+
+
+def lines(caplog) -> list[str]:
+    """The lines about single clients, which have no traceback."""
+    records = [record for record in caplog.records if "closed the client" in record.getMessage()]
+    assert not any(record.exc_info for record in records)
+    return [record.getMessage() for record in records]
+
+
+def app_of(hub: Broadcast, codes: list[int], **options) -> Starlette:
+    """An endpoint, a route with `serve(**options)` and a mount; `codes` are what they end with."""
+
+    class Chat(BroadcastEndpoint):
+        broadcast = hub
+
+        async def on_disconnect(self, websocket, close_code):
+            codes.append(close_code)
+            await super().on_disconnect(websocket, close_code)
+
+    async def serve(websocket):
+        codes.append(await hub.serve(websocket, **options))
+
+    return Starlette(
+        routes=[
+            WebSocketRoute("/endpoint", Chat),
+            WebSocketRoute("/serve", serve),
+            Mount("/mount", hub.app(publish=True)),
+        ]
+    )
+
+
+PATHS = ["/endpoint", "/serve", "/mount/default"]
+
+
+async def test_a_message_too_large_for_the_broker_closes_its_sender_with_1009(serve, caplog):
+    with contextlib.closing(NatsServer()) as nats:
+        nats.start()
+        async with Broadcast(nats.url) as hub:
+            codes: list[int] = []
+            server = await serve(app_of(hub, codes))
+            async with server.connect("/endpoint") as other:
+                for number, path in enumerate(PATHS, 1):
+                    async with server.connect(path) as client:
+                        await client.send("x" * 1_100_000)
+                        assert (await code_of(client), path) == (1009, path)
+                    await until(lambda n=number: len(lines(caplog)) == n)
+                await until(lambda: codes == [1009, 1009])
+                assert len(hub) == 1
+                await other.send("hello")
+                assert await other.recv() == "hello"
+    assert all("1009: message too large" in line for line in lines(caplog))
+    assert "xxx" not in caplog.text
+
+
+async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, caplog):
+    with RedisServer() as redis:
+        async with Broadcast(redis.url) as hub:
+            codes: list[int] = []
+            server = await serve(app_of(hub, codes))
+            clients = [await server.connect(path) for path in PATHS]
+            listener = await server.connect("/endpoint")
+            await until(lambda: len(hub) == 4)
+            redis.kill()
+            await until(lambda: hub.stats().backend.state == "reconnecting")
+            for client in clients:
+                await client.send("hello")
+            assert [await code_of(client) for client in clients] == [1013] * 3
+            await until(lambda: codes == [1013, 1013])
+            await listener.ping()
+            assert len(hub) == 1  # who said nothing stays
+            await listener.close()
+    assert lines(caplog) == []
+    caplog.clear()
+
+
+@pytest.mark.parametrize("way", ["endpoint", "plain", "async"])
+async def test_the_hook_gets_what_was_lost_and_the_client_stays(serve, way, caplog):
+    lost = []
+
+    def plain(websocket, data, exc):
+        lost.append((data, type(exc)))
+
+    async def tell(websocket, data, exc):
+        lost.append((data, type(exc)))
+        await websocket.send_text(f"not sent: {data}")
+
+    with RedisServer() as redis:
+        async with Broadcast(redis.url) as hub:
+
+            class Chat(BroadcastEndpoint):
+                broadcast = hub
+
+                async def on_publish_error(self, websocket, data, exc):
+                    await tell(websocket, data, exc)
+
+            async def serve_it(websocket):
+                await hub.serve(websocket, on_publish_error=plain if way == "plain" else tell)
+
+            route = WebSocketRoute("/", Chat if way == "endpoint" else serve_it)
+            server = await serve(Starlette(routes=[route]))
+            async with server.connect("/") as client:
+                await until(lambda: len(hub) == 1)
+                redis.kill()
+                await until(lambda: hub.stats().backend.state == "reconnecting")
+                for number in range(3):
+                    await client.send(str(number))
+                await until(lambda: len(lost) == 3)
+                assert lost == [(str(number), BackendUnavailable) for number in range(3)]
+                if way != "plain":
+                    assert [await client.recv() for _ in lost] == [
+                        f"not sent: {number}" for number in range(3)
+                    ]
+                redis.start()
+                await until(lambda: hub.stats().backend.state == "connected")
+                await client.send("here I am")
+                assert await client.recv() == "here I am"
+    caplog.clear()
+
+
+# At a given moment, with a broker that does what the test wants
+
+
+class Life:
+    """A client of a hub with a `Bus`, and what happened to it, in order."""
+
+    def __init__(self) -> None:
+        self.broker = Broker()
+        self.hub = hub = Broadcast(backend=Bus(self.broker))
+        self.peer = Peer()
+        self.events: list[object] = []
+        self.release = asyncio.Event()
+        self.release.set()
+        self.error: Exception | None = None
+        life = self
+
+        class Chat(BroadcastEndpoint):
+            broadcast = hub
+
+            async def on_receive(self, websocket, data):
+                life.events.append(("said", data))
+                await super().on_receive(websocket, data)
+
+            async def on_publish_error(self, websocket, data, exc):
+                life.events.append(("lost", data))
+                await life.release.wait()
+                if life.error:
+                    raise life.error
+                life.events.append(("told", data))
+
+            async def on_disconnect(self, websocket, close_code):
+                life.events.append(close_code)
+                await super().on_disconnect(websocket, close_code)
+
+        endpoint = Chat(self.peer.scope, self.peer.receive, self.peer.send)
+        self.task = asyncio.ensure_future(endpoint.dispatch())
+
+    async def say_and_lose(self, *messages: str) -> None:
+        """Say it while the broker does not answer, and break the broker once all is handed over."""
+        await until(lambda: len(self.hub) == 1)
+        self.broker.open.clear()
+        for message in messages:
+            self.peer.say(message)
+        await until(lambda: self.broker.stalled)
+        await until(lambda: ("said", messages[-1]) in self.events)
+        await asyncio.sleep(0)
+        self.broker.kill()
+        self.broker.open.set()
+
+
+@pytest.fixture
+async def life(anyio_backend):
+    life = Life()
+    yield life
+    if not life.task.done():
+        life.peer.leave()
+        await life.task
+    await life.hub.disconnect()
+
+
+async def test_what_is_lost_later_is_told_in_order(life):
+    await life.say_and_lose("1", "2", "3")
+    await until(lambda: ("told", "3") in life.events)
+    told = [event[1] for event in life.events if event[0] == "told"]
+    assert told == ["1", "2", "3"]
+    assert len(life.hub) == 1
+
+
+async def test_what_is_lost_later_may_close_its_sender(life):
+    life.error = WebSocketException(4000, "enough")
+    await life.say_and_lose("1", "2", "3")
+    await until(lambda: life.peer.closed)
+    assert life.peer.closed == 4000
+    life.peer.leave(4000)  # what a server then says
+    await life.task
+    assert life.events[-2:] == [("lost", "1"), 4000]
+
+
+async def test_by_default_what_is_lost_later_closes_its_sender_with_1013():
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker))
+    peer = Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket))
+    await until(lambda: len(hub) == 1)
+    broker.open.clear()
+    peer.say("hello")
+    await until(lambda: broker.stalled)
+    broker.kill()
+    broker.open.set()
+    await until(lambda: peer.closed)
+    assert peer.closed == 1013
+    assert await serving == 1013
+    await hub.disconnect()
+
+
+async def test_a_hook_that_fails_later_closes_its_client_with_1011(life, caplog):
+    life.error = LookupError("a mistake")
+    await life.say_and_lose("1")
+    await until(lambda: life.peer.closed)
+    assert life.peer.closed == 1011
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage() == "on_publish_error raised"
+    assert record.exc_info[1] is life.error
+    caplog.clear()
+
+
+async def test_nothing_more_is_published_while_the_hook_is_told(life):
+    life.release.clear()
+    await life.say_and_lose("1")
+    await until(lambda: ("lost", "1") in life.events)
+    life.broker.up = True
+    await until(lambda: life.hub.stats().backend.state == "connected")
+    life.peer.say("2")
+    await until(lambda: ("said", "2") in life.events)
+    published = life.hub.stats().published
+    life.peer.say("3")
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert life.hub.stats().published == published
+    assert ("said", "3") not in life.events
+    life.release.set()
+    await until(lambda: life.peer.got == ["2", "3"])
+
+
+async def test_the_hook_ends_before_on_disconnect(life):
+    life.release.clear()
+    await life.say_and_lose("1")
+    await until(lambda: ("lost", "1") in life.events)
+    life.peer.leave()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert life.events[-1] == ("lost", "1")
+    life.release.set()
+    await life.task
+    assert life.events[-2:] == [("told", "1"), 1000]
+
+
+async def test_a_hook_that_hangs_ends_with_its_client(life, monkeypatch):
+    monkeypatch.setattr("starcast.relay.CLOSE_TIMEOUT", 0.01)
+    life.release.clear()
+    await life.say_and_lose("1")
+    await until(lambda: ("lost", "1") in life.events)
+    life.peer.leave()
+    await life.task
+    assert life.events[-1] == 1000
+    life.release.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert ("told", "1") not in life.events
+
+
+async def test_what_is_lost_after_the_client_has_left_is_counted_only(life):
+    await until(lambda: len(life.hub) == 1)
+    life.broker.open.clear()
+    life.peer.say("1")
+    life.peer.leave()
+    await until(lambda: life.broker.stalled)
+    await life.task
+    life.broker.kill()
+    life.broker.open.set()
+    await until(lambda: life.hub.stats().backend.lost == 1)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert life.events == [("said", "1"), 1000]
+
+
+async def test_a_hub_without_room_is_told_too(life, caplog):
+    await until(lambda: len(life.hub) == 1)
+
+    def full(*arguments, **options):
+        raise PublishQueueFull("no room")
+
+    life.hub._hub.dispatcher.publish = full
+    life.error = WebSocketException(4000)
+    life.peer.say("1")
+    await life.task
+    assert life.events == [("said", "1"), ("lost", "1"), 4000]
+    assert life.peer.closed == 4000
+    caplog.clear()
+
+
+# Not valid
+
+
+class Message(pydantic.BaseModel):
+    text: str
+    count: int
+
+
+@pytest.mark.parametrize("hook", ["decode", "on_receive"])
+async def test_what_does_not_fit_the_model_is_1007_and_one_line(serve, caplog, hook):
+    class Chat(BroadcastEndpoint):
+        encoding = "json"
+
+        async def decode(self, websocket, message):
+            data = await super().decode(websocket, message)
+            return Message.model_validate(data) if hook == "decode" else data
+
+        async def on_receive(self, websocket, data):
+            message = Message.model_validate(data)
+            await super().on_receive(websocket, message)
+
+    server = await serve(Starlette(routes=[WebSocketRoute("/", Chat)]))
+    async with server.connect("/") as client:
+        await client.send('{"text": "fine", "count": 1}')
+        assert await client.recv() == '{"text":"fine","count":1}'
+        await client.send('{"text": "a secret", "count": "a secret", "a secret": 1}')
+        assert await code_of(client) == 1007
+        assert client.close_reason == "not a valid Message"
+    await until(lambda: lines(caplog))
+    (line,) = lines(caplog)
+    assert line.endswith("with 1007: not a valid Message")
+    assert "secret" not in caplog.text
+
+
+async def test_the_apps_own_handler_of_a_validation_error_is_used(serve):
+    async def on_invalid(websocket, exc):
+        await websocket.close(4000, str(exc.error_count()))
+
+    class Chat(BroadcastEndpoint):
+        encoding = "json"
+
+        async def on_receive(self, websocket, data):
+            Message.model_validate(data)
+
+    handlers = {pydantic.ValidationError: on_invalid}
+    app = Starlette(routes=[WebSocketRoute("/", Chat)], exception_handlers=handlers)
+    server = await serve(app)
+    async with server.connect("/") as client:
+        await client.send("{}")
+        assert await code_of(client) == 4000
+        assert client.close_reason == "2"
+
+
+async def test_a_long_name_of_a_model_fits_into_the_close_frame(serve, caplog):
+    model = pydantic.create_model("ä" * 100, text=(str, ...))
+
+    class Chat(BroadcastEndpoint):
+        async def on_receive(self, websocket, data):
+            model.model_validate({})
+
+    server = await serve(Starlette(routes=[WebSocketRoute("/", Chat)]))
+    async with server.connect("/") as client:
+        await client.send("x")
+        assert await code_of(client) == 1007
+        assert client.close_reason.startswith("not a valid ää")
+
+
+async def test_without_pydantic_an_error_of_a_hook_is_what_it_was(serve, caplog, monkeypatch):
+    class Chat(BroadcastEndpoint):
+        async def on_receive(self, websocket, data):
+            raise LookupError("a mistake")
+
+    monkeypatch.delitem(sys.modules, "pydantic_core")
+    server = await serve(Starlette(routes=[WebSocketRoute("/", Chat)]))
+    async with server.connect("/") as client:
+        await client.send("x")
+        assert await code_of(client) == 1011
+    assert [repr(r.exc_info[1]) for r in caplog.records if r.exc_info] == [
+        "LookupError('a mistake')"
+    ]
+    caplog.clear()
