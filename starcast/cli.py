@@ -128,7 +128,8 @@ def _complain(error: Exception, code: int) -> int:
 def _hub(chosen: argparse.Namespace) -> Broadcast:
     if chosen.url.startswith("memory://"):
         raise ConfigurationError("memory:// is one process alone: there is nobody to talk to")
-    return Broadcast(chosen.url, name=chosen.name)
+    # A person, or a cron job, learns at once what is wrong, and can try again.
+    return Broadcast(chosen.url, name=chosen.name, open_timeout=0)
 
 
 def _content(message: str) -> str | bytes:

@@ -82,7 +82,10 @@ class Dispatcher:
         return taken
 
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
-        """Hand an event over, and wait only as long as there is no room for it."""
+        """Hand an event over, and wait only as long as there is no room for it.
+
+        If it is lost later, `on_lost` is called: see `Link.publish`.
+        """
         try:
             self.publish(event, on_lost=on_lost)
         except PublishQueueFull as exc:
