@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import WebSocketException
@@ -25,7 +25,7 @@ from starlette.routing import Router, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec
+from . import backends, codec, personal, watch
 from .backends import Backend
 from .codec import Dumps, Encoding
 from .connection import (
@@ -46,7 +46,6 @@ from .exceptions import (
     EncodingError,
     InvalidChannel,
     InvalidMessage,
-    NotConnected,
     OriginRefused,
     PayloadTooLarge,
     PublishQueueFull,
@@ -86,6 +85,10 @@ MAX_UNCONFIRMED_COST = 64 * 1024
 OUTAGE_OVER = 10.0
 
 AfterGap = Literal["carry_on", "close"]
+HandedOver = TypeVar("HandedOver")
+
+# Of connections, unique in the process: a task notes which ones it serves, of any hub.
+_ids = itertools.count(1)
 Authorize = Callable[[WebSocket, str], Awaitable[object] | object]
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -188,7 +191,6 @@ class Broadcast:
         # Guarded by the lock:
         self._published = 0
         self._failed = 0
-        self._ids = itertools.count(1)
         self._unyielded = 0  # messages since a turn was given to the loop, and since when
         self._unyielded_since = 0.0
         self._failed_last = -OUTAGE_OVER  # when a client's message was lost last
@@ -272,6 +274,8 @@ class Broadcast:
                 messages. The app answers 403, or closes with 1013 if the websocket
                 was accepted before.
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
+            RuntimeError: It was called on another event loop than the client's. This is known
+                under uvicorn; on other servers it is undefined what happens.
         """
         if websocket is None:
             await self._ensure_open()
@@ -283,6 +287,8 @@ class Broadcast:
             self._max_buffer if max_buffer is None else max_buffer,
             self._overflow if overflow is None else overflow,
         )
+        if self._find(websocket) is None:
+            watch.check_loop(websocket)
         if websocket.application_state is WebSocketState.CONNECTING:
             self._origins.check(websocket)
         await self._ensure_open()
@@ -374,35 +380,44 @@ class Broadcast:
         channel: str = DEFAULT_CHANNEL,
         exclude: WebSocket | Iterable[WebSocket] = (),
         encoding: Encoding | None = None,
-    ) -> None:
+    ) -> bool:
         """Send to everybody on the default channel, whoever sent it included, or to one client.
+
+        Unlike `publish`, a send to one client waits for it: messages addressed to a client fill at
+        most half of its buffer, and then each waits until the client has taken some of them. A
+        client that takes nothing for 10 seconds is treated as its overflow policy says.
 
         Args:
             data: The message; see `publish`.
-            to: One client, which gets it in order with everything else it gets. A client that has
-                just left is no error.
+            to: One client, which gets it in order with everything else it gets.
             channel: Another channel than the default one.
             exclude: A websocket or several that do not get it.
             encoding: See `publish`.
 
+        Returns:
+            Whether the message was handed over. False for `to` means that the client has left.
+
         Raises:
+            ClientGone: `to` has left, and the caller serves it: it is the task that has called
+                `connect` for it or runs its handler, or a task that one of these has started. A
+                `WebSocketDisconnect`, so a loop that only sends ends with its client.
             NotConnected: `to` is alive and not registered with this hub.
             EncodingError, InvalidChannel, PublishQueueFull: See `publish`.
         """
         if to is None:
             await self.publish(channel, data, exclude=exclude, encoding=encoding)
-            return
+            return True
         event = self._event("", data, (), encoding)
-        connection = self._find(to)
-        if connection is None or connection.leaving is not None:
-            if is_gone(to):
-                return
-            raise NotConnected("the websocket is not registered; call connect(websocket) first")
+        connection = await personal.claim(self._registry, to, self._find(to), event.cost)
+        if connection is None:
+            return False
+        post = functools.partial(self._registry.post, event, connection)
         try:
-            self._registry.post(event, connection)
+            handed_over = post()
         except PublishQueueFull as exc:
-            await self._retry(functools.partial(self._registry.post, event, connection), exc)
+            handed_over = await self._retry(post, exc)
         await self._settled()
+        return handed_over
 
     async def publish(
         self,
@@ -680,12 +695,13 @@ class Broadcast:
                 websocket,
                 self._registry.here(),
                 outbox,
-                id=next(self._ids),
+                id=next(_ids),
                 on_end=self._registry.remove,
                 on_overflow=self._on_overflow,
                 ready_frames=self._ready_frames,
             )
             websocket.scope.setdefault("starcast", {})[self] = connection
+            watch.add_served(connection.id)
         connection.leaving = None
         return self._registry.join(connection, channel)
 
@@ -852,10 +868,10 @@ class Broadcast:
 
     async def _retry(
         self,
-        hand_over: Callable[[], Taken | None],
+        hand_over: Callable[[], HandedOver],
         full: PublishQueueFull,
         deadline: float | None = None,
-    ) -> Taken | None:
+    ) -> HandedOver:
         """Call it again whenever there is room, for two seconds or until the deadline."""
         loop = asyncio.get_running_loop()
         if deadline is None:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from . import watch
 from .event import Event
 from .frames import PLAIN, Setting
 from .outbox import Close, Item, Leave, OnOverflow, Outbox, OutboxFull, Overflowed, Turn
@@ -116,6 +117,7 @@ class Connection:
         "_send",
         "_send_event",
         "_sending",
+        "_task",
         "_waiters",
         "_wire",
         "_writer",
@@ -131,6 +133,7 @@ class Connection:
         "line",
         "outbox",
         "setting",
+        "transport",
         "unconfirmed",
         "unconfirmed_cost",
         "websocket",
@@ -178,6 +181,14 @@ class Connection:
         self._sending: asyncio.Timeout | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
+        # What tells that the client has left or its app has ended, see `watch`.
+        self.transport: Any = None
+        self._task: asyncio.Task[Any] | None = None
+        if (protocol := watch.find_protocol(websocket)) is not None:
+            self.transport = protocol.transport
+        elif (task := watch.app_task(websocket)) is not None:
+            self._task = task
+            task.add_done_callback(self.lose)
         if ready_frames and _owner(websocket.send) is websocket:  # of nobody else's making
             self._wire = wire_of(websocket)
         if self._wire is not None:
@@ -185,6 +196,22 @@ class Connection:
             self._wire.changed = self._look
         self._install()
         self._look()
+
+    @property
+    def departed(self) -> bool:
+        """Whether the client has left or is about to be closed. From any thread."""
+        if self.code is not None or self.gone:
+            return True
+        return self.transport is not None and bool(self.transport.is_closing())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is registered and has not left. From any thread."""
+        return self.leaving is None and not self.departed
+
+    def lose(self, task: object = None) -> None:
+        """Forget the client: it has left, or its app has ended."""
+        self.end(ABNORMAL)
 
     # What the shard calls
 
@@ -283,6 +310,9 @@ class Connection:
             self.code = code
         if self._deadline is not None:
             self._deadline.cancel()
+        if self._task is not None:
+            self._task.remove_done_callback(self.lose)
+            self._task = None
         self._discard()
         self._on_end(self)
         if self.code is not None and self._receiving is not None:
@@ -507,6 +537,7 @@ class Connection:
                 message = await self._receive()
                 if message["type"] == "websocket.disconnect":
                     self._leave()
+                    self.end(message.get("code") or ABNORMAL)
                 return message
             except asyncio.CancelledError:
                 if not self._interrupted or task.cancelling() > cancelled + 1:
