@@ -188,7 +188,7 @@ class Connection:
             self.transport = protocol.transport
         elif (task := watch.app_task(websocket)) is not None:
             self._task = task
-            task.add_done_callback(self.lose)
+            task.add_done_callback(self._app_ended)
         if ready_frames and _owner(websocket.send) is websocket:  # of nobody else's making
             self._wire = wire_of(websocket)
         if self._wire is not None:
@@ -209,9 +209,15 @@ class Connection:
         """Whether it is registered and has not left. From any thread."""
         return self.leaving is None and not self.departed
 
-    def lose(self, task: object = None) -> None:
-        """Forget the client: it has left, or its app has ended."""
-        self.end(ABNORMAL)
+    def lose(self, code: int = ABNORMAL) -> None:
+        """Forget the client, which has left, with what it still had to get."""
+        self._stop_writer()
+        self.end(code)
+        if self._sending is not None:
+            self._sending.reschedule(self.line.loop.time())
+
+    def _app_ended(self, task: asyncio.Task[Any]) -> None:
+        self.lose()
 
     # What the shard calls
 
@@ -311,7 +317,7 @@ class Connection:
         if self._deadline is not None:
             self._deadline.cancel()
         if self._task is not None:
-            self._task.remove_done_callback(self.lose)
+            self._task.remove_done_callback(self._app_ended)
             self._task = None
         self._discard()
         self._on_end(self)
@@ -537,7 +543,7 @@ class Connection:
                 message = await self._receive()
                 if message["type"] == "websocket.disconnect":
                     self._leave()
-                    self.end(message.get("code") or ABNORMAL)
+                    self.lose(message.get("code") or ABNORMAL)
                 return message
             except asyncio.CancelledError:
                 if not self._interrupted or task.cancelling() > cancelled + 1:

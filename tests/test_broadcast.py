@@ -33,7 +33,7 @@ from starcast import (
     shard,
 )
 from starcast.waiter import Full
-from support import Bus, Peer, until, until_sync
+from support import Bus, Peer, by_another, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -523,7 +523,7 @@ async def test_a_message_to_one_client():
         await hub.send("you", to=stranger.websocket)
     one.leave()
     await hub.serve(one.websocket)
-    await hub.send("gone", to=one.websocket)
+    assert not await by_another(hub.send("gone", to=one.websocket))
     assert one.got == ["you"]
 
 
@@ -1189,9 +1189,11 @@ async def test_the_clients_and_subscribers_that_are_gone_are_not_counted():
     hub = Broadcast()
     peer = await joined(hub)
     async with hub.subscribe(max_buffer=100) as subscriber:
+        await hub.send("1")
         await hub.send("x" * 100)
         assert hub.stats().subscribers == 0
         assert hub._clients() == [peer.websocket]
+        assert (await anext(subscriber)).message == "1"
         with pytest.raises(SubscriberLagged):
             await anext(subscriber)
     assert hub.stats().cut_off == 1

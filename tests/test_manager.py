@@ -8,7 +8,7 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.testclient import TestClient
 
 from starcast import Broadcast, ConnectionManager, EncodingError, OriginRefused
-from support import Peer, until
+from support import Peer, by_another, until
 
 pytestmark = pytest.mark.anyio
 
@@ -366,7 +366,7 @@ async def test_a_personal_message_to_a_client_that_has_left_is_no_error(register
     peer.leave()
     with pytest.raises(WebSocketDisconnect):
         await peer.websocket.receive_text()
-    await manager.send_personal_message("too late", peer.websocket)
+    assert not await by_another(manager.send_personal_message("too late", peer.websocket))
     assert peer.got == []
     await manager.hub.disconnect()
 
@@ -376,8 +376,8 @@ async def test_a_personal_message_to_a_registered_client_that_died_unnoticed_is_
     peer = Peer()
     await joined(manager, peer)
     peer.fail = OSError("gone")
-    await manager.send_personal_message("1", peer.websocket)
-    await manager.send_personal_message("2", peer.websocket)
+    await by_another(manager.send_personal_message("1", peer.websocket))
+    assert not await by_another(manager.send_personal_message("2", peer.websocket))
     assert manager.active_connections == []
     await manager.hub.disconnect()
 
