@@ -287,8 +287,9 @@ class Broadcast:
             self._max_buffer if max_buffer is None else max_buffer,
             self._overflow if overflow is None else overflow,
         )
+        protocol = watch.find_protocol(websocket)
         if self._find(websocket) is None:
-            watch.check_loop(websocket)
+            watch.check_loop(protocol)
         if websocket.application_state is WebSocketState.CONNECTING:
             self._origins.check(websocket)
         await self._ensure_open()
@@ -310,7 +311,7 @@ class Broadcast:
             with self._lock:
                 closed = self._closings != closings
                 if not closed:
-                    registered = self._register(websocket, channel, outbox)
+                    registered = self._register(websocket, channel, outbox, protocol)
             self._guard()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
@@ -685,7 +686,7 @@ class Broadcast:
 
     # Who is there
 
-    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> bool:
+    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox, protocol: Any) -> bool:
         """Put it on the channel; False if it was there already."""
         connection = self._find(websocket)
         if connection is not None and connection.code is not None:
@@ -699,6 +700,7 @@ class Broadcast:
                 on_end=self._registry.remove,
                 on_overflow=self._on_overflow,
                 ready_frames=self._ready_frames,
+                protocol=protocol,
             )
             websocket.scope.setdefault("starcast", {})[self] = connection
             watch.add_served(connection.id)

@@ -149,6 +149,7 @@ class Connection:
         on_end: Callable[[Connection], object],
         on_overflow: OnOverflow | None = None,
         ready_frames: bool = True,
+        protocol: Any = None,
     ) -> None:
         self.websocket = websocket
         self.line = line
@@ -182,13 +183,10 @@ class Connection:
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
         # What tells that the client has left or its app has ended, see `watch`.
-        self.transport: Any = None
-        self._task: asyncio.Task[Any] | None = None
-        if (protocol := watch.find_protocol(websocket)) is not None:
-            self.transport = protocol.transport
-        elif (task := watch.app_task(websocket)) is not None:
-            self._task = task
-            task.add_done_callback(self._app_ended)
+        self.transport: Any = None if protocol is None else protocol.transport
+        self._task = watch.app_task(websocket) if protocol is None else None
+        if self._task is not None:
+            self._task.add_done_callback(self._app_ended)
         if ready_frames and _owner(websocket.send) is websocket:  # of nobody else's making
             self._wire = wire_of(websocket)
         if self._wire is not None:

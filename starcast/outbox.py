@@ -159,7 +159,7 @@ class Outbox:
         if isinstance(item, Event):
             self.size -= item.cost
         if self.space is not None:
-            self.space.wake()
+            self.space.progress()
         return item
 
     def has_space(self, cost: int) -> bool:
@@ -181,5 +181,5 @@ class Outbox:
         items, self.items = list(self.items or ()), None
         self.size = 0
         if self.space is not None:
-            self.space.wake()
+            self.space.progress()
         return items

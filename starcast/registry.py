@@ -231,6 +231,8 @@ class Registry:
         def arrived() -> None:
             with self.lock:
                 outbox.promised -= event.cost
+            if outbox.space is not None:
+                outbox.space.wake()  # the client may have taken it at once
 
         with self.lock:
             shard = self.connections.get(connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -35,12 +36,13 @@ class SpaceQueue:
     def __len__(self) -> int:
         return len(self._senders)
 
-    def wake(self) -> None:
-        """Let the first sender look: something has left the outbox. From any thread."""
+    def progress(self) -> None:
+        """Note that something has left the outbox, and let the first sender look."""
         self._progress = time.monotonic()
-        self._wake_first()
+        self.wake()
 
-    def _wake_first(self) -> None:
+    def wake(self) -> None:
+        """Let the first sender look. From any thread."""
         with self._lock:
             if self._senders:
                 self._senders[0].waiter.set()
@@ -56,17 +58,18 @@ class SpaceQueue:
                 self._progress = time.monotonic()
             self._senders.append(sender)
         try:
-            # A new waiter before each look: what changes after the look sets it.
             while not (self._senders[0] is sender and has_space()):
-                if time.monotonic() >= self._progress + TIMEOUT:
+                if self._senders[0] is not sender:
+                    await sender.waiter
+                elif (left := self._progress + TIMEOUT - time.monotonic()) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(left):
+                            await sender.waiter
+                else:
                     return
-                try:
-                    async with asyncio.timeout(self._progress + TIMEOUT - time.monotonic()):
-                        await sender.waiter
-                except TimeoutError:
-                    pass
+                # A new one before the next look: what changes after the look sets it.
                 sender.waiter = Waiter()
         finally:
             with self._lock:
                 self._senders.remove(sender)
-            self._wake_first()
+            self.wake()

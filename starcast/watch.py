@@ -9,6 +9,7 @@ runs the ASGI app is what can be seen.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import select
 import sys
@@ -73,8 +74,7 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
 
 
 def _root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
-    frame: FrameType | None = getattr(task and task.get_coro(), "cr_frame", None)
-    return frame
+    return None if task is None else getattr(task.get_coro(), "cr_frame", None)
 
 
 def _same(scope: object, other: Scope) -> bool:
@@ -92,10 +92,8 @@ def find_protocol(websocket: WebSocket) -> Any:
     """
     send: Any = getattr(websocket, "_send", None)
     while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
-        cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
-        if "send" not in cells:
-            break
-        send = cells["send"].cell_contents
+        assert send.__closure__ is not None  # it has a variable of that name
+        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
     protocol = getattr(send, "__self__", None)
     if _is_uvicorns(protocol):
         return protocol
@@ -107,21 +105,23 @@ def find_protocol(websocket: WebSocket) -> Any:
     return None
 
 
-def _is_uvicorns(protocol: object) -> bool:
+def _is_uvicorns(protocol: Any) -> bool:
+    return _comes_from_uvicorn(protocol.__class__)
+
+
+@functools.lru_cache(maxsize=16)
+def _comes_from_uvicorn(cls: type) -> bool:
     # A subclass, such as BroadcastProtocol, is known by what it comes from.
-    bases = type(protocol).__mro__
-    return any(base.__module__.startswith("uvicorn.protocols.") for base in bases)
+    return any(base.__module__.startswith("uvicorn.protocols.") for base in cls.__mro__)
 
 
-def check_loop(websocket: WebSocket) -> None:
-    """Refuse a client that belongs to another event loop, where that can be known.
+def check_loop(protocol: Any) -> None:
+    """Refuse a client of uvicorn that belongs to another event loop.
 
     Raises:
         RuntimeError: It does.
     """
-    protocol = find_protocol(websocket)
-    loop = getattr(protocol, "loop", None)
-    if loop is not None and loop is not asyncio.get_running_loop():
+    if protocol is not None and protocol.loop is not asyncio.get_running_loop():
         raise RuntimeError(
             "connect(websocket) was called on another event loop than the client's: call it in"
             " the WebSocket handler itself, or on that loop with asyncio.run_coroutine_threadsafe"
