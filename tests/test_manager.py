@@ -193,6 +193,22 @@ async def test_a_client_may_come_back_after_disconnect():
 # active_connections
 
 
+async def test_removing_from_active_connections_unregisters_the_client():
+    manager = ConnectionManager()
+    one, two, stranger = Peer(), Peer(), Peer()
+    await joined(manager, one, two)
+    listed = manager.active_connections
+    for _ in range(2):
+        listed.remove(one.websocket)
+        manager.active_connections.remove(one.websocket)
+        manager.active_connections.remove(stranger.websocket)
+    assert listed == manager.active_connections == [two.websocket]
+    await manager.broadcast("to two")
+    await one.websocket.send_text("from the handler")
+    assert (one.got, two.got) == (["from the handler"], ["to two"])
+    await manager.hub.disconnect()
+
+
 async def test_active_connections_is_a_fresh_list_in_the_order_of_coming():
     manager = ConnectionManager()
     peers = [Peer() for _ in range(3)]
