@@ -352,11 +352,9 @@ class Connection:
         self.line.counters.delivered += len(frames)
 
     async def _write_close(self, close: Close) -> None:
-        if not is_gone(self.websocket):
-            await self._handler.send(
-                {"type": "websocket.close", "code": close.code, "reason": close.reason}
-            )
-            self._stay_readable()
+        message = {"type": "websocket.close", "code": close.code, "reason": close.reason}
+        await self._handler.send(message)
+        self._stay_readable()
         self.kill()  # the handler need not wait for the server to say so
 
     def failed(self) -> None:

@@ -58,18 +58,15 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
     """
     task = asyncio.current_task()
     root = _root_frame(task)
-    if root is None:
-        return None
-    frame: FrameType | None = sys._getframe(1)
+    frame = None if root is None else sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and _same(
             frame.f_locals["scope"], websocket.scope
         ):
             return task
-        if frame is root:  # a task that was started eagerly runs on the stack of another one
-            break
-        frame = frame.f_back
+        # Not beyond the root: a task that was started eagerly runs on the stack of another one.
+        frame = None if frame is root else frame.f_back
     return None
 
 

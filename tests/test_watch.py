@@ -365,6 +365,26 @@ async def test_a_helper_task_that_connects_and_ends_loses_nobody(serve, ws):
     await until(lambda: len(hub) == 0, SOON)
 
 
+async def test_a_handler_that_connects_somebody_else_loses_only_its_own_client(serve, ws):
+    hub = Broadcast()
+    guest = Peer()
+    guest.scope["headers"] = [(b"x", b"y")]
+
+    async def endpoint(websocket: WebSocket):
+        await hub.connect(websocket)
+        await hub.connect(guest.websocket)
+
+    server = await serve(app_of(endpoint, wrapped), ws=ws)
+    client = await server.connect("/ws/x")
+    await until(lambda: [c.websocket for c in hub._registry.clients()] == [guest.websocket], SOON)
+    await asyncio.sleep(2 * watch.INTERVAL)
+    assert len(hub) == 1
+    await hub.send("hello")
+    assert guest.got == ["hello"]
+    await client.close()
+    await hub.disconnect()
+
+
 async def test_more_clients_than_are_looked_at_in_one_turn(serve, monkeypatch):
     monkeypatch.setattr(watch, "SLICE", 2)
     hub = Broadcast()
