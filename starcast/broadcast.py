@@ -417,6 +417,8 @@ class Broadcast:
             handed_over = post()
         except PublishQueueFull as exc:
             handed_over = await self._retry(post, exc)
+        if not handed_over:  # it has left in this moment
+            personal.refuse(to, connection)
         await self._settled()
         return handed_over
 

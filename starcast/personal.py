@@ -27,10 +27,19 @@ async def claim(
         await registry.wait_for_space(connection, cost)
         if connection.is_here:
             return connection
-    if not (is_gone(websocket) or (connection is not None and connection.departed)):
+    refuse(websocket, connection)
+    return None
+
+
+def refuse(websocket: WebSocket, connection: Connection | None) -> None:
+    """Raise what `claim` raises; return if the client has left and that is no error.
+
+    A client that the hub is closing has left, although nobody may have seen it yet.
+    """
+    unregistered = connection is None or connection.leaving is not None
+    if unregistered and not (is_gone(websocket) or (connection and connection.departed)):
         raise NotConnected("the websocket is not registered; call connect(websocket) first")
     tell_gone(websocket, connection)
-    return None
 
 
 def tell_gone(websocket: WebSocket, connection: Connection | None) -> None:

@@ -535,11 +535,27 @@ async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(monkeyp
     def full_once(event, connection):
         monkeypatch.setattr(hub._registry, "post", post)
         hub._leave(peer.websocket)
-        post(event, connection)
+        return post(event, connection)
 
     monkeypatch.setattr(hub._registry, "post", full_once)
-    await hub.send("too late", to=peer.websocket)
+    with pytest.raises(NotConnected):
+        await hub.send("too late", to=peer.websocket)
     assert peer.got == []
+
+
+async def test_a_message_to_a_client_that_the_hub_is_closing():
+    hub = Broadcast()
+    peer = await joined(hub)
+    peer.open.clear()
+    await hub.send("in flight")
+    closing = asyncio.create_task(hub.close(peer.websocket, 4000))
+    await until(lambda: len(hub) == 0)
+    assert not await by_another(hub.send("too late", to=peer.websocket))
+    with pytest.raises(ClientGone):
+        await hub.send("too late", to=peer.websocket)
+    peer.open.set()
+    await closing
+    assert peer.got == ["in flight"]
 
 
 async def test_who_joins_later_does_not_get_what_was_published_before():
