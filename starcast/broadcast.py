@@ -220,6 +220,8 @@ class Broadcast:
                 the websocket was accepted before.
             ConfigurationError: `max_buffer` or `overflow` makes no sense.
             TypeError: `websocket` is None, which would be nobody, or no websocket.
+            RuntimeError: It was called on another event loop than the client's. This is known
+                under uvicorn; on other servers it is undefined what happens.
         """
         if websocket is OMITTED:
             await self._hub.ready()
@@ -304,7 +306,7 @@ class Broadcast:
     ) -> None: ...
 
     @overload
-    async def send(self, data: Any, *, to: WebSocket, encoding: Encoding | None = None) -> None: ...
+    async def send(self, data: Any, *, to: WebSocket, encoding: Encoding | None = None) -> bool: ...
 
     async def send(
         self,
@@ -314,18 +316,27 @@ class Broadcast:
         channel: Channel = DEFAULT_CHANNEL,
         exclude: Exclude = None,
         encoding: Encoding | None = None,
-    ) -> None:
+    ) -> bool | None:
         """Send to everybody on the default channel, whoever sent it included, or to one client.
+
+        Unlike `publish`, a send to one client waits for it: messages addressed to a client fill at
+        most half of its buffer, and then each waits until the client has taken some of them. A
+        client that takes nothing for 10 seconds is treated as its overflow policy says.
 
         Args:
             data: The message; see `publish`.
-            to: One client, which gets it in order with everything else it gets. A client that has
-                just left is no error.
+            to: One client, which gets it in order with everything else it gets.
             channel: Another channel than the default one.
             exclude: A websocket or several that do not get it.
             encoding: See `publish`.
 
+        Returns:
+            With `to`, whether the message was handed over: False means that the client has left.
+
         Raises:
+            ClientGone: `to` has left, and the caller serves it: it is the task that has called
+                `connect` for it or runs its handler, or a task that one of these has started. A
+                `WebSocketDisconnect`, so a loop that only sends ends with its client.
             NotConnected: `to` is alive and not registered with this hub.
             TypeError: `to` is None, which would be nobody, or no websocket; or something in
                 `exclude` is neither.
@@ -335,14 +346,14 @@ class Broadcast:
             raise TypeError("send takes its client by name: write send(data, to=websocket)")
         if to is OMITTED:
             await self.publish(channel, data, exclude=exclude, encoding=encoding)
-            return
+            return None
         to = check_client(
             to,
             "send(to=...)",
             "would have sent the message to everybody",
             "leave to= out if everybody is meant",
         )
-        await self._hub.send(self._hub.event("", data, None, encoding), to)
+        return await self._hub.send(self._hub.event("", data, None, encoding), to)
 
     async def publish(
         self,

@@ -5,8 +5,7 @@ A connection belongs to the event loop of its websocket, and everything here run
 At most one send is in flight. While one is, the connection is busy and whatever comes meanwhile
 goes to the outbox; who finished a send goes on with the outbox. That keeps the order, also under
 backpressure, where a server may let a later send overtake an earlier one. The handler's own sends
-(`websocket.send_text`, `websocket.close`, ...) stand in the same line: they reach `_guarded_send`,
-which takes the place of `websocket.send` while the client is registered.
+(`websocket.send_text`, `websocket.close`, ...) stand in the same line: see `handler`.
 
 There are three ends. A handler that leaves has its socket back once the client has what it still
 had to get. A client that was closed, or did not take what it had to get in time, is over: its
@@ -20,11 +19,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from starlette.types import Message, Receive, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketState
 
+from . import watch
 from .event import Event
 from .frames import PLAIN, Setting
+from .handler import Handler, owner
 from .outbox import Close, Item, Leave, OnOverflow, Outbox, OutboxFull, Overflowed, Turn
 from .stats import Counters
 from .waiter import Waiter
@@ -105,17 +105,11 @@ class Connection:
     __slots__ = (
         "_busy",
         "_deadline",
-        "_interrupted",
+        "_handler",
         "_killed",
         "_on_end",
         "_on_overflow",
-        "_over",
-        "_patience",
-        "_receive",
-        "_receiving",
-        "_send",
-        "_send_event",
-        "_sending",
+        "_task",
         "_waiters",
         "_wire",
         "_writer",
@@ -124,13 +118,13 @@ class Connection:
         "code",
         "direct",
         "ended",
-        "gone",
         "id",
         "idle",
         "leaving",
         "line",
         "outbox",
         "setting",
+        "transport",
         "unconfirmed",
         "unconfirmed_cost",
         "websocket",
@@ -146,6 +140,7 @@ class Connection:
         on_end: Callable[[Connection], object],
         on_overflow: OnOverflow | None = None,
         ready_frames: bool = True,
+        protocol: Any = None,
     ) -> None:
         self.websocket = websocket
         self.line = line
@@ -157,7 +152,6 @@ class Connection:
         # On the loop:
         self.code: int | None = None  # set as soon as the socket is closed, dead or about to be
         self.ended = False
-        self.gone = False  # its handler was told that it has left
         self.behind = False  # there is something in the outbox, or was a moment ago
         self.unconfirmed = 0  # this client's own messages since the last wait for them,
         self.unconfirmed_cost = 0  # and what they cost
@@ -169,22 +163,43 @@ class Connection:
         self._on_end = on_end
         self._on_overflow = on_overflow
         self._busy = False
-        self._over = False  # `websocket.receive` has nothing more to say
         self._writer: asyncio.Task[None] | None = None
         self._killed = False
-        self._receiving: asyncio.Task[Any] | None = None
-        self._interrupted = False  # whether we have cancelled that
-        self._patience: asyncio.TimerHandle | None = None
-        self._sending: asyncio.Timeout | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
-        if ready_frames and _owner(websocket.send) is websocket:  # of nobody else's making
+        # What tells that the client has left or its app has ended, see `watch`.
+        self.transport: Any = None if protocol is None else protocol.transport
+        self._task = watch.app_task(websocket) if protocol is None else None
+        if self._task is not None:
+            self._task.add_done_callback(self._app_ended)
+        if ready_frames and owner(websocket.send) is websocket:  # of nobody else's making
             self._wire = wire_of(websocket)
         if self._wire is not None:
             self.setting = self._wire.setting
             self._wire.changed = self._look
-        self._install()
+        self._handler = Handler(self, line.loop)
         self._look()
+
+    @property
+    def departed(self) -> bool:
+        """Whether the client has left or is about to be closed. From any thread."""
+        if self.code is not None:
+            return True
+        return self.transport is not None and bool(self.transport.is_closing())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is registered and has not left. From any thread."""
+        return self.leaving is None and not self.departed
+
+    def lose(self, code: int = ABNORMAL) -> None:
+        """Forget the client, which has left, with what it still had to get."""
+        self._stop_writer()
+        self.end(code)
+        self._handler.stop_sending()
+
+    def _app_ended(self, task: asyncio.Task[Any]) -> None:
+        self.lose()
 
     # What the shard calls
 
@@ -223,13 +238,13 @@ class Connection:
         try:
             while item is not None:
                 if isinstance(item, Event):
-                    if self.gone:
-                        self.end(ABNORMAL)
-                    elif self._wire is not None:
+                    if self._wire is not None:
                         await self._write_frames(self._wire, item)
                     else:
                         # A fresh dict each time: middleware may change what it is given.
-                        await self._send_event({"type": "websocket.send", item.kind: item.message})
+                        await self._handler.send_event(
+                            {"type": "websocket.send", item.kind: item.message}
+                        )
                         self.line.counters.delivered += 1
                 elif isinstance(item, Turn):
                     if not item.abandoned:
@@ -248,27 +263,26 @@ class Connection:
                 item = self.outbox.take()
             self._rest()
         except asyncio.CancelledError:
-            self._failed()
+            self.failed()
             # If it was the hub, only this send was meant, not the other work of the task.
             if task is None or not self._killed or task.uncancel():
                 raise
         except Exception:
             # Servers disagree about what a send to a client that is gone raises, so everything
             # means that. It is no error of whoever published.
-            self._failed()
+            self.failed()
         finally:
             self._writer = None
 
     def kill(self) -> None:
         """Give the client up: forget it, tell its handler, stop a send that does not come back."""
-        self._over = True
-        stuck = self._stop_writer() or self._sending is not None
+        self._handler.over = True
+        stuck = self._stop_writer() or self._handler.is_sending
         self.end(ABNORMAL)
         if stuck and self._wire is not None:
             self._wire.abort()  # a close would wait for the client to read
-        self._interrupt()
-        if self._sending is not None:
-            self._sending.reschedule(self.line.loop.time())
+        self._handler.interrupt()
+        self._handler.stop_sending()
 
     def end(self, code: int | None = None) -> None:
         """Let go of the client. Without a code its socket stays open and is the handler's alone."""
@@ -278,15 +292,18 @@ class Connection:
         self.idle = False
         self._write_with(None)
         if code is None:
-            self._uninstall()
+            self._handler.uninstall()
         elif self.code is None:
             self.code = code
         if self._deadline is not None:
             self._deadline.cancel()
+        if self._task is not None:
+            self._task.remove_done_callback(self._app_ended)
+            self._task = None
         self._discard()
         self._on_end(self)
-        if self.code is not None and self._receiving is not None:
-            self._limit()
+        if self.code is not None:
+            self._handler.limit()
         for waiter in self._waiters:
             waiter.set()
 
@@ -301,7 +318,7 @@ class Connection:
 
     def _rest(self) -> None:
         self._busy = self.behind = False
-        self.idle = not self.ended and self.code is None and not self.gone
+        self.idle = not self.ended and self.code is None
         if self._wire is not None:
             self._look()
 
@@ -335,14 +352,13 @@ class Connection:
         self.line.counters.delivered += len(frames)
 
     async def _write_close(self, close: Close) -> None:
-        if not is_gone(self.websocket):
-            await self._send(
-                {"type": "websocket.close", "code": close.code, "reason": close.reason}
-            )
-            self._stay_readable()
+        message = {"type": "websocket.close", "code": close.code, "reason": close.reason}
+        await self._handler.send(message)
+        self._stay_readable()
         self.kill()  # the handler need not wait for the server to say so
 
-    def _failed(self) -> None:
+    def failed(self) -> None:
+        """Let go of the client: a send to it has failed."""
         self._stay_readable()
         self.end(ABNORMAL)
 
@@ -396,67 +412,9 @@ class Connection:
         elif isinstance(item, Leave):
             item.reached()
 
-    # The handler's own sends and receives
+    # What the handler's own sends need
 
-    def _install(self) -> None:
-        # Starlette's accept, send_text, close and so on all call `self.send`, and receive_text and
-        # the like `self.receive`: attributes of the instance see them all. If another hub's are
-        # there already, that hub takes us for the handler.
-        self._send, self._receive = self.websocket.send, self.websocket.receive
-        # What `WebSocket.send` calls after its checks. They are made in `write`, and a coroutine
-        # less for each message is worth the look behind it.
-        self._send_event = self._send
-        if _owner(self._send) is self.websocket:
-            self._send_event = getattr(self.websocket, "_send", self._send)
-        self._set(self._guarded_send, self._guarded_receive)
-
-    def _set(self, send: Send, receive: Receive) -> None:
-        for name, call in (("send", send), ("receive", receive)):
-            setattr(self.websocket, name, call)
-
-    def _uninstall(self) -> None:
-        above = _owner(self.websocket.send)
-        if above is self and _owner(self._send) is self.websocket:
-            del self.websocket.send, self.websocket.receive  # as if nobody had been there
-        elif above is self:
-            self._set(self._send, self._receive)
-        while isinstance(above, Connection):
-            if _owner(above._send) is self:
-                above._send, above._receive = self._send, self._receive
-            above = _owner(above._send)
-
-    async def _guarded_send(self, message: Message) -> None:
-        held = await self._acquire()
-        closing = message["type"] == "websocket.close"
-        try:
-            if self.code is None:
-                try:
-                    async with asyncio.timeout(None) as self._sending:
-                        await self._send(message)
-                except TimeoutError:
-                    if self.code is None:
-                        raise
-                    raise WebSocketDisconnect(self.code) from None
-                finally:
-                    self._sending = None
-                if closing and not self.ended:
-                    self.end(message.get("code", NORMAL))
-            elif not closing:
-                raise WebSocketDisconnect(self.code)
-        except (WebSocketDisconnect, OSError):
-            if self.code is None and not self.ended:
-                self._failed()
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            if held:
-                self._go_on_later()
-                held = False
-            raise
-        finally:
-            if held:
-                self._go_on()
-
-    async def _acquire(self) -> bool:
+    async def acquire(self) -> bool:
         """Wait for the handler's turn; True if the connection is busy on its behalf now."""
         if self.ended:
             return False
@@ -470,78 +428,26 @@ class Connection:
         except asyncio.CancelledError:
             turn.abandoned = True
             if turn.granted:
-                self._go_on_later()
+                self.go_on_later()
             raise
         return turn.granted
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Go on with the outbox: the handler's send is over."""
         if self.outbox.items:
             self._writer = self.line.loop.create_task(self._write_outbox())
         else:
             self._rest()
 
-    def _go_on_later(self) -> None:
-        # Who cancels a handler may be about to end the loop, and would not see a new task.
+    def go_on_later(self) -> None:
+        """The same in a moment: who cancels a handler may be about to end the loop."""
         if not self.outbox.items:
             self._rest()
         elif not self.line.loop.is_closed():
-            self.line.loop.call_later(AFTER_CANCEL, self._go_on)
+            self.line.loop.call_later(AFTER_CANCEL, self.go_on)
 
     async def _write_outbox(self) -> None:
         await self.write(self.outbox.take(), asyncio.current_task())
 
-    async def _guarded_receive(self) -> Message:
-        """Like `websocket.receive`, but a client that was closed or given up has left.
-
-        A server that has nothing to say any more, because its client does not read, would let the
-        handler wait for as long as the TCP connection lasts.
-        """
-        if self.gone or not self._over:  # if it was told already, Starlette says so
-            # What asyncio.timeout does, without an object for each message.
-            task = self._receiving = asyncio.current_task()
-            assert task is not None  # Starlette's own receive needs one too
-            cancelled = task.cancelling()
-            if self.code is not None:
-                self._limit()
-            try:
-                message = await self._receive()
-                if message["type"] == "websocket.disconnect":
-                    self._leave()
-                return message
-            except asyncio.CancelledError:
-                if not self._interrupted or task.cancelling() > cancelled + 1:
-                    raise
-            finally:
-                self._received(task)
-        self.websocket.client_state = DISCONNECTED
-        self._leave()
-        return {"type": "websocket.disconnect", "code": self.code, "reason": ""}
-
-    def _received(self, task: asyncio.Task[Any]) -> None:
-        self._receiving = None
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
-            if self._interrupted:
-                self._interrupted = False
-                task.uncancel()
-
-    def _leave(self) -> None:
-        self.gone = True
-        self.idle = False
-        self._write_with(None)
-
-    def _limit(self) -> None:
-        """Give the server time for what it still has of this client; then that is all."""
-        if self._patience is None:
-            self._patience = self.line.loop.call_later(CLOSE_TIMEOUT, self._interrupt)
-
-    def _interrupt(self) -> None:
-        """Let `receive` say now that the client has left."""
-        if self._receiving is not None and not self._interrupted:
-            self._interrupted = True
-            self._receiving.cancel()
-
-
-def _owner(method: object) -> object:
-    return getattr(method, "__self__", None)
+    def call_after_close_timeout(self, then: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.line.loop.call_later(CLOSE_TIMEOUT, then)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from .deadline import Deadline
 from .event import Event
@@ -31,6 +32,9 @@ NOT_OPEN = (
 
 # Seconds that `publish` waits for room before it raises PublishQueueFull.
 PUBLISH_TIMEOUT = 2.0
+
+
+HandedOver = TypeVar("HandedOver")
 
 
 class Dispatcher:
@@ -112,10 +116,10 @@ class Dispatcher:
 
     async def retry(
         self,
-        hand_over: Callable[[], Taken | None],
+        hand_over: Callable[[], HandedOver],
         full: PublishQueueFull,
         deadline: float | None = None,
-    ) -> Taken | None:
+    ) -> HandedOver:
         """Call it again whenever there is room, for two seconds or until the deadline."""
         loop = asyncio.get_running_loop()
         if deadline is None:

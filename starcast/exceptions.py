@@ -6,7 +6,7 @@
     ├── EncodingError        (ValueError)            a message cannot become a frame
     ├── InvalidMessage       (1003, 1007 or 1009)    a client sent what cannot be taken
     ├── OriginRefused        (1008)                  a page from another host asked to connect
-    ├── ClientGone           (WebSocketDisconnect)   the client had left before it was registered
+    ├── ClientGone           (WebSocketDisconnect)   the client that one serves has left
     ├── NotConnected                                 `send(to=)` for a client that is not registered
     ├── PublishQueueFull     (503, 1013)             more is waiting to be sent than may wait
     ├── BackendUnavailable   (503, 1013)             there is no connection to the broker
@@ -96,10 +96,11 @@ class OriginRefused(StarcastError, WebSocketException):
 
 
 class ClientGone(StarcastError, WebSocketDisconnect):
-    """The client had already left when `connect` was called for it.
+    """The client had left when `connect` was called for it, or a message was addressed to it.
 
-    It is a `WebSocketDisconnect`, so a handler that is ready for one needs nothing more. `code` is
-    1006 (closed abnormally), unless the client gave another.
+    Of messages, only whoever serves the client is told so: see `Broadcast.send`. It is a
+    `WebSocketDisconnect`, so a handler that is ready for one needs nothing more. `code` is 1006
+    (closed abnormally), unless the hub knows another.
     """
 
 

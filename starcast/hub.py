@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, server
+from . import backends, codec, personal, server, watch
 from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
@@ -37,7 +37,6 @@ from .event import Event
 from .exceptions import (
     BackendUnavailable,
     ClientGone,
-    NotConnected,
     PublishQueueFull,
 )
 from .gap import Gap
@@ -54,6 +53,9 @@ from .waiter import Lock, Waiter
 logger = logging.getLogger("starcast")
 
 Headers = Iterable[tuple[bytes, bytes]]
+
+# Of connections, unique in the process: a task notes which ones it serves, of any hub.
+_ids = itertools.count(1)
 
 
 def _again(exc: Exception) -> Exception:
@@ -96,7 +98,6 @@ class Hub:
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
         self.lost_last = -math.inf  # when a client's message was lost last
-        self._ids = itertools.count(1)  # guarded by the lock
 
     # Open and close
 
@@ -199,6 +200,9 @@ class Hub:
         headers: Headers | None,
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
+        protocol = watch.find_protocol(websocket)
+        if self.find(websocket) is None:
+            watch.check_loop(protocol)
         if websocket.application_state is WebSocketState.CONNECTING:
             await self.settings.origins.check(websocket)
         await self.ensure_open()
@@ -220,7 +224,7 @@ class Hub:
             with self.lock:
                 closed = self._closings != closings
                 if not closed:
-                    registered = self._register(websocket, channel, outbox)
+                    registered = self._register(websocket, channel, outbox, protocol)
             self._watch()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
@@ -229,7 +233,7 @@ class Hub:
             if not registered:
                 self._release(channel)
 
-    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox) -> bool:
+    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox, protocol: Any) -> bool:
         """Put it on the channel; False if it was there already."""
         connection = self.find(websocket)
         if connection is not None and connection.code is not None:
@@ -239,12 +243,14 @@ class Hub:
                 websocket,
                 self.registry.here(),
                 outbox,
-                id=next(self._ids),
+                id=next(_ids),
                 on_end=self.registry.remove,
                 on_overflow=self.settings.on_overflow,
                 ready_frames=self.settings.ready_frames,
+                protocol=protocol,
             )
             websocket.scope.setdefault("starcast", {})[self] = connection
+            watch.add_served(connection.id)
         connection.leaving = None
         return self.registry.join(connection, channel)
 
@@ -320,20 +326,21 @@ class Hub:
         ids = frozenset(connection.id for connection in found if connection is not None)
         return Event(channel, content, payload, ids)
 
-    async def send(self, event: Event, websocket: WebSocket) -> None:
-        """Send an event to one client; nothing if it has just left."""
+    async def send(self, event: Event, websocket: WebSocket) -> bool:
+        """Send an event to one client, and wait for it; False if it has left."""
         connection = self.find(websocket)
-        if connection is None or connection.leaving is not None:
-            if is_gone(websocket):
-                return
-            raise NotConnected("the websocket is not registered; call connect(websocket) first")
+        connection = await personal.claim(self.registry, websocket, connection, event.cost)
+        if connection is None:
+            return False
+        post = functools.partial(self.registry.post, event, connection)
         try:
-            self.registry.post(event, connection)
+            handed_over = post()
         except PublishQueueFull as exc:
-            await self.dispatcher.retry(
-                functools.partial(self.registry.post, event, connection), exc
-            )
+            handed_over = await self.dispatcher.retry(post, exc)
+        if not handed_over:  # it has left in this moment
+            personal.refuse(websocket, connection)
         await self.dispatcher.settled()
+        return handed_over
 
     # Look
 

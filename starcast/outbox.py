@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from .event import Event
 from .exceptions import ConfigurationError
 from .gap import Gap
+from .space import SpaceQueue
 from .waiter import Waiter
 
 logger = logging.getLogger("starcast")
@@ -90,13 +91,16 @@ Item = Event | Gap | Close | Leave | Turn
 
 
 class OutboxFull(Exception):
-    """The policy is `disconnect` and the buffer has no room."""
+    """The policy is `disconnect` and the buffer has no space."""
 
 
 class Outbox:
-    """A queue with a bound in bytes and a policy. It belongs to one event loop."""
+    """A queue with a bound in bytes and a policy. It belongs to one event loop.
 
-    __slots__ = ("items", "max_buffer", "overflow", "size")
+    A single event may be larger than the bound: it is taken when no other one waits.
+    """
+
+    __slots__ = ("items", "max_buffer", "overflow", "promised", "size", "space")
 
     def __init__(self, max_buffer: int = MAX_BUFFER, overflow: Overflow = "disconnect") -> None:
         if not isinstance(max_buffer, int) or isinstance(max_buffer, bool) or max_buffer < 1:
@@ -109,6 +113,9 @@ class Outbox:
         self.overflow: Overflow = overflow
         self.size = 0
         self.items: deque[Item] | None = None  # until it is needed: an empty one takes 760 bytes
+        # Guarded by the hub's lock:
+        self.promised = 0  # the cost of messages addressed to this client that are on their way
+        self.space: SpaceQueue | None = None  # of the senders of such messages, once one waits
 
     def __len__(self) -> int:
         return len(self.items or ())
@@ -117,22 +124,17 @@ class Outbox:
         """Add an item at the end and return what was dropped for it, which may be the item itself.
 
         Raises:
-            OutboxFull: There is no room, and the policy is `disconnect`.
+            OutboxFull: There is no space, and the policy is `disconnect`.
         """
         dropped: list[Event] = []
         if isinstance(item, Event):
             if self.overflow == "latest" and item.channel:
                 self._drop_first(dropped, item.channel)
-            if item.cost > self.max_buffer or (
-                self.overflow == "drop_newest" and self.size + item.cost > self.max_buffer
-            ):
+            while self.size and self.size + item.cost > self.max_buffer:
                 if self.overflow == "disconnect":
                     raise OutboxFull
-                dropped.append(item)
-                return dropped
-            while self.size + item.cost > self.max_buffer:
-                if self.overflow == "disconnect":
-                    raise OutboxFull
+                if self.overflow == "drop_newest":
+                    return [item]
                 self._drop_first(dropped)
             self.size += item.cost
         if self.items is None:
@@ -156,7 +158,18 @@ class Outbox:
         item = self.items.popleft()
         if isinstance(item, Event):
             self.size -= item.cost
+        if self.space is not None:
+            self.space.progress()
         return item
+
+    def has_space(self, cost: int) -> bool:
+        """Whether a message addressed to this client may be added. From any thread.
+
+        Such messages fill at most half of the buffer. The other half is for what is published
+        meanwhile, which would otherwise be too much for a client that is being sent a backlog.
+        """
+        waiting = self.size + self.promised
+        return not waiting or waiting + cost <= self.max_buffer // 2
 
     def next_event(self) -> Event | None:
         """Return the oldest item, which stays, if it is an event."""
@@ -167,4 +180,6 @@ class Outbox:
         """Remove and return everything."""
         items, self.items = list(self.items or ()), None
         self.size = 0
+        if self.space is not None:
+            self.space.progress()
         return items

@@ -17,9 +17,10 @@ from .connection import Connection, is_gone
 from .event import Event
 from .exceptions import PublishQueueFull
 from .gap import Gap
-from .group import Member
+from .group import Done, Member
 from .outbox import Close, Item, Leave
 from .shard import Shard
+from .space import SpaceQueue
 from .stats import Counters
 from .subscriber import Subscription
 from .waiter import Full, Waiter, running_loop
@@ -56,7 +57,11 @@ class Registry:
     def join(self, connection: Connection, channel: str) -> bool:
         """Put a client of this loop on a channel; False if it was there already."""
         with self.lock:
-            shard = self.connections.setdefault(connection, self.here())
+            shard = self.connections.get(connection)
+            if shard is None:
+                shard = self.connections[connection] = self.here()
+                if connection.transport is not None:
+                    shard.watch.add(connection)
             if channel in connection.channels:
                 return False
             connection.channels.add(channel)
@@ -94,6 +99,7 @@ class Registry:
         with self.lock:
             shard = self.connections.pop(connection, None)
             if shard is not None:
+                shard.watch.discard(connection)
                 for channel in connection.channels:
                     shard.leave(connection, channel)
                     self._release(channel)
@@ -214,16 +220,38 @@ class Registry:
         if len(roomy) < len(targets):
             raise PublishQueueFull("an event loop is blocked")
 
-    def post(self, event: Event, connection: Connection) -> None:
-        """Add an event for one client.
+    def post(self, event: Event, connection: Connection) -> bool:
+        """Add an event for one client; False if it is not registered any more.
 
         Raises:
             Full: Its loop has no room.
         """
+        outbox = connection.outbox
+
+        def arrived() -> None:
+            with self.lock:
+                outbox.promised -= event.cost
+            if outbox.space is not None:
+                outbox.space.wake()  # the client may have taken it at once
+
         with self.lock:
             shard = self.connections.get(connection)
-            wake = [] if shard is None else self._add(event, [(shard, (connection,))])
+            if shard is None:
+                return False
+            wake = self._add(event, [(shard, (connection,))], arrived)
+            outbox.promised += event.cost
         self._wake(wake)
+        return True
+
+    async def wait_for_space(self, connection: Connection, cost: int) -> None:
+        """Wait until a message for this client may be posted, or the client has left."""
+        outbox = connection.outbox
+        if not outbox.space and outbox.has_space(cost):
+            return
+        with self.lock:
+            if outbox.space is None:
+                outbox.space = SpaceQueue()
+        await outbox.space.wait(lambda: not connection.is_here or outbox.has_space(cost))
 
     def tell_gap(self, gap: Gap, close: Close | None) -> None:
         """Add a gap for the subscribers who want it, and close all clients if asked to."""
@@ -253,12 +281,12 @@ class Registry:
                 return targets
             self._sweep()
 
-    def _add(self, event: Event, targets: list[Target]) -> list[Shard]:
+    def _add(self, event: Event, targets: list[Target], done: Done | None = None) -> list[Shard]:
         for shard, _ in targets:
             if not shard.has_room(event):
                 text = f"an event loop has {shard.pending} messages waiting to be sent"
                 raise Full(text, shard)
-        return [shard for shard, members in targets if shard.add(event, members)]
+        return [shard for shard, members in targets if shard.add(event, members, done)]
 
     def _wake(self, shards: Iterable[Shard]) -> None:
         for shard in shards:

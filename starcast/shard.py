@@ -26,6 +26,7 @@ from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Turn
 from .stats import Counters
 from .waiter import Waiter, running_loop
+from .watch import Watch
 
 logger = logging.getLogger("starcast")
 
@@ -54,6 +55,7 @@ class Shard:
     ) -> None:
         self.loop = loop
         self.counters = Counters()
+        self.watch = Watch(loop)
         self.awake = False  # there is something to deliver
         self.version = 0
         self.channels: dict[str, dict[Member, None]] = {}

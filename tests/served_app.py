@@ -60,7 +60,17 @@ async def state(websocket: WebSocket) -> None:
             )
 
 
+async def dies(websocket: WebSocket) -> None:
+    """Register a client and end, without a word to the hub, when it sends something."""
+    await hub.connect(websocket, websocket.path_params["channel"])
+    await websocket.receive()
+
+
 app = Starlette(
-    routes=[WebSocketRoute("/ws/{channel}", Chat), WebSocketRoute("/state", state)],
+    routes=[
+        WebSocketRoute("/ws/{channel}", Chat),
+        WebSocketRoute("/dies/{channel}", dies),
+        WebSocketRoute("/state", state),
+    ],
     lifespan=hub.lifespan,
 )

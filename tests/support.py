@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def starcast_tasks() -> set[asyncio.Task[Any]]:
     """The tasks of this loop that starcast has made and that have not ended."""
     ours = str(Path(starcast.__file__).parent)
     return {t for t in asyncio.all_tasks() if t.get_coro().cr_code.co_filename.startswith(ours)}
+
+
+async def by_another(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Await it in a task that has nothing to do with this one: in a third party."""
+    return await asyncio.create_task(coroutine, context=contextvars.Context())
 
 
 class Served:

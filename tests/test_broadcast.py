@@ -35,7 +35,7 @@ from starcast import (
 )
 from starcast.relay import Relay, close_sender
 from starcast.waiter import Full
-from support import Bus, Peer, until, until_sync
+from support import Bus, Peer, by_another, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -525,7 +525,7 @@ async def test_a_message_to_one_client():
         await hub.send("you", to=stranger.websocket)
     one.leave()
     await hub.serve(one.websocket)
-    await hub.send("gone", to=one.websocket)
+    assert not await by_another(hub.send("gone", to=one.websocket))
     assert one.got == ["you"]
 
 
@@ -537,11 +537,27 @@ async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(monkeyp
     def full_once(event, connection):
         monkeypatch.setattr(hub._hub.registry, "post", post)
         hub._hub.leave(peer.websocket)
-        post(event, connection)
+        return post(event, connection)
 
     monkeypatch.setattr(hub._hub.registry, "post", full_once)
-    await hub.send("too late", to=peer.websocket)
+    with pytest.raises(NotConnected):
+        await hub.send("too late", to=peer.websocket)
     assert peer.got == []
+
+
+async def test_a_message_to_a_client_that_the_hub_is_closing():
+    hub = Broadcast()
+    peer = await joined(hub)
+    peer.open.clear()
+    await hub.send("in flight")
+    closing = asyncio.create_task(hub.close(peer.websocket, 4000))
+    await until(lambda: len(hub) == 0)
+    assert not await by_another(hub.send("too late", to=peer.websocket))
+    with pytest.raises(ClientGone):
+        await hub.send("too late", to=peer.websocket)
+    peer.open.set()
+    await closing
+    assert peer.got == ["in flight"]
 
 
 async def test_who_joins_later_does_not_get_what_was_published_before():
@@ -1200,9 +1216,11 @@ async def test_the_clients_and_subscribers_that_are_gone_are_not_counted():
     hub = Broadcast()
     peer = await joined(hub)
     async with hub.subscribe(max_buffer=100) as subscriber:
+        await hub.send("1")
         await hub.send("x" * 100)
         assert hub.stats().subscribers == 0
         assert hub._hub.clients() == [peer.websocket]
+        assert (await anext(subscriber)).message == "1"
         with pytest.raises(SubscriberLagged):
             await anext(subscriber)
     assert hub.stats().cut_off == 1

@@ -343,6 +343,7 @@ async def test_the_handlers_send_that_waits_when_the_client_is_cut_off_is_told()
     own = asyncio.create_task(peer.websocket.send_text("2"))
     await until(lambda: waiting(hub, peer) == 1)
     await hub.send(BIG)
+    await hub.send(BIG)
     with pytest.raises(WebSocketDisconnect) as caught:
         await own
     assert caught.value.code == 1013
@@ -358,8 +359,9 @@ async def test_an_error_in_the_hook_is_logged_and_harms_nobody(caplog):
     peer, other = await joined(hub), await joined(hub)
     behind(peer)
     await hub.send("1")
+    await hub.send("2")
     await hub.send(BIG)
-    assert other.got == ["1", BIG]
+    assert other.got == ["1", "2", BIG]
     assert [record.getMessage() for record in caplog.records] == ["on_overflow raised"]
     caplog.clear()
     peer.open.set()
@@ -421,7 +423,8 @@ async def test_closing_twice_is_harmless_and_sending_after_it_is_one_typed_error
     with pytest.raises(WebSocketDisconnect) as caught:
         await peer.websocket.send_text("too late")
     assert caught.value.code == 4001
-    await hub.send("nobody", to=peer.websocket)
+    with pytest.raises(ClientGone):
+        await hub.send("nobody", to=peer.websocket)
     with pytest.raises(ClientGone):
         await hub.connect(peer.websocket)
     assert [m["type"] for m in peer.sent] == ["websocket.accept", "websocket.close"]
@@ -868,6 +871,7 @@ async def test_the_handler_of_a_client_that_is_cut_off_is_told(monkeypatch):
     behind(peer)
     reading = asyncio.create_task(peer.websocket.receive_text())
     await hub.send("1")
+    await hub.send("2")
     await hub.send(BIG)
     with pytest.raises(WebSocketDisconnect) as caught:
         await reading
@@ -883,6 +887,7 @@ async def test_receive_ends_when_the_hub_gives_the_client_up(monkeypatch):
     behind(peer)
     serving = asyncio.create_task(hub.serve(peer.websocket))
     await hub.send("1")
+    await hub.send("2")
     await hub.send(BIG)
     assert await asyncio.wait_for(serving, 5) == 1013
 

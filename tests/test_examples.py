@@ -30,7 +30,7 @@ import starcast.testing
 from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
-from support import DEADLINE, Broker, Bus, Peer, until, until_sync
+from support import DEADLINE, Broker, Bus, Peer, by_another, until, until_sync
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -270,21 +270,21 @@ def test_fastapi_errors_of_routes(path, example):
         assert ann.receive_text() == "It rains."
     response = client.post(f"/{path}/a%00b", params={"headline": "x"})
     assert response.status_code == 422
-    module.news = Broadcast(backend=away())
+    module.news = Broadcast(backend=away(), open_timeout=0)
     response = client.post(f"/{path}/today", params={"headline": "x"})
     assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 
 
 def test_fastapi_errors_in_the_background(example, caplog):
     module = example("fastapi_errors")
-    module.news = Broadcast(backend=away())
+    module.news = Broadcast(backend=away(), open_timeout=0)
     assert TestClient(module.app).post("/later", params={"headline": "x"}).status_code == 200
     assert caplog.messages == ["not announced: the broker is down"]
 
 
 def test_fastapi_errors_with_a_handler(example):
     module = example("fastapi_errors")
-    module.news = Broadcast(backend=away())
+    module.news = Broadcast(backend=away(), open_timeout=0)
     client = TestClient(module.app)
     response = client.post("/api/news")
     assert (response.status_code, response.json()) == (503, {"published": False})
@@ -574,6 +574,20 @@ def test_manager_rooms(example):
         assert answer == {"all": 2, "channels": {"default": 1, "room:tea": 1}}
 
 
+async def test_push(example, serve):
+    module = example("push")
+    server = await serve(module.app)
+    async with server.connect("/ws", compression=None) as client:
+        for line in module.history:
+            assert await client.recv() == line
+        assert await client.recv() == "still here"
+        (connection,) = module.hub._hub.registry.clients()
+        assert await by_another(module.notify(connection.websocket, "from elsewhere"))
+        assert await client.recv() == "from elsewhere"
+    await until(lambda: len(module.hub) == 0)
+    assert not await by_another(module.notify(connection.websocket, "too late"))
+
+
 @pytest.mark.parametrize("name", ["broadcast_loop", "broadcast_loop_startup"])
 async def test_broadcast_loop(name, example, serve):
     module = example(name)
@@ -699,7 +713,7 @@ async def test_slow_clients_get_the_latest(example, serve, caplog):
         await until(lambda: len(hub) == 1)
         await flood(hub, "tea", lambda: hub.stats().dropped > 3)
         assert hub.stats().cut_off == 0
-        assert hub.stats().buffered <= 16 * 1024
+        assert hub.stats().buffered <= 60_000 + 64  # a single message, larger than the buffer
         assert len(hub) == 1
         assert "latest: 1 messages lost" in caplog.text
 
@@ -777,7 +791,7 @@ def test_threads_wait(example):
     with client.websocket_connect("/live/payments") as ann:
         assert client.post("/payments/7").json() == {"published": True}
         assert ann.receive_json() == {"payment": 7}
-    module.hub = Broadcast(backend=away())
+    module.hub = Broadcast(backend=away(), open_timeout=0)
     response = client.post("/payments/7")
     assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.testclient import TestClient
 
 from starcast import Broadcast, ConnectionManager, EncodingError, OriginRefused
-from support import Peer, until
+from support import Peer, by_another, until
 
 pytestmark = pytest.mark.anyio
 
@@ -193,6 +193,22 @@ async def test_a_client_may_come_back_after_disconnect():
 # active_connections
 
 
+async def test_removing_from_active_connections_unregisters_the_client():
+    manager = ConnectionManager()
+    one, two, stranger = Peer(), Peer(), Peer()
+    await joined(manager, one, two)
+    listed = manager.active_connections
+    for _ in range(2):
+        listed.remove(one.websocket)
+        manager.active_connections.remove(one.websocket)
+        manager.active_connections.remove(stranger.websocket)
+    assert listed == manager.active_connections == [two.websocket]
+    await manager.broadcast("to two")
+    await one.websocket.send_text("from the handler")
+    assert (one.got, two.got) == (["from the handler"], ["to two"])
+    await manager.hub.disconnect()
+
+
 async def test_active_connections_is_a_fresh_list_in_the_order_of_coming():
     manager = ConnectionManager()
     peers = [Peer() for _ in range(3)]
@@ -366,7 +382,7 @@ async def test_a_personal_message_to_a_client_that_has_left_is_no_error(register
     peer.leave()
     with pytest.raises(WebSocketDisconnect):
         await peer.websocket.receive_text()
-    await manager.send_personal_message("too late", peer.websocket)
+    assert not await by_another(manager.send_personal_message("too late", peer.websocket))
     assert peer.got == []
     await manager.hub.disconnect()
 
@@ -376,8 +392,8 @@ async def test_a_personal_message_to_a_registered_client_that_died_unnoticed_is_
     peer = Peer()
     await joined(manager, peer)
     peer.fail = OSError("gone")
-    await manager.send_personal_message("1", peer.websocket)
-    await manager.send_personal_message("2", peer.websocket)
+    await by_another(manager.send_personal_message("1", peer.websocket))
+    assert not await by_another(manager.send_personal_message("2", peer.websocket))
     assert manager.active_connections == []
     await manager.hub.disconnect()
 

@@ -148,6 +148,22 @@ async def test_clients_come_and_go(server):
     await server.until("come", here=0, channels={})
 
 
+async def test_clients_whose_handlers_end_are_forgotten(server):
+    clients = [await server.connect(f"/dies/user-{number}") for number in range(50)]
+    lives = await server.connect("/dies/user-lives")
+    users = {f"user-{number}": 1 for number in range(50)}
+    await server.until("user-lives", channels={**users, "user-lives": 1})
+    for number, client in enumerate(clients):
+        if number % 2:
+            await client.send("go")
+        else:
+            await client.close()
+    await server.until("user-lives", channels={"user-lives": 1})
+    await lives.close()
+    await server.until("user-lives", channels={})
+    await asyncio.gather(*(client.close() for client in clients))
+
+
 async def test_a_client_that_does_not_read_delays_nobody(server):
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

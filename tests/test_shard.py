@@ -70,7 +70,7 @@ async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
             await asyncio.sleep(0)
             await send(message)
 
-        hub._hub.find(peer.websocket)._send_event = suspending
+        hub._hub.find(peer.websocket)._handler.send_event = suspending
     async with ticking() as turns:
         await hub.send("hello")
         await until(lambda: not starcast_tasks())
@@ -105,7 +105,7 @@ async def test_a_pause_in_a_large_crew_pauses_all_of_it(monkeypatch):
                 await asyncio.sleep(0)
             await send(message)
 
-        hub._hub.find(peer.websocket)._send_event = suspending
+        hub._hub.find(peer.websocket)._handler.send_event = suspending
     async with ticking() as turns:
         await hub.send("hello")
         assert turns[0] >= 200

@@ -15,6 +15,8 @@ async def old_clients(websocket: WebSocket):
         while True:
             await manager.broadcast(await websocket.receive_text())
     except WebSocketDisconnect:
+        pass
+    finally:
         manager.disconnect(websocket)
 
 

@@ -1,0 +1,53 @@
+"""Personal: messages to one client, whose sender waits for it and learns that it has left."""
+
+from __future__ import annotations
+
+from starlette.websockets import WebSocket
+
+from . import watch
+from .connection import ABNORMAL, Connection, is_gone
+from .exceptions import ClientGone, NotConnected
+from .registry import Registry
+
+
+async def claim(
+    registry: Registry, websocket: WebSocket, connection: Connection | None, cost: int
+) -> Connection | None:
+    """Wait for space in the client's buffer; None if the client has left.
+
+    Args:
+        websocket, connection: The client, and what was registered for it last.
+        cost: What the message counts for in the buffer.
+
+    Raises:
+        ClientGone: The client has left, and this task serves it.
+        NotConnected: It is alive and not registered.
+    """
+    if connection is not None and connection.is_here:
+        await registry.wait_for_space(connection, cost)
+        if connection.is_here:
+            return connection
+    refuse(websocket, connection)
+    return None
+
+
+def refuse(websocket: WebSocket, connection: Connection | None) -> None:
+    """Raise what `claim` raises; return if the client has left and that is no error.
+
+    A client that the hub is closing has left, although nobody may have seen it yet.
+    """
+    unregistered = connection is None or connection.leaving is not None
+    if unregistered and not (is_gone(websocket) or (connection and connection.departed)):
+        raise NotConnected("the websocket is not registered; call connect(websocket) first")
+    tell_gone(websocket, connection)
+
+
+def tell_gone(websocket: WebSocket, connection: Connection | None) -> None:
+    """Tell whoever serves the client that it has left; to others that is no error.
+
+    Raises:
+        ClientGone: This task serves it.
+    """
+    code = ABNORMAL if connection is None or connection.code is None else connection.code
+    if watch.is_served_here(None if connection is None else connection.id, websocket):
+        raise ClientGone(code)

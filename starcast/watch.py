@@ -1,0 +1,194 @@
+"""Watch: notices that a client has left, or that its ASGI app has ended, without a message to it.
+
+ASGI tells an app that its client has left only when the app calls `receive`, and a handler that
+only pushes never does. Under uvicorn the transport of the connection can be found, so a `Watch`
+looks at the transports of its event loop twice a second. On other servers the end of the task that
+runs the ASGI app is what can be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import select
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import FrameType, FunctionType
+from typing import Any, Protocol
+
+from starlette.types import Scope
+from starlette.websockets import WebSocket
+
+# Seconds between two looks at the transports.
+INTERVAL = 0.5
+
+# Transports that are looked at before other tasks of the loop get their turn.
+SLICE = 1024
+
+# Connections that a task may be known to serve: a handler has one, a load generator more.
+MAX_SERVED = 64
+
+# The connections that this task, or one that started it, has registered. Tasks inherit it.
+_served: ContextVar[tuple[int, ...]] = ContextVar("starcast_served", default=())
+
+# What a socket says when its client has closed it or is gone. Where it cannot be asked (Windows),
+# a client that leaves while reading is paused is noticed at the next message.
+_RESET = getattr(select, "POLLERR", 0) | getattr(select, "POLLHUP", 0)
+_CLOSED = getattr(select, "POLLRDHUP", 0)
+
+
+def add_served(connection_id: int) -> None:
+    """Note that this task serves the connection."""
+    _served.set((*_served.get(), connection_id)[-MAX_SERVED:])
+
+
+def is_served_here(connection_id: int | None, websocket: WebSocket) -> bool:
+    """Whether this task, or one that started it, serves the client."""
+    return connection_id in _served.get() or app_task(websocket) is not None
+
+
+def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
+    """Return this task, if it runs the ASGI app of this client.
+
+    A helper task that registers a client for somebody else must not be taken for it: it ends, and
+    the client goes on living. So a call with the arguments of an ASGI app and this very scope has
+    to be on the stack of the task itself.
+    """
+    task = asyncio.current_task()
+    root = _root_frame(task)
+    frame = None if root is None else sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and _same(
+            frame.f_locals["scope"], websocket.scope
+        ):
+            return task
+        # Not beyond the root: a task that was started eagerly runs on the stack of another one.
+        frame = None if frame is root else frame.f_back
+    return None
+
+
+def _root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
+    return None if task is None else getattr(task.get_coro(), "cr_frame", None)
+
+
+def _same(scope: object, other: Scope) -> bool:
+    """Whether both are the scope of one client: middleware may have made a shallow copy."""
+    if scope is other:
+        return True
+    return isinstance(scope, dict) and scope.get("headers") is other.get("headers", scope)
+
+
+def find_protocol(websocket: WebSocket) -> Any:
+    """Return uvicorn's protocol object of this client; None on another server.
+
+    uvicorn hands the app a bound method of it. In front of that stand the closures of Starlette's
+    routing and maybe middleware; past middleware, the task that uvicorn started has it.
+    """
+    send: Any = getattr(websocket, "_send", None)
+    while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
+        assert send.__closure__ is not None  # it has a variable of that name
+        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
+    protocol = getattr(send, "__self__", None)
+    if _is_uvicorns(protocol):
+        return protocol
+    root = _root_frame(asyncio.current_task())
+    if root is not None and root.f_code.co_name == "run_asgi":
+        protocol = root.f_locals["self"]
+        if _is_uvicorns(protocol) and _same(protocol.scope, websocket.scope):
+            return protocol
+    return None
+
+
+def _is_uvicorns(protocol: Any) -> bool:
+    return _comes_from_uvicorn(protocol.__class__)
+
+
+@functools.lru_cache(maxsize=16)
+def _comes_from_uvicorn(cls: type) -> bool:
+    # A subclass, such as BroadcastProtocol, is known by what it comes from.
+    return any(base.__module__.startswith("uvicorn.protocols.") for base in cls.__mro__)
+
+
+def check_loop(protocol: Any) -> None:
+    """Refuse a client of uvicorn that belongs to another event loop.
+
+    Raises:
+        RuntimeError: It does.
+    """
+    if protocol is not None and protocol.loop is not asyncio.get_running_loop():
+        raise RuntimeError(
+            "connect(websocket) was called on another event loop than the client's: call it in"
+            " the WebSocket handler itself, or on that loop with asyncio.run_coroutine_threadsafe"
+        )
+
+
+class Watched(Protocol):
+    """What a watch needs of a connection."""
+
+    transport: Any
+
+    def lose(self) -> None:
+        """Forget the client: it has left."""
+
+
+class Watch:
+    """The transports of one event loop's clients. `add` and `discard` need the hub's lock."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._connections: dict[Watched, None] = {}
+        self._looking = False
+
+    def add(self, connection: Watched) -> None:
+        """Look at this one from now on, on the loop of the watch."""
+        self._connections[connection] = None
+        if not self._looking:
+            self._looking = True
+            self._loop.call_later(INTERVAL, self._begin)
+
+    def discard(self, connection: Watched) -> None:
+        self._connections.pop(connection, None)
+
+    def _begin(self) -> None:
+        if self._connections:
+            self._look(iter(list(self._connections)))
+        else:
+            self._looking = False
+
+    def _look(self, connections: Iterator[Watched]) -> None:
+        some = list(itertools.islice(connections, SLICE))
+        unread: dict[int, Watched] = {}
+        for connection in some:
+            transport = connection.transport
+            if transport.is_closing():
+                connection.lose()
+            elif not transport.is_reading() and (fileno := _fileno(transport)) >= 0:
+                # The event loop does not look at it, because the handler has not received what
+                # the client sent before.
+                unread[fileno] = connection
+        for fileno, events in _poll(unread):
+            connection = unread[fileno]
+            if events & _RESET:
+                connection.transport.abort()
+            connection.lose()
+        if len(some) == SLICE:
+            self._loop.call_soon(self._look, connections)
+        else:
+            self._loop.call_later(INTERVAL, self._begin)
+
+
+def _fileno(transport: Any) -> int:
+    sock = transport.get_extra_info("socket")
+    return -1 if sock is None else int(sock.fileno())
+
+
+def _poll(filenos: dict[int, Watched]) -> list[tuple[int, int]]:
+    if not filenos or not _RESET:
+        return []
+    poll = select.poll()
+    for fileno in filenos:
+        poll.register(fileno, _CLOSED)
+    return poll.poll(0)
