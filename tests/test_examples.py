@@ -270,21 +270,21 @@ def test_fastapi_errors_of_routes(path, example):
         assert ann.receive_text() == "It rains."
     response = client.post(f"/{path}/a%00b", params={"headline": "x"})
     assert response.status_code == 422
-    module.news = Broadcast(backend=away())
+    module.news = Broadcast(backend=away(), open_timeout=0)
     response = client.post(f"/{path}/today", params={"headline": "x"})
     assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 
 
 def test_fastapi_errors_in_the_background(example, caplog):
     module = example("fastapi_errors")
-    module.news = Broadcast(backend=away())
+    module.news = Broadcast(backend=away(), open_timeout=0)
     assert TestClient(module.app).post("/later", params={"headline": "x"}).status_code == 200
     assert caplog.messages == ["not announced: the broker is down"]
 
 
 def test_fastapi_errors_with_a_handler(example):
     module = example("fastapi_errors")
-    module.news = Broadcast(backend=away())
+    module.news = Broadcast(backend=away(), open_timeout=0)
     client = TestClient(module.app)
     response = client.post("/api/news")
     assert (response.status_code, response.json()) == (503, {"published": False})
@@ -777,7 +777,7 @@ def test_threads_wait(example):
     with client.websocket_connect("/live/payments") as ann:
         assert client.post("/payments/7").json() == {"published": True}
         assert ann.receive_json() == {"payment": 7}
-    module.hub = Broadcast(backend=away())
+    module.hub = Broadcast(backend=away(), open_timeout=0)
     response = client.post("/payments/7")
     assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 

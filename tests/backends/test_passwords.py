@@ -159,7 +159,7 @@ async def test_whoever_has_the_password_fails(urls, kind, is_async):
     backend = kind(url, password=broken_async if is_async else broken)
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match="KeyError") as raised:
-        await Broadcast(backend=backend).connect()
+        await Broadcast(backend=backend, open_timeout=0).connect()
     assert time.monotonic() - began < 5
     assert "s3cret" not in str(raised.value)
     assert "s3cret" not in _text(raised.value)
