@@ -26,13 +26,14 @@ from .connection import NORMAL
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .heartbeats import Heartbeats
-from .hub import AfterGap, Headers, Hub, Settings
+from .hub import Headers, Hub
 from .lifespan import with_handlers
 from .mount import Authorize, make_app
 from .opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .origins import Allowed, Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .relay import OnPublishError
+from .settings import AfterGap, Settings
 from .stats import Stats
 from .subscriber import GapSubscriber, Subscriber
 
@@ -128,9 +129,9 @@ class Broadcast:
             ready_frames=ready_frames,
             on_gap=on_gap,
             after_gap=after_gap,
+            name=name,
             open_timeout=open_timeout,
             probe_interval=probe_interval,
-            name=name,
         )
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
         scheme = str(url).strip().partition("://")[0]

@@ -35,9 +35,6 @@ from .subscriber import GapSubscriber
 
 ROUND_TRIPS = 20
 
-# Seconds to wait for the broker: a restart of it, and not somebody's patience.
-OPEN_TIMEOUT = 2.0
-
 EPILOG = """\
 examples:
   starcast publish redis://localhost room 'the kettle is on'
@@ -131,7 +128,8 @@ def _complain(error: Exception, code: int) -> int:
 def _hub(chosen: argparse.Namespace) -> Broadcast:
     if chosen.url.startswith("memory://"):
         raise ConfigurationError("memory:// is one process alone: there is nobody to talk to")
-    return Broadcast(chosen.url, name=chosen.name, open_timeout=OPEN_TIMEOUT)
+    # A person, or a cron job, learns at once what is wrong, and can try again.
+    return Broadcast(chosen.url, name=chosen.name, open_timeout=0)
 
 
 def _content(message: str) -> str | bytes:

@@ -84,8 +84,7 @@ class Dispatcher:
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
         """Hand an event over, and wait only as long as there is no room for it.
 
-        If it is lost later, `on_lost` is called with the reason, once, on any thread. It must
-        neither block nor raise.
+        If it is lost later, `on_lost` is called: see `Link.publish`.
         """
         try:
             self.publish(event, on_lost=on_lost)

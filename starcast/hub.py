@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import dataclasses
 import functools
 import itertools
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -24,7 +23,7 @@ from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
-from .codec import Dumps, Encoding
+from .codec import Encoding
 from .connection import (
     ABNORMAL,
     CLOSE_TIMEOUT,
@@ -38,7 +37,6 @@ from .event import Event
 from .exceptions import (
     BackendUnavailable,
     ClientGone,
-    ConfigurationError,
     NotConnected,
     PublishQueueFull,
 )
@@ -46,48 +44,16 @@ from .gap import Gap
 from .guard import Guard
 from .link import Link
 from .naming import DEFAULT_NAME, NamedBackend, check_name
-from .opening import OPEN_TIMEOUT, PROBE_INTERVAL, check_timing
-from .origins import Origins
-from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
+from .outbox import Close, Outbox
 from .registry import Registry
+from .settings import Settings
 from .stats import Counters, Stats
 from .subscriber import Subscription
 from .waiter import Lock, Waiter
 
 logger = logging.getLogger("starcast")
 
-AfterGap = Literal["carry_on", "close"]
 Headers = Iterable[tuple[bytes, bytes]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
-    """What a `Broadcast` was told; see there."""
-
-    dumps: Dumps
-    origins: Origins
-    max_buffer: int = MAX_BUFFER
-    overflow: Overflow = "disconnect"
-    on_overflow: OnOverflow | None = None
-    ready_frames: bool = True
-    on_gap: Callable[[Gap], None] | None = None
-    after_gap: AfterGap = "carry_on"
-    open_timeout: float = OPEN_TIMEOUT
-    probe_interval: float = PROBE_INTERVAL
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        check_timing(self.open_timeout, self.probe_interval)
-        if self.after_gap not in ("carry_on", "close"):
-            raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
-        self.outbox()  # refuses settings that make no sense
-
-    def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
-        """Return an outbox with these settings, unless others are given."""
-        return Outbox(
-            self.max_buffer if max_buffer is None else max_buffer,
-            self.overflow if overflow is None else overflow,
-        )
 
 
 def _again(exc: Exception) -> Exception:

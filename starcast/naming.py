@@ -36,7 +36,7 @@ class NamedBackend:
         self._backend = backend
         self._prefix = f"{name}:"
         self.max_payload = backend.max_payload
-        self.if_silent: str = getattr(backend, "if_silent", "")
+        self.if_silent = getattr(backend, "if_silent", "")
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         prefix = self._prefix

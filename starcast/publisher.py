@@ -124,12 +124,8 @@ class Publisher:
 
     def _make_hub(self) -> Broadcast:
         backend = None if self._backend is None else self._backend()
-        hub = Broadcast(
-            self._url or "memory://",
-            backend=backend,
-            name=self._name,
-            open_timeout=0,  # how long to try is up to whoever publishes
-        )
+        # `_Worker` tries again itself, for as long as somebody waits.
+        hub = Broadcast(self._url or "memory://", backend=backend, name=self._name, open_timeout=0)
         hub._hub.claim.waive()  # nobody ever joins this hub, so it hears nobody else's messages
         return hub
 

@@ -146,11 +146,11 @@ class PostgresBackend:
             self._disconnect()
             if not isinstance(error, Exception):
                 raise
-            if (refused := self._server.refused(error)) is not None:
-                raise refused from None
+            if (wrong := self._server.refused(error)) is not None:
+                raise wrong from None
             # The chain of causes is cut: it might hold what the URL holds.
-            unknown = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
-            kind = LoginRefused if unknown else BackendUnavailable
+            refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
+            kind = LoginRefused if refused else BackendUnavailable
             raise kind(f"no connection to {self._where}: {_reason(error)}") from None
         settings = self._publisher.get_settings()
         self._utf8 = getattr(settings, "server_encoding", "UTF8") == "UTF8"

@@ -242,7 +242,7 @@ async def test_a_hub_opens_at_a_slow_broker(url, all_back):
 
 async def test_a_redis_user_that_may_not_use_the_hubs_own_channel(all_back, caplog):
     with RedisServer() as server:
-        rights = ["+ping", "+publish", "+subscribe", "+unsubscribe", "&starcast:default:room"]
+        rights = ["+ping", "+publish", "+subscribe", "+unsubscribe", "&starcast:room"]
         server.command("ACL", "SETUSER", "few", "on", ">pass", "resetchannels", *rights)
         url = server.url.replace("://", "://few:pass@")
         hub = Broadcast(url, open_timeout=0)

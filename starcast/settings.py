@@ -1,0 +1,46 @@
+"""Settings: what a hub was told when it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+from .codec import Dumps
+from .exceptions import ConfigurationError
+from .gap import Gap
+from .opening import OPEN_TIMEOUT, PROBE_INTERVAL, check_timing
+from .origins import Origins
+from .outbox import MAX_BUFFER, OnOverflow, Outbox, Overflow
+
+AfterGap = Literal["carry_on", "close"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What a `Broadcast` was told; see there."""
+
+    dumps: Dumps
+    origins: Origins
+    max_buffer: int = MAX_BUFFER
+    overflow: Overflow = "disconnect"
+    on_overflow: OnOverflow | None = None
+    ready_frames: bool = True
+    on_gap: Callable[[Gap], None] | None = None
+    after_gap: AfterGap = "carry_on"
+    name: str | None = None
+    open_timeout: float = OPEN_TIMEOUT
+    probe_interval: float = PROBE_INTERVAL
+
+    def __post_init__(self) -> None:
+        check_timing(self.open_timeout, self.probe_interval)
+        if self.after_gap not in ("carry_on", "close"):
+            raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
+        self.outbox()  # refuses settings that make no sense
+
+    def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
+        """Return an outbox with these settings, unless others are given."""
+        return Outbox(
+            self.max_buffer if max_buffer is None else max_buffer,
+            self.overflow if overflow is None else overflow,
+        )
