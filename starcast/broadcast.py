@@ -417,8 +417,8 @@ class Broadcast:
             EncodingError, InvalidChannel, PayloadTooLarge: See `publish`.
             PublishQueueFull: An event loop that has clients on the channel, or the broker, has more
                 than 16 MiB waiting. Nobody got the message.
-            BackendUnavailable: The hub has a broker and is not open, see `lifespan`. Unless the hub was
-                open before, one log line says so.
+            BackendUnavailable: The hub has a broker and is not open, see `lifespan`. If it has
+                never been open, one log line says so.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         self._hub.dispatcher.publish_nowait(event)
