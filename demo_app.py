@@ -136,6 +136,7 @@ article p { padding: .55rem .95rem; border-radius: 1.1rem; width: fit-content;
 .mine p { background: light-dark(#2b3a52, #33496b); border-color: transparent; color: #fff }
 .row { display: flex; justify-content: space-between; align-items: end; gap: 1rem; padding: .5rem }
 form:focus-within { border-color: var(--star) } #name { border-bottom: 1px dashed; max-width: 50vw }
+label { flex: none } #typing { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 input { border: 0; background: none; min-width: 3rem; field-sizing: content; color: var(--ink) }
 #text { flex: 1; padding: .5rem .8rem; outline: 0 } form { margin-bottom: 1.5rem }
 button { padding: .5rem 1.2rem; border: 0; border-radius: 1.25rem; background: var(--star);
@@ -158,7 +159,7 @@ button { padding: .5rem 1.2rem; border: 0; border-radius: 1.25rem; background: v
   <p class="row soft"><span id="typing"></span><label>You are <input id="name" maxlength="24"
   autocomplete="nickname" spellcheck="false"></label></p><form id="form" class="row">
   <input id="text" maxlength="500" aria-label="Message" placeholder="Write a message"
-  autocomplete="off" enterkeyhint="send"><button id="send">Send</button></form></main>
+  autocomplete="off" enterkeyhint="send"><button id="send" disabled>Send</button></form></main>
 <script type="module">
 const $ = id => document.getElementById(id), log = $("log"), walk = []
 const parse = data => { try { return JSON.parse(data) } catch { /* no message for this page */ } }
@@ -168,7 +169,7 @@ const el = (tag, className, textContent) =>  // what people type never becomes H
   Object.assign(document.createElement(tag), { className, textContent })
 const toBottom = () => stick && log.scrollTo(0, log.scrollHeight)
 const say = (type, text) => send({ type, author: tab.chatName, text })
-let me, stick = true, lost = false, told = 0, timer, last = {}, tab = {}, kept = {}
+let me, stick = true, lost = false, told = 0, timer, still, last = {}, tab = {}, kept = {}
 try { tab = sessionStorage, kept = localStorage } catch { /* storage is switched off */ }
 $("name").value = tab.chatName ??= kept.chatName  // each new tab has its own until you choose one
   ?? pick("Quiet", "Sunny", "Swift", "Kind", "Bright") + " " + pick("Otter", "Wren", "Fox", "Hare")
@@ -178,8 +179,7 @@ const asked = (new URLSearchParams(location.search).get("room") ?? "").replace(/
 const room = $("room").textContent = [...asked.trim()].slice(0, 40).join("") || "lobby"
 document.title = `${room} · starcast`
 function keepOpen(path, onState, onData, tries = 0) {  // returns a function that sends, if it can
-  let socket
-  function open() {
+  let socket; const open = () => {
     socket = new WebSocket(new URL(path, location.href).href.replace("http", "ws"))
     socket.onopen = () => onState(0)
     socket.onmessage = ({ data }) => { tries = 0, onData(parse(data) ?? {}) }
@@ -188,15 +188,16 @@ function keepOpen(path, onState, onData, tries = 0) {  // returns a function tha
       setTimeout(open, wait * 1000), onState(wait)
     }
   }
-  open()
-  return data => socket.readyState === 1 && (socket.send(JSON.stringify(data)), true)
+  return open(), data => socket.readyState === 1 && (socket.send(JSON.stringify(data)), true)
 }
-keepOpen("live/ticker", wait => $("ticker").classList.toggle("off", wait), data => {
+const beat = off => (clearTimeout(still), still = setTimeout(beat, 3000, true),  // no tick: no news
+  $("ticker").classList.toggle("off", off))
+keepOpen("live/ticker", beat, data => {
   walk.push(...[data.values].flat().filter(Number.isFinite)), walk.splice(0, walk.length - 120)
   const low = Math.min(...walk), high = Math.max(...walk), point = (value, i) =>
     `${i / Math.max(1, walk.length - 1)} ${(high - value) / (high - low || 1)}`
   $("spark").setAttribute("d", "M" + walk.map(point).join("L"))
-  $("value").textContent = walk.at(-1).toFixed(2)
+  beat(false), $("value").textContent = walk.at(-1).toFixed(2)
   if (data.delivered > 0) $("facts").textContent = `${data.delivered} deliveries by this process`
 })
 const heard = author => (clearTimeout(timer), timer = setTimeout(heard, 3000),  // nobody, then
@@ -220,9 +221,8 @@ function show(id, author, text, time) {
 }
 const send = keepOpen(`ws?room=${encodeURIComponent(room)}`, wait => {
   $("status").classList.toggle("off", $("send").disabled = wait > 0)
-  $("status").textContent = wait ? `Connection lost. Next try in ${Math.ceil(wait)} s` : "Connected"
-  if (!wait && lost) rule("Connected again. You may have missed messages.")
-  lost = wait > 0
+  $("status").textContent = wait ? `No connection. Next try in ${Math.ceil(wait)} s` : "Connected"
+  lost = wait > 0 || void (lost && rule("Connected again. You may have missed messages."))
 }, ({ type, id, author, text, time, count }) => {
   [id, author, text] = [str(id, 40), str(author, 24) || "Somebody", str(text, 500)]
   if (type === "welcome") me = id

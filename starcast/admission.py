@@ -69,7 +69,7 @@ async def ask(door: str, guard: Callable[..., object], *args: object, about: str
         logs.once((door, "False"), "refused a WebSocket (%s): %s returned False", about, door)
     else:  # its value is not shown: it may be a user with a password
         raise ConfigurationError(
-            f"{door} returned an object of the type {type(answer).__name__}, not True or False: "
-            "where it looks somebody up, write `return user is not None`"
+            f"{door} returned an object of the type {type(answer).__name__}, not True or False; "
+            "if it looks up a user, write `return user is not None`"
         )
     return False

@@ -1,8 +1,8 @@
 """Broadcast: the hub that people hold.
 
-The way of a message: `publish` makes an `Event`, the link brings it to the broker and back from
-there, the registry adds it to the shard of each event loop that has somebody on the channel, and
-the shard brings it to them. In memory there is no broker, and no link.
+How a message travels: `publish` makes an `Event`, the link takes it to the broker and back, the
+registry adds it to the shard of each event loop that has a client on the channel, and the shard
+delivers it. In memory there is no broker and no link.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def _check_close(code: int, reason: str) -> None:
 class Broadcast:
     """A hub: what is published to a channel reaches every client and subscriber of the channel.
 
-    Make one for the app, on any thread; it needs no event loop yet. Clients may live on several
-    event loops. Unless said otherwise, methods are called on an event loop, whichever.
+    Create one for the app, on any thread; it does not need an event loop yet. Clients may live on
+    several event loops. Unless stated otherwise, methods may be called on any event loop.
 
     Args:
-        url: Where messages travel. `memory://`, the default, is this process; `redis://`,
-            `nats://` and `postgresql://` with their variants join any number of processes. A `str`,
+        url: Where messages travel. `memory://`, the default, stays within this process; `redis://`,
+            `nats://`, `postgresql://` and their variants connect any number of processes. A `str`,
             or anything whose `str()` is a URL, such as pydantic's `RedisDsn`.
         backend: A backend of your own instead of a URL.
-        name: What this hub is called on the broker: 1 to 64 ASCII letters, digits, `-` and `_`;
-            "default" by default. Hubs share their channels if they have the same name on the same
-            broker, in whatever process or app, and are apart otherwise. Two hubs of one process
-            that would share them without having been given the same name do not open. In memory
-            hubs are always apart.
+        name: The name of this hub on the broker: 1 to 64 ASCII letters, digits, `-` and `_`;
+            "default" by default. Hubs with the same name on the same broker share their channels,
+            in any process or app; other hubs are separate. If two hubs of one process would share
+            their channels without both having been given the name, the second one does not open.
+            Hubs in memory are always separate.
         dumps: Writes JSON for messages that are neither `str` nor bytes, and for
             `encoding="json"`; returns `str`, or `bytes` in UTF-8. Default: `starcast.codec.dumps`,
             which writes the JSON that a FastAPI route returns, pydantic models included.
@@ -72,35 +72,36 @@ class Broadcast:
             whatever their port, and on a server of this machine (`localhost`, `*.localhost`,
             127.0.0.0/8, `[::1]`) all pages of this machine. A list: exactly these, such as
             `["https://example.com", "capacitor://localhost", "null"]`;
-            `"https://*.example.com"` stands for all subdomains, however deep, and not for
-            `example.com`. A function: called as `origins(origin, websocket)`, it lets in by
-            returning True, under the rule of `authorize` (see `app`). `"*"`: all. Clients that send
-            no Origin are not browsers and are always let in. Nothing is checked for a websocket
-            that the app has accepted itself.
+            `"https://*.example.com"` stands for all subdomains at any depth, but not for
+            `example.com`. A function: called as `origins(origin, websocket)`; only True lets the
+            client in, as with `authorize` (see `app`). `"*"`: all. Clients that send no Origin are
+            not browsers and are always let in. A websocket that the app accepted itself is not
+            checked.
         max_buffer: Bytes that may wait for one client or subscriber, 1 MiB by default. A message
-            counts its bytes and 64 more.
-        overflow: What happens when that is too little. `"disconnect"`, the default: the client is
-            closed with 1013. `"drop_oldest"`, `"drop_newest"`: messages are dropped.
-            `"latest"`: of each channel only the newest message waits.
-        on_overflow: A plain function that is called with an `Overflowed` whenever a client or a
-            subscriber did not keep up, on its event loop. It must not block.
-        ready_frames: Whether messages may be written as ready-made frames where the server takes
-            them (`starcast.uvicorn`), which passes by ASGI middleware that wraps `send`.
-        on_gap: A plain function that is called with a `Gap` when the broker was away and is back,
-            on the event loop that the hub was opened on. It must not block.
-        after_gap: What becomes of the clients then. `"carry_on"`, the default: nothing. `"close"`:
-            they are closed with 1012 (service restart), so that they connect again.
-        open_timeout: Seconds for which a hub that is being opened tries to reach its broker, again
-            and again, with a line in the log for each attempt: 10 by default, which is enough for
-            a broker that starts together with the app. 0: it tries once. What the hub sends to
-            itself must come back before it counts as open. A refused login is final at once, and
-            after an attempt in vain a first use by a client tries once only.
-        probe_interval: Seconds between two messages that the hub sends to itself by way of the
-            broker, to notice when that is frozen: 3 by default, more than 0. It may take 5 seconds
-            more until that is noticed. None is sent while no channel is in use.
+            counts as its size plus 64 bytes.
+        overflow: What happens when the buffer is full. `"disconnect"`, the default: the client is
+            closed with 1013. `"drop_oldest"`, `"drop_newest"`: messages are dropped. `"latest"`:
+            only the newest message of each channel is kept.
+        on_overflow: A plain function that is called with an `Overflowed` each time a client or a
+            subscriber does not keep up, on its event loop. It must not block.
+        ready_frames: Whether messages may be written as ready-made frames if the server supports
+            them (`starcast.uvicorn`). This bypasses ASGI middleware that wraps `send`.
+        on_gap: A plain function that is called with a `Gap` when the broker is back after an
+            outage, on the event loop that opened the hub. It must not block.
+        after_gap: What happens to the clients after a gap. `"carry_on"`, the default: nothing.
+            `"close"`: they are closed with 1012 (service restart), so that they reconnect.
+        open_timeout: How many seconds a hub that is being opened keeps trying to reach its broker,
+            with a log line for each failed attempt: 10 by default, enough for a broker that starts
+            together with the app. 0: it tries once. The hub counts as open when a message to itself
+            has arrived. A refused login fails at once. Once opening has failed, a client that opens
+            the hub by first use causes a single attempt.
+        probe_interval: Seconds between the messages that the hub sends to itself through the
+            broker, to notice when the broker stops answering: 3 by default, more than 0. Noticing
+            may take 5 seconds longer. None are sent while no channel is in use and nothing is
+            published.
 
     Raises:
-        ConfigurationError: One of these makes no sense.
+        ConfigurationError: An argument is not valid.
     """
 
     def __init__(
@@ -155,10 +156,10 @@ class Broadcast:
     def lifespan(self, app: object = None) -> contextlib.AbstractAsyncContextManager[None]:
         """Open the hub for as long as an app runs: `FastAPI(lifespan=broadcast.lifespan)`.
 
-        An app waits `open_timeout` seconds for its broker and does not start without it; once
-        started, it waits for it without end. What FastAPI was told by `on_event`, `on_startup` and
-        `on_shutdown` runs while the hub is open: FastAPI itself leaves it out once it has a
-        `lifespan`.
+        The app fails to start if its broker cannot be reached within `open_timeout` seconds. Once
+        it is running, it reconnects indefinitely. Functions that were registered with `on_event`,
+        `on_startup` and `on_shutdown` run while the hub is open; FastAPI by itself ignores them
+        once it has a `lifespan`.
         """
         return with_handlers(app, self.lifespan, self._hub.lifespan())
 
@@ -189,39 +190,39 @@ class Broadcast:
     ) -> None:
         """Register a client on a channel; without a websocket, open the hub.
 
-        Opening is optional and may happen on another event loop than the clients': the hub opens on
-        first use. It waits `open_timeout` seconds for its broker, and does not open without it;
-        once open, it waits for it without end. A websocket that nobody has accepted yet is
-        accepted, after the check of its Origin. A client that is registered already joins a further
-        channel.
+        Opening is optional, because the hub opens on first use, and may happen on another event
+        loop than the clients'. It fails if the broker cannot be reached within `open_timeout`
+        seconds. Once open, the hub reconnects indefinitely. A websocket that has not been accepted
+        yet is accepted, after its Origin has been checked. A client that is already registered
+        joins another channel.
 
-        From then on until `disconnect` the handler's own sends take their turn behind what the hub
-        has for this client, so that nothing overtakes. Call it on the client's own event loop, and
-        before another task starts to receive from the client.
+        From then on until `disconnect`, the handler's own sends are queued behind what the hub has
+        for this client, so that nothing overtakes. Call it on the client's own event loop, before
+        another task starts to receive from the client.
 
         Args:
             websocket: The client.
-            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
-                of its `str()`.
-            subprotocol: For `accept`; unused if the websocket was accepted before.
-            headers: For `accept`, as pairs of bytes; unused if the websocket was accepted before.
-            max_buffer: For this client instead of the hub's, in bytes. It and `overflow` count at
-                the first `connect` of a client.
+            channel: 1 to 200 characters without control characters. An int or a UUID names the
+                channel of its `str()`.
+            subprotocol: For `accept`; ignored if the websocket was accepted before.
+            headers: For `accept`, as pairs of bytes; ignored if the websocket was accepted before.
+            max_buffer: For this client instead of the hub's, in bytes. `max_buffer` and `overflow`
+                only take effect on a client's first `connect`.
             overflow: For this client instead of the hub's.
 
         Raises:
-            OriginRefused: The page may not connect; the app answers 403.
-            InvalidChannel: The name is not valid; the app answers 403, or closes with 1008 if the
-                websocket was accepted before.
-            ClientGone: The client has left already. A `WebSocketDisconnect`.
-            BackendUnavailable: The hub was not open and there is no connection to its broker; or
-                the broker has not confirmed within two seconds that it will send the channel's
-                messages. The app answers 503 (403 where the server can't), or closes with 1013 if
-                the websocket was accepted before.
-            ConfigurationError: `max_buffer` or `overflow` makes no sense.
-            TypeError: `websocket` is None, which would be nobody, or no websocket.
-            RuntimeError: It was called on another event loop than the client's. This is known
-                under uvicorn; on other servers it is undefined what happens.
+            OriginRefused: The page may not connect. If nothing catches this, the client gets 403.
+            InvalidChannel: The name is not valid. If nothing catches this, the client gets 403, or
+                is closed with 1008 if it was accepted before.
+            ClientGone: The client has already left. It is a `WebSocketDisconnect`.
+            BackendUnavailable: The hub was not open and cannot reach its broker, or the broker did
+                not confirm the subscription to the channel within two seconds. If nothing catches
+                this, the client gets 503 (403 if the server does not support that), or is closed
+                with 1013 if it was accepted before.
+            ConfigurationError: `max_buffer` or `overflow` is not valid.
+            TypeError: `websocket` is None or not a websocket.
+            RuntimeError: It was called on another event loop than the client's. Only uvicorn lets
+                the hub notice this; on other servers the behaviour is undefined.
         """
         if websocket is OMITTED:
             await self._hub.ready()
@@ -246,18 +247,20 @@ class Broadcast:
     async def disconnect(
         self, websocket: WebSocket | Omitted = OMITTED, channel: Channel | None = None
     ) -> None:
-        """Take a client off one channel, or off all; without a websocket, close the hub.
+        """Remove a client from one channel, or from all; without a websocket, close the hub.
 
-        A client that leaves its last channel gets what was published before and keeps its socket:
-        closing that is up to the handler, or to `close`. On the client's own event loop it comes
-        back when the client has everything, or after 10 seconds without what is left. Harmless
-        twice and for a stranger, from any event loop.
+        A client that leaves its last channel still gets what was published before and keeps its
+        socket; close that in the handler, or with `close`. On the client's own event loop this
+        waits until everything has been sent, for up to 10 seconds; what is left then is dropped.
+        Safe to call more than once, and for a websocket that is not registered. May be called from
+        any event loop.
 
-        Closing the hub ends every subscriber, sends every client what it still has to get and then
-        1001 (going away), and waits for that up to 10 seconds. The hub may be opened again.
+        Closing the hub ends every subscriber, sends every client what is still waiting for it and
+        then 1001 (going away), and waits for that for up to 10 seconds. The hub can be opened
+        again.
 
         Raises:
-            TypeError: `websocket` is None, which would be nobody, or no websocket.
+            TypeError: `websocket` is None or not a websocket.
             InvalidChannel: The name is not valid.
         """
         if websocket is OMITTED:
@@ -274,11 +277,11 @@ class Broadcast:
             await left
 
     async def close(self, websocket: WebSocket, code: int = NORMAL, reason: str = "") -> None:
-        """Close a client, after what it still has to get, and unregister it.
+        """Send a client what is still waiting for it, close it, and unregister it.
 
-        It comes back when the close frame is on its way, or after 10 seconds, when a client that
-        does not read is given up. Harmless when it is closed already, and for a client of nobody,
-        which is closed plainly. From any event loop for a registered client.
+        Returns when the close frame has been sent, or after 10 seconds, when a client that does not
+        read is given up. Safe to call for a client that is already closed. A websocket that is not
+        registered is closed directly. For a registered client it may be called from any event loop.
 
         Args:
             websocket: The client.
@@ -286,7 +289,7 @@ class Broadcast:
             reason: At most 123 bytes in UTF-8.
 
         Raises:
-            ConfigurationError: The code or the reason may not be sent.
+            ConfigurationError: The code or the reason is not allowed.
             TypeError: `websocket` is None, or no websocket.
         """
         check_client(websocket, "close(...)")
@@ -317,29 +320,29 @@ class Broadcast:
         exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> bool | None:
-        """Send to everybody on the default channel, whoever sent it included, or to one client.
+        """Send to every client on the default channel, the sender included, or to one client.
 
-        Unlike `publish`, a send to one client waits for it: messages addressed to a client fill at
-        most half of its buffer, and then each waits until the client has taken some of them. A
-        client that takes nothing for 10 seconds is treated as its overflow policy says.
+        Unlike `publish`, a send to one client waits for that client. Messages addressed to a client
+        fill at most half of its buffer; after that, each waits until the client has taken some. If
+        a client takes nothing for 10 seconds, its overflow policy applies.
 
         Args:
             data: The message; see `publish`.
-            to: One client, which gets it in order with everything else it gets.
-            channel: Another channel than the default one.
+            to: One client, which gets the message in order with its other messages.
+            channel: A channel other than the default one.
             exclude: A websocket or several that do not get it.
             encoding: See `publish`.
 
         Returns:
-            With `to`, whether the message was handed over: False means that the client has left.
+            With `to`, whether the message was handed over. False means that the client has left.
 
         Raises:
-            ClientGone: `to` has left, and the caller serves it: it is the task that has called
-                `connect` for it or runs its handler, or a task that one of these has started. A
+            ClientGone: `to` has left, and the caller serves it: the caller is the task that called
+                `connect` for it or runs its handler, or a task started by one of these. It is a
                 `WebSocketDisconnect`, so a loop that only sends ends with its client.
-            NotConnected: `to` is alive and not registered with this hub.
-            TypeError: `to` is None, which would be nobody, or no websocket; or something in
-                `exclude` is neither.
+            NotConnected: `to` is connected but not registered with this hub.
+            TypeError: `to` is None or not a websocket, or `exclude` contains something that is
+                neither.
             EncodingError, InvalidChannel, PublishQueueFull: See `publish`.
         """
         if misplaced:
@@ -365,30 +368,31 @@ class Broadcast:
     ) -> None:
         """Publish a message to a channel.
 
-        In memory it comes back when every client of this event loop has the message in its socket
-        or its outbox, and when the other loops have been told. With a broker it comes back when the
-        broker has it. It does not wait for slow clients.
+        In memory it returns when the message is in the socket or the outbox of every client on this
+        event loop, and other loops have been notified. With a broker it returns when the broker has
+        the message. It does not wait for slow clients.
 
         Args:
-            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
-                of its `str()`.
+            channel: 1 to 200 characters without control characters. An int or a UUID names the
+                channel of its `str()`.
             message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
                 in a text frame. It is encoded once, however many clients there are.
-            exclude: A websocket or several that do not get it. None is nobody, also among several.
-                Strangers are ignored.
-            encoding: `"json"` makes JSON of a `str` too; `"text"` and `"bytes"` insist on theirs.
+            exclude: A websocket or several that do not get it. None excludes nobody, in a list too.
+                Websockets that are not registered are ignored.
+            encoding: `"json"` sends a `str` as JSON too; `"text"` and `"bytes"` require that type.
 
         Raises:
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
             InvalidChannel: The name is not valid.
-            PublishQueueFull: An event loop that has clients on the channel did not make room within
-                two seconds, or more than 16 MiB wait for the broker. Nobody got the message.
-            BackendUnavailable: The broker was away for two seconds, or did not answer. It may have
-                the message all the same if the connection was lost in this moment.
-            PayloadTooLarge: The broker takes no message of this size.
+            PublishQueueFull: An event loop that has clients on the channel had no space for it
+                within two seconds, or more than 16 MiB are waiting for the broker. Nobody got the
+                message.
+            BackendUnavailable: The broker was away for two seconds, or did not answer. If the
+                connection was lost while the message was being sent, the broker may still have it.
+            PayloadTooLarge: The message is larger than the broker accepts.
 
-        What becomes of one that nobody catches, in HTTP routes and in WebSocket routes, is told in
-        `starcast.exceptions`.
+        `starcast.exceptions` explains how HTTP routes and WebSocket routes answer if nothing
+        catches these errors.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         await self._hub.reopen()
@@ -402,18 +406,19 @@ class Broadcast:
         exclude: Exclude = None,
         encoding: Encoding | None = None,
     ) -> None:
-        """Publish a message and come back at once: a plain function, for any thread and any loop.
+        """Publish a message and return immediately: a plain function, for any thread and any loop.
 
         Messages of one thread keep their order. Arguments as for `publish`. While the broker is
-        away they wait for it, two seconds at most. A message that the broker could not be given in
-        that time, or that it refused, is counted in `stats().backend.lost`, and a warning in the
-        log says why, once in ten seconds for each kind of trouble.
+        away, messages wait for it for up to two seconds. A message that did not reach the broker in
+        that time, or that the broker refused, is lost. It is counted in `stats().backend.lost`, and
+        a warning in the log says why, at most once in ten seconds for each kind of error.
 
         Raises:
             EncodingError, InvalidChannel, PayloadTooLarge: See `publish`.
             PublishQueueFull: An event loop that has clients on the channel, or the broker, has more
                 than 16 MiB waiting. Nobody got the message.
-            BackendUnavailable: The hub has a broker and is not open.
+            BackendUnavailable: The hub has a broker and is not open, see `lifespan`. If it has
+                never been open, one log line says so.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         self._hub.dispatcher.publish_nowait(event)
@@ -453,16 +458,18 @@ class Broadcast:
                     print(event.message)
 
         Args:
-            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
-                of its `str()`.
-            max_buffer: Bytes that may wait to be iterated over; the hub's by default.
-            overflow: What happens when that is too little. `"disconnect"`, whatever the hub's is:
-                iteration hands out what is buffered and then raises `SubscriberLagged`.
-            gaps: Whether to get a `Gap` among the events, in its place, when the broker was away.
+            channel: 1 to 200 characters without control characters. An int or a UUID names the
+                channel of its `str()`.
+            max_buffer: Bytes that may wait to be read; the hub's setting by default.
+            overflow: What happens when the buffer is full. `"disconnect"`, the default whatever the
+                hub's setting is: iteration returns what is buffered and then raises
+                `SubscriberLagged`.
+            gaps: Whether to get a `Gap` at its place among the events when the broker was away.
 
         Raises:
-            InvalidChannel, ConfigurationError: An argument is not valid. On entering the block,
-                BackendUnavailable: the broker has not confirmed it within two seconds.
+            InvalidChannel, ConfigurationError: An argument is not valid. BackendUnavailable is
+                raised on entering the block, if the broker has not confirmed the subscription
+                within two seconds.
         """
         return (GapSubscriber if gaps else Subscriber)(
             codec.check_channel(channel),
@@ -489,34 +496,35 @@ class Broadcast:
         overflow: Overflow | None = None,
         on_publish_error: OnPublishError | None = None,
     ) -> int:
-        """Live a client's whole life: register it, publish what it sends, unregister it.
+        """Serve a client until it leaves: register it, publish what it sends, unregister it.
 
-        For the functions of `@app.websocket`. It ends when the client has left or was closed;
-        closing the socket any other way is up to the caller.
+        For the functions of `@app.websocket`. It returns when the client has left or was closed;
+        closing the socket in any other case is up to the caller.
 
         Args:
             websocket, channel, subprotocol, headers, max_buffer, overflow: See `connect`.
-            encoding: `"text"`, `"bytes"` or `"json"` both ways; `None` takes frames as they come.
+            encoding: `"text"`, `"bytes"` or `"json"`, both ways; `None` accepts text and binary
+                frames as they come.
             publish: Whether the client may publish. If not, it only listens.
-            heartbeats: Messages that client libraries send to see whether the server is there, and
-                their answers: `{"ping": "pong"}`, or None for no answer. A `str` stands for a text
-                frame, bytes for a binary one, and both are compared with what was sent, before JSON
-                is read. Such a message is answered to this client alone, in order with what it
-                gets. It is not published, and a client that may only listen may send it.
-            subprotocols: Used in place of `subprotocol`: the client is answered with the first of
-                these that it offers, or with none.
-            on_publish_error: Called as `on_publish_error(websocket, data, exc)` when something that
-                the client said could not be published, with a `BackendUnavailable` or
-                `PublishQueueFull`: an async function, or a plain one that does not block. Then the
-                client stays, unless it raises. By default the client is closed with 1013, so that
-                nobody believes that it was said.
+            heartbeats: Messages that client libraries send to check that the server is there, and
+                their answers: `{"ping": "pong"}`, or None for no answer. A `str` matches a text
+                frame, bytes a binary one, exactly as sent, before any JSON is decoded. Only this
+                client gets the answer, in order with its other messages. A heartbeat is not
+                published, and listen-only clients may send it.
+            subprotocols: Instead of `subprotocol`: the server answers with the first of these names
+                that the client offers, or with none.
+            on_publish_error: Called as `on_publish_error(websocket, data, exc)` when a message of
+                the client could not be published; `exc` is a `BackendUnavailable` or a
+                `PublishQueueFull`. An async function, or a plain one that does not block. The
+                client then stays connected, unless the function raises. By default the client is
+                closed with 1013, so that it does not believe that the message was delivered.
 
         Returns:
-            The close code. A client that sends something else than the encoding allows is closed
-            with 1003 (wrong type of frame) or 1007 (content not valid), one that may not publish
-            with 1008, and one whose message is too large for the broker with 1009; one log line
-            says so. A handshake that the broker is away for is answered with HTTP 503, or 403
-            where the server cannot do that, and the code is 1013.
+            The close code. A client that sends what the encoding does not allow is closed with 1003
+            (wrong type of frame) or 1007 (invalid content), one that may not publish with 1008, and
+            one whose message is too large for the broker with 1009, each with one log line. If the
+            broker is away when the client connects, the handshake is answered with HTTP 503, or 403
+            if the server does not support that, and the code is 1013.
 
         Raises:
             OriginRefused, InvalidChannel, ConfigurationError, TypeError: See `connect`.
@@ -556,23 +564,23 @@ class Broadcast:
 
         The hub itself is the same app with the defaults: `app.mount("/live", broadcast)`.
 
-        Whoever connects may ask for any channel of the hub, also for one that an endpoint guards
-        elsewhere: say with `authorize` who may have what, or mount a hub that holds nothing secret.
+        Clients may ask for any channel of the hub, including those that an endpoint guards
+        elsewhere. Decide with `authorize` who may join which, or mount a hub that has no secrets.
 
         Args:
-            publish: Whether clients may publish to the channel. By default they only listen, and
-                one that sends anything but a heartbeat is closed with 1008.
+            publish: Whether clients may publish to the channel. By default they only listen, and a
+                client that sends anything but a heartbeat is closed with 1008.
             authorize: Called as `authorize(websocket, channel)` before the websocket is accepted;
-                a plain function runs in a thread. Only True lets in. It refuses with 403 by
-                returning False or raising `PermissionError`; None refuses too, and one line in the
-                log says that a `return` may be missing. Anything else is a mistake and raises
-                `ConfigurationError`, so write `return user is not None` and not `return user`.
-                Other exceptions take their way through the app.
-            encoding: See `serve`; without `publish` it is unused.
+                a plain function runs in a thread. Only True lets the client in. False or a
+                `PermissionError` refuses it with 403. None refuses it too, and a log line says that
+                a `return` may be missing. Any other value raises `ConfigurationError`, so write
+                `return user is not None`, not `return user`. Other exceptions go through the app as
+                usual.
+            encoding: See `serve`; ignored without `publish`.
             heartbeats, subprotocols: See `serve`.
 
         Raises:
-            ConfigurationError: An argument makes no sense.
+            ConfigurationError: An argument is not valid.
         """
         codec.check_encoding(encoding)
         serve = functools.partial(
@@ -591,7 +599,7 @@ class Broadcast:
 
     @property
     def name(self) -> str:
-        """What this hub is called on its broker."""
+        """The name of this hub on its broker."""
         return self._hub.claim.name
 
     def __repr__(self) -> str:
@@ -620,7 +628,7 @@ class Broadcast:
     async def healthy(self) -> bool:
         """Whether the hub is open and its broker answers, for a readiness check. From any loop.
 
-        With a broker it sends itself a message by way of it, and waits two seconds at most. A hub
-        that nobody has opened is not healthy: give the app `lifespan=hub.lifespan`.
+        With a broker, the hub sends itself a message through the broker and waits up to two seconds
+        for it. A hub that has not been opened is not healthy: give the app `lifespan=hub.lifespan`.
         """
         return await self._hub.healthy()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from . import logs
 from .deadline import Deadline
 from .event import Event
 from .exceptions import BackendUnavailable, PublishQueueFull
@@ -60,6 +61,9 @@ class Dispatcher:
 
     def publish_nowait(self, event: Event) -> None:
         """Hand an event over, or raise at once."""
+        if self._link is not None and not self.open and not self.published:
+            # A route answers the error with 503, and then nobody would see why.
+            logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
         try:
             self.publish(event)
         except PublishQueueFull:

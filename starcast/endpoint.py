@@ -49,31 +49,32 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
         routes = [WebSocketRoute("/ws/{room}", Chat)]
 
-    Override any hook and call `super()`. One instance lives as long as its client.
+    Override any hook and call `super()`. There is one instance for each client.
 
-    A hook that raises a `WebSocketException` closes that client with its code, or refuses it if it
-    was not accepted yet. Any other exception closes it with 1011 and goes on to the server's log.
-    A client that sends what the encoding does not allow is closed with 1003 (wrong type of frame)
-    or 1007 (content not valid), and one log line says so. A pydantic `ValidationError` in
-    `on_receive` or `decode` is such a message: 1007.
+    A hook that raises a `WebSocketException` closes that client with its code, or refuses the
+    client if it has not been accepted yet. Any other exception closes it with 1011 and goes to the
+    server's log. A client that sends what the encoding does not allow is closed with 1003 (wrong
+    type of frame) or 1007 (invalid content), with one log line. A pydantic `ValidationError` in
+    `on_receive` or `decode` counts as invalid content.
 
-    FastAPI takes it where it wants a function too: `@app.websocket("/ws")` on the class, also with
-    `dependencies=`.
+    FastAPI accepts the class where it expects a function: put `@app.websocket("/ws")` on the class,
+    with `dependencies=` if you like.
 
     Attributes:
-        broadcast: The hub. Left out: one in memory, of this very class.
-        encoding: `"text"`, the default, `"bytes"` or `"json"`, both ways; `None` takes text and
-            binary frames as they come. It counts for what clients send and `on_receive` publishes
-            of it. What the server publishes itself goes by its type or by `publish(encoding=)`.
-        heartbeats: Messages that clients send to see whether the server is there, with their
+        broadcast: The hub. By default each class gets its own hub in memory.
+        encoding: `"text"`, the default, `"bytes"` or `"json"`, both ways; `None` accepts text and
+            binary frames as they come. It applies to what clients send and to what `on_receive`
+            publishes. For what the server publishes itself, the type of the message or
+            `publish(encoding=)` decides.
+        heartbeats: Messages that clients send to check that the server is there, with their
             answers: `{"ping": "pong"}`, or None for no answer. `on_receive` does not get them. See
             `Broadcast.serve`.
-        subprotocols: Names of subprotocols. A client is answered with the first of them that it
-            offers, or with none.
+        subprotocols: Names of subprotocols. The server answers with the first of them that the
+            client offers, or with none.
 
     Raises:
-        ConfigurationError: From the statement that makes the class: `heartbeats` or `subprotocols`
-            is not valid.
+        ConfigurationError: `heartbeats` or `subprotocols` is not valid. Raised where the class is
+            defined.
     """
 
     broadcast: Broadcast = _OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
@@ -118,7 +119,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
     def get_channel(self, websocket: WebSocket) -> Channel:
         """Return the client's channel: the path parameter `channel`, or else `"default"`.
 
-        Override it to return a `str`, or an `int` or a `UUID`, which is the channel of its `str()`.
+        Override it to return a `str`, an `int` or a `UUID`. The latter two name the channel of
+        their `str()`.
         """
         return str(websocket.path_params.get("channel", DEFAULT_CHANNEL))
 
@@ -130,10 +132,10 @@ class BroadcastEndpoint(WebSocketEndpoint):
         )
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:
-        """Broadcast what the client sent, to its channel and so to itself too.
+        """Broadcast what the client sent to its channel, and so to the client itself too.
 
-        It does not wait until everybody has it, so a burst is sent in few steps; a client with 256
-        messages on their way is not read from until they have been sent.
+        It does not wait until every client has the message, so a burst is sent in a few writes. A
+        client with 256 unsent messages is not read from until these have been sent.
         """
         channel = self.get_channel(websocket)
         await self._relay.publish(channel, data, self.encoding)
@@ -141,27 +143,29 @@ class BroadcastEndpoint(WebSocketEndpoint):
     async def on_publish_error(
         self, websocket: WebSocket, data: Any, exc: BackendUnavailable | PublishQueueFull
     ) -> None:
-        """Called when something that the client said could not be published.
+        """Called when a message of the client could not be published.
 
-        It raises `exc`, which closes the client with 1013 (try again later), so that nobody
-        believes that it was said. Override it to tell the client, or to keep the message, and let
-        the client stay. Called for what `BroadcastEndpoint.on_receive` was given, in order, and
-        before `on_disconnect`; nothing more is read from the client meanwhile. A message that is
-        lost after the client has left does not come here; the log and `stats()` have it.
+        By default it raises `exc`, which closes the client with 1013 (try again later), so that the
+        client does not believe that the message was delivered. Override it to tell the client, or
+        to keep the message, and let the client stay. It is called for what
+        `BroadcastEndpoint.on_receive` was given, in order, and before `on_disconnect`; nothing more
+        is read from the client meanwhile. It is not called for a message that is lost after the
+        client has left; the log and `stats()` report that one.
 
         Args:
             data: What `on_receive` was given.
-            exc: Why. The message may have been published all the same if the connection to the
-                broker was lost at this moment.
+            exc: The reason. If the connection to the broker was lost while the message was being
+                sent, it may have been published all the same.
         """
         raise exc
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         """Unregister the client.
 
-        Called exactly once for every client that was registered, and for every one that
+        Called exactly once for every client that was registered, and for every client that
         `on_connect` accepted without `super()`, unless `on_connect` then raised, as in Starlette.
-        `close_code` is what the client or the server closed with; 1006 if nobody said goodbye.
+        `close_code` is the code that the client or the server closed with; 1006 if there was no
+        closing handshake.
         """
         await self.broadcast.disconnect(websocket)
 
@@ -170,7 +174,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
         return codec.decode(message, self.encoding)
 
     async def dispatch(self) -> None:
-        """Live the client's life. Starlette calls this."""
+        """Serve the client until it leaves. Starlette calls this."""
         websocket = self._websocket
         hub = self.broadcast._hub
         self._relay = Relay(hub, websocket, self.on_publish_error)

@@ -1,34 +1,35 @@
 """The errors that starcast raises.
 
     StarcastError
-    ├── ConfigurationError   (ValueError)            a setting of the hub makes no sense
+    ├── ConfigurationError   (ValueError)            a setting of the hub is not valid
     ├── InvalidChannel       (ValueError, 422, 1008) a channel's name is not allowed
-    ├── EncodingError        (ValueError)            a message cannot become a frame
-    ├── InvalidMessage       (1003, 1007 or 1009)    a client sent what cannot be taken
+    ├── EncodingError        (ValueError)            a message cannot be made into a frame
+    ├── InvalidMessage       (1003, 1007 or 1009)    a client sent what is not allowed
     ├── OriginRefused        (1008)                  a page from another host asked to connect
-    ├── ClientGone           (WebSocketDisconnect)   the client that one serves has left
+    ├── ClientGone           (WebSocketDisconnect)   the client has left
     ├── NotConnected                                 `send(to=)` for a client that is not registered
-    ├── PublishQueueFull     (503, 1013)             more is waiting to be sent than may wait
+    ├── PublishQueueFull     (503, 1013)             too many messages are waiting to be sent
     ├── BackendUnavailable   (503, 1013)             there is no connection to the broker
-    ├── PayloadTooLarge      (ValueError, 413, 1009) a message is larger than the broker takes
+    ├── PayloadTooLarge      (ValueError, 413, 1009) a message is larger than the broker accepts
     └── SubscriberLagged                             a subscriber fell behind its buffer
 
-A number from 1000 on is a WebSocket close code of RFC 6455, section 7.4, the other one an HTTP
-status. They are what the client gets if nobody catches the error, in Starlette and in FastAPI:
+Numbers from 1000 on are WebSocket close codes (RFC 6455, section 7.4), the others HTTP statuses.
+The client gets them if nothing catches the error, in Starlette and in FastAPI:
 
-- **An HTTP route**, a dependency or anything that they await answers with the status. 503 comes
-  with `Retry-After`, and the body does not repeat the message. A `def` route does so too.
-- **A WebSocket route** closes the client with the code. If the client was not accepted yet, it is
-  answered with HTTP 503 instead of 1013 where the server can do that, and with 403 otherwise.
-- **Where nothing can be answered any more** it is an error like any other, and the server's log has
-  its traceback: in a background task, in a stream that has begun, after the client has left, in a
-  task that no route awaits, and in middleware, which is outside of Starlette's error handling.
+- **In an HTTP route**, a dependency, or anything that they await, the status is the answer. 503
+  comes with `Retry-After`, and the body does not repeat the message. `def` routes are no exception.
+- **In a WebSocket route**, the client is closed with the code. If it has not been accepted yet, it
+  gets HTTP 403; instead of 1013 it gets HTTP 503, if the server supports that.
+- **Where no answer is possible**, it is an ordinary exception, and the server's log has its
+  traceback: in a background task, in a stream that has begun, after the client has left, in a task
+  that no route awaits, and in middleware, which is outside Starlette's error handling.
 
-`except BackendUnavailable` and `@app.exception_handler(BackendUnavailable)` work in all of them. A
-handler of the app's is called instead of the answers above, but not for an accepted client of
-`BroadcastEndpoint`, `serve` or a mount, which is closed with the code. For an error with two
-numbers, both answers are attributes: `status_code`, `detail` and `headers`, and `code` and
-`reason`. An error with a close code only is a `starlette.exceptions.WebSocketException`.
+`except BackendUnavailable` works in all of these places, and so does
+`@app.exception_handler(BackendUnavailable)` where an answer is possible. The handler replaces the
+answers above, except for an accepted client of `BroadcastEndpoint`, `serve` or a mount, which is
+always closed with the code. Errors with two numbers have both answers as attributes: `status_code`,
+`detail` and `headers`, and `code` and `reason`. An error with only a close code is a
+`starlette.exceptions.WebSocketException`.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ RETRY_AFTER = 2
 
 
 class StarcastError(Exception):
-    """The base of every error that starcast raises on its own account."""
+    """The base class of every error that starcast raises."""
 
 
 class ConfigurationError(StarcastError, ValueError):
-    """A setting makes no sense: an unknown URL scheme, overflow policy or origin."""
+    """A setting is not valid: an unknown URL scheme, overflow policy or origin, for example."""
 
 
 class InvalidChannel(StarcastError, Answered, ValueError):
@@ -63,15 +64,15 @@ class InvalidChannel(StarcastError, Answered, ValueError):
 
 
 class EncodingError(StarcastError, ValueError):
-    """A message cannot become a frame: not serialisable, not text, or of the wrong type."""
+    """A message cannot be made into a frame: not serialisable, not text, or of the wrong type."""
 
 
 class InvalidMessage(StarcastError, WebSocketException):
-    """A client sent something that cannot be taken.
+    """A client sent something that is not allowed.
 
-    `code` is 1003 for a frame of the wrong type, 1007 for content that is not valid, and 1009 for a
-    message that is larger than the broker takes. The endpoint, `serve` and the mount close the
-    client with it; handlers do not see this error.
+    `code` is 1003 for a frame of the wrong type, 1007 for invalid content, and 1009 for a message
+    larger than the broker accepts. The endpoint, `serve` and the mount close the client with it;
+    handlers do not see this error.
     """
 
     def __init__(self, code: int, reason: str) -> None:
@@ -84,7 +85,7 @@ class InvalidMessage(StarcastError, WebSocketException):
 class OriginRefused(StarcastError, WebSocketException):
     """A web page of another host asked to connect, and `origins=` does not allow it.
 
-    It is raised before the handshake is answered, so the browser sees HTTP 403.
+    It is raised before the client is accepted, so the browser gets HTTP 403.
     """
 
     def __init__(self, message: str) -> None:
@@ -96,22 +97,22 @@ class OriginRefused(StarcastError, WebSocketException):
 
 
 class ClientGone(StarcastError, WebSocketDisconnect):
-    """The client had left when `connect` was called for it, or a message was addressed to it.
+    """The client had left before `connect` was called for it, or a message was addressed to it.
 
-    Of messages, only whoever serves the client is told so: see `Broadcast.send`. It is a
-    `WebSocketDisconnect`, so a handler that is ready for one needs nothing more. `code` is 1006
-    (closed abnormally), unless the hub knows another.
+    For a message, it is only raised in the code that serves the client: see `Broadcast.send`. It is
+    a `WebSocketDisconnect`, so a handler that catches that needs nothing more. `code` is 1006
+    (closed abnormally), unless the hub knows the actual code.
     """
 
 
 class NotConnected(StarcastError):
-    """`send(to=websocket)` was called for a living client that is not registered with the hub."""
+    """`send(to=websocket)` was called for a client that is not registered with the hub."""
 
 
 class PublishQueueFull(StarcastError, Answered):
-    """An event loop has more messages waiting than may wait, and nothing of this one was sent.
+    """An event loop already has too many messages waiting, and nothing of this one was sent.
 
-    `publish_nowait` raises it at once, `publish` and `send` after waiting two seconds for room.
+    `publish_nowait` raises it at once, `publish` and `send` after waiting two seconds for space.
     """
 
     status_code = 503
@@ -135,7 +136,7 @@ class BackendUnavailable(StarcastError, Answered):
 
 
 class PayloadTooLarge(StarcastError, Answered, ValueError):
-    """A message is larger than the broker takes. Nothing of it was sent."""
+    """A message is larger than the broker accepts. Nothing of it was sent."""
 
     status_code = 413
     detail = "message too large"
@@ -144,7 +145,7 @@ class PayloadTooLarge(StarcastError, Answered, ValueError):
 
 
 class SubscriberLagged(StarcastError):
-    """A subscriber did not keep up: what was buffered has been handed out, what followed is lost.
+    """A subscriber did not keep up. It got what was buffered; what followed is lost.
 
     Subscribe again to go on.
     """

@@ -7,14 +7,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Gap:
-    """The broker was away, or silent: of the messages before this point some may be missing.
+    """The broker was away or did not answer, so messages before this point may be missing.
 
     Attributes:
-        since: When the broker was known to be there last, in seconds since 1970.
-        seconds: How long it took from then until everything was subscribed to again: of these last
-            seconds messages may be missing. The broker may have been there for the first three of
-            them, because it is asked that often.
-        error: What was wrong.
+        since: When the broker was last known to be there, in seconds since 1970.
+        seconds: The time from then until all channels were subscribed again. Messages of this time
+            may be missing. The outage itself may have been up to three seconds shorter, because the
+            broker is checked that often.
+        error: What went wrong.
     """
 
     since: float

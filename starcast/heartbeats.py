@@ -33,8 +33,8 @@ def check(heartbeats: Heartbeats | None) -> Heartbeats | None:
     for said, answer in heartbeats.items():
         if not isinstance(said, (str, bytes)) or not isinstance(answer, (str, bytes, type(None))):
             raise ConfigurationError(
-                "heartbeats are str or bytes, and so are their answers, or None for no answer, "
-                f"not {said!r}: {answer!r}"
+                "heartbeats map what a client sends, a str or bytes, to its answer, a str, bytes "
+                f"or None for no answer, not {said!r}: {answer!r}"
             )
         if isinstance(answer, str):
             try:

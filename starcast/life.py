@@ -85,7 +85,9 @@ class Life:
         self.tasks.remove(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            logger.error("the connection to the broker has to begin anew", exc_info=error)
+            logger.error(
+                "the connection to the broker is started again after an error", exc_info=error
+            )
         if (error is not None or task.cancelled()) and not self.leaving:
             self.cancel()
 

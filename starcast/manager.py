@@ -15,10 +15,10 @@ from .exceptions import NotConnected
 
 
 class Connections(list[WebSocket]):
-    """Clients, in the order in which they came. `remove` means it: programs call that to clean up.
+    """Clients, in the order in which they connected. `remove` unregisters one.
 
-    `remove` is harmless for a client that is not in the list, so that whoever comes second, the
-    program or the hub, does no damage.
+    Programs call `remove` to clean up. It ignores a client that is not in the list, because the hub
+    may have removed it first.
     """
 
     def __init__(self, clients: Iterable[WebSocket], leave: Callable[[WebSocket], None]) -> None:
@@ -32,13 +32,13 @@ class Connections(list[WebSocket]):
 
 
 class ConnectionManager:
-    """Takes the place of the class that FastAPI's documentation tells people to copy.
+    """Replaces the class that FastAPI's documentation tells people to copy.
 
-    The names are the same; one client that is gone or does not read harms nobody else, and
-    clients may come and go during a broadcast.
+    The methods have the same names. A client that has gone or does not read affects nobody else,
+    and clients may connect and leave during a broadcast.
 
     Args:
-        broadcast: A hub of yours. Left out: one in memory of its own.
+        broadcast: The hub to use. By default the manager creates its own hub in memory.
 
     Attributes:
         hub: The hub.
@@ -49,47 +49,47 @@ class ConnectionManager:
 
     @property
     def active_connections(self) -> list[WebSocket]:
-        """The clients of this process: a fresh list, which does not follow who comes and goes.
+        """The clients of this process: a new list each time.
 
         Its `remove(websocket)` unregisters the client, as `disconnect` does.
         """
         return Connections(self.hub._hub.clients(), self.disconnect)
 
     async def connect(self, websocket: WebSocket) -> None:
-        """Accept a client, unless that was done, and register it.
+        """Accept a client, unless it has been accepted, and register it.
 
         Raises:
-            OriginRefused: The page may not connect; the app answers 403.
-            ClientGone: The client has left already. A `WebSocketDisconnect`.
-            TypeError: It is None, or no websocket.
+            OriginRefused: The page may not connect. If nothing catches this, the client gets 403.
+            ClientGone: The client has already left. It is a `WebSocketDisconnect`.
+            TypeError: `websocket` is None or not a websocket.
         """
         await self.hub.connect(check_client(websocket, "connect(...)"))
 
     def disconnect(self, websocket: WebSocket) -> None:
-        """Unregister a client; it keeps its socket. Harmless twice and for a stranger.
+        """Unregister a client; it keeps its socket. Ignored if the client is not registered.
 
         Raises:
-            TypeError: It is None, or no websocket.
+            TypeError: `websocket` is None or not a websocket.
         """
         self.hub._hub.leave(check_client(websocket, "disconnect(...)"))
 
     async def send_personal_message(self, message: Any, websocket: WebSocket) -> bool:
-        """Send to one client, in order with what it gets from `broadcast`.
+        """Send to one client, in order with the messages of `broadcast`.
 
-        It waits for the client: see `Broadcast.send`. A client that is not registered but
-        connected gets the message too.
+        Waits for the client: see `Broadcast.send`. A client that is connected but not registered
+        gets the message too.
 
         Args:
             message: As for `Broadcast.publish`.
             websocket: The client.
 
         Returns:
-            Whether the message was handed over; False means that the client has left.
+            Whether the message was handed over. False means that the client has left.
 
         Raises:
-            ClientGone: The client has left, and the caller serves it, see `Broadcast.send`. A
-                `WebSocketDisconnect`: a loop that only sends ends with its client.
-            TypeError: `websocket` is None, or no websocket.
+            ClientGone: The client has left, and the caller serves it; see `Broadcast.send`. It is a
+                `WebSocketDisconnect`, so a loop that only sends ends with its client.
+            TypeError: `websocket` is None or not a websocket.
             EncodingError, PublishQueueFull: See `Broadcast.publish`.
         """
         if isinstance(message, WebSocket):

@@ -53,36 +53,36 @@ CLOSED = "the publisher is closed"
 
 
 class Publisher:
-    """Publish from Celery tasks, cron scripts, Django views: from any code without an event loop.
+    """Publishes from Celery tasks, cron scripts, Django views: from any code without an event loop.
 
         publisher = Publisher("redis://localhost")
         publisher.publish("user:42", {"state": "paid"})
 
-    Make one per program, at module level. That neither connects nor starts a thread: the first
-    `publish` does, once per process. The connection is kept for the calls that follow, whichever
-    thread they come from, and it is restored when the broker was away. Publishers and hubs with the
-    same URL and name reach the same channels.
+    Create one per program, at module level. That neither connects nor starts a thread; the first
+    `publish` in each process does. Later calls reuse the connection, from any thread, and it is
+    restored after an outage. Publishers and hubs with the same URL and name share their channels.
 
-    A publisher survives `os.fork()`: the child opens a connection of its own with its first
-    message and leaves the parent's alone. It needs a real thread, so it refuses to work where
-    gevent or eventlet has replaced them.
+    A publisher survives `os.fork()`: the child opens its own connection with its first message and
+    does not touch the parent's. It needs a real thread, so it raises an error where gevent or
+    eventlet has replaced threads.
 
-    At the interpreter's exit, and when nothing refers to the publisher any more, its connection is
-    closed.
+    Its connection is closed at the interpreter's exit, and when nothing refers to the publisher any
+    more.
 
     Args:
-        url: The broker, as for `Broadcast`. Not `memory://`, which no other process can reach.
+        url: The broker, as for `Broadcast`. `memory://` is refused, because no other process can
+            reach it.
         backend: A function that returns a new backend, instead of a URL:
             `lambda: RedisBackend("redis://localhost", prefix="")`. It is called once per process,
-            and once when the publisher is made.
-        name: The name of the hubs to publish to: what they were given as `name=`.
+            and once when the publisher is created.
+        name: The name of the hubs to publish to, as given to them with `name=`.
         dumps: Writes JSON, as for `Broadcast`. It is called on the thread that publishes.
         timeout: Seconds that `publish` waits for the broker, 5 by default.
         idle: Seconds without a message after which the connection is closed, 60 by default. The
             next message opens it again. `None` keeps it open.
 
     Raises:
-        ConfigurationError: One of these makes no sense.
+        ConfigurationError: An argument is not valid.
     """
 
     def __init__(
@@ -139,23 +139,23 @@ class Publisher:
     ) -> None:
         """Publish a message to a channel, and return when the broker has it.
 
-        From any thread that does not run an event loop. Messages of one thread keep their order.
-        While the broker is away it waits for it to come back, until the timeout.
+        May be called from any thread that does not run an event loop. Messages of one thread keep
+        their order. While the broker is away, it waits for it, up to the timeout.
 
         Args:
-            channel: 1 to 200 characters without control characters. An int or a UUID is the channel
-                of its `str()`.
+            channel: 1 to 200 characters without control characters. An int or a UUID names the
+                channel of its `str()`.
             message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
                 in a text frame.
-            encoding: `"json"` makes JSON of a `str` too; `"text"` and `"bytes"` insist on theirs.
+            encoding: `"json"` sends a `str` as JSON too; `"text"` and `"bytes"` require that type.
             timeout: Seconds to wait for the broker instead of the publisher's own `timeout`.
 
         Raises:
             BackendUnavailable: There was no connection to the broker for `timeout` seconds, the
-                broker did not confirm the message within two, it refused it, or the publisher is
-                closed. A broker that was sent the message and lost before it had confirmed it may
-                have it all the same.
-            PayloadTooLarge: The broker takes no message of this size.
+                broker did not confirm the message within two seconds or refused it, or the
+                publisher is closed. If the connection was lost before the message was confirmed,
+                the broker may still have it.
+            PayloadTooLarge: The message is larger than the broker accepts.
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
             InvalidChannel: The name is not valid.
             PublishQueueFull: More than 16 MiB of other threads' messages wait for the broker.
@@ -188,9 +188,9 @@ class Publisher:
         return worker
 
     def close(self) -> None:
-        """Close the connection, and publish no more. A second call does nothing.
+        """Close the connection and stop publishing. A second call does nothing.
 
-        What other threads are publishing is waited for, 3 seconds at most.
+        Waits up to 3 seconds for what other threads are publishing.
         """
         with _lock:
             self._closed = True

@@ -26,8 +26,8 @@ def log(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
         return  # whoever checked that has said what would let the client in
     logs.once(
         ("refused", type(exc).__name__, str(exc.code)),
-        "refused a client before its handshake was answered (HTTP %d), and others of this kind "
-        "without a line of their own: %s",
+        "refused a client before it was accepted (HTTP %d): %s; "
+        "further refusals of this kind are not logged",
         exc.status_code if isinstance(exc, Answered) and may_be_denied(websocket, exc) else 403,
         exc,
     )

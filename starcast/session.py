@@ -124,7 +124,7 @@ class Session:
                 await self._backend.stop()
             self._started = False
         except Exception as exc:
-            logger.warning("the connection to the broker did not end in order: %s", words(exc))
+            logger.warning("the connection to the broker was not closed cleanly: %s", words(exc))
 
 
 def words(error: Exception) -> str:

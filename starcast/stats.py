@@ -11,18 +11,18 @@ State = Literal["closed", "connected", "reconnecting"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BackendStats:
-    """How the connection of a hub to its broker is; a snapshot.
+    """The state of a hub's connection to its broker; a snapshot.
 
     Attributes:
         state: `"connected"`, `"reconnecting"` or `"closed"`.
-        since: Since when, in seconds since 1970.
-        error: The last error, also if it is over; None if there was none.
-        gaps: How often the connection was lost and found again.
-        lost: Messages that did not reach the broker, or this process's clients, and that nobody
+        since: When that state began, in seconds since 1970.
+        error: The most recent error, even if it has been resolved; None if there has been none.
+        gaps: How often the connection was lost and restored.
+        lost: Messages that did not reach the broker, or this process's clients, and that no caller
             waited for.
-        malformed: What arrived and was neither text nor of a form that is known.
+        malformed: Messages that arrived and were neither text nor in a known format.
         channels: Channels that this process is subscribed to, or wants to be.
-        waiting: Messages that wait for the broker.
+        waiting: Messages that are waiting for the broker.
     """
 
     state: str
@@ -37,9 +37,9 @@ class BackendStats:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of a hub; it does not change any more.
+    """A snapshot of a hub. It does not change.
 
-    Counters run from the making of the hub and count this process only.
+    Counters start when the hub is created, and only count this process.
 
     Attributes:
         open: Whether the hub is open.
@@ -51,7 +51,7 @@ class Stats:
         delivered: Messages written to a client's socket or handed out by a subscriber.
         dropped: Messages that an overflow policy kept from a client or a subscriber.
         cut_off: Clients and subscribers that were cut off because they did not keep up.
-        pending: Messages that wait for their event loop now.
+        pending: Messages that are waiting for their event loop now.
         buffered: Bytes in the outboxes of clients and subscribers now.
         backend: How the connection to the broker is; None for `memory://`.
     """

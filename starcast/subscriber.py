@@ -81,7 +81,10 @@ class Subscription(Generic[Got]):
 
     async def __anext__(self) -> Got:
         if self._loop is None:
-            raise RuntimeError("a Subscriber gets events inside `async with` only")
+            raise RuntimeError(
+                "a Subscriber only gets events inside `async with`: write "
+                "`async with hub.subscribe(...) as subscriber`"
+            )
         while (item := self.outbox.take()) is None:
             if self._lagged:
                 self._lagged = False

@@ -240,7 +240,9 @@ class Subscriptions:
             if why or self._host.connected:
                 waiting, hold.waiting = hold.waiting, []
         if why:
-            logger.warning("the broker does not give the channel %r: %s", channel, why)
+            logger.warning(
+                "the broker refused the subscription to the channel %r: %s", channel, why
+            )
         elif self._host.connected:
             self._host.hear()
         for taken in waiting:

@@ -106,7 +106,11 @@ class _Announcement(dict[str, Any]):
         except AttributeError as exc:
             if not _complained:
                 _complained = True
-                logger.warning("this uvicorn is not understood (%s): going on without frames", exc)
+                logger.warning(
+                    "this version of uvicorn is not supported (%s): "
+                    "continuing without ready-made frames",
+                    exc,
+                )
             return None
         return wire
 

@@ -376,9 +376,34 @@ def test_a_channel_that_is_none_is_refused_by_the_endpoint():
 # What a hub says of itself
 
 
-async def test_a_hub_that_is_not_open_shows_how_to_open_it():
+async def test_a_hub_that_is_not_open_shows_how_to_open_it(caplog):
     with pytest.raises(BackendUnavailable, match=r"FastAPI\(lifespan=hub\.lifespan\)"):
         Broadcast(backend=Bus()).publish_nowait("room", "hello")
+    assert "FastAPI(lifespan=hub.lifespan)" in caplog.text
+    caplog.clear()
+
+
+def test_a_route_whose_hub_is_not_open_says_so_in_the_log_once(caplog):
+    hub, app = Broadcast(backend=Bus()), FastAPI()
+
+    @app.post("/orders")
+    def order() -> None:
+        hub.publish_nowait("orders", "one")
+
+    client = TestClient(app)
+    assert [client.post("/orders").status_code for _ in range(3)] == [503] * 3
+    (line,) = caplog.messages
+    assert "FastAPI(lifespan=hub.lifespan)" in line
+    caplog.clear()
+
+
+async def test_a_hub_that_was_closed_says_nothing_about_opening_it(caplog):
+    hub = Broadcast(backend=Bus())
+    async with hub:
+        await hub.publish("room", "hello")
+    with pytest.raises(BackendUnavailable):
+        hub.publish_nowait("room", "hello")
+    assert not caplog.messages
 
 
 async def test_the_repr_says_scheme_state_and_clients():

@@ -225,6 +225,19 @@ async def test_a_page_takes_whatever_the_server_sends(serve, browser):
     assert errors == []
 
 
+async def test_a_ticker_without_ticks_is_dimmed(serve, browser, monkeypatch):
+    async def away(*args, **kwargs):
+        raise BackendUnavailable("the broker did not answer in time")
+
+    server = await serve(demo_app.app)
+    page = await open_tab(await browser.new_context(), server)
+    await wait_for(page, "!document.querySelector('#ticker').matches('.off')")
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_app.hub, "publish", away)
+        await wait_for(page, "document.querySelector('#ticker').matches('.off')")
+    await wait_for(page, "!document.querySelector('#ticker').matches('.off')")
+
+
 async def test_a_message_that_the_broker_does_not_take_is_in_the_input_line_again(
     serve, browser, monkeypatch
 ):

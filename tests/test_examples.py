@@ -243,6 +243,15 @@ def test_fastapi_mount(example):
         assert closed(ann) == 1008
 
 
+def test_fastapi_users(example):
+    with TestClient(example("fastapi_users").app) as client:
+        with client.websocket_connect("/users/7") as ann:
+            answer = client.post("/users/7", params={"text": "tea is ready"})
+            assert answer.json() == {"online": True}
+            assert ann.receive_text() == "tea is ready"
+        assert client.post("/users/8", params={"text": "tea"}).json() == {"online": False}
+
+
 def test_fastapi_json(example):
     client = TestClient(example("fastapi_json").app)
     with client.websocket_connect("/live/orders") as ann:

@@ -171,9 +171,9 @@ async def test_what_on_connect_refuses_is_a_line_a_kind(serve, caplog):
     for code in (1008, 4001, 1008, 4001):
         assert (await refusal(server, f"/?code={code}")).status_code == 403
     lines = warnings_of(caplog)
-    assert [line.rpartition(": ")[2] for line in lines] == ["no token", "no token"]
-    assert "1008" in lines[0]
-    assert "4001" in lines[1]
+    assert len(lines) == 2
+    assert "1008: no token; " in lines[0]
+    assert "4001: no token; " in lines[1]
 
 
 async def test_what_authorize_refuses_is_one_line(serve, caplog):

@@ -968,7 +968,7 @@ async def test_a_uvicorn_that_is_not_understood(start, back, monkeypatch, caplog
     assert app.through_asgi == 6
     (line,) = [record for record in caplog.records if record.name == "starcast"]
     assert line.levelname == "WARNING"
-    assert "not understood" in line.getMessage()
+    assert "this version of uvicorn is not supported" in line.getMessage()
     assert missing in line.getMessage()
 
 

@@ -5,7 +5,7 @@ from starcast.backends.postgres import PostgresBackend
 
 
 async def token() -> str:
-    """Ask whoever gives out tokens. A plain function would do as well."""
+    """Ask your token service. A plain function works too."""
     return os.environ["TOKEN"]
 
 

@@ -30,7 +30,7 @@ def publish_from_a_plain_route(channel: str, headline: str):
 async def announce(headline: str):
     try:
         await news.publish("all", headline)
-    except StarcastError as exc:  # the caller has its answer already
+    except StarcastError as exc:  # the response has been sent already
         logger.warning("not announced: %s", exc)
 
 

@@ -30,7 +30,7 @@ async def push(websocket):
 
 # --8<-- [start:third]
 async def notify(websocket, text):
-    """Called from anywhere else: False means that the client has left, which is no error."""
+    """Call this from anywhere else. False means that the client has left; it is not an error."""
     return await hub.send(text, to=websocket)
 
 

@@ -55,10 +55,10 @@ def from_url(url: object) -> Backend | None:
         if callable(getattr(url, "publish", None)):
             raise ConfigurationError("a backend is not a URL: write Broadcast(backend=...)")
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        given = "nothing of the kind"
+        given = "; this one starts with none of them"
         if separator and (_SCHEME.fullmatch(scheme) or not scheme):
-            given = f"{scheme}://"
-        raise ConfigurationError(f"a hub's URL starts with {known}, not with {given}")
+            given = f", not with {scheme}://"
+        raise ConfigurationError(f"a hub's URL starts with {known}{given}")
     found = SCHEMES[scheme]
     if found is None:
         return None

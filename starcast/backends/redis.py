@@ -299,7 +299,7 @@ def _pool(url: str) -> ConnectionPool:
         if (refused := _refused(dict(options), error)) is not None:
             raise refused from None
         raise ConfigurationError(
-            "not a URL of a Redis server, or with options that make no sense; it looks like "
+            "not the URL of a Redis server, or its options are not valid; a URL looks like "
             "redis://user:password@host:6379, with %40 for an @ in the password and so on"
         ) from None
     return pool

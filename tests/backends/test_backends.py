@@ -110,9 +110,9 @@ def test_a_package_that_is_missing_is_named_with_the_line_that_installs_it(schem
         ("carrier-pigeon://", "not with carrier-pigeon://"),
         ("MEMORY://", "not with MEMORY://"),
         ("://host", "not with ://"),
-        ("memory", "not with nothing of the kind"),
-        ("memory:/", "not with nothing of the kind"),
-        ("user:secret@host", "not with nothing of the kind"),
+        ("memory", "this one starts with none of them"),
+        ("memory:/", "this one starts with none of them"),
+        ("user:secret@host", "this one starts with none of them"),
         ("mystery://user:secret@host/0", "not with mystery://"),
     ],
 )

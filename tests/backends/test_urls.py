@@ -78,7 +78,7 @@ def test_what_is_no_url_and_could_be_made_one():
 
 @pytest.mark.parametrize("url", ["user:secret@host://x", "sec ret://host", "redis:secret@h://"])
 def test_a_scheme_that_is_none_is_not_repeated(url):
-    with pytest.raises(ConfigurationError, match="not with nothing of the kind") as raised:
+    with pytest.raises(ConfigurationError, match="this one starts with none of them") as raised:
         Broadcast(url)
     assert "secret" not in str(raised.value)
 
