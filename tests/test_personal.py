@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starcast import Broadcast, ClientGone, ConnectionManager, NotConnected, space
 from starcast.event import OVERHEAD
-from starcast.outbox import OVERFLOWS
+from starcast.outbox import MAX_BUFFER, OVERFLOWS
 from support import DEADLINE, OtherLoop, Peer, Served, by_another, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -83,11 +83,10 @@ async def read_slowly(server: Served, path: str, size: int) -> list[str]:
     return got
 
 
-@pytest.mark.parametrize("size", [64 * KIB, 100])
-async def test_ten_megabytes_reach_a_client_on_a_slow_line(serve, ws, size):
+@pytest.mark.parametrize(("size", "count"), [(64 * KIB, 160), (100, 10_000)])
+async def test_much_more_than_the_buffer_reaches_a_client_on_a_slow_line(serve, ws, size, count):
     """And meanwhile others get what is published at once, and so does the slow one, in order."""
-    hub = Broadcast()
-    count = 10_000_000 // size
+    hub = Broadcast(max_buffer=min(MAX_BUFFER, size * count // 10))
 
     async def endpoint(websocket: WebSocket):
         await hub.connect(websocket)
