@@ -433,7 +433,7 @@ async def test_one_failed_opening_is_answered_to_each_in_its_way(web, caplog):
     bus = Bus()
     bus.broker.up = False
     bus.broker.open.clear()
-    hub = Broadcast(backend=bus)
+    hub = Broadcast(backend=bus, open_timeout=0)
     calls = []
 
     async def publish():

@@ -25,7 +25,7 @@ class Placed(Bus):
 
 
 def hub(name: str | None = None, broker: Broker | None = None) -> Broadcast:
-    return Broadcast(backend=Placed(broker), name=name)
+    return Broadcast(backend=Placed(broker), name=name, open_timeout=0)
 
 
 async def refused(second: Broadcast) -> str:

@@ -108,7 +108,9 @@ async def test_a_server_that_cannot_answer_with_a_status_closes(door):
     broker.up = False
     peer = Peer()
     peer.scope |= {"path": path_of(door), "root_path": "", "method": "GET"}
-    await app_of(Broadcast(backend=Bus(broker)))(peer.scope, peer.receive, peer.send)
+    await app_of(Broadcast(backend=Bus(broker), open_timeout=0))(
+        peer.scope, peer.receive, peer.send
+    )
     assert peer.sent == [{"type": "websocket.close", "code": 1013, "reason": "try again later"}]
 
 
@@ -118,7 +120,7 @@ async def test_a_client_that_has_left_meanwhile_is_not_answered():
     broker.open.clear()
     peer = Peer()
     peer.scope |= {"path": "/endpoint", "extensions": {"websocket.http.response": {}}}
-    hub = Broadcast(backend=Bus(broker))
+    hub = Broadcast(backend=Bus(broker), open_timeout=0)
 
     class Chat(BroadcastEndpoint):
         broadcast = hub
@@ -144,7 +146,7 @@ async def test_a_refusal_that_does_not_get_through_is_no_error():
     peer.fail = OSError()
 
     class Chat(BroadcastEndpoint):
-        broadcast = Broadcast(backend=Bus(broker))
+        broadcast = Broadcast(backend=Bus(broker), open_timeout=0)
 
     await Chat(peer.scope, peer.receive, peer.send)
     assert peer.sent == []
