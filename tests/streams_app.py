@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, WebSocket
@@ -19,6 +20,11 @@ app = FastAPI(lifespan=hub.lifespan)
 @app.get("/version")
 async def version() -> str:
     return VERSION
+
+
+@app.get("/pid")
+async def pid() -> int:
+    return os.getpid()
 
 
 @app.get("/sse", response_class=EventSourceResponse)

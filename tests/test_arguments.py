@@ -8,7 +8,6 @@ import uuid
 
 import pytest
 from fastapi import FastAPI, WebSocket
-from mypy import api as mypy
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Mount, WebSocketRoute
@@ -466,6 +465,7 @@ PROGRAM = """
 
 
 def test_a_type_checker_finds_the_same_mistakes(tmp_path):
+    mypy = pytest.importorskip("mypy.api", reason="mypy comes with the extra `lint`")
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
     cache = tmp_path / "cache"

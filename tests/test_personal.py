@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 
 import pytest
 from starlette.applications import Starlette
@@ -14,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starcast import Broadcast, ClientGone, ConnectionManager, NotConnected, space
 from starcast.event import OVERHEAD
-from starcast.outbox import OVERFLOWS
+from starcast.outbox import MAX_BUFFER, OVERFLOWS
 from support import DEADLINE, OtherLoop, Peer, Served, by_another, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -54,19 +55,25 @@ async def joined(hub: Broadcast, **options) -> Peer:
 # A slow client
 
 
-async def read_slowly(server: Served, path: str, size: int) -> list[str]:
-    """Take frames off a socket with a small buffer, pausing now and then, until `size` bytes."""
+async def read_slowly(
+    server: Served, path: str, size: int, behind: Callable[[], bool]
+) -> list[str]:
+    """Take frames off a socket with a small buffer, pausing now and then, until `size` bytes.
+
+    It begins when the server says that it is behind.
+    """
     sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * KIB)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * KIB)
     sock.connect((server.host, server.port))
-    reader, writer = await asyncio.open_connection(sock=sock, limit=32 * KIB)
+    reader, writer = await asyncio.open_connection(sock=sock, limit=8 * KIB)
     writer.write(
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
     )
     assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+    await until(behind)
     got: list[str] = []
-    pause_at = 0
+    pause_at, between = 0, size // 40
     while size > 0:
         _, length = await reader.readexactly(2)
         if length > 125:
@@ -76,18 +83,17 @@ async def read_slowly(server: Served, path: str, size: int) -> list[str]:
         if not text.startswith("published"):
             size -= length
             pause_at += length
-        if pause_at > 256 * KIB:
+        if pause_at > between:
             pause_at = 0
             await asyncio.sleep(0.01)
     writer.close()
     return got
 
 
-@pytest.mark.parametrize("size", [64 * KIB, 100])
-async def test_ten_megabytes_reach_a_client_on_a_slow_line(serve, ws, size):
+@pytest.mark.parametrize(("size", "count"), [(64 * KIB, 160), (100, 3_000)])
+async def test_much_more_than_the_buffer_reaches_a_client_on_a_slow_line(serve, ws, size, count):
     """And meanwhile others get what is published at once, and so does the slow one, in order."""
-    hub = Broadcast()
-    count = 10_000_000 // size
+    hub = Broadcast(max_buffer=min(MAX_BUFFER, size * count // 10))
 
     async def endpoint(websocket: WebSocket):
         await hub.connect(websocket)
@@ -98,10 +104,17 @@ async def test_ten_megabytes_reach_a_client_on_a_slow_line(serve, ws, size):
             await websocket.receive_text()
 
     server = await serve(
-        Starlette(routes=[WebSocketRoute("/{who}", endpoint)]), ws=ws, ws_ping_interval=None
+        Starlette(routes=[WebSocketRoute("/{who}", endpoint)]),
+        ws=ws,
+        ws_ping_interval=None,
+        send_buffer=8 * KIB,
     )
+
+    def behind() -> bool:
+        return any(connection.outbox.space for connection in hub._hub.registry.clients())
+
     async with server.connect("/quick") as quick:
-        reading = asyncio.create_task(read_slowly(server, "/slow", count * size))
+        reading = asyncio.create_task(read_slowly(server, "/slow", count * size, behind))
         published, slowest = [], 0.0
         while not reading.done():
             if len(hub) == 2:

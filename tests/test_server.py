@@ -83,10 +83,10 @@ async def test_sigterm_ends_what_is_subscribed_and_what_subscribes_then():
 
 
 async def test_without_a_handler_sigterm_is_left_alone():
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     hub = Broadcast()
-    async with hub.subscribe("news"):
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with handled(signal.SIG_DFL):
+        async with hub.subscribe("news"):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 async def test_a_loop_in_another_thread_leaves_the_handler_alone(other: OtherLoop):

@@ -81,6 +81,24 @@ class Listener:
         assert not self.task.done(), self.task
 
 
+async def serving(process: ServerProcess, workers: int) -> None:
+    """Wait until each of its worker processes has answered a request, so none is still starting.
+
+    A worker of granian's loses a SIGTERM that it gets before, whatever the app: until it runs its
+    event loop nothing handles the signal, or what handles it is what the main process left there.
+    """
+    pids = set()
+    url = f"http://127.0.0.1:{process.port}/pid"
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=DEADLINE) as client:
+            pids.add((await client.get(url)).json())
+
+    async with asyncio.timeout(DEADLINE):
+        while len(pids) < workers:
+            await asyncio.gather(*(ask() for _ in range(workers)))
+
+
 @contextlib.asynccontextmanager
 async def listening(process: ServerProcess, *paths: str):
     listeners = [Listener(process, path) for path in paths]
@@ -118,6 +136,7 @@ async def ended(process: ServerProcess, sign: signal.Signals = signal.SIGTERM) -
 async def test_a_server_ends_with_open_streams(name, tmp_path):
     command, code, warnings = SERVERS[name]
     with started(command, tmp_path) as process:
+        await serving(process, workers=2 if "2" in command else 1)
         async with listening(process, *STREAMS) as listeners:
             await until(lambda: process.log.count(WARNING) >= warnings)
             assert await ended(process) == code

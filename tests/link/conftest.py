@@ -35,7 +35,7 @@ def broker(anyio_backend: str) -> Broker:
 
 @pytest.fixture
 async def hub(broker: Broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = Broadcast(backend=Bus(broker), open_timeout=0.5)
     yield hub
     broker.open.set()
     await hub.disconnect()
