@@ -201,7 +201,7 @@ class Hub:
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
         protocol = watch.find_protocol(websocket)
-        if self.find(websocket) is None:
+        if not self._is_registered(websocket):
             watch.check_loop(protocol)
         if websocket.application_state is WebSocketState.CONNECTING:
             await self.settings.origins.check(websocket)
@@ -253,6 +253,9 @@ class Hub:
             watch.add_served(connection.id)
         connection.leaving = None
         return self.registry.join(connection, channel)
+
+    def _is_registered(self, websocket: WebSocket) -> bool:
+        return self.find(websocket) in self.registry.connections
 
     def _is_on(self, websocket: WebSocket, channel: str) -> bool:
         connection = self.find(websocket)

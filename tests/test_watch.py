@@ -462,6 +462,10 @@ async def test_connect_on_another_loop_than_the_clients_is_refused(serve, ws, ot
         await hub.connect(websocket, "a")
         await asyncio.to_thread(other.run, hub.connect(websocket, "b"))  # its loop is known now
         await websocket.receive_text()
+        await hub.disconnect(websocket)
+        with pytest.raises(RuntimeError, match="another event loop than the client's"):
+            await asyncio.to_thread(other.run, hub.connect(websocket))
+        await websocket.send_text("still here")
 
     server = await serve(app_of(endpoint), ws=ws)
     async with server.connect("/ws/x") as client:
@@ -470,3 +474,4 @@ async def test_connect_on_another_loop_than_the_clients_is_refused(serve, ws, ot
         await hub.publish("b", "hello")
         assert await client.recv() == "hello"
         await client.send("the end")
+        assert await client.recv() == "still here"
