@@ -266,6 +266,11 @@ class Hub:
         found: Connection | None = websocket.scope.get("starcast", {}).get(self)
         return found
 
+    def has_left(self, websocket: WebSocket) -> bool:
+        """Whether the client has left or was closed, as far as the app or the hub was told."""
+        connection = self.find(websocket)
+        return is_gone(websocket) or (connection is not None and connection.code is not None)
+
     def clients(self) -> list[WebSocket]:
         """Return the websockets that are registered."""
         return [connection.websocket for connection in self.registry.clients()]
