@@ -29,7 +29,7 @@ def log(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
         "refused a client before its handshake was answered (HTTP %d), and others of this kind "
         "without a line of their own: %s",
         exc.status_code if isinstance(exc, Answered) and may_be_denied(websocket, exc) else 403,
-        exc,
+        logs.escape(str(exc)),  # the app may have put something of the client's into it
     )
 
 
