@@ -17,6 +17,7 @@ import inspect
 import logging
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -35,11 +36,15 @@ class Stream(Protocol):
 
 
 class _Streams(weakref.WeakSet[Stream]):
-    """The streams of one event loop, and the uvicorn server that runs on it, if there is one."""
+    """The streams of one event loop, and the uvicorn server that runs on it without signals."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
-        self.server = _find_uvicorn(loop)
+        self.server = None
+        # What the handler of SIGTERM says is enough on the main thread. Looking at all tasks is no
+        # work to be done whenever a busy server has its first stream.
+        if not (threading.current_thread() is threading.main_thread() and _is_uvicorn(_handler())):
+            self.server = _find_uvicorn(loop)
 
 
 # Those of each event loop that has any, or had when it last looked.
@@ -67,7 +72,7 @@ def is_stopping() -> bool:
     # A uvicorn in a thread, as test suites have it, handles no signals, and stops by a flag.
     streams = _streams.get(asyncio.get_running_loop())
     own = None if streams is None else streams.server
-    if _uvicorn_stops(getattr(handler, "__self__", None)) or _uvicorn_stops(own):
+    if _uvicorn_stops(_handler()) or _uvicorn_stops(own):
         return True
     arguments = _process_arguments()
     if not _is_a(arguments.get("config"), "hypercorn.config", "Config"):
@@ -75,9 +80,18 @@ def is_stopping() -> bool:
     return bool(getattr(arguments.get("shutdown_event"), "is_set", bool)())
 
 
+def _handler() -> object:
+    """Return the object whose method handles SIGTERM: with uvicorn its server."""
+    return getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+
+
+def _is_uvicorn(value: object) -> bool:
+    return _is_a(value, "uvicorn.server", "Server")
+
+
 def _uvicorn_stops(server: Any) -> bool:
     """Whether it is a uvicorn server that shuts down."""
-    if not _is_a(server, "uvicorn.server", "Server"):
+    if not _is_uvicorn(server):
         return False
     # It stops without `should_exit` when it has served as many requests as it may. One that waits
     # for no task has stopped: where several run in turn, its handler may be left behind.
@@ -93,7 +107,7 @@ def _find_uvicorn(loop: asyncio.AbstractEventLoop) -> Any:
         while inspect.iscoroutine(coroutine):
             if coroutine.cr_code.co_name == "serve" and coroutine.cr_frame is not None:
                 server = coroutine.cr_frame.f_locals.get("self")
-                if _is_a(server, "uvicorn.server", "Server"):
+                if _is_uvicorn(server):
                     return server
             coroutine = coroutine.cr_await
     return None
@@ -136,9 +150,7 @@ def _poll(loop: asyncio.AbstractEventLoop) -> None:
 def _install_note() -> None:
     """Take note of SIGTERM on servers that have a handler for it and keep no flag to be read."""
     handler = signal.getsignal(signal.SIGTERM)
-    known = isinstance(handler, _SigtermNote) or _is_a(
-        getattr(handler, "__self__", None), "uvicorn.server", "Server"
-    )
+    known = isinstance(handler, _SigtermNote) or _is_uvicorn(_handler())
     # Without a handler of the program's, SIGTERM ends the process, and shall go on doing so.
     if callable(handler) and not known:
         with contextlib.suppress(ValueError):  # not the main thread, which alone may do this
