@@ -30,6 +30,7 @@ from .exceptions import (
     SubscriberLagged,
 )
 from .gap import Gap
+from .logs import escape
 from .naming import DEFAULT_NAME
 from .subscriber import GapSubscriber
 
@@ -161,7 +162,7 @@ async def _subscribe(hub: Broadcast, channels: list[str], out: TextIO) -> None:
             for channel in channels
         ]
         if sys.stderr.isatty():
-            names = ", ".join(map(_harmless, channels))
+            names = ", ".join(map(escape, channels))
             print(f"starcast: listening to {names}", file=sys.stderr, flush=True)
         try:
             async with asyncio.TaskGroup() as group:
@@ -183,16 +184,11 @@ def _for_programs(channel: str, item: Event | Gap) -> str:
 
 
 def _for_people(channel: str, item: Event | Gap) -> str:
-    start = f"{time.strftime('%H:%M:%S')} {_harmless(channel)}"
+    start = f"{time.strftime('%H:%M:%S')} {escape(channel)}"
     if isinstance(item, Gap):
         return f"{start} -- messages of the last {item.seconds:.1f} s may be missing"
     message = item.message if isinstance(item.message, str) else repr(item.message)
-    return f"{start}: {_harmless(message)}"
-
-
-def _harmless(text: str) -> str:
-    """Without what would move a terminal's cursor, or worse."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"{start}: {escape(message)}"
 
 
 async def _check(hub: Broadcast) -> None:

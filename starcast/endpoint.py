@@ -17,7 +17,7 @@ from . import codec, heartbeats, serving, subprotocols
 from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
 from .codec import Channel
-from .connection import ABNORMAL, INTERNAL_ERROR, is_gone
+from .connection import ABNORMAL, INTERNAL_ERROR
 from .exceptions import BackendUnavailable, ClientGone, InvalidMessage, PublishQueueFull
 from .heartbeats import Heartbeats
 from .relay import Relay
@@ -194,11 +194,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
                 raise
             await serving.close_for(hub, websocket, exc)
         except Exception as exc:
-            connection = hub.find(websocket)
             if isinstance(exc, WebSocketDisconnect) and (
-                isinstance(exc, ClientGone)
-                or is_gone(websocket)
-                or (connection is not None and connection.code is not None)
+                isinstance(exc, ClientGone) or hub.has_left(websocket)
             ):
                 code = exc.code  # a hook found its client gone
                 return

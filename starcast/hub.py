@@ -201,7 +201,7 @@ class Hub:
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
         protocol = watch.find_protocol(websocket)
-        if self.find(websocket) is None:
+        if not self._is_registered(websocket):
             watch.check_loop(protocol)
         if websocket.application_state is WebSocketState.CONNECTING:
             await self.settings.origins.check(websocket)
@@ -254,6 +254,9 @@ class Hub:
         connection.leaving = None
         return self.registry.join(connection, channel)
 
+    def _is_registered(self, websocket: WebSocket) -> bool:
+        return self.find(websocket) in self.registry.connections
+
     def _is_on(self, websocket: WebSocket, channel: str) -> bool:
         connection = self.find(websocket)
         return connection is not None and channel in connection.channels
@@ -262,6 +265,11 @@ class Hub:
         """Return what was registered for this websocket last, even if it is no more."""
         found: Connection | None = websocket.scope.get("starcast", {}).get(self)
         return found
+
+    def has_left(self, websocket: WebSocket) -> bool:
+        """Whether the client has left or was closed, as far as the app or the hub was told."""
+        connection = self.find(websocket)
+        return is_gone(websocket) or (connection is not None and connection.code is not None)
 
     def clients(self) -> list[WebSocket]:
         """Return the websockets that are registered."""

@@ -26,6 +26,11 @@ def once(kind: tuple[str, ...], message: str, *args: object) -> None:
     logger.warning(message, *args)
 
 
+def escape(text: str) -> str:
+    """Return the text without what would begin a line, or move a terminal's cursor, or worse."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def reset() -> None:
     """Forget what was logged, so that the next test sees it again."""
     with _lock:

@@ -52,6 +52,12 @@ TURNS = 8
 CLOSED = "the publisher is closed"
 
 
+def _check_seconds(name: str, seconds: object) -> None:
+    # Not `seconds <= 0`, which NaN would pass.
+    if not (isinstance(seconds, int | float) and seconds > 0):
+        raise ConfigurationError(f"{name} is a number of seconds above 0, not {seconds!r}")
+
+
 class Publisher:
     """Publishes from Celery tasks, cron scripts, Django views: from any code without an event loop.
 
@@ -105,8 +111,9 @@ class Publisher:
                 "a Publisher takes a function that makes a backend, because each process needs "
                 f"its own: backend=lambda: {type(backend).__name__}(...)"
             )
-        if timeout <= 0 or (idle is not None and idle <= 0):
-            raise ConfigurationError("timeout and idle are seconds, and more than 0")
+        _check_seconds("timeout", timeout)
+        if idle is not None:
+            _check_seconds("idle", idle)
         self._url = url
         self._backend = backend
         self._name = name
@@ -158,6 +165,7 @@ class Publisher:
             PayloadTooLarge: The message is larger than the broker accepts.
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
             InvalidChannel: The name is not valid.
+            ConfigurationError: `encoding` or `timeout` makes no sense.
             PublishQueueFull: More than 16 MiB of other threads' messages wait for the broker.
             RuntimeError: An event loop runs on this thread, and waiting would block it; or gevent
                 or eventlet has replaced this process's threads.
@@ -170,6 +178,8 @@ class Publisher:
             )
         name = codec.check_channel(channel)
         codec.check_encoding(encoding)
+        if timeout is not None:
+            _check_seconds("timeout", timeout)
         # Here and not on the other thread: a model's own code may expect the caller's thread.
         content, _ = codec.encode(message, encoding, self._dumps)
         self._get_worker().publish(name, content, self._timeout if timeout is None else timeout)
@@ -269,7 +279,7 @@ class _Worker:
             work.close()
             raise BackendUnavailable(CLOSED) from None
         try:
-            future.result(timeout)
+            future.result(min(timeout, threading.TIMEOUT_MAX))
         except TimeoutError:
             because = f": {self._error}" if self._error else ""
             raise BackendUnavailable(

@@ -29,7 +29,7 @@ def log(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
         "refused a client before it was accepted (HTTP %d): %s; "
         "further refusals of this kind are not logged",
         exc.status_code if isinstance(exc, Answered) and may_be_denied(websocket, exc) else 403,
-        exc,
+        logs.escape(str(exc)),  # the app may have put something of the client's into it
     )
 
 

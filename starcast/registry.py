@@ -91,7 +91,7 @@ class Registry:
             wake = [shard] if not dead and shard.add(connection.leaving, (connection,)) else []
         if dead:
             connection.kill()
-        self._wake(wake)
+        self._wake(wake, [connection])
         return None if dead else left
 
     def remove(self, connection: Connection) -> Shard | None:
@@ -111,7 +111,7 @@ class Registry:
         with self.lock:
             shard = self.remove(connection)
             wake = [shard] if shard is not None and shard.add(close, (connection,)) else []
-        self._wake(wake)
+        self._wake(wake, [connection])
         return shard is not None
 
     def subscribe(self, subscriber: Subscription[Any]) -> Counters:
@@ -139,7 +139,7 @@ class Registry:
             wake = [shard for shard, its in members.items() if shard.add(close, tuple(its))]
             for connection in connections:
                 self.remove(connection)
-        self._wake(wake)
+        self._wake(wake, connections)
         return connections
 
     def _members(self) -> Iterator[tuple[Member, Shard]]:
@@ -244,14 +244,20 @@ class Registry:
         return True
 
     async def wait_for_space(self, connection: Connection, cost: int) -> None:
-        """Wait until a message for this client may be posted, or the client has left."""
+        """Wait until a message for this client may be posted, or it is not registered any more."""
         outbox = connection.outbox
         if not outbox.space and outbox.has_space(cost):
             return
         with self.lock:
             if outbox.space is None:
                 outbox.space = SpaceQueue()
-        await outbox.space.wait(lambda: not connection.is_here or outbox.has_space(cost))
+        await outbox.space.wait(
+            lambda: (
+                connection not in self.connections
+                or not connection.is_here
+                or outbox.has_space(cost)
+            )
+        )
 
     def tell_gap(self, gap: Gap, close: Close | None) -> None:
         """Add a gap for the subscribers who want it, and close all clients if asked to."""
@@ -261,12 +267,12 @@ class Registry:
                 for subscriber, shard in self.subscribers.items()
                 if subscriber.gaps
             ]
-            if close is not None:
-                for connection, shard in list(self.connections.items()):
-                    told.append((close, connection, shard))
-                    self.remove(connection)
+            closed = [] if close is None else list(self.connections)
+            for connection in closed:
+                told.append((close, connection, self.connections[connection]))
+                self.remove(connection)
             wake = [shard for item, member, shard in told if shard.add(item, (member,))]
-        self._wake(wake)
+        self._wake(wake, closed)
 
     def _targets(self, channel: str) -> list[Target]:
         """Return who is on a channel, on which loop."""
@@ -288,10 +294,14 @@ class Registry:
                 raise Full(text, shard)
         return [shard for shard, members in targets if shard.add(event, members, done)]
 
-    def _wake(self, shards: Iterable[Shard]) -> None:
+    def _wake(self, shards: Iterable[Shard], left: Iterable[Connection] = ()) -> None:
+        """Let the loops deliver, and whoever waits for space at a client that was removed go on."""
         for shard in shards:
             try:
                 shard.wake()
             except RuntimeError:  # its loop was closed in this moment
                 with self.lock:
                     self._drop(shard)
+        for connection in left:
+            if connection.outbox.space is not None:
+                connection.outbox.space.wake()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import WebSocketException
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from . import codec
 from .answers import Answered
@@ -82,7 +82,8 @@ class Relay:
         except EncodingError as exc:
             # It could be read and cannot be written: a number too large for `dumps=`, say.
             raise InvalidMessage(1007, "cannot be sent on") from exc
-        if self._telling is not None:
+        # A hook that says the message again runs in that very task.
+        if self._telling is not None and self._telling is not asyncio.current_task():
             await asyncio.wait([self._telling])
         try:
             await hub.reopen()
@@ -120,7 +121,9 @@ class Relay:
                 await self._tell(*self._lost.pop(0))
         except (WebSocketException, Answered) as exc:
             await self._hub.close_client(self._websocket, exc.code, exc.reason)
-        except Exception:
+        except Exception as exc:
+            if isinstance(exc, WebSocketDisconnect) and self._hub.has_left(self._websocket):
+                return  # the hook has sent something to its client, which has left meanwhile
             logger.exception("on_publish_error raised")
             await self._hub.close_client(self._websocket, INTERNAL_ERROR, "")
         finally:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -33,8 +35,20 @@ class Stream(Protocol):
     def end(self) -> None: ...
 
 
-# The streams of each event loop that has any, or had when it last looked.
-_streams: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakSet[Stream]]
+class _Streams(weakref.WeakSet[Stream]):
+    """The streams of one event loop, and the uvicorn server that runs on it without signals."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self.server = None
+        # What the handler of SIGTERM says is enough on the main thread. Looking at all tasks is no
+        # work to be done whenever a busy server has its first stream.
+        if not (threading.current_thread() is threading.main_thread() and _is_uvicorn(_handler())):
+            self.server = _find_uvicorn(loop)
+
+
+# Those of each event loop that has any, or had when it last looked.
+_streams: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Streams]
 _streams = weakref.WeakKeyDictionary()
 
 
@@ -51,21 +65,52 @@ class _SigtermNote:
 
 
 def is_stopping() -> bool:
-    """Whether the server is shutting down, as far as it can be known. From any thread."""
+    """Whether the server is shutting down, as far as it can be known. On an event loop."""
     handler = signal.getsignal(signal.SIGTERM)
-    if isinstance(handler, _SigtermNote):
-        return handler.received
-    server: Any = getattr(handler, "__self__", None)
-    if _is_a(server, "uvicorn.server", "Server"):
-        # It stops without `should_exit` when it has served as many requests as it may. One that
-        # waits for no task has stopped: where several run in turn, its handler may be left behind.
-        listening = getattr(server, "servers", ())
-        stops = server.should_exit or not all(each.is_serving() for each in listening)
-        return stops and bool(server.server_state.tasks)
+    if isinstance(handler, _SigtermNote) and handler.received:
+        return True
+    # A uvicorn in a thread, as test suites have it, handles no signals, and stops by a flag.
+    streams = _streams.get(asyncio.get_running_loop())
+    own = None if streams is None else streams.server
+    if _uvicorn_stops(_handler()) or _uvicorn_stops(own):
+        return True
     arguments = _process_arguments()
     if not _is_a(arguments.get("config"), "hypercorn.config", "Config"):
         return False
     return bool(getattr(arguments.get("shutdown_event"), "is_set", bool)())
+
+
+def _handler() -> object:
+    """Return the object whose method handles SIGTERM: with uvicorn its server."""
+    return getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+
+
+def _is_uvicorn(value: object) -> bool:
+    return _is_a(value, "uvicorn.server", "Server")
+
+
+def _uvicorn_stops(server: Any) -> bool:
+    """Whether it is a uvicorn server that shuts down."""
+    if not _is_uvicorn(server):
+        return False
+    # It stops without `should_exit` when it has served as many requests as it may. One that waits
+    # for no task has stopped: where several run in turn, its handler may be left behind.
+    listening = getattr(server, "servers", ())
+    stops = server.should_exit or not all(each.is_serving() for each in listening)
+    return stops and bool(server.server_state.tasks)
+
+
+def _find_uvicorn(loop: asyncio.AbstractEventLoop) -> Any:
+    """Return the uvicorn server that one of the loop's tasks runs, however it came to that."""
+    for task in asyncio.all_tasks(loop) if "uvicorn.server" in sys.modules else ():
+        coroutine: Any = task.get_coro()
+        while inspect.iscoroutine(coroutine):
+            if coroutine.cr_code.co_name == "serve" and coroutine.cr_frame is not None:
+                server = coroutine.cr_frame.f_locals.get("self")
+                if _is_uvicorn(server):
+                    return server
+            coroutine = coroutine.cr_await
+    return None
 
 
 def end_with_server(stream: Stream) -> None:
@@ -77,14 +122,16 @@ def end_with_server(stream: Stream) -> None:
     if loop in _streams:
         _streams[loop].add(stream)
     else:
-        _streams[loop] = weakref.WeakSet([stream])
+        _streams[loop] = _Streams(loop)
+        _streams[loop].add(stream)
         _poll(loop)
 
 
 def forget(stream: Stream) -> None:
     """Do not end a stream of this event loop any more."""
     with contextlib.suppress(RuntimeError):  # the loop was closed under it
-        _streams.get(asyncio.get_running_loop(), weakref.WeakSet()).discard(stream)
+        if (streams := _streams.get(asyncio.get_running_loop())) is not None:
+            streams.discard(stream)
 
 
 def _poll(loop: asyncio.AbstractEventLoop) -> None:
@@ -103,9 +150,7 @@ def _poll(loop: asyncio.AbstractEventLoop) -> None:
 def _install_note() -> None:
     """Take note of SIGTERM on servers that have a handler for it and keep no flag to be read."""
     handler = signal.getsignal(signal.SIGTERM)
-    known = isinstance(handler, _SigtermNote) or _is_a(
-        getattr(handler, "__self__", None), "uvicorn.server", "Server"
-    )
+    known = isinstance(handler, _SigtermNote) or _is_uvicorn(_handler())
     # Without a handler of the program's, SIGTERM ends the process, and shall go on doing so.
     if callable(handler) and not known:
         with contextlib.suppress(ValueError):  # not the main thread, which alone may do this

@@ -11,7 +11,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, heartbeats, refusals
+from . import codec, heartbeats, logs, refusals
 from .answers import Answered
 from .codec import Channel, Encoding
 from .connection import NORMAL, POLICY_VIOLATION
@@ -113,8 +113,9 @@ async def reject(hub: Hub, websocket: WebSocket, exc: WebSocketException) -> Non
     address = websocket.client
     logger.warning(
         "closed the client %s with %d: %s",
-        "?" if address is None else f"{address.host}:{address.port}",
+        # Behind a proxy that is trusted too much, the host is whatever the client has said it is.
+        "?" if address is None else f"{logs.escape(address.host)}:{address.port}",
         exc.code,
-        exc.reason,
+        logs.escape(exc.reason),
     )
     await hub.close_client(websocket, exc.code, exc.reason)

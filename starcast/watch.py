@@ -62,7 +62,7 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
     while frame is not None:
         code = frame.f_code
         if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and _same(
-            frame.f_locals["scope"], websocket.scope
+            frame.f_locals.get("scope"), websocket.scope
         ):
             return task
         # Not beyond the root: a task that was started eagerly runs on the stack of another one.

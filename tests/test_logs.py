@@ -3,7 +3,14 @@ from __future__ import annotations
 import logging
 import threading
 
-from starcast import logs
+import pytest
+from starlette.exceptions import WebSocketException
+
+from starcast import Broadcast, BroadcastEndpoint, logs
+from support import Peer
+
+NASTY = "a\nb\x1b[31m\x9b2J\u202e\u2028\udc80"
+ESCAPED = r"a\nb\x1b[31m\x9b2J\u202e\u2028\udc80"
 
 
 def test_a_kind_is_logged_once(caplog):
@@ -51,3 +58,30 @@ def test_from_threads_it_is_logged_once_too(caplog):
     for thread in threads:
         thread.join()
     assert len(caplog.records) == 10
+
+
+def test_what_moves_a_cursor_or_begins_a_line_is_escaped():
+    assert logs.escape(NASTY) == ESCAPED
+    assert logs.escape("Gr\xfc\xdfe an \N{GRINNING FACE}") == "Gr\xfc\xdfe an \N{GRINNING FACE}"
+
+
+@pytest.mark.anyio
+async def test_what_a_client_says_of_itself_does_no_harm_in_the_log(caplog):
+    """uvicorn takes X-Forwarded-For for the client's host, if it was told to trust everybody."""
+    peer = Peer()
+    peer.scope["client"] = (NASTY, 4711)
+    peer.say("hello")
+    assert await Broadcast().serve(peer.websocket, publish=False) == 1008
+    assert caplog.messages == [f"closed the client {ESCAPED}:4711 with 1008: listen only"]
+
+
+@pytest.mark.anyio
+async def test_what_an_app_repeats_of_a_client_does_no_harm_in_the_log(caplog):
+    class Chat(BroadcastEndpoint):
+        async def on_connect(self, websocket):
+            raise WebSocketException(4000, NASTY)
+
+    peer = Peer()
+    await Chat(peer.scope, peer.receive, peer.send).dispatch()
+    (line,) = caplog.messages
+    assert ESCAPED in line

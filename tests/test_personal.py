@@ -16,7 +16,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from starcast import Broadcast, ClientGone, ConnectionManager, NotConnected, space
 from starcast.event import OVERHEAD
 from starcast.outbox import MAX_BUFFER, OVERFLOWS
-from support import DEADLINE, OtherLoop, Peer, Served, by_another, starcast_tasks, until
+from support import (
+    DEADLINE,
+    Broker,
+    Bus,
+    OtherLoop,
+    Peer,
+    Served,
+    by_another,
+    starcast_tasks,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -273,6 +283,39 @@ async def test_a_client_that_leaves_ends_the_waiting_for_it(road, end):
     if closing is not None:
         await closing
     assert senders(hub, peer) == 0
+
+
+@pytest.mark.parametrize("end", ["disconnect", "close", "hub", "gap"])
+async def test_the_end_of_a_client_that_reads_nothing_ends_the_waiting_at_once(road, end):
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker), max_buffer=4 * ONE, after_gap="close")
+    peer = await joined(hub)
+    await behind(hub, peer, 2)
+    own = [sending(hub, peer) for _ in range(3)]
+    other = asyncio.create_task(by_another(hub.send("x", to=peer.websocket)))
+    await until(lambda: senders(hub, peer) == 4)
+    closing = None
+    if end == "disconnect":
+        closing = asyncio.create_task(hub.disconnect(peer.websocket))
+    elif end == "close":
+        closing = asyncio.create_task(hub.close(peer.websocket, 4000))
+    elif end == "hub":
+        closing = asyncio.create_task(hub.disconnect())
+    else:
+        broker.kill()
+        broker.up = True
+    await until(lambda: senders(hub, peer) == 0, 5)  # less than the time for closing
+    outcomes = await asyncio.gather(*own, other, return_exceptions=True)
+    if end == "disconnect":
+        assert {type(each) for each in outcomes} == {NotConnected}
+    else:
+        codes = {"close": 4000, "hub": 1001, "gap": 1012}
+        assert [each.code for each in outcomes[:3]] == [codes[end]] * 3
+        assert outcomes[3] is False
+    peer.open.set()
+    if closing is not None:
+        await closing
+    await hub.disconnect()
 
 
 async def test_a_client_that_vanishes_ends_the_waiting_for_it(serve, ws):

@@ -11,6 +11,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException
 from starlette.routing import Mount, WebSocketRoute
+from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
 from backends.nats_server import NatsServer
@@ -269,6 +270,55 @@ async def test_nothing_more_is_published_while_the_hook_is_told(life):
     assert ("said", "3") not in life.events
     life.release.set()
     await until(lambda: life.peer.got == ["2", "3"])
+
+
+async def test_the_hook_may_say_it_again():
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker))
+    lost = []
+
+    class Chat(BroadcastEndpoint):
+        broadcast = hub
+
+        async def on_publish_error(self, websocket, data, exc):
+            lost.append(data)
+            await self.on_receive(websocket, data)
+
+    peer = Peer()
+    task = asyncio.ensure_future(Chat(peer.scope, peer.receive, peer.send).dispatch())
+    await until(lambda: len(hub) == 1)
+    broker.open.clear()
+    peer.say("1")
+    await until(lambda: broker.stalled)
+    broker.kill()
+    broker.up = True
+    broker.open.set()
+    await until(lambda: peer.got == ["1"])
+    peer.say("2")
+    await until(lambda: peer.got == ["1", "2"])
+    assert lost == ["1"]
+    peer.leave()
+    await task
+    await hub.disconnect()
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_hook_that_finds_its_client_gone_is_no_error(life, told, caplog):
+    life.error = WebSocketDisconnect(1006)
+    life.release.clear()
+    await life.say_and_lose("1")
+    await until(lambda: ("lost", "1") in life.events)
+    if told:
+        life.peer.leave()
+        await until(lambda: len(life.hub) == 0)
+    life.release.set()
+    if not told:  # then it is about somebody else
+        await until(lambda: life.peer.closed == 1011)
+        life.peer.leave(1011)
+    await life.task
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == ([] if told else ["on_publish_error raised"])
+    caplog.clear()
 
 
 async def test_the_hook_ends_before_on_disconnect(life):

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import threading
 import time
 
 import httpx
 import pytest
+import uvicorn
 
 import streams_app
 from starcast import Broadcast, server
@@ -135,6 +138,40 @@ async def test_uvicorn_stops_after_its_last_request_or_by_a_flag(limit, serve):
         if limit is None:
             served.server.should_exit = True
         assert [line async for line in lines] == []
+
+
+def run(server_: uvicorn.Server, sock: socket.socket, how: str) -> None:
+    """Run a server on this thread, as test suites do in one of their own."""
+
+    async def among_others() -> None:
+        await server_.serve([sock])
+
+    if how == "run":
+        server_.run([sock])
+    else:
+        asyncio.run(among_others())
+
+
+@pytest.mark.parametrize("how", ["run", "among others"])
+async def test_a_server_in_a_thread_ends_its_streams(how):
+    for _ in range(2):  # one after another
+        sock = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(streams_app.app, log_config=None, timeout_graceful_shutdown=20)
+        server_ = uvicorn.Server(config)
+        thread = threading.Thread(target=run, args=[server_, sock, how], daemon=True)
+        thread.start()
+        await until(lambda it=server_: it.started)
+        async with (
+            httpx.AsyncClient(trust_env=False, timeout=DEADLINE) as client,
+            client.stream("GET", f"http://127.0.0.1:{sock.getsockname()[1]}/stream") as response,
+        ):
+            lines = response.aiter_lines()
+            assert await anext(lines) == "subscribed"
+            server_.should_exit = True
+            assert [line async for line in lines] == []
+        await asyncio.to_thread(thread.join, DEADLINE)
+        assert not thread.is_alive()
+        sock.close()
 
 
 async def test_a_server_that_has_stopped_and_left_its_handler():

@@ -421,6 +421,20 @@ async def test_the_end_of_the_task_that_runs_the_app_is_the_end_of_its_client(ro
     assert hub.channels == {}
 
 
+async def test_a_middleware_that_has_let_go_of_its_scope_is_no_error():
+    hub = Broadcast()
+
+    async def app(scope, receive, send):
+        inner = scope
+        del scope
+        await as_an_app(hub, Peer(), lambda websocket: hub.connect(WebSocket(inner, receive, send)))
+
+    peer = Peer()
+    await asyncio.create_task(app(peer.scope, peer.receive, peer.send))
+    await hub.publish("default", "hello")
+    assert peer.got == ["hello"]
+
+
 async def test_a_client_that_comes_and_goes_in_one_app_leaves_nothing_at_its_task(road):
     hub = Broadcast()
     task = None
@@ -462,6 +476,10 @@ async def test_connect_on_another_loop_than_the_clients_is_refused(serve, ws, ot
         await hub.connect(websocket, "a")
         await asyncio.to_thread(other.run, hub.connect(websocket, "b"))  # its loop is known now
         await websocket.receive_text()
+        await hub.disconnect(websocket)
+        with pytest.raises(RuntimeError, match="another event loop than the client's"):
+            await asyncio.to_thread(other.run, hub.connect(websocket))
+        await websocket.send_text("still here")
 
     server = await serve(app_of(endpoint), ws=ws)
     async with server.connect("/ws/x") as client:
@@ -470,3 +488,4 @@ async def test_connect_on_another_loop_than_the_clients_is_refused(serve, ws, ot
         await hub.publish("b", "hello")
         assert await client.recv() == "hello"
         await client.send("the end")
+        assert await client.recv() == "still here"

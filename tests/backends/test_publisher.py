@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import pickle
 import signal
@@ -229,12 +230,31 @@ async def test_on_an_event_loop_it_says_what_to_call(redis):
         ({"backend": Bus()}, "backend=lambda: Bus"),
         ({"url": "http://localhost"}, "starts with"),
         ({"url": "redis://localhost", "timeout": 0}, "seconds"),
+        ({"url": "redis://localhost", "timeout": math.nan}, "not nan"),
+        ({"url": "redis://localhost", "timeout": "5"}, "timeout is a number of seconds"),
         ({"url": "redis://localhost", "idle": 0}, "seconds"),
+        ({"url": "redis://localhost", "idle": math.nan}, "not nan"),
     ],
 )
 def test_settings_that_make_no_sense(arguments, says):
     with pytest.raises(ConfigurationError, match=says):
         Publisher(**arguments)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, "5"])
+def test_a_timeout_that_makes_no_sense(timeout):
+    broker = Broker()
+    with Publisher(backend=lambda: Bus(broker)) as publisher:
+        with pytest.raises(ConfigurationError, match="timeout is a number of seconds above 0"):
+            publisher.publish("room", "hello", timeout=timeout)
+    assert broker.calls == []
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12])
+def test_a_timeout_longer_than_a_thread_can_wait(timeout):
+    with Publisher(backend=Bus, timeout=timeout) as publisher:
+        publisher.publish("room", "hello")
+        publisher.publish("room", "hello", timeout=timeout)
 
 
 def test_a_backend_of_ones_own():
@@ -497,6 +517,7 @@ async def test_what_a_child_does_with_its_parents_connections():
 
 
 SPAWN = """
+import math
 import multiprocessing, sys
 from starcast import Publisher
 
