@@ -14,6 +14,7 @@ from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import ConnectionClosed
 
 from backends.nats_server import NatsServer
+from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import Broker, Bus, Peer, until
@@ -101,6 +102,37 @@ async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, ca
             await listener.close()
     assert lines(caplog) == []
     caplog.clear()
+
+
+@pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
+async def test_what_is_said_during_a_short_outage_arrives_in_order(
+    serve, broker, caplog, monkeypatch
+):
+    monkeypatch.setattr("starcast.sender.TIMEOUT", 20)  # a busy machine starts brokers slowly
+    with contextlib.closing(broker()) as server_of_broker:
+        server_of_broker.start()
+        async with Broadcast(server_of_broker.url) as hub:
+            codes: list[int] = []
+            server = await serve(app_of(hub, codes))
+            clients = [await server.connect(path) for path in PATHS]
+            await until(lambda: len(hub) == 3)
+            server_of_broker.kill()
+            await until(lambda: hub.stats().backend.state == "reconnecting")
+            for number in range(100):
+                for name, client in enumerate(clients):
+                    await client.send(f"{name} {number}")
+            await until(lambda: hub.stats().backend.waiting == 300)
+            await asyncio.to_thread(server_of_broker.start)
+            for listener in clients:
+                async with asyncio.timeout(30):
+                    got = [await listener.recv() for _ in range(300)]
+                for name in range(len(clients)):
+                    said = [text for text in got if text.startswith(f"{name} ")]
+                    assert said == [f"{name} {number}" for number in range(100)]
+            assert hub.stats().backend.lost == 0
+            for client in clients:
+                await client.close()
+    assert lines(caplog) == []
 
 
 @pytest.mark.parametrize("way", ["endpoint", "plain", "async"])
