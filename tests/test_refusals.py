@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 import pytest
@@ -13,6 +14,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 
+from backends.nats_server import NatsServer
+from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import (
     BackendUnavailable,
@@ -84,11 +87,13 @@ def warnings_of(caplog) -> list[str]:
     ]
 
 
-async def test_with_the_broker_away_every_door_says_to_try_again(serve, caplog):
-    with RedisServer() as redis:
-        async with Broadcast(redis.url) as hub:
+@pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
+async def test_with_the_broker_away_every_door_says_to_try_again(serve, caplog, broker):
+    with contextlib.closing(broker()) as server_of_broker:
+        server_of_broker.start()
+        async with Broadcast(server_of_broker.url) as hub:
             server = await serve(app_of(hub))
-            redis.kill()
+            server_of_broker.kill()
             await until(lambda: hub.stats().backend.state == "reconnecting")
             responses = await asyncio.gather(*(refusal(server, path_of(door)) for door in DOORS))
             for door, response in zip(DOORS, responses, strict=True):

@@ -83,15 +83,17 @@ async def test_a_message_too_large_for_the_broker_closes_its_sender_with_1009(se
     assert "xxx" not in caplog.text
 
 
-async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, caplog):
-    with RedisServer() as redis:
-        async with Broadcast(redis.url) as hub:
+@pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
+async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, caplog, broker):
+    with contextlib.closing(broker()) as server_of_broker:
+        server_of_broker.start()
+        async with Broadcast(server_of_broker.url) as hub:
             codes: list[int] = []
             server = await serve(app_of(hub, codes))
             clients = [await server.connect(path) for path in PATHS]
             listener = await server.connect("/endpoint")
             await until(lambda: len(hub) == 4)
-            redis.kill()
+            server_of_broker.kill()
             await until(lambda: hub.stats().backend.state == "reconnecting")
             for client in clients:
                 await client.send("hello")
@@ -102,6 +104,33 @@ async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, ca
             await listener.close()
     assert lines(caplog) == []
     caplog.clear()
+
+
+async def test_what_the_broker_refuses_of_clients_is_one_warning_with_its_words(serve, caplog):
+    rights = """authorization: {users: [{user: few, password: pass, permissions: {
+        subscribe: ">", publish: {allow: ">", deny: "starcast:default.secret"}}}]}"""
+    with contextlib.closing(NatsServer(rights)) as nats:
+        nats.start()
+        async with Broadcast(nats.url.replace("://", "://few:pass@")) as hub:
+            server = await serve(app_of(hub, []))
+            other = await server.connect("/endpoint")
+            clients = [await server.connect("/mount/secret") for _ in range(3)]
+            await until(lambda: len(hub) == 4)
+            for client in clients:
+                await client.send("hello")
+            assert [await code_of(client) for client in clients] == [1013] * 3
+            lost = hub.stats().backend.lost
+            hub.publish_nowait("secret", "hello")
+            await until(lambda: hub.stats().backend.lost == lost + 1)
+            assert "permission" in hub.stats().backend.error.lower()
+            await other.send("still here")
+            assert await other.recv() == "still here"
+            assert hub.stats().backend.gaps == 0
+            await other.close()
+    said = [r for r in caplog.records if "did not reach the broker" in r.getMessage()]
+    assert [record.levelname for record in said] == ["WARNING"]
+    assert "permission" in said[0].getMessage().lower()
+    assert "hello" not in caplog.text
 
 
 @pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
