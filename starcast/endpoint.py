@@ -13,7 +13,7 @@ from starlette.exceptions import WebSocketException
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, heartbeats, serving, subprotocols
+from . import codec, heartbeats, refusals, serving, subprotocols
 from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
 from .codec import Channel
@@ -200,6 +200,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
                 code = exc.code  # a hook found its client gone
                 return
             code = INTERNAL_ERROR
+            refusals.log_http(websocket, exc)
             accepted = websocket.application_state is WebSocketState.CONNECTED
             if accepted and not serving.has_handler(websocket, exc):
                 await hub.close_client(websocket, code, "")

@@ -14,6 +14,7 @@ from .answers import Answered
 from .arguments import check_channel
 from .exceptions import ConfigurationError
 from .hub import Hub
+from .refusals import log_http
 from .serving import close_for, has_handler
 
 Authorize = Callable[[WebSocket, str], Awaitable[bool] | bool]
@@ -42,6 +43,9 @@ def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
             if has_handler(websocket, exc):
                 raise
             await close_for(hub, websocket, exc)
+        except Exception as exc:
+            log_http(websocket, exc)
+            raise
 
     return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifespan)
 

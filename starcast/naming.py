@@ -37,6 +37,7 @@ class NamedBackend:
         self._prefix = f"{name}:"
         self.max_payload = backend.max_payload
         self.if_silent = getattr(backend, "if_silent", "")
+        self.address = getattr(backend, "address", None)
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         prefix = self._prefix

@@ -27,6 +27,12 @@ PROBE_TIMEOUT = 5.0
 SLOWEST = 1024 * 1024
 
 
+def location(backend: Backend) -> str:
+    """Return where the broker is, to go behind a sentence; empty if the backend does not say."""
+    address = getattr(backend, "address", None)
+    return f" ({address})" if address else ""
+
+
 class Probe:
     """See the module.
 
@@ -73,10 +79,13 @@ class Probe:
             async with Deadline(seconds):
                 await self._backend.publish([(self.channel, b"")])
         except TimeoutError:
-            raise BackendUnavailable("the broker did not answer in time") from None
+            raise BackendUnavailable(
+                f"the broker did not answer in time{location(self._backend)}"
+            ) from None
         except Exception as exc:
             raise BackendUnavailable(
                 f"the hub cannot publish to its own channel {self.channel!r}: {exc}"
+                f"{location(self._backend)}"
             ) from None
         try:
             async with Deadline(seconds):
@@ -85,6 +94,7 @@ class Probe:
             lost = "the broker takes what is published and delivers nothing of it"
             if hint := getattr(self._backend, "if_silent", ""):
                 lost = f"{lost}; {hint}"
+            lost += location(self._backend)
         if lost:
             raise BackendUnavailable(lost)
 

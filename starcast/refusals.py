@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 
-from starlette.exceptions import WebSocketException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import PlainTextResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -31,6 +31,21 @@ def log(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
         exc.status_code if isinstance(exc, Answered) and may_be_denied(websocket, exc) else 403,
         logs.escape(str(exc)),  # the app may have put something of the client's into it
     )
+
+
+def log_http(websocket: WebSocket, exc: Exception) -> None:
+    """Say why a client is refused if the app has raised an `HTTPException` before it accepted it.
+
+    The exception takes its way to the app, which answers it.
+    """
+    if isinstance(exc, HTTPException) and websocket.application_state is WebSocketState.CONNECTING:
+        logs.once(
+            ("refused", "HTTPException", str(exc.status_code)),
+            "refused a client before its handshake was answered (HTTP %d), and others of this kind "
+            "without a line of their own: %.200r",
+            exc.status_code,
+            exc.detail,
+        )
 
 
 @contextlib.contextmanager

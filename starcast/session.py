@@ -14,7 +14,7 @@ from . import life
 from .backends.base import Backend
 from .deadline import Deadline
 from .exceptions import BackendUnavailable
-from .probe import Probe
+from .probe import Probe, location
 from .subscriptions import Subscriptions
 
 logger = logging.getLogger("starcast")
@@ -91,7 +91,9 @@ class Session:
             await self._subscriptions.restore(CONNECT_TIMEOUT)
         except TimeoutError:
             await self.close()
-            raise BackendUnavailable("the broker did not answer in time") from None
+            raise BackendUnavailable(
+                f"the broker did not answer in time{location(self._backend)}"
+            ) from None
         except BaseException:
             await self.close()
             raise
@@ -103,6 +105,7 @@ class Session:
         except Exception as exc:
             raise BackendUnavailable(
                 f"the hub cannot subscribe to its own channel {channel!r}: {words(exc)}"
+                f"{location(self._backend)}"
             ) from None
 
     def catch_up(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import pickle
 from collections.abc import AsyncIterable, Awaitable, Callable
@@ -25,6 +26,8 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from backends.nats_server import NatsServer
+from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import (
     BackendUnavailable,
@@ -373,16 +376,21 @@ async def test_in_a_middleware_it_is_an_error_like_any_other(web, caplog):
     caplog.clear()
 
 
-async def test_with_a_real_broker_that_was_killed(web, caplog):
-    with RedisServer() as redis:
-        async with Broadcast(redis.url) as hub:
+@pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
+async def test_with_a_real_broker_that_was_killed(web, caplog, broker):
+    with contextlib.closing(broker()) as server_of_broker:
+        server_of_broker.start()
+        async with Broadcast(server_of_broker.url) as hub:
+            published = []
 
             async def publish():
                 await hub.publish("room", "hello")
+                published.append(True)
 
             post, server = await web(publish)
             assert (await post("/s/background")).status_code == 200
-            redis.kill()
+            await until(lambda: published)
+            server_of_broker.kill()
             await until(lambda: hub.stats().backend.state == "reconnecting")
             responses = await asyncio.gather(*(post(path) for path in ROUTES))
             for response in responses:

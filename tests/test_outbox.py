@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, ConfigurationError, Event, Overflowed
 from starcast.event import OVERHEAD
 from starcast.outbox import MAX_BUFFER, OVERFLOWS, Close, Leave, Outbox, OutboxFull, Turn
-from support import Peer, until
+from support import DEADLINE, Peer, by_another, until
 
 pytestmark = pytest.mark.anyio
 
@@ -387,3 +389,30 @@ async def test_settings_that_make_no_sense_are_refused_wherever_they_are_given(c
         await hub.connect(peer.websocket, **choice)
     assert peer.sent == []
     assert len(hub) == 0
+
+
+@pytest.mark.parametrize("ws", ["auto", "starcast.uvicorn:BroadcastProtocol"])
+@pytest.mark.parametrize("way", ["publish", "publish_nowait", "to"])
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+async def test_a_message_larger_than_the_buffer_reaches_a_client(serve, overflow, way, ws):
+    hub = Broadcast(max_buffer=1000, overflow=overflow)
+    websockets = []
+
+    async def endpoint(websocket):
+        await hub.connect(websocket)
+        websockets.append(websocket)
+        await websocket.receive()
+
+    server = await serve(Starlette(routes=[WebSocketRoute("/", endpoint)]), ws=ws)
+    async with server.connect("/", max_size=None, compression=None) as client:
+        await until(lambda: websockets)
+        for letter in "ab":
+            text = letter * 8_000_000  # more than the socket takes at once
+            if way == "to":
+                assert await by_another(hub.send(text, to=websockets[0]))
+            elif way == "publish":
+                await hub.send(text)
+            else:
+                hub.publish_nowait("default", text)
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == text
+        assert hub.stats().dropped == hub.stats().cut_off == 0

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
-from starlette.exceptions import WebSocketException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 
+from backends.nats_server import NatsServer
+from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import (
     BackendUnavailable,
@@ -84,11 +87,13 @@ def warnings_of(caplog) -> list[str]:
     ]
 
 
-async def test_with_the_broker_away_every_door_says_to_try_again(serve, caplog):
-    with RedisServer() as redis:
-        async with Broadcast(redis.url) as hub:
+@pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
+async def test_with_the_broker_away_every_door_says_to_try_again(serve, caplog, broker):
+    with contextlib.closing(broker()) as server_of_broker:
+        server_of_broker.start()
+        async with Broadcast(server_of_broker.url) as hub:
             server = await serve(app_of(hub))
-            redis.kill()
+            server_of_broker.kill()
             await until(lambda: hub.stats().backend.state == "reconnecting")
             responses = await asyncio.gather(*(refusal(server, path_of(door)) for door in DOORS))
             for door, response in zip(DOORS, responses, strict=True):
@@ -174,6 +179,46 @@ async def test_what_on_connect_refuses_is_a_line_a_kind(serve, caplog):
     assert len(lines) == 2
     assert "1008: no token; " in lines[0]
     assert "4001: no token; " in lines[1]
+
+
+@pytest.mark.parametrize("door", ["endpoint", "fastapi", "mount"])
+async def test_what_the_app_refuses_with_a_status_is_a_line_a_kind(serve, caplog, door):
+    def refuse(websocket, channel=""):
+        status = int(websocket.query_params["status"])
+        if status == 500:
+            raise LookupError("a mistake, and no refusal")
+        raise HTTPException(status, "no token\nINFO:")
+
+    class Chat(BroadcastEndpoint):
+        async def on_connect(self, websocket):
+            if websocket.query_params["status"] == "late":
+                await websocket.accept()
+                raise HTTPException(401)
+            refuse(websocket)
+
+    fastapi = FastAPI()
+    fastapi.websocket("/fastapi")(Chat)
+    app = Starlette(
+        routes=[
+            WebSocketRoute("/endpoint", Chat),
+            Mount("/mount", Broadcast().app(authorize=refuse)),
+            Mount("/", fastapi),
+        ]
+    )
+    server = await serve(app)
+    for status in (401, 403, 401, 403, 500):
+        path = f"{path_of(door)}?status={status}"
+        assert (await refusal(server, path)).status_code == status
+    assert warnings_of(caplog) == [
+        f"refused a client before its handshake was answered (HTTP {status}), and others of this "
+        "kind without a line of their own: 'no token\\nINFO:'"
+        for status in (401, 403)
+    ]
+    if door == "endpoint":
+        async with server.connect("/endpoint?status=late") as client:
+            await client.wait_closed()
+        assert len(warnings_of(caplog)) == 2
+    caplog.clear()  # the mistakes, and uvicorn 0.54 complains about every denial response
 
 
 async def test_what_authorize_refuses_is_one_line(serve, caplog):

@@ -15,6 +15,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
 from backends.nats_server import NatsServer
+from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import Broker, Bus, Peer, until
@@ -83,15 +84,17 @@ async def test_a_message_too_large_for_the_broker_closes_its_sender_with_1009(se
     assert "xxx" not in caplog.text
 
 
-async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, caplog):
-    with RedisServer() as redis:
-        async with Broadcast(redis.url) as hub:
+@pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
+async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, caplog, broker):
+    with contextlib.closing(broker()) as server_of_broker:
+        server_of_broker.start()
+        async with Broadcast(server_of_broker.url) as hub:
             codes: list[int] = []
             server = await serve(app_of(hub, codes))
             clients = [await server.connect(path) for path in PATHS]
             listener = await server.connect("/endpoint")
             await until(lambda: len(hub) == 4)
-            redis.kill()
+            server_of_broker.kill()
             await until(lambda: hub.stats().backend.state == "reconnecting")
             for client in clients:
                 await client.send("hello")
@@ -102,6 +105,64 @@ async def test_what_could_not_be_published_closes_its_sender_with_1013(serve, ca
             await listener.close()
     assert lines(caplog) == []
     caplog.clear()
+
+
+async def test_what_the_broker_refuses_of_clients_is_one_warning_with_its_words(serve, caplog):
+    rights = """authorization: {users: [{user: few, password: pass, permissions: {
+        subscribe: ">", publish: {allow: ">", deny: "starcast:default.secret"}}}]}"""
+    with contextlib.closing(NatsServer(rights)) as nats:
+        nats.start()
+        async with Broadcast(nats.url.replace("://", "://few:pass@")) as hub:
+            server = await serve(app_of(hub, []))
+            other = await server.connect("/endpoint")
+            clients = [await server.connect("/mount/secret") for _ in range(3)]
+            await until(lambda: len(hub) == 4)
+            for client in clients:
+                await client.send("hello")
+            assert [await code_of(client) for client in clients] == [1013] * 3
+            lost = hub.stats().backend.lost
+            hub.publish_nowait("secret", "hello")
+            await until(lambda: hub.stats().backend.lost == lost + 1)
+            assert "permission" in hub.stats().backend.error.lower()
+            await other.send("still here")
+            assert await other.recv() == "still here"
+            assert hub.stats().backend.gaps == 0
+            await other.close()
+    said = [r for r in caplog.records if "did not reach the broker" in r.getMessage()]
+    assert [record.levelname for record in said] == ["WARNING"]
+    assert "permission" in said[0].getMessage().lower()
+    assert "hello" not in caplog.text
+
+
+@pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
+async def test_what_is_said_during_a_short_outage_arrives_in_order(
+    serve, broker, caplog, monkeypatch
+):
+    monkeypatch.setattr("starcast.sender.TIMEOUT", 20)  # a busy machine starts brokers slowly
+    with contextlib.closing(broker()) as server_of_broker:
+        server_of_broker.start()
+        async with Broadcast(server_of_broker.url) as hub:
+            codes: list[int] = []
+            server = await serve(app_of(hub, codes))
+            clients = [await server.connect(path) for path in PATHS]
+            await until(lambda: len(hub) == 3)
+            server_of_broker.kill()
+            await until(lambda: hub.stats().backend.state == "reconnecting")
+            for number in range(100):
+                for name, client in enumerate(clients):
+                    await client.send(f"{name} {number}")
+            await until(lambda: hub.stats().backend.waiting == 300)
+            await asyncio.to_thread(server_of_broker.start)
+            for listener in clients:
+                async with asyncio.timeout(30):
+                    got = [await listener.recv() for _ in range(300)]
+                for name in range(len(clients)):
+                    said = [text for text in got if text.startswith(f"{name} ")]
+                    assert said == [f"{name} {number}" for number in range(100)]
+            assert hub.stats().backend.lost == 0
+            for client in clients:
+                await client.close()
+    assert lines(caplog) == []
 
 
 @pytest.mark.parametrize("way", ["endpoint", "plain", "async"])

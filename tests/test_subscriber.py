@@ -16,7 +16,7 @@ from starcast import (
     SubscriberLagged,
 )
 from starcast.event import OVERHEAD
-from starcast.outbox import Leave, Outbox
+from starcast.outbox import OVERFLOWS, Leave, Outbox
 from starcast.stats import Counters
 from support import DEADLINE, Broker, Bus, Peer, until
 
@@ -277,6 +277,23 @@ async def test_a_message_larger_than_the_buffer_arrives_when_nothing_is_ahead_of
         await hub.send("1")
         await hub.send("zz")
         assert await collect_until_error(subscriber) == ["1"]
+    await hub.disconnect()
+
+
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+async def test_a_message_larger_than_the_buffer_arrives_under_every_policy(overflow):
+    hub = Broadcast()
+    async with hub.subscribe(max_buffer=ONE, overflow=overflow) as subscriber:
+        for number in range(3):
+            await hub.send(f"{number}" * 1000)
+            assert (await asyncio.wait_for(anext(subscriber), DEADLINE)).message == (
+                f"{number}" * 1000
+            )
+        if overflow == "latest":
+            for text in ("1" * 1000, "2" * 1000):
+                await hub.send(text)
+            assert (await asyncio.wait_for(anext(subscriber), DEADLINE)).message == text
+        assert hub.stats().cut_off == 0
     await hub.disconnect()
 
 
