@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from starlette.websockets import WebSocket, WebSocketState
 
 from . import watch
+from .close_codes import ABNORMAL, TRY_AGAIN_LATER
 from .event import Event
 from .frames import PLAIN, Setting
 from .handler import Handler, owner
@@ -39,16 +40,6 @@ CLOSE_TIMEOUT = 10.0
 AFTER_CANCEL = 0.1
 
 DISCONNECTED = WebSocketState.DISCONNECTED
-
-# Close codes: RFC 6455 section 7.4.1, and 1013 from the IANA registry that it set up.
-NORMAL = 1000
-GOING_AWAY = 1001
-ABNORMAL = 1006
-POLICY_VIOLATION = 1008
-INTERNAL_ERROR = 1011
-SERVICE_RESTART = 1012
-TRY_AGAIN_LATER = 1013
-
 
 # Bytes of frames that are joined for one write.
 MAX_JOIN = 64 * 1024

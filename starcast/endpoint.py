@@ -16,8 +16,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from . import codec, heartbeats, serving, subprotocols
 from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
+from .close_codes import ABNORMAL, INTERNAL_ERROR
 from .codec import Channel
-from .connection import ABNORMAL, INTERNAL_ERROR, is_gone
+from .connection import is_gone
 from .exceptions import BackendUnavailable, ClientGone, InvalidMessage, PublishQueueFull
 from .heartbeats import Heartbeats
 from .relay import Relay

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-NORMAL = 1000
-ABNORMAL = 1006
+from .close_codes import ABNORMAL, NORMAL
 
 
 class Client(Protocol):

@@ -16,8 +16,9 @@ from starlette.websockets import WebSocket
 
 from . import codec
 from .answers import Answered
+from .close_codes import INTERNAL_ERROR, INVALID_DATA
 from .codec import Channel, Encoding
-from .connection import CLOSE_TIMEOUT, INTERNAL_ERROR, Connection
+from .connection import CLOSE_TIMEOUT, Connection
 from .event import Event
 from .exceptions import (
     BackendUnavailable,
@@ -81,7 +82,7 @@ class Relay:
             event = hub.event(codec.check_channel(channel), data, None, encoding)
         except EncodingError as exc:
             # It could be read and cannot be written: a number too large for `dumps=`, say.
-            raise InvalidMessage(1007, "cannot be sent on") from exc
+            raise InvalidMessage(INVALID_DATA, "cannot be sent on") from exc
         if self._telling is not None:
             await asyncio.wait([self._telling])
         try:
