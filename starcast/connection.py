@@ -116,8 +116,6 @@ class Connection:
         "outbox",
         "setting",
         "transport",
-        "unconfirmed",
-        "unconfirmed_cost",
         "websocket",
     )
 
@@ -144,8 +142,6 @@ class Connection:
         self.code: int | None = None  # set as soon as the socket is closed, dead or about to be
         self.ended = False
         self.behind = False  # there is something in the outbox, or was a moment ago
-        self.unconfirmed = 0  # this client's own messages since the last wait for them,
-        self.unconfirmed_cost = 0  # and what they cost
         self.idle = True  # nothing is in flight, and the client is neither closed nor left
         # How frames are written as long as it is idle; None when they must not be.
         self.direct: Callable[[bytes], None] | None = None
