@@ -371,8 +371,8 @@ class Broadcast:
         Raises:
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
             InvalidChannel: The name is not valid.
-            PublishQueueFull: An event loop that has clients on the channel did not make room within
-                two seconds, or more than 16 MiB wait for the broker. Nobody got the message.
+            PublishQueueFull: An event loop that has clients on the channel did not make space
+                within two seconds, or more than 16 MiB wait for the broker. Nobody got the message.
             BackendUnavailable: The broker was away for two seconds, or did not answer. It may have
                 the message all the same if the connection was lost in this moment.
             PayloadTooLarge: The broker takes no message of this size.

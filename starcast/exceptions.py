@@ -112,7 +112,7 @@ class NotConnected(StarcastError):
 class PublishQueueFull(StarcastError, Answered):
     """An event loop has more messages waiting than may wait, and nothing of this one was sent.
 
-    `publish_nowait` raises it at once, `publish` and `send` after waiting two seconds for room.
+    `publish_nowait` raises it at once, `publish` and `send` after waiting two seconds for space.
     """
 
     status_code = 503

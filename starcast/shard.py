@@ -20,12 +20,13 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 
+from .bounded import BoundedQueue
 from .connection import AFTER_CANCEL, Connection
 from .event import Event
 from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Turn
 from .stats import Counters
-from .waiter import Waiter, running_loop
+from .waiter import running_loop
 from .watch import Watch
 
 logger = logging.getLogger("starcast")
@@ -58,17 +59,15 @@ class Shard:
         self.watch = Watch(loop)
         self.awake = False  # there is something to deliver
         self.version = 0
+        self.queue = BoundedQueue[Entry](lock, MAX_PENDING)
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._lock = lock
-        self._pending: deque[Entry] = deque()
-        self._size = 0
         self._work: Work | None = None  # what is being delivered
         self._first: tuple[Connection, Item] | None = None  # what the next runner begins with
         self._turn = 0
         self._paused = False
         self._halted = False
-        self._room: set[Waiter] = set()
         self._runners: set[asyncio.Task[None]] = set()
 
     # With the hub's lock held
@@ -94,23 +93,6 @@ class Shard:
             snapshot = self._snapshots[channel] = Snapshot(members)
         return snapshot
 
-    def has_room(self, event: Event) -> bool:
-        return not self._size or self._size + event.cost <= MAX_PENDING
-
-    def tell_room(self, waiter: Waiter) -> None:
-        """Set the waiter when what waits now is on its way."""
-        if self._pending:
-            self._room.add(waiter)
-        else:
-            waiter.set()
-
-    def forget_room(self, waiter: Waiter) -> None:
-        self._room.discard(waiter)
-
-    @property
-    def pending(self) -> int:
-        return len(self._pending)
-
     def add(
         self, item: Item | None, members: tuple[Member, ...] = (), done: Done | None = None
     ) -> bool:
@@ -118,9 +100,7 @@ class Shard:
 
         If this returns True, the caller must call `wake`, after releasing the lock.
         """
-        self._pending.append((item, members, done))
-        if isinstance(item, Event):
-            self._size += item.cost
+        self.queue.append((item, members, done), item.cost if isinstance(item, Event) else 0)
         wake, self.awake = not self.awake, True
         return wake
 
@@ -219,15 +199,11 @@ class Shard:
         try:
             while True:
                 with self._lock:
-                    if not self._pending:
+                    if not self.queue.entries:
                         self.awake = False
                         self._work = None
                         return
-                    batch, self._pending = self._pending, deque()
-                    room, self._room = self._room, set()
-                    self._size = 0
-                for waiter in room:
-                    waiter.set()
+                    batch = self.queue.take_all()
                 for group in grouped(batch):
                     yield from self._deliver(group)
                     for done in group.done:
