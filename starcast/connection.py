@@ -24,11 +24,11 @@ from starlette.websockets import WebSocket, WebSocketState
 from . import watch
 from .close_codes import ABNORMAL, TRY_AGAIN_LATER
 from .event import Event
-from .frames import PLAIN, Setting
 from .handler import Handler, owner
 from .outbox import Close, Item, Leave, OnOverflow, Outbox, OutboxFull, Overflowed, Turn
 from .stats import Counters
 from .waiter import Waiter
+from .wire import FrameWriter, open_wire
 
 # Seconds that a client has for what it still has to get and for the close frame. After that the
 # send that is stuck ends, the hub's or the handler's: a client that reads nothing would hold it for
@@ -41,27 +41,6 @@ AFTER_CANCEL = 0.1
 
 DISCONNECTED = WebSocketState.DISCONNECTED
 
-# Bytes of frames that are joined for one write.
-MAX_JOIN = 64 * 1024
-
-
-class Wire(Protocol):
-    """A way to the socket around ASGI; `starcast.uvicorn` has one."""
-
-    setting: Setting
-    write: Callable[[bytes], None]  # only while it is ready
-    changed: Callable[[], None] | None  # called when `ready` may have changed
-
-    @property
-    def ready(self) -> bool:
-        """Whether whole frames may be written now."""
-
-    async def drain(self) -> bool:
-        """Wait until it may be possible again; False if it never will be."""
-
-    def abort(self) -> None:
-        """Drop the connection at once."""
-
 
 class Line(Protocol):
     """What a connection needs of its shard."""
@@ -69,19 +48,10 @@ class Line(Protocol):
     loop: asyncio.AbstractEventLoop
     counters: Counters
     awake: bool
-    version: int  # changes with any connection's `direct`
+    version: int  # changes whenever frames may or may no longer be written to a client at once
 
     def post(self, item: Turn, connection: Connection) -> None:
         """Bring an item to a connection after everything that is already on its way."""
-
-
-def wire_of(websocket: WebSocket) -> Wire | None:
-    """Return the way around ASGI, if the server has announced one."""
-    announced = (websocket.scope.get("extensions") or {}).get("starcast")
-    if announced is None:
-        return None
-    wire: Wire | None = announced.open()
-    return wire
 
 
 def is_gone(websocket: WebSocket) -> bool:
@@ -102,19 +72,17 @@ class Connection:
         "_on_overflow",
         "_task",
         "_waiters",
-        "_wire",
         "_writer",
         "behind",
         "channels",
         "code",
-        "direct",
         "ended",
+        "frames",
         "id",
         "idle",
         "leaving",
         "line",
         "outbox",
-        "setting",
         "transport",
         "websocket",
     )
@@ -143,10 +111,7 @@ class Connection:
         self.ended = False
         self.behind = False  # there is something in the outbox, or was a moment ago
         self.idle = True  # nothing is in flight, and the client is neither closed nor left
-        # How frames are written as long as it is idle; None when they must not be.
-        self.direct: Callable[[bytes], None] | None = None
-        self.setting: Setting = PLAIN
-        self._wire: Wire | None = None
+        self.frames: FrameWriter | None = None  # if the server takes ready-made ones
         self._on_end = on_end
         self._on_overflow = on_overflow
         self._busy = False
@@ -160,12 +125,11 @@ class Connection:
         if self._task is not None:
             self._task.add_done_callback(self._app_ended)
         if ready_frames and owner(websocket.send) is websocket:  # of nobody else's making
-            self._wire = wire_of(websocket)
-        if self._wire is not None:
-            self.setting = self._wire.setting
-            self._wire.changed = self._look
+            wire = open_wire(websocket)
+            self.frames = None if wire is None else FrameWriter(wire, self)
         self._handler = Handler(self, line.loop)
-        self._look()
+        if self.frames is not None:
+            self.frames.look()
 
     @property
     def departed(self) -> bool:
@@ -217,7 +181,8 @@ class Connection:
         """Begin to write: `write` follows at once. Only while it is idle."""
         self._busy = True
         self.idle = False
-        self._write_with(None)
+        if self.frames is not None:
+            self.frames.suspend()
 
     async def write(self, item: Item | None, task: asyncio.Task[None] | None) -> None:
         """Send the item and whatever comes meanwhile, in this task. After `work`, or true `put`."""
@@ -225,8 +190,11 @@ class Connection:
         try:
             while item is not None:
                 if isinstance(item, Event):
-                    if self._wire is not None:
-                        await self._write_frames(self._wire, item)
+                    if self.frames is not None:
+                        written = await self.frames.write(item)
+                        self.line.counters.delivered += written
+                        if not written:
+                            self.end(ABNORMAL)
                     else:
                         # A fresh dict each time: middleware may change what it is given.
                         await self._handler.send_event(
@@ -266,8 +234,8 @@ class Connection:
         self._handler.over = True
         stuck = self._stop_writer() or self._handler.is_sending
         self.end(ABNORMAL)
-        if stuck and self._wire is not None:
-            self._wire.abort()  # a close would wait for the client to read
+        if stuck and self.frames is not None:
+            self.frames.wire.abort()  # a close would wait for the client to read
         self._handler.interrupt()
         self._handler.stop_sending()
 
@@ -277,7 +245,8 @@ class Connection:
             return
         self.ended = True
         self.idle = False
-        self._write_with(None)
+        if self.frames is not None:
+            self.frames.suspend()
         if code is None:
             self._handler.uninstall()
         elif self.code is None:
@@ -306,37 +275,8 @@ class Connection:
     def _rest(self) -> None:
         self._busy = self.behind = False
         self.idle = not self.ended and self.code is None
-        if self._wire is not None:
-            self._look()
-
-    def _look(self) -> None:
-        """Open or close the short way, which is open only if nothing speaks against it."""
-        wire = self._wire
-        if wire is None or not self.idle or not wire.ready:
-            self._write_with(None)
-        elif self.outbox.max_buffer >= MAX_JOIN:  # else a join might be too much for it
-            self._write_with(wire.write)
-
-    def _write_with(self, direct: Callable[[bytes], None] | None) -> None:
-        if direct is not self.direct:
-            self.direct = direct
-            self.line.version += 1
-
-    async def _write_frames(self, wire: Wire, event: Event) -> None:
-        if not await wire.drain():
-            self.end(ABNORMAL)
-            return
-        frames = [event.frame(self.setting)]
-        size = len(frames[0])
-        while (following := self.outbox.next_event()) is not None:
-            frame = following.frame(self.setting)
-            size += len(frame)
-            if size > min(MAX_JOIN, self.outbox.max_buffer):
-                break
-            frames.append(frame)
-            self.outbox.take()
-        wire.write(b"".join(frames))
-        self.line.counters.delivered += len(frames)
+        if self.frames is not None:
+            self.frames.look()
 
     async def _write_close(self, close: Close) -> None:
         message = {"type": "websocket.close", "code": close.code, "reason": close.reason}

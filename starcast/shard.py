@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from .bounded import BoundedQueue
 from .connection import AFTER_CANCEL, Connection
 from .event import Event
+from .frames import Setting
 from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Turn
 from .stats import Counters
@@ -225,17 +226,23 @@ class Shard:
         elif group.exclude is not None and isinstance(members, Snapshot):
             members = yield from self._write(group, members)
         count = len(group.items)
+        takes_more = group.exclude is not None  # they are events
+        single = takes_more and count == 1
+        setting: Setting | None = None
+        joined = b""  # for this setting
         for start in range(0, len(members), LOOKED_AT):
             delivered = looked = 0
             for member in members[start : start + LOOKED_AT]:
-                # The short way: nothing is in flight, and the socket takes ready frames.
-                direct = member.direct
-                if direct is not None and group.exclude is not None:
-                    direct(group.joined(member.setting))
+                frames = member.frames
+                if frames is not None and frames.direct is not None and takes_more:
+                    if frames.setting != setting:
+                        setting = frames.setting
+                        joined = group.joined(setting)
+                    frames.direct(joined)
                     delivered += count
                     continue
                 looked += count
-                if count == 1 and member.idle and group.exclude is not None:
+                if single and member.idle:
                     assert isinstance(member, Connection)  # a Subscriber is never idle
                     member.work()
                     yield member, group.items[0]

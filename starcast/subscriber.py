@@ -11,7 +11,6 @@ from typing import Generic, Self, TypeVar, cast
 from . import server
 from .event import Event
 from .exceptions import SubscriberLagged
-from .frames import PLAIN
 from .gap import Gap
 from .outbox import Close, Item, OnOverflow, Outbox, OutboxFull, Overflowed
 from .stats import Counters
@@ -28,6 +27,11 @@ class Subscription(Generic[Got]):
 
     gaps = False  # whether it gets any
 
+    # What a shard looks at in any member: nothing is written here, and nobody excludes it.
+    idle = False
+    frames: None = None
+    id = 0
+
     def __init__(
         self,
         channel: str,
@@ -39,11 +43,6 @@ class Subscription(Generic[Got]):
     ) -> None:
         self.channel = channel
         self.outbox = outbox
-        # What a Connection has and a shard looks at: there is no socket, and nobody excludes it.
-        self.idle = False
-        self.direct: None = None
-        self.setting = PLAIN
-        self.id = 0
         self._join = join
         self._leave = leave
         self._on_overflow = on_overflow
