@@ -459,7 +459,6 @@ class Broadcast:
             self._hub.settings.outbox(max_buffer, overflow),
             join=self._hub.join,
             leave=self._hub.registry.unsubscribe,
-            on_overflow=self._hub.settings.on_overflow,
         )
 
     # Serve

@@ -25,7 +25,7 @@ from . import watch
 from .close_codes import ABNORMAL, TRY_AGAIN_LATER
 from .event import Event
 from .handler import Handler, owner
-from .outbox import Close, Item, Leave, OnOverflow, Outbox, OutboxFull, Overflowed, Turn
+from .outbox import Close, Item, Leave, Outbox, OutboxFull, Turn
 from .stats import Counters
 from .waiter import Waiter
 from .wire import FrameWriter, open_wire
@@ -69,7 +69,6 @@ class Connection:
         "_handler",
         "_killed",
         "_on_end",
-        "_on_overflow",
         "_task",
         "_waiters",
         "_writer",
@@ -95,7 +94,6 @@ class Connection:
         *,
         id: int,
         on_end: Callable[[Connection], object],
-        on_overflow: OnOverflow | None = None,
         ready_frames: bool = True,
         protocol: Any = None,
     ) -> None:
@@ -113,7 +111,6 @@ class Connection:
         self.idle = True  # nothing is in flight, and the client is neither closed nor left
         self.frames: FrameWriter | None = None  # if the server takes ready-made ones
         self._on_end = on_end
-        self._on_overflow = on_overflow
         self._busy = False
         self._writer: asyncio.Task[None] | None = None
         self._killed = False
@@ -323,8 +320,7 @@ class Connection:
     def _report(self, dropped: list[Event]) -> None:
         if dropped:
             self.line.counters.dropped += len(dropped)
-            overflowed = Overflowed(self.websocket, self.outbox.overflow, tuple(dropped))
-            overflowed.tell(self._on_overflow)
+            self.outbox.tell_dropped(self.websocket, dropped)
 
     def _discard(self) -> list[Item]:
         items = self.outbox.clear()

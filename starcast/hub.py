@@ -235,7 +235,6 @@ class Hub:
                 outbox,
                 id=next(_ids),
                 on_end=self.registry.remove,
-                on_overflow=self.settings.on_overflow,
                 ready_frames=self.settings.ready_frames,
                 protocol=protocol,
             )

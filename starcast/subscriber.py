@@ -12,7 +12,7 @@ from . import server
 from .event import Event
 from .exceptions import SubscriberLagged
 from .gap import Gap
-from .outbox import Close, Item, OnOverflow, Outbox, OutboxFull, Overflowed
+from .outbox import Close, Item, Outbox, OutboxFull
 from .stats import Counters
 
 Got = TypeVar("Got")
@@ -39,13 +39,11 @@ class Subscription(Generic[Got]):
         *,
         join: Callable[[Subscription[Got]], Awaitable[Counters]],
         leave: Callable[[Subscription[Got]], None],
-        on_overflow: OnOverflow | None = None,
     ) -> None:
         self.channel = channel
         self.outbox = outbox
         self._join = join
         self._leave = leave
-        self._on_overflow = on_overflow
         self._counters = Counters()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: asyncio.Future[None] | None = None
@@ -115,7 +113,7 @@ class Subscription(Generic[Got]):
                 self.end()
             if dropped:
                 self._counters.dropped += len(dropped)
-                Overflowed(self, self.outbox.overflow, tuple(dropped)).tell(self._on_overflow)
+                self.outbox.tell_dropped(self, dropped)
         self._wake()
         return False
 
