@@ -2,10 +2,20 @@
 
 A connection belongs to the event loop of its websocket, and everything here runs on that loop.
 
-At most one send is in flight. While one is, the connection is busy and whatever comes meanwhile
-goes to the outbox; who finished a send goes on with the outbox. That keeps the order, also under
-backpressure, where a server may let a later send overtake an earlier one. The handler's own sends
-(`websocket.send_text`, `websocket.close`, ...) stand in the same line: see `handler`.
+At most one send is in flight, and whatever comes meanwhile goes to the outbox; whoever finished a
+send goes on with the outbox. That keeps the order, also under backpressure, where a server may let
+a later send overtake an earlier one. The handler's own sends (`websocket.send_text`,
+`websocket.close`, ...) stand in the same line: see `handler`.
+
+    state    code   what that means
+    IDLE     None   nothing is in flight and nothing waits
+    SENDING  None   a send is in flight, the hub's or the handler's; what waits is in the outbox
+    SENDING  set    a Close is the last thing that waits or is in flight; nothing more is taken
+    ENDED    None   the client has left the hub, and its socket is the handler's alone
+    ENDED    set    the client was closed, has left or was given up
+
+A client in either of the first two states that is about to leave has a `leaving`, its `Leave`,
+which is on its way. If it comes back before that has been reached, `leaving` is None again.
 
 There are three ends. A handler that leaves has its socket back once the client has what it still
 had to get. A client that was closed, or did not take what it had to get in time, is over: its
@@ -16,8 +26,9 @@ still has from it is read.
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from starlette.websockets import WebSocket, WebSocketState
 
@@ -42,6 +53,20 @@ AFTER_CANCEL = 0.1
 DISCONNECTED = WebSocketState.DISCONNECTED
 
 
+class State(enum.Enum):
+    """What a connection does. See the module."""
+
+    IDLE = enum.auto()
+    SENDING = enum.auto()
+    ENDED = enum.auto()
+
+
+# A look-up less for each delivery.
+IDLE: Final = State.IDLE
+SENDING: Final = State.SENDING
+ENDED: Final = State.ENDED
+
+
 class Line(Protocol):
     """What a connection needs of its shard."""
 
@@ -64,24 +89,20 @@ class Connection:
 
     # Less memory, and less to fetch for a delivery: a fan-out finds little of it in any cache.
     __slots__ = (
-        "_busy",
         "_deadline",
         "_handler",
-        "_killed",
         "_on_end",
         "_task",
         "_waiters",
         "_writer",
-        "behind",
         "channels",
         "code",
-        "ended",
         "frames",
         "id",
-        "idle",
         "leaving",
         "line",
         "outbox",
+        "state",
         "transport",
         "websocket",
     )
@@ -106,14 +127,10 @@ class Connection:
         self.leaving: Leave | None = None  # the handler has taken it off every channel
         # On the loop:
         self.code: int | None = None  # set as soon as the socket is closed, dead or about to be
-        self.ended = False
-        self.behind = False  # there is something in the outbox, or was a moment ago
-        self.idle = True  # nothing is in flight, and the client is neither closed nor left
+        self.state = IDLE
         self.frames: FrameWriter | None = None  # if the server takes ready-made ones
         self._on_end = on_end
-        self._busy = False
         self._writer: asyncio.Task[None] | None = None
-        self._killed = False
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
         # What tells that the client has left or its app has ended, see `watch`.
@@ -127,6 +144,16 @@ class Connection:
         self._handler = Handler(self, line.loop)
         if self.frames is not None:
             self.frames.look()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight, and the client is neither closed nor left."""
+        return self.state is IDLE
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is let go of."""
+        return self.state is ENDED
 
     @property
     def departed(self) -> bool:
@@ -153,14 +180,13 @@ class Connection:
 
     def put(self, item: Item) -> bool:
         """Take an item. If this returns True, the caller must await `write(item)` at once."""
-        if self.ended or self.code is not None:
+        if self.state is ENDED or self.code is not None:
             self._let_go(item)
             return False
         if isinstance(item, Close):
             self.code = item.code
-            self.idle = False
             self._expect(self.kill)
-        if not self._busy:
+        if self.state is IDLE:
             self.work()
             return True
         if isinstance(item, Leave):
@@ -170,14 +196,12 @@ class Connection:
         except OutboxFull:
             self._cut_off(item)
         else:
-            self.behind = True
             self._report(dropped)
         return False
 
     def work(self) -> None:
         """Begin to write: `write` follows at once. Only while it is idle."""
-        self._busy = True
-        self.idle = False
+        self.state = SENDING
         if self.frames is not None:
             self.frames.suspend()
 
@@ -202,7 +226,7 @@ class Connection:
                     if not item.abandoned:
                         item.granted = True
                         item.waiter.set()
-                        return  # stays busy: the handler's send is the one in flight now
+                        return  # it stays SENDING: the handler's send is the one in flight now
                 elif isinstance(item, Close):
                     await self._write_close(item)
                 else:
@@ -210,14 +234,15 @@ class Connection:
                     if item is self.leaving:
                         self.end()
                     item.reached()
-                if not self.behind:
+                if not self.outbox.items:
                     break
                 item = self.outbox.take()
             self._rest()
         except asyncio.CancelledError:
             self.failed()
-            # If it was the hub, only this send was meant, not the other work of the task.
-            if task is None or not self._killed or task.uncancel():
+            # If it was the hub, which has forgotten the writer, only this send was meant, and not
+            # the other work of the task.
+            if task is None or self._writer is task or task.uncancel():
                 raise
         except Exception:
             # Servers disagree about what a send to a client that is gone raises, so everything
@@ -238,10 +263,9 @@ class Connection:
 
     def end(self, code: int | None = None) -> None:
         """Let go of the client. Without a code its socket stays open and is the handler's alone."""
-        if self.ended:
+        if self.state is ENDED:
             return
-        self.ended = True
-        self.idle = False
+        self.state = ENDED
         if self.frames is not None:
             self.frames.suspend()
         if code is None:
@@ -264,16 +288,16 @@ class Connection:
         """Wait until the connection is let go of. From any loop."""
         waiter = Waiter()
         self._waiters.append(waiter)
-        if not self.ended:
+        if self.state is not ENDED:
             await waiter
 
     # Inside
 
     def _rest(self) -> None:
-        self._busy = self.behind = False
-        self.idle = not self.ended and self.code is None
-        if self.frames is not None:
-            self.frames.look()
+        if self.state is SENDING:
+            self.state = IDLE
+            if self.frames is not None:
+                self.frames.look()
 
     async def _write_close(self, close: Close) -> None:
         message = {"type": "websocket.close", "code": close.code, "reason": close.reason}
@@ -304,10 +328,11 @@ class Connection:
         leave.reached()
 
     def _stop_writer(self) -> bool:
-        if self._writer is None or self._writer is asyncio.current_task():
+        writer = self._writer
+        if writer is None or writer is asyncio.current_task():
             return False
-        self._killed = True
-        self._writer.cancel()
+        self._writer = None
+        writer.cancel()
         return True
 
     def _cut_off(self, item: Item) -> None:
@@ -338,10 +363,10 @@ class Connection:
     # What the handler's own sends need
 
     async def acquire(self) -> bool:
-        """Wait for the handler's turn; True if the connection is busy on its behalf now."""
-        if self.ended:
+        """Wait for the handler's turn; True if the send in flight is the handler's now."""
+        if self.state is ENDED:
             return False
-        if not (self._busy or self.line.awake):
+        if self.state is IDLE and not self.line.awake:
             self.work()
             return True
         turn = Turn()

@@ -23,10 +23,13 @@ class Client(Protocol):
 
     websocket: WebSocket
     code: int | None
-    ended: bool
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is let go of."""
 
     async def acquire(self) -> bool:
-        """Wait for the handler's turn; True if the connection is busy on its behalf now."""
+        """Wait for the handler's turn; True if the send in flight is the handler's now."""
 
     def go_on(self) -> None:
         """Go on with what waits: the handler's send is over."""

@@ -81,7 +81,7 @@ class Turn:
 
     def __init__(self) -> None:
         self.waiter = Waiter()
-        self.granted = False  # the send may go out; the connection is busy until it has
+        self.granted = False  # the send may go out; nothing else does until it has
         self.abandoned = False  # cancelled while it waited
 
 

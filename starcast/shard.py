@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from .bounded import BoundedQueue
-from .connection import AFTER_CANCEL, Connection
+from .connection import AFTER_CANCEL, IDLE, Connection
 from .event import Event
 from .frames import Setting
 from .group import Done, Entry, Group, Member, Snapshot, grouped
@@ -242,7 +242,7 @@ class Shard:
                     delivered += count
                     continue
                 looked += count
-                if single and member.idle:
+                if single and member.state is IDLE:
                     assert isinstance(member, Connection)  # a Subscriber is never idle
                     member.work()
                     yield member, group.items[0]

@@ -28,7 +28,7 @@ class Subscription(Generic[Got]):
     gaps = False  # whether it gets any
 
     # What a shard looks at in any member: nothing is written here, and nobody excludes it.
-    idle = False
+    state: None = None
     frames: None = None
     id = 0
 
