@@ -32,13 +32,13 @@ from typing import Any, Final, Protocol
 
 from starlette.websockets import WebSocket, WebSocketState
 
-from . import watch
 from .close_codes import ABNORMAL, TRY_AGAIN_LATER
 from .event import Event
 from .handler import Handler, owner
 from .outbox import Close, Item, Leave, Outbox, OutboxFull, Turn
 from .stats import Counters
 from .waiter import Waiter
+from .watch import Presence
 from .wire import FrameWriter, open_wire
 
 # Seconds that a client has for what it still has to get and for the close frame. After that the
@@ -92,7 +92,7 @@ class Connection:
         "_deadline",
         "_handler",
         "_on_end",
-        "_task",
+        "_presence",
         "_waiters",
         "_writer",
         "channels",
@@ -103,7 +103,6 @@ class Connection:
         "line",
         "outbox",
         "state",
-        "transport",
         "websocket",
     )
 
@@ -133,11 +132,7 @@ class Connection:
         self._writer: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
-        # What tells that the client has left or its app has ended, see `watch`.
-        self.transport: Any = None if protocol is None else protocol.transport
-        self._task = watch.app_task(websocket) if protocol is None else None
-        if self._task is not None:
-            self._task.add_done_callback(self._app_ended)
+        self._presence = Presence(self, websocket, protocol)
         if ready_frames and owner(websocket.send) is websocket:  # of nobody else's making
             wire = open_wire(websocket)
             self.frames = None if wire is None else FrameWriter(wire, self)
@@ -156,11 +151,14 @@ class Connection:
         return self.state is ENDED
 
     @property
+    def transport(self) -> Any:
+        """That of the client's socket; None if it is not known."""
+        return self._presence.transport
+
+    @property
     def departed(self) -> bool:
         """Whether the client has left or is about to be closed. From any thread."""
-        if self.code is not None:
-            return True
-        return self.transport is not None and bool(self.transport.is_closing())
+        return self.code is not None or self._presence.is_over
 
     @property
     def is_here(self) -> bool:
@@ -172,9 +170,6 @@ class Connection:
         self._stop_writer()
         self.end(code)
         self._handler.stop_sending()
-
-    def _app_ended(self, task: asyncio.Task[Any]) -> None:
-        self.lose()
 
     # What the shard calls
 
@@ -274,9 +269,7 @@ class Connection:
             self.code = code
         if self._deadline is not None:
             self._deadline.cancel()
-        if self._task is not None:
-            self._task.remove_done_callback(self._app_ended)
-            self._task = None
+        self._presence.forget()
         self._discard()
         self._on_end(self)
         if self.code is not None:
