@@ -138,7 +138,7 @@ class Connection:
             self.frames = None if wire is None else FrameWriter(wire, self)
         self._handler = Handler(self, line.loop)
         if self.frames is not None:
-            self.frames.look()
+            self.frames.resume()
 
     @property
     def idle(self) -> bool:
@@ -290,7 +290,7 @@ class Connection:
         if self.state is SENDING:
             self.state = IDLE
             if self.frames is not None:
-                self.frames.look()
+                self.frames.resume()
 
     async def _write_close(self, close: Close) -> None:
         message = {"type": "websocket.close", "code": close.code, "reason": close.reason}

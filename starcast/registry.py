@@ -205,7 +205,8 @@ class Registry:
         """
         with self.lock:
             wake = self._add(event, self._targets(event.channel))
-        self._wake(wake)
+        if wake:  # only the first message of a turn has somebody to wake
+            self._wake(wake)
 
     def bring(self, event: Event) -> None:
         """The same with what comes from a broker: every loop that has space gets it.
@@ -287,7 +288,12 @@ class Registry:
             if not shard.queue.has_space(event.cost):
                 text = f"an event loop has {len(shard.queue)} messages waiting to be sent"
                 raise Full(text, shard.queue)
-        return [shard for shard, members in targets if shard.add(event, members, done)]
+        wake = []
+        # No comprehension, which would be one more call for each message in Python 3.11.
+        for shard, members in targets:
+            if shard.add(event, members, done):
+                wake.append(shard)
+        return wake
 
     def _wake(self, shards: Iterable[Shard]) -> None:
         for shard in shards:

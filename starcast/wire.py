@@ -75,24 +75,26 @@ class FrameWriter:
         self.setting = wire.setting
         self.direct: Callable[[bytes], None] | None = None
         self._client = client
-        wire.changed = self.look
+        wire.changed = self._look
 
-    def look(self) -> None:
-        """Let frames be written at once if nothing speaks against it, and only then."""
+    def _look(self) -> None:
+        if self._client.idle:
+            self.resume()
+
+    def resume(self) -> None:
+        """Let frames be written at once if the wire takes them. Only while the client is idle."""
         client, wire = self._client, self.wire
         # A client with a smaller buffer might not have space for what a group joins.
-        if client.idle and wire.ready and client.outbox.max_buffer >= MAX_JOIN:
-            self._set(wire.write)
-        else:
-            self._set(None)
+        if not (wire.ready and client.outbox.max_buffer >= MAX_JOIN):
+            self.suspend()
+        elif self.direct is not wire.write:
+            self.direct = wire.write
+            client.line.version += 1
 
     def suspend(self) -> None:
-        """Let none be written at once until the next `look`."""
-        self._set(None)
-
-    def _set(self, direct: Callable[[bytes], None] | None) -> None:
-        if direct is not self.direct:
-            self.direct = direct
+        """Let none be written at once until it is resumed: the client is not idle any more."""
+        if self.direct is not None:
+            self.direct = None
             self._client.line.version += 1
 
     async def write(self, event: Event) -> int:

@@ -499,7 +499,7 @@ async def test_a_burst_goes_out_in_few_writes(start, back):
                 write(data)
 
             its.frames.wire.write = counting
-            its.frames.look()
+            its.frames.resume()
         sent = [str(number) for number in range(1000)]
         for number in sent:
             app.hub.publish_nowait("x", number)
