@@ -15,9 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import WebSocketException
 
 from . import logs
+from .close_codes import POLICY_VIOLATION
 from .exceptions import ConfigurationError
-
-POLICY_VIOLATION = 1008  # RFC 6455 section 7.4.1
 
 
 class Refused(WebSocketException):

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocket, WebSocketState
 
-TRY_AGAIN_LATER = 1013
+from .close_codes import TRY_AGAIN_LATER
 
 _set_class = vars(object)["__class__"].__set__
 

@@ -1,4 +1,4 @@
-"""Arguments: what people pass for a client or a channel, checked where it comes in.
+"""Arguments: what people pass for a client, a channel or a close code, checked where it comes in.
 
 People look a client up and pass on what they have found. So None is nobody, and never everybody;
 only an argument that was left out means what its method says.
@@ -14,7 +14,7 @@ from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket, WebSocketState
 
 from . import codec, logs
-from .exceptions import InvalidChannel
+from .exceptions import ConfigurationError, InvalidChannel
 
 Exclude = WebSocket | Iterable[WebSocket | None] | None
 
@@ -72,3 +72,17 @@ def check_channel(websocket: WebSocket, channel: object) -> str:
             kind = ("channel", type(channel).__name__, what)
             logs.once(kind, "refused a WebSocket: %s%s", exc, hint)
         raise
+
+
+def check_close(code: int, reason: str) -> None:
+    """Refuse what may not stand in a close frame.
+
+    Raises:
+        ConfigurationError: The code may not be sent, or the reason is too long.
+    """
+    # RFC 6455 section 7.4: 1004 is reserved, 1005, 1006 and 1015 never go over the wire; section
+    # 5.5: a control frame holds 125 bytes, two of which are the code.
+    if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or 3000 <= code <= 4999):
+        raise ConfigurationError(f"{code!r} is not a close code that may be sent")
+    if len(reason.encode()) > 123:
+        raise ConfigurationError("a close reason has at most 123 bytes")

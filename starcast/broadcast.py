@@ -19,11 +19,10 @@ from starlette.websockets import WebSocket
 from . import backends, codec, refusals, serving
 from . import heartbeats as _heartbeats
 from . import subprotocols as _subprotocols
-from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client
+from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client, check_close
 from .backends import Backend
+from .close_codes import NORMAL
 from .codec import Channel, Dumps, Encoding
-from .connection import NORMAL
-from .exceptions import ConfigurationError
 from .gap import Gap
 from .heartbeats import Heartbeats
 from .hub import Headers, Hub
@@ -38,15 +37,6 @@ from .stats import Stats
 from .subscriber import GapSubscriber, Subscriber
 
 DEFAULT_CHANNEL = "default"
-
-
-def _check_close(code: int, reason: str) -> None:
-    # RFC 6455 section 7.4: 1004 is reserved, 1005, 1006 and 1015 never go over the wire; section
-    # 5.5: a control frame holds 125 bytes, two of which are the code.
-    if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or 3000 <= code <= 4999):
-        raise ConfigurationError(f"{code!r} is not a close code that may be sent")
-    if len(reason.encode()) > 123:
-        raise ConfigurationError("a close reason has at most 123 bytes")
 
 
 class Broadcast:
@@ -293,7 +283,7 @@ class Broadcast:
             TypeError: `websocket` is None, or no websocket.
         """
         check_client(websocket, "close(...)")
-        _check_close(code, reason)
+        check_close(code, reason)
         await self._hub.close_client(websocket, code, reason)
 
     # Send
@@ -476,7 +466,6 @@ class Broadcast:
             self._hub.settings.outbox(max_buffer, overflow),
             join=self._hub.join,
             leave=self._hub.registry.unsubscribe,
-            on_overflow=self._hub.settings.on_overflow,
         )
 
     # Serve

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from starlette.types import Message
 
+from .close_codes import INVALID_DATA, UNSUPPORTED_DATA
 from .exceptions import ConfigurationError, EncodingError, InvalidChannel, InvalidMessage
 from .serializer import dumps as dumps
 from .serializer import no_constant
@@ -121,9 +122,9 @@ def decode(message: Message, encoding: Encoding | None) -> Any:
     text: str | None = message.get("text")
     content: bytes | None = message.get("bytes")
     if encoding == "bytes" and content is None:
-        raise InvalidMessage(1003, "binary frames only")
+        raise InvalidMessage(UNSUPPORTED_DATA, "binary frames only")
     if encoding == "text" and text is None:
-        raise InvalidMessage(1003, "text frames only")
+        raise InvalidMessage(UNSUPPORTED_DATA, "text frames only")
     try:
         if text is None:
             if encoding != "json":
@@ -137,6 +138,6 @@ def decode(message: Message, encoding: Encoding | None) -> Any:
             dumps(value).encode()
         return value
     except UnicodeError:
-        raise InvalidMessage(1007, "not valid UTF-8") from None
+        raise InvalidMessage(INVALID_DATA, "not valid UTF-8") from None
     except (ValueError, RecursionError):
-        raise InvalidMessage(1007, "not valid JSON") from None
+        raise InvalidMessage(INVALID_DATA, "not valid JSON") from None

@@ -2,10 +2,20 @@
 
 A connection belongs to the event loop of its websocket, and everything here runs on that loop.
 
-At most one send is in flight. While one is, the connection is busy and whatever comes meanwhile
-goes to the outbox; who finished a send goes on with the outbox. That keeps the order, also under
-backpressure, where a server may let a later send overtake an earlier one. The handler's own sends
-(`websocket.send_text`, `websocket.close`, ...) stand in the same line: see `handler`.
+At most one send is in flight, and whatever comes meanwhile goes to the outbox; whoever finished a
+send goes on with the outbox. That keeps the order, also under backpressure, where a server may let
+a later send overtake an earlier one. The handler's own sends (`websocket.send_text`,
+`websocket.close`, ...) stand in the same line: see `handler`.
+
+    state    code   what that means
+    IDLE     None   nothing is in flight and nothing waits
+    SENDING  None   a send is in flight, the hub's or the handler's; what waits is in the outbox
+    SENDING  set    a Close is the last thing that waits or is in flight; nothing more is taken
+    ENDED    None   the client has left the hub, and its socket is the handler's alone
+    ENDED    set    the client was closed, has left or was given up
+
+A client in either of the first two states that is about to leave has a `leaving`, its `Leave`,
+which is on its way. If it comes back before that has been reached, `leaving` is None again.
 
 There are three ends. A handler that leaves has its socket back once the client has what it still
 had to get. A client that was closed, or did not take what it had to get in time, is over: its
@@ -16,18 +26,20 @@ still has from it is read.
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from starlette.websockets import WebSocket, WebSocketState
 
-from . import watch
+from .close_codes import ABNORMAL, TRY_AGAIN_LATER
 from .event import Event
-from .frames import PLAIN, Setting
 from .handler import Handler, owner
-from .outbox import Close, Item, Leave, OnOverflow, Outbox, OutboxFull, Overflowed, Turn
+from .outbox import Close, Item, Leave, Outbox, OutboxFull, Turn
 from .stats import Counters
 from .waiter import Waiter
+from .watch import Presence
+from .wire import FrameWriter, open_wire
 
 # Seconds that a client has for what it still has to get and for the close frame. After that the
 # send that is stuck ends, the hub's or the handler's: a client that reads nothing would hold it for
@@ -40,36 +52,19 @@ AFTER_CANCEL = 0.1
 
 DISCONNECTED = WebSocketState.DISCONNECTED
 
-# Close codes: RFC 6455 section 7.4.1, and 1013 from the IANA registry that it set up.
-NORMAL = 1000
-GOING_AWAY = 1001
-ABNORMAL = 1006
-POLICY_VIOLATION = 1008
-INTERNAL_ERROR = 1011
-SERVICE_RESTART = 1012
-TRY_AGAIN_LATER = 1013
+
+class State(enum.Enum):
+    """What a connection does. See the module."""
+
+    IDLE = enum.auto()
+    SENDING = enum.auto()
+    ENDED = enum.auto()
 
 
-# Bytes of frames that are joined for one write.
-MAX_JOIN = 64 * 1024
-
-
-class Wire(Protocol):
-    """A way to the socket around ASGI; `starcast.uvicorn` has one."""
-
-    setting: Setting
-    write: Callable[[bytes], None]  # only while it is ready
-    changed: Callable[[], None] | None  # called when `ready` may have changed
-
-    @property
-    def ready(self) -> bool:
-        """Whether whole frames may be written now."""
-
-    async def drain(self) -> bool:
-        """Wait until it may be possible again; False if it never will be."""
-
-    def abort(self) -> None:
-        """Drop the connection at once."""
+# A look-up less for each delivery.
+IDLE: Final = State.IDLE
+SENDING: Final = State.SENDING
+ENDED: Final = State.ENDED
 
 
 class Line(Protocol):
@@ -78,19 +73,10 @@ class Line(Protocol):
     loop: asyncio.AbstractEventLoop
     counters: Counters
     awake: bool
-    version: int  # changes with any connection's `direct`
+    version: int  # changes whenever frames may or may no longer be written to a client at once
 
     def post(self, item: Turn, connection: Connection) -> None:
         """Bring an item to a connection after everything that is already on its way."""
-
-
-def wire_of(websocket: WebSocket) -> Wire | None:
-    """Return the way around ASGI, if the server has announced one."""
-    announced = (websocket.scope.get("extensions") or {}).get("starcast")
-    if announced is None:
-        return None
-    wire: Wire | None = announced.open()
-    return wire
 
 
 def is_gone(websocket: WebSocket) -> bool:
@@ -103,30 +89,20 @@ class Connection:
 
     # Less memory, and less to fetch for a delivery: a fan-out finds little of it in any cache.
     __slots__ = (
-        "_busy",
         "_deadline",
         "_handler",
-        "_killed",
         "_on_end",
-        "_on_overflow",
-        "_task",
+        "_presence",
         "_waiters",
-        "_wire",
         "_writer",
-        "behind",
         "channels",
         "code",
-        "direct",
-        "ended",
+        "frames",
         "id",
-        "idle",
         "leaving",
         "line",
         "outbox",
-        "setting",
-        "transport",
-        "unconfirmed",
-        "unconfirmed_cost",
+        "state",
         "websocket",
     )
 
@@ -138,7 +114,6 @@ class Connection:
         *,
         id: int,
         on_end: Callable[[Connection], object],
-        on_overflow: OnOverflow | None = None,
         ready_frames: bool = True,
         protocol: Any = None,
     ) -> None:
@@ -151,41 +126,39 @@ class Connection:
         self.leaving: Leave | None = None  # the handler has taken it off every channel
         # On the loop:
         self.code: int | None = None  # set as soon as the socket is closed, dead or about to be
-        self.ended = False
-        self.behind = False  # there is something in the outbox, or was a moment ago
-        self.unconfirmed = 0  # this client's own messages since the last wait for them,
-        self.unconfirmed_cost = 0  # and what they cost
-        self.idle = True  # nothing is in flight, and the client is neither closed nor left
-        # How frames are written as long as it is idle; None when they must not be.
-        self.direct: Callable[[bytes], None] | None = None
-        self.setting: Setting = PLAIN
-        self._wire: Wire | None = None
+        self.state = IDLE
+        self.frames: FrameWriter | None = None  # if the server takes ready-made ones
         self._on_end = on_end
-        self._on_overflow = on_overflow
-        self._busy = False
         self._writer: asyncio.Task[None] | None = None
-        self._killed = False
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
-        # What tells that the client has left or its app has ended, see `watch`.
-        self.transport: Any = None if protocol is None else protocol.transport
-        self._task = watch.app_task(websocket) if protocol is None else None
-        if self._task is not None:
-            self._task.add_done_callback(self._app_ended)
+        self._presence = Presence(self, websocket, protocol)
         if ready_frames and owner(websocket.send) is websocket:  # of nobody else's making
-            self._wire = wire_of(websocket)
-        if self._wire is not None:
-            self.setting = self._wire.setting
-            self._wire.changed = self._look
+            wire = open_wire(websocket)
+            self.frames = None if wire is None else FrameWriter(wire, self)
         self._handler = Handler(self, line.loop)
-        self._look()
+        if self.frames is not None:
+            self.frames.resume()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight, and the client is neither closed nor left."""
+        return self.state is IDLE
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is let go of."""
+        return self.state is ENDED
+
+    @property
+    def transport(self) -> Any:
+        """That of the client's socket; None if it is not known."""
+        return self._presence.transport
 
     @property
     def departed(self) -> bool:
         """Whether the client has left or is about to be closed. From any thread."""
-        if self.code is not None:
-            return True
-        return self.transport is not None and bool(self.transport.is_closing())
+        return self.code is not None or self._presence.is_over
 
     @property
     def is_here(self) -> bool:
@@ -198,21 +171,17 @@ class Connection:
         self.end(code)
         self._handler.stop_sending()
 
-    def _app_ended(self, task: asyncio.Task[Any]) -> None:
-        self.lose()
-
     # What the shard calls
 
     def put(self, item: Item) -> bool:
         """Take an item. If this returns True, the caller must await `write(item)` at once."""
-        if self.ended or self.code is not None:
+        if self.state is ENDED or self.code is not None:
             self._let_go(item)
             return False
         if isinstance(item, Close):
             self.code = item.code
-            self.idle = False
             self._expect(self.kill)
-        if not self._busy:
+        if self.state is IDLE:
             self.work()
             return True
         if isinstance(item, Leave):
@@ -222,15 +191,14 @@ class Connection:
         except OutboxFull:
             self._cut_off(item)
         else:
-            self.behind = True
             self._report(dropped)
         return False
 
     def work(self) -> None:
         """Begin to write: `write` follows at once. Only while it is idle."""
-        self._busy = True
-        self.idle = False
-        self._write_with(None)
+        self.state = SENDING
+        if self.frames is not None:
+            self.frames.suspend()
 
     async def write(self, item: Item | None, task: asyncio.Task[None] | None) -> None:
         """Send the item and whatever comes meanwhile, in this task. After `work`, or true `put`."""
@@ -238,8 +206,11 @@ class Connection:
         try:
             while item is not None:
                 if isinstance(item, Event):
-                    if self._wire is not None:
-                        await self._write_frames(self._wire, item)
+                    if self.frames is not None:
+                        written = await self.frames.write(item)
+                        self.line.counters.delivered += written
+                        if not written:
+                            self.end(ABNORMAL)
                     else:
                         # A fresh dict each time: middleware may change what it is given.
                         await self._handler.send_event(
@@ -250,7 +221,7 @@ class Connection:
                     if not item.abandoned:
                         item.granted = True
                         item.waiter.set()
-                        return  # stays busy: the handler's send is the one in flight now
+                        return  # it stays SENDING: the handler's send is the one in flight now
                 elif isinstance(item, Close):
                     await self._write_close(item)
                 else:
@@ -258,14 +229,15 @@ class Connection:
                     if item is self.leaving:
                         self.end()
                     item.reached()
-                if not self.behind:
+                if not self.outbox.items:
                     break
                 item = self.outbox.take()
             self._rest()
         except asyncio.CancelledError:
             self.failed()
-            # If it was the hub, only this send was meant, not the other work of the task.
-            if task is None or not self._killed or task.uncancel():
+            # If it was the hub, which has forgotten the writer, only this send was meant, and not
+            # the other work of the task.
+            if task is None or self._writer is task or task.uncancel():
                 raise
         except Exception:
             # Servers disagree about what a send to a client that is gone raises, so everything
@@ -279,27 +251,25 @@ class Connection:
         self._handler.over = True
         stuck = self._stop_writer() or self._handler.is_sending
         self.end(ABNORMAL)
-        if stuck and self._wire is not None:
-            self._wire.abort()  # a close would wait for the client to read
+        if stuck and self.frames is not None:
+            self.frames.wire.abort()  # a close would wait for the client to read
         self._handler.interrupt()
         self._handler.stop_sending()
 
     def end(self, code: int | None = None) -> None:
         """Let go of the client. Without a code its socket stays open and is the handler's alone."""
-        if self.ended:
+        if self.state is ENDED:
             return
-        self.ended = True
-        self.idle = False
-        self._write_with(None)
+        self.state = ENDED
+        if self.frames is not None:
+            self.frames.suspend()
         if code is None:
             self._handler.uninstall()
         elif self.code is None:
             self.code = code
         if self._deadline is not None:
             self._deadline.cancel()
-        if self._task is not None:
-            self._task.remove_done_callback(self._app_ended)
-            self._task = None
+        self._presence.forget()
         self._discard()
         self._on_end(self)
         if self.code is not None:
@@ -311,45 +281,16 @@ class Connection:
         """Wait until the connection is let go of. From any loop."""
         waiter = Waiter()
         self._waiters.append(waiter)
-        if not self.ended:
+        if self.state is not ENDED:
             await waiter
 
     # Inside
 
     def _rest(self) -> None:
-        self._busy = self.behind = False
-        self.idle = not self.ended and self.code is None
-        if self._wire is not None:
-            self._look()
-
-    def _look(self) -> None:
-        """Open or close the short way, which is open only if nothing speaks against it."""
-        wire = self._wire
-        if wire is None or not self.idle or not wire.ready:
-            self._write_with(None)
-        elif self.outbox.max_buffer >= MAX_JOIN:  # else a join might be too much for it
-            self._write_with(wire.write)
-
-    def _write_with(self, direct: Callable[[bytes], None] | None) -> None:
-        if direct is not self.direct:
-            self.direct = direct
-            self.line.version += 1
-
-    async def _write_frames(self, wire: Wire, event: Event) -> None:
-        if not await wire.drain():
-            self.end(ABNORMAL)
-            return
-        frames = [event.frame(self.setting)]
-        size = len(frames[0])
-        while (following := self.outbox.next_event()) is not None:
-            frame = following.frame(self.setting)
-            size += len(frame)
-            if size > min(MAX_JOIN, self.outbox.max_buffer):
-                break
-            frames.append(frame)
-            self.outbox.take()
-        wire.write(b"".join(frames))
-        self.line.counters.delivered += len(frames)
+        if self.state is SENDING:
+            self.state = IDLE
+            if self.frames is not None:
+                self.frames.resume()
 
     async def _write_close(self, close: Close) -> None:
         message = {"type": "websocket.close", "code": close.code, "reason": close.reason}
@@ -380,10 +321,11 @@ class Connection:
         leave.reached()
 
     def _stop_writer(self) -> bool:
-        if self._writer is None or self._writer is asyncio.current_task():
+        writer = self._writer
+        if writer is None or writer is asyncio.current_task():
             return False
-        self._killed = True
-        self._writer.cancel()
+        self._writer = None
+        writer.cancel()
         return True
 
     def _cut_off(self, item: Item) -> None:
@@ -396,8 +338,7 @@ class Connection:
     def _report(self, dropped: list[Event]) -> None:
         if dropped:
             self.line.counters.dropped += len(dropped)
-            overflowed = Overflowed(self.websocket, self.outbox.overflow, tuple(dropped))
-            overflowed.tell(self._on_overflow)
+            self.outbox.tell_dropped(self.websocket, dropped)
 
     def _discard(self) -> list[Item]:
         items = self.outbox.clear()
@@ -415,10 +356,10 @@ class Connection:
     # What the handler's own sends need
 
     async def acquire(self) -> bool:
-        """Wait for the handler's turn; True if the connection is busy on its behalf now."""
-        if self.ended:
+        """Wait for the handler's turn; True if the send in flight is the handler's now."""
+        if self.state is ENDED:
             return False
-        if not (self._busy or self.line.awake):
+        if self.state is IDLE and not self.line.awake:
             self.work()
             return True
         turn = Turn()

@@ -1,27 +1,26 @@
 """Dispatcher: hands what is published to the broker, or in memory to the registry.
 
-It waits where somebody has to wait: for room, for the broker's confirmation, or until the clients
+It waits where somebody has to wait: for space, for the broker's confirmation, or until the clients
 of this event loop have the message.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from . import logs
-from .deadline import Deadline
+from .bounded import Full
 from .event import Event
 from .exceptions import BackendUnavailable, PublishQueueFull
 from .link import Link
 from .registry import Registry
 from .sender import OnLost, Taken
 from .shard import SLICE
-from .waiter import Full, Place, Waiter
+from .waiter import Waiter
 
 # Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
 YIELD_AFTER = 64
@@ -31,7 +30,7 @@ NOT_OPEN = (
     "or with await hub.connect()"
 )
 
-# Seconds that `publish` waits for room before it raises PublishQueueFull.
+# Seconds that `publish` waits for space before it raises PublishQueueFull.
 PUBLISH_TIMEOUT = 2.0
 
 
@@ -90,7 +89,7 @@ class Dispatcher:
         return taken
 
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
-        """Hand an event over, and wait only as long as there is no room for it.
+        """Hand an event over, and wait only as long as there is no space for it.
 
         If it is lost later, `on_lost` is called: see `Link.publish`.
         """
@@ -124,12 +123,12 @@ class Dispatcher:
         full: PublishQueueFull,
         deadline: float | None = None,
     ) -> HandedOver:
-        """Call it again whenever there is room, for two seconds or until the deadline."""
+        """Call it again whenever there is space, for two seconds or until the deadline."""
         loop = asyncio.get_running_loop()
         if deadline is None:
             deadline = loop.time() + PUBLISH_TIMEOUT
         while loop.time() < deadline and isinstance(full, Full):
-            await self._room(full.place, deadline)
+            await full.queue.wait_for_space(deadline - loop.time())
             try:
                 return hand_over()
             except PublishQueueFull as exc:
@@ -137,18 +136,6 @@ class Dispatcher:
         with self._lock:
             self.failed += 1
         raise full
-
-    async def _room(self, place: Place, deadline: float) -> None:
-        room = Waiter()
-        with self._lock:
-            place.tell_room(room)
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with Deadline(deadline - asyncio.get_running_loop().time()):
-                    await room
-        finally:
-            with self._lock:
-                place.forget_room(room)
 
     async def settled(self) -> None:
         """Bring everything published so far to the sockets or outboxes of this loop."""

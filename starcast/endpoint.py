@@ -16,8 +16,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from . import codec, heartbeats, refusals, serving, subprotocols
 from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
+from .close_codes import ABNORMAL, INTERNAL_ERROR
 from .codec import Channel
-from .connection import ABNORMAL, INTERNAL_ERROR
 from .exceptions import BackendUnavailable, ClientGone, InvalidMessage, PublishQueueFull
 from .heartbeats import Heartbeats
 from .relay import Relay

@@ -39,7 +39,8 @@ from typing import ClassVar
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
-from .answers import TRY_AGAIN_LATER, Answered
+from .answers import Answered
+from .close_codes import POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER
 
 # Seconds after which a client may try again what could not be published: about as long as the link
 # waits before it tries to connect again.
@@ -59,7 +60,7 @@ class InvalidChannel(StarcastError, Answered, ValueError):
 
     status_code = 422
     detail = "invalid channel"
-    code = 1008
+    code = POLICY_VIOLATION
     reason = "invalid channel"
 
 
@@ -89,7 +90,7 @@ class OriginRefused(StarcastError, WebSocketException):
     """
 
     def __init__(self, message: str) -> None:
-        WebSocketException.__init__(self, code=1008, reason="origin not allowed")
+        WebSocketException.__init__(self, code=POLICY_VIOLATION, reason="origin not allowed")
         self.message = message
 
     def __str__(self) -> str:
@@ -140,7 +141,7 @@ class PayloadTooLarge(StarcastError, Answered, ValueError):
 
     status_code = 413
     detail = "message too large"
-    code = 1009
+    code = TOO_BIG
     reason = "message too large"
 
 

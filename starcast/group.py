@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from .connection import MAX_JOIN, Connection
+from .connection import Connection
 from .event import Event
 from .frames import Setting
 from .outbox import Item
 from .subscriber import Subscription
+from .wire import MAX_JOIN
 
 Member = Connection | Subscription[Any]
 Write = Callable[[bytes], None]
@@ -38,11 +39,12 @@ class Snapshot(tuple[Member, ...]):
 
     def add(self, members: Iterable[Member]) -> None:
         for member in members:
-            if member.direct is None:
+            frames = member.frames
+            if frames is None or frames.direct is None:
                 self.others.append(member)
             else:
-                writes, whose = self.writers.setdefault(member.setting, ([], []))
-                writes.append(member.direct)
+                writes, whose = self.writers.setdefault(frames.setting, ([], []))
+                writes.append(frames.direct)
                 whose.append(member)
 
 
@@ -84,7 +86,7 @@ class Group:
         return joined
 
 
-def grouped(batch: Iterable[Entry]) -> list[Group]:
+def grouped(batch: Collection[Entry]) -> list[Group]:
     """Group what was added to a shard; each member gets its items in the order of the batch."""
     groups: list[Group] = []
     apart = _apart(batch)
@@ -101,8 +103,10 @@ def grouped(batch: Iterable[Entry]) -> list[Group]:
     return groups
 
 
-def _apart(batch: Iterable[Entry]) -> bool:
+def _apart(batch: Collection[Entry]) -> bool:
     """Whether nobody is in two different tuples of members of the batch."""
+    if len(batch) == 1:
+        return True
     distinct = {id(members): members for _, members, _ in batch}
     if len(distinct) <= 1:
         return True

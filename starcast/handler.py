@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-NORMAL = 1000
-ABNORMAL = 1006
+from .close_codes import ABNORMAL, NORMAL
 
 
 class Client(Protocol):
@@ -24,10 +23,13 @@ class Client(Protocol):
 
     websocket: WebSocket
     code: int | None
-    ended: bool
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is let go of."""
 
     async def acquire(self) -> bool:
-        """Wait for the handler's turn; True if the connection is busy on its behalf now."""
+        """Wait for the handler's turn; True if the send in flight is the handler's now."""
 
     def go_on(self) -> None:
         """Go on with what waits: the handler's send is over."""

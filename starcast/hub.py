@@ -23,22 +23,12 @@ from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
+from .close_codes import ABNORMAL, GOING_AWAY, SERVICE_RESTART
 from .codec import Encoding
-from .connection import (
-    ABNORMAL,
-    CLOSE_TIMEOUT,
-    GOING_AWAY,
-    SERVICE_RESTART,
-    Connection,
-    is_gone,
-)
+from .connection import CLOSE_TIMEOUT, Connection, is_gone
 from .dispatcher import Dispatcher
 from .event import Event
-from .exceptions import (
-    BackendUnavailable,
-    ClientGone,
-    PublishQueueFull,
-)
+from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
 from .guard import Guard
 from .link import Link
@@ -245,7 +235,6 @@ class Hub:
                 outbox,
                 id=next(_ids),
                 on_end=self.registry.remove,
-                on_overflow=self.settings.on_overflow,
                 ready_frames=self.settings.ready_frames,
                 protocol=protocol,
             )

@@ -119,7 +119,7 @@ class Link:
                 lost=self._sender.lost + health.blocked,
                 malformed=health.malformed,
                 channels=len(self._subscriptions.holds),
-                waiting=len(self._sender),
+                waiting=len(self._sender.queue),
             )
 
     def publish(self, event: Event, wait: bool, on_lost: OnLost | None = None) -> Taken | None:

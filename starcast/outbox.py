@@ -81,7 +81,7 @@ class Turn:
 
     def __init__(self) -> None:
         self.waiter = Waiter()
-        self.granted = False  # the send may go out; the connection is busy until it has
+        self.granted = False  # the send may go out; nothing else does until it has
         self.abandoned = False  # cancelled while it waited
 
 
@@ -100,9 +100,14 @@ class Outbox:
     A single event may be larger than the bound: it is taken when no other one waits.
     """
 
-    __slots__ = ("items", "max_buffer", "overflow", "promised", "size", "space")
+    __slots__ = ("_on_overflow", "items", "max_buffer", "overflow", "promised", "size", "space")
 
-    def __init__(self, max_buffer: int = MAX_BUFFER, overflow: Overflow = "disconnect") -> None:
+    def __init__(
+        self,
+        max_buffer: int = MAX_BUFFER,
+        overflow: Overflow = "disconnect",
+        on_overflow: OnOverflow | None = None,
+    ) -> None:
         if not isinstance(max_buffer, int) or isinstance(max_buffer, bool) or max_buffer < 1:
             raise ConfigurationError(f"max_buffer is a number of bytes above 0, not {max_buffer!r}")
         if overflow not in OVERFLOWS:
@@ -111,6 +116,7 @@ class Outbox:
             )
         self.max_buffer = max_buffer
         self.overflow: Overflow = overflow
+        self._on_overflow = on_overflow
         self.size = 0
         self.items: deque[Item] | None = None  # until it is needed: an empty one takes 760 bytes
         # Guarded by the hub's lock:
@@ -141,6 +147,10 @@ class Outbox:
             self.items = deque()
         self.items.append(item)
         return dropped
+
+    def tell_dropped(self, client: Any, dropped: list[Event]) -> None:
+        """Tell the hook, if there is one, what the owner of this outbox will not get."""
+        Overflowed(client, self.overflow, tuple(dropped)).tell(self._on_overflow)
 
     def _drop_first(self, dropped: list[Event], channel: str | None = None) -> None:
         items = self.items or deque()

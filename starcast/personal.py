@@ -5,7 +5,8 @@ from __future__ import annotations
 from starlette.websockets import WebSocket
 
 from . import watch
-from .connection import ABNORMAL, Connection, is_gone
+from .close_codes import ABNORMAL
+from .connection import Connection, is_gone
 from .exceptions import ClientGone, NotConnected
 from .registry import Registry
 

@@ -16,8 +16,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from . import codec
 from .answers import Answered
+from .close_codes import INTERNAL_ERROR, INVALID_DATA
 from .codec import Channel, Encoding
-from .connection import CLOSE_TIMEOUT, INTERNAL_ERROR, Connection
+from .connection import CLOSE_TIMEOUT
 from .event import Event
 from .exceptions import (
     BackendUnavailable,
@@ -56,13 +57,25 @@ class Relay:
         on_error: The hook. What it raises closes the client as if its handler had raised it.
     """
 
-    __slots__ = ("_ended", "_hub", "_loop", "_lost", "_on_error", "_telling", "_websocket")
+    __slots__ = (
+        "_ended",
+        "_hub",
+        "_loop",
+        "_lost",
+        "_on_error",
+        "_telling",
+        "_unconfirmed",
+        "_unconfirmed_cost",
+        "_websocket",
+    )
 
     def __init__(self, hub: Hub, websocket: WebSocket, on_error: OnPublishError) -> None:
         self._hub = hub
         self._websocket = websocket
         self._on_error = on_error
         self._loop = asyncio.get_running_loop()
+        self._unconfirmed = 0  # messages that were handed over since one of them was waited for,
+        self._unconfirmed_cost = 0  # and what they cost
         # What was lost after `publish` had returned. While some of it is here, `publish` waits, so
         # this is at most what a client may have unconfirmed.
         self._lost: list[tuple[Any, PublishError]] = []
@@ -81,14 +94,13 @@ class Relay:
             event = hub.event(codec.check_channel(channel), data, None, encoding)
         except EncodingError as exc:
             # It could be read and cannot be written: a number too large for `dumps=`, say.
-            raise InvalidMessage(1007, "cannot be sent on") from exc
+            raise InvalidMessage(INVALID_DATA, "cannot be sent on") from exc
         # A hook that says the message again runs in that very task.
         if self._telling is not None and self._telling is not asyncio.current_task():
             await asyncio.wait([self._telling])
         try:
             await hub.reopen()
-            connection = hub.find(self._websocket)
-            if connection is None or _must_wait(connection, event):
+            if hub.find(self._websocket) is None or self._must_wait(event):
                 await hub.dispatcher.publish_and_wait(event)
             elif hub.link is None:
                 await hub.dispatcher.publish_soon(event)
@@ -102,6 +114,15 @@ class Relay:
                 logger.error("messages of clients are being lost: %s", exc)
             hub.lost_last = now
             await self._tell(data, exc)
+
+    def _must_wait(self, event: Event) -> bool:
+        """Count a message; whether the client has sent so much that it has to wait."""
+        self._unconfirmed += 1
+        self._unconfirmed_cost += event.cost
+        if self._unconfirmed < MAX_UNCONFIRMED and self._unconfirmed_cost < MAX_UNCONFIRMED_COST:
+            return False
+        self._unconfirmed = self._unconfirmed_cost = 0
+        return True
 
     def _lost_later(self, data: Any, why: str) -> None:
         """Take note of a message that was handed over and then lost. From any thread."""
@@ -144,16 +165,3 @@ class Relay:
                 await asyncio.wait([telling], timeout=CLOSE_TIMEOUT)
             finally:
                 telling.cancel()
-
-
-def _must_wait(connection: Connection, event: Event) -> bool:
-    """Count a client's message; whether it has sent so much that it has to wait."""
-    connection.unconfirmed += 1
-    connection.unconfirmed_cost += event.cost
-    if (
-        connection.unconfirmed < MAX_UNCONFIRMED
-        and connection.unconfirmed_cost < MAX_UNCONFIRMED_COST
-    ):
-        return False
-    connection.unconfirmed = connection.unconfirmed_cost = 0
-    return True

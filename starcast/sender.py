@@ -12,15 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 from .backends.base import Backend
+from .bounded import BoundedQueue, Full
 from .deadline import Deadline, Overdue
 from .event import OVERHEAD
 from .exceptions import BackendUnavailable
-from .waiter import Full, Waiter, running_loop
+from .waiter import Waiter, running_loop
 
 # Seconds that `publish` and `connect` wait for the broker, and a message that nobody awaits.
 TIMEOUT = 2.0
@@ -130,17 +130,12 @@ class Sender:
         self.published = 0  # messages that were ever put here
         self._open = False
         self._closed = ""  # why nobody has to wait
-        self._queue: deque[Entry] = deque()
-        self._size = 0
-        self._room: set[Waiter] = set()
+        self.queue = BoundedQueue[Entry](lock, MAX_WAITING)
         # On the loop:
         self._batch: list[Entry] = []  # what the broker has not confirmed
         self._sending: asyncio.Future[None] | None = None
         self._busy = False
         self._expiry: Overdue | None = None
-
-    def __len__(self) -> int:
-        return len(self._queue)
 
     # From any thread
 
@@ -163,29 +158,16 @@ class Sender:
             if not wait and (self._loop is None or self._loop.is_closed()):
                 closed = closed or LOST
             if not closed:
-                if self._queue and self._size + entry.cost > MAX_WAITING:
-                    raise Full(f"{len(self._queue)} messages wait for the broker", self)
-                wake = not self._queue or not (wait or self._open or self._expiry)
-                self._queue.append(entry)
-                self._size += entry.cost
+                if not self.queue.has_space(entry.cost):
+                    raise Full(f"{len(self.queue)} messages wait for the broker", self.queue)
+                wake = not self.queue or not (wait or self._open or self._expiry)
+                self.queue.append(entry, entry.cost)
                 self.published += 1
         if closed:
             self._fail([entry], closed)
         elif wake:
             self._wake(wait)
         return entry.taken
-
-    def tell_room(self, waiter: Waiter) -> None:
-        """Set the waiter when some of what waits now is on its way."""
-        with self._lock:
-            if self._queue:
-                self._room.add(waiter)
-            else:
-                waiter.set()
-
-    def forget_room(self, waiter: Waiter) -> None:
-        with self._lock:
-            self._room.discard(waiter)
 
     def _wake(self, at_once: bool) -> None:
         loop = self._loop
@@ -223,8 +205,7 @@ class Sender:
     def probe(self, channel: str, on_lost: OnLost) -> None:
         """Send an empty message before all others, and alone. It does not count if it is lost."""
         with self._lock:
-            self._queue.appendleft(Entry(channel, b"", on_lost=on_lost, is_probe=True))
-            self._size += OVERHEAD
+            self.queue.prepend(Entry(channel, b"", on_lost=on_lost, is_probe=True), OVERHEAD)
         self._send()
 
     def pause(self) -> None:
@@ -255,7 +236,8 @@ class Sender:
         if self._open or self._expiry is not None:
             return
         with self._lock:
-            expires = next((entry.expires for entry in self._queue if entry.taken is None), None)
+            awaited_by_nobody = (entry for entry in self.queue.entries if entry.taken is None)
+            expires = next((entry.expires for entry in awaited_by_nobody), None)
         if expires is not None:
             left = max(expires - time.monotonic(), EXPIRE_EVERY)
             self._expiry = Overdue(left, self._expire)
@@ -267,9 +249,11 @@ class Sender:
             self._expiry = None
         now = time.monotonic()
         with self._lock:
-            lost = [entry for entry in self._queue if entry.is_due(now)] if not self._open else []
+            entries = self.queue.entries
+            lost = [entry for entry in entries if entry.is_due(now)] if not self._open else []
             if lost:
-                self._replace([entry for entry in self._queue if not entry.is_due(now)])
+                size = self.queue.size - sum(entry.cost for entry in lost)
+                self.queue.keep((entry for entry in entries if not entry.is_due(now)), size)
         self._fail(lost, EXPIRED)
         if here:
             self._expect()
@@ -279,19 +263,8 @@ class Sender:
         with self._lock:
             self._open = False
             self._closed = why
-            queue = list(self._queue)
-            self._replace([])
-        self._fail(queue, why)
-
-    def _replace(self, entries: list[Entry]) -> None:
-        self._queue = deque(entries)
-        self._size = sum(entry.cost for entry in entries)
-        self._tell()
-
-    def _tell(self) -> None:
-        room, self._room = self._room, set()
-        for waiter in room:
-            waiter.set()
+            entries = self.queue.take_all()
+        self._fail(entries, why)
 
     def _send(self) -> None:
         """Hand over what waits, unless the broker still has to confirm some."""
@@ -317,16 +290,15 @@ class Sender:
         batch: list[Entry] = []
         size = 0
         with self._lock:
-            while self._open and self._queue and len(batch) < BATCH and size < BATCH_BYTES:
-                entry = self._queue.popleft()
-                self._size -= entry.cost
+            while self._open and self.queue.entries and len(batch) < BATCH and size < BATCH_BYTES:
+                entry = self.queue.entries[0]
+                self.queue.drop_first(entry.cost)
                 if entry.taken is None or not entry.taken.abandoned:
                     batch.append(entry)
                     size += len(entry.data)
                 if entry.is_probe:
                     break  # what the broker says is then about the probe, and nothing else
-            if self._room:
-                self._tell()
+            self.queue.tell()
         return batch
 
     def _sent(self, sending: asyncio.Future[None]) -> None:

@@ -13,8 +13,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import codec, heartbeats, logs, refusals
 from .answers import Answered
+from .close_codes import INVALID_DATA, NORMAL, POLICY_VIOLATION
 from .codec import Channel, Encoding
-from .connection import NORMAL, POLICY_VIOLATION
 from .exceptions import InvalidChannel, InvalidMessage, OriginRefused
 from .heartbeats import Heartbeats
 from .hub import Hub
@@ -97,7 +97,8 @@ def invalid(exc: Exception) -> InvalidMessage:
     """Return what such an error means for the client. It says nothing of what the client sent."""
     title = str(getattr(exc, "title", "message"))  # the name of the model
     # A close frame has room for a reason of 123 bytes.
-    return InvalidMessage(1007, f"not a valid {title}".encode()[:123].decode(errors="ignore"))
+    reason = f"not a valid {title}".encode()[:123].decode(errors="ignore")
+    return InvalidMessage(INVALID_DATA, reason)
 
 
 async def close_for(hub: Hub, websocket: WebSocket, exc: WebSocketException | Answered) -> None:

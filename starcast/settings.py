@@ -43,4 +43,5 @@ class Settings:
         return Outbox(
             self.max_buffer if max_buffer is None else max_buffer,
             self.overflow if overflow is None else overflow,
+            self.on_overflow,
         )

@@ -20,12 +20,14 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from .connection import AFTER_CANCEL, Connection
+from .bounded import BoundedQueue
+from .connection import AFTER_CANCEL, IDLE, Connection
 from .event import Event
+from .frames import Setting
 from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Turn
 from .stats import Counters
-from .waiter import Waiter, running_loop
+from .waiter import running_loop
 from .watch import Watch
 
 logger = logging.getLogger("starcast")
@@ -58,17 +60,15 @@ class Shard:
         self.watch = Watch(loop)
         self.awake = False  # there is something to deliver
         self.version = 0
+        self.queue = BoundedQueue[Entry](lock, MAX_PENDING)
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._lock = lock
-        self._pending: deque[Entry] = deque()
-        self._size = 0
         self._work: Work | None = None  # what is being delivered
         self._first: tuple[Connection, Item] | None = None  # what the next runner begins with
         self._turn = 0
         self._paused = False
         self._halted = False
-        self._room: set[Waiter] = set()
         self._runners: set[asyncio.Task[None]] = set()
 
     # With the hub's lock held
@@ -94,23 +94,6 @@ class Shard:
             snapshot = self._snapshots[channel] = Snapshot(members)
         return snapshot
 
-    def has_room(self, event: Event) -> bool:
-        return not self._size or self._size + event.cost <= MAX_PENDING
-
-    def tell_room(self, waiter: Waiter) -> None:
-        """Set the waiter when what waits now is on its way."""
-        if self._pending:
-            self._room.add(waiter)
-        else:
-            waiter.set()
-
-    def forget_room(self, waiter: Waiter) -> None:
-        self._room.discard(waiter)
-
-    @property
-    def pending(self) -> int:
-        return len(self._pending)
-
     def add(
         self, item: Item | None, members: tuple[Member, ...] = (), done: Done | None = None
     ) -> bool:
@@ -118,9 +101,7 @@ class Shard:
 
         If this returns True, the caller must call `wake`, after releasing the lock.
         """
-        self._pending.append((item, members, done))
-        if isinstance(item, Event):
-            self._size += item.cost
+        self.queue.append((item, members, done), item.cost if isinstance(item, Event) else 0)
         wake, self.awake = not self.awake, True
         return wake
 
@@ -219,15 +200,11 @@ class Shard:
         try:
             while True:
                 with self._lock:
-                    if not self._pending:
+                    if not self.queue.entries:
                         self.awake = False
                         self._work = None
                         return
-                    batch, self._pending = self._pending, deque()
-                    room, self._room = self._room, set()
-                    self._size = 0
-                for waiter in room:
-                    waiter.set()
+                    batch = self.queue.take_all()
                 for group in grouped(batch):
                     yield from self._deliver(group)
                     for done in group.done:
@@ -249,17 +226,23 @@ class Shard:
         elif group.exclude is not None and isinstance(members, Snapshot):
             members = yield from self._write(group, members)
         count = len(group.items)
+        takes_more = group.exclude is not None  # they are events
+        single = takes_more and count == 1
+        setting: Setting | None = None
+        joined = b""  # for this setting
         for start in range(0, len(members), LOOKED_AT):
             delivered = looked = 0
             for member in members[start : start + LOOKED_AT]:
-                # The short way: nothing is in flight, and the socket takes ready frames.
-                direct = member.direct
-                if direct is not None and group.exclude is not None:
-                    direct(group.joined(member.setting))
+                frames = member.frames
+                if frames is not None and frames.direct is not None and takes_more:
+                    if frames.setting != setting:
+                        setting = frames.setting
+                        joined = group.joined(setting)
+                    frames.direct(joined)
                     delivered += count
                     continue
                 looked += count
-                if count == 1 and member.idle and group.exclude is not None:
+                if single and member.state is IDLE:
                     assert isinstance(member, Connection)  # a Subscriber is never idle
                     member.work()
                     yield member, group.items[0]

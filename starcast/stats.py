@@ -78,7 +78,7 @@ class Health:
         self.since = time.time()
         self.error: str | None = None
         self.gaps = 0
-        self.blocked = 0  # messages that a blocked event loop had no room for
+        self.blocked = 0  # messages that a blocked event loop had no space for
         self.malformed = 0
 
 

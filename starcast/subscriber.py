@@ -11,9 +11,8 @@ from typing import Generic, Self, TypeVar, cast
 from . import server
 from .event import Event
 from .exceptions import SubscriberLagged
-from .frames import PLAIN
 from .gap import Gap
-from .outbox import Close, Item, OnOverflow, Outbox, OutboxFull, Overflowed
+from .outbox import Close, Item, Outbox, OutboxFull
 from .stats import Counters
 
 Got = TypeVar("Got")
@@ -28,6 +27,11 @@ class Subscription(Generic[Got]):
 
     gaps = False  # whether it gets any
 
+    # What a shard looks at in any member: nothing is written here, and nobody excludes it.
+    state: None = None
+    frames: None = None
+    id = 0
+
     def __init__(
         self,
         channel: str,
@@ -35,18 +39,11 @@ class Subscription(Generic[Got]):
         *,
         join: Callable[[Subscription[Got]], Awaitable[Counters]],
         leave: Callable[[Subscription[Got]], None],
-        on_overflow: OnOverflow | None = None,
     ) -> None:
         self.channel = channel
         self.outbox = outbox
-        # What a Connection has and a shard looks at: there is no socket, and nobody excludes it.
-        self.idle = False
-        self.direct: None = None
-        self.setting = PLAIN
-        self.id = 0
         self._join = join
         self._leave = leave
-        self._on_overflow = on_overflow
         self._counters = Counters()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: asyncio.Future[None] | None = None
@@ -119,7 +116,7 @@ class Subscription(Generic[Got]):
                 self.end()
             if dropped:
                 self._counters.dropped += len(dropped)
-                Overflowed(self, self.outbox.overflow, tuple(dropped)).tell(self._on_overflow)
+                self.outbox.tell_dropped(self, dropped)
         self._wake()
         return False
 

@@ -1,4 +1,4 @@
-"""Waiter, Lock and Full: what event loops of several threads need to wait for each other."""
+"""Waiter and Lock: what event loops of several threads need to wait for each other."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import contextlib
 import threading
 from collections.abc import Generator
 from types import TracebackType
-from typing import Any, Protocol
-
-from .exceptions import PublishQueueFull
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -73,24 +70,3 @@ class Lock:
             waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             waiter.set()
-
-
-class Place(Protocol):
-    """Where something waits, and how much is bounded."""
-
-    def tell_room(self, waiter: Waiter) -> None:
-        """Set the waiter when some of it has gone."""
-
-    def forget_room(self, waiter: Waiter) -> None:
-        """Do not set it any more."""
-
-
-class Full(PublishQueueFull):
-    """Knows what is full."""
-
-    def __init__(self, text: str, place: Place) -> None:
-        super().__init__(text)
-        self.place = place
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PublishQueueFull, self.args  # what is full cannot be sent to another process

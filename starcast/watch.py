@@ -128,10 +128,43 @@ def check_loop(protocol: Any) -> None:
 class Watched(Protocol):
     """What a watch needs of a connection."""
 
-    transport: Any
+    @property
+    def transport(self) -> Any:
+        """That of the client's socket."""
 
     def lose(self) -> None:
         """Forget the client: it has left."""
+
+
+class Presence:
+    """What tells that a client has left: its transport, or else the end of the task of its app.
+
+    Attributes:
+        transport: What a `Watch` looks at; None if the server is not uvicorn.
+    """
+
+    __slots__ = ("_client", "_task", "transport")
+
+    def __init__(self, client: Watched, websocket: WebSocket, protocol: Any) -> None:
+        self._client = client
+        self.transport = None if protocol is None else protocol.transport
+        self._task = app_task(websocket) if protocol is None else None
+        if self._task is not None:
+            self._task.add_done_callback(self._app_ended)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the transport is closed or about to be. From any thread."""
+        return self.transport is not None and bool(self.transport.is_closing())
+
+    def forget(self) -> None:
+        """Do not look at the task any more."""
+        if self._task is not None:
+            self._task.remove_done_callback(self._app_ended)
+            self._task = None
+
+    def _app_ended(self, task: asyncio.Task[Any]) -> None:
+        self._client.lose()
 
 
 class Watch:

@@ -33,8 +33,8 @@ from starcast import (
     SubscriberLagged,
     shard,
 )
+from starcast.bounded import Full
 from starcast.relay import Relay, close_sender
-from starcast.waiter import Full
 from support import Bus, Peer, by_another, until, until_sync
 
 pytestmark = pytest.mark.anyio
@@ -1129,11 +1129,11 @@ async def test_publish_waits_for_room(other, blocked, small):
     publishing = asyncio.create_task(hub.publish("default", "at last"))
     await until(lambda: here.got)
     gone = asyncio.create_task(hub.publish("default", "never"))
-    full = hub._hub.registry.shards[other.loop]
-    await until(lambda: len(full._room) == 2)  # they have asked to be told
+    full = hub._hub.registry.shards[other.loop].queue
+    await until(lambda: len(full.waiters) == 2)  # they have asked to be told
     gone.cancel()
     await asyncio.wait([gone])
-    assert len(full._room) == 1
+    assert len(full.waiters) == 1
     assert not publishing.done()
     release.set()
     await publishing
@@ -1153,7 +1153,7 @@ async def test_publish_gives_up_when_no_room_comes(other, blocked, small, monkey
     with pytest.raises(PublishQueueFull):
         await hub.publish("default", "x")
     assert hub.stats().failed == failed + 1
-    assert not hub._hub.registry.shards[other.loop]._room
+    assert not hub._hub.registry.shards[other.loop].queue.waiters
 
 
 async def test_a_personal_message_waits_for_room_too(other, blocked, small):
@@ -1164,7 +1164,7 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
         while True:
             hub.publish_nowait("default", "x")
     sending = asyncio.create_task(hub.send("you", to=there.websocket))
-    await until(lambda: hub._hub.registry.shards[other.loop]._room)
+    await until(lambda: hub._hub.registry.shards[other.loop].queue.waiters)
     release.set()
     await sending
     await until(lambda: there.got[-1:] == ["you"])
@@ -1173,14 +1173,14 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
 async def test_room_that_others_have_taken_is_waited_for_again(small):
     hub = Broadcast()
     await several(hub, 1)
-    shard = hub._hub.registry.shards[asyncio.get_running_loop()]
-    outcomes = [Full("", shard), Full("", shard), None]
+    queue = hub._hub.registry.shards[asyncio.get_running_loop()].queue
+    outcomes = [Full("", queue), Full("", queue), None]
 
     def hand_over():
         if error := outcomes.pop(0):
             raise error
 
-    await hub._hub.dispatcher.retry(hand_over, Full("", shard))
+    await hub._hub.dispatcher.retry(hand_over, Full("", queue))
     assert outcomes == []
     assert hub.stats().failed == 0
 
@@ -1196,10 +1196,8 @@ async def test_what_a_client_sends_opens_the_hub():
 async def test_room_that_has_come_meanwhile_is_not_waited_for(small):
     hub = Broadcast()
     await several(hub, 1)
-    shard = hub._hub.registry.shards[asyncio.get_running_loop()]
-    await asyncio.wait_for(
-        hub._hub.dispatcher._room(shard, asyncio.get_running_loop().time() + 60), 10
-    )
+    queue = hub._hub.registry.shards[asyncio.get_running_loop()].queue
+    await asyncio.wait_for(queue.wait_for_space(60), 10)
 
 
 async def test_a_message_larger_than_the_bound_passes_when_nothing_waits(small):

@@ -367,7 +367,7 @@ async def test_compressed_frames_and_the_handlers_own_in_chromium(serve, browser
     await until(lambda: websockets)
     (websocket,) = websockets
     (connection,) = hub._hub.registry.connections
-    assert connection._wire.setting != 0  # deflate was agreed upon
+    assert connection.frames.setting != 0  # deflate was agreed upon
 
     sent: list[str | bytes] = []
     own = 0

@@ -299,21 +299,6 @@ async def test_a_publisher_in_a_tight_loop_starves_nobody_and_grows_nothing():
     assert all(await asyncio.gather(*publishers))
 
 
-async def test_whoever_waits_for_room_is_told_when_what_waits_is_on_its_way():
-    hub = Broadcast()
-    await joined(hub, 1)
-    its = hub._hub.registry.shards[asyncio.get_running_loop()]
-    at_once, later, never = Waiter(), Waiter(), Waiter()
-    its.tell_room(at_once)
-    await at_once
-    hub.publish_nowait("default", "1")
-    its.tell_room(later)
-    its.tell_room(never)
-    its.forget_room(never)
-    await asyncio.wait_for(later, 10)
-    assert not never._future.done()
-
-
 async def test_cancelled_runners_are_replaced_in_a_moment():
     hub = Broadcast()
     peers = await joined(hub, 3)

@@ -243,7 +243,7 @@ async def test_every_size_for_clients_of_every_kind_on_one_hub(start, any_window
         for got in await asyncio.gather(*readers):
             assert got == sent
         assert app.through_asgi == 0
-        settings = sorted(its.setting for its in app.hub._hub.registry.connections)
+        settings = sorted(its.frames.setting for its in app.hub._hub.registry.connections)
         assert settings == sorted([0, 12, 9, 12, 15, 0, *WINDOWS]) or settings == sorted(
             [0, 15, 9, 12, 15, 0, *WINDOWS]
         )
@@ -494,12 +494,12 @@ async def test_a_burst_goes_out_in_few_writes(start, back):
         await until(lambda: len(app.hub) == 2)
         for its in app.hub._hub.registry.connections:
 
-            def counting(data, write=its._wire.write):
+            def counting(data, write=its.frames.wire.write):
                 writes.append(len(data))
                 write(data)
 
-            its._wire.write = counting
-            its._look()
+            its.frames.wire.write = counting
+            its.frames.resume()
         sent = [str(number) for number in range(1000)]
         for number in sent:
             app.hub.publish_nowait("x", number)

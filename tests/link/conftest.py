@@ -41,4 +41,4 @@ async def hub(broker: Broker):
     await hub.disconnect()
     await until(lambda: not starcast_tasks())
     assert not hub._hub.link._subscriptions.holds
-    assert not len(hub._hub.link._sender)
+    assert not len(hub._hub.link._sender.queue)

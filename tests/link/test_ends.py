@@ -452,7 +452,7 @@ async def test_a_publish_while_the_hub_is_being_closed(hub, broker):
     hub._hub.link._sender.close("the hub was closed")
     with pytest.raises(BackendUnavailable, match="closed"):
         await hub.publish("room", "x")
-    assert not len(hub._hub.link._sender)
+    assert not len(hub._hub.link._sender.queue)
 
 
 # Of a connection, and of what is on its way
@@ -477,7 +477,7 @@ async def test_a_connection_that_breaks_in_the_moment_in_which_it_is_made(broker
 
 async def test_publish_raises_within_its_time_also_when_it_waits_for_room(hub, broker, monkeypatch):
     """Two seconds in all, not two for room and two more."""
-    monkeypatch.setattr(sender, "MAX_WAITING", 1000)
+    hub._hub.link._sender.queue.bound = 1000
     await hub.connect()
     broker.open.clear()
     hub.publish_nowait("room", "first")
@@ -492,7 +492,7 @@ async def test_publish_raises_within_its_time_also_when_it_waits_for_room(hub, b
     clock = asyncio.get_running_loop().time
     began = clock()
     waiting = asyncio.create_task(hub.publish("room", "y"))
-    await until(lambda: hub._hub.link._sender._room)
+    await until(lambda: hub._hub.link._sender.queue.waiters)
     latest = clock() + dispatcher.PUBLISH_TIMEOUT
     broker.open.set()
     await waiting

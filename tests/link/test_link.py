@@ -24,7 +24,6 @@ from starcast import (
     session,
     testing,
 )
-from starcast.waiter import Waiter
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
@@ -129,7 +128,7 @@ async def test_a_message_that_is_too_large_is_refused_before_anything_is_sent(hu
 
 
 async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
-    monkeypatch.setattr(sender, "MAX_WAITING", 100)
+    hub._hub.link._sender.queue.bound = 100
     monkeypatch.setattr(dispatcher, "PUBLISH_TIMEOUT", 0.2)
     peer = await joined(hub, "room")
     broker.open.clear()
@@ -141,41 +140,35 @@ async def test_what_waits_for_the_broker_has_a_bound(hub, broker, monkeypatch):
     with pytest.raises(PublishQueueFull):
         await hub.publish("room", "x")
     assert hub.stats().failed == 2
-    assert not hub._hub.link._sender._room
+    assert not hub._hub.link._sender.queue.waiters
     broker.open.set()
     await until(lambda: len(peer.got) == 2)
 
 
-async def test_who_waits_gets_the_room_that_is_made(hub, broker, monkeypatch):
-    monkeypatch.setattr(sender, "MAX_WAITING", 100)
+async def test_who_waits_gets_the_room_that_is_made(hub, broker):
+    hub._hub.link._sender.queue.bound = 100
     peer = await joined(hub, "room")
     broker.open.clear()
     hub.publish_nowait("room", "first")
     await until(lambda: broker.stalled)
     hub.publish_nowait("room", "x" * 200)
     waiting = [asyncio.create_task(hub.publish("room", str(number))) for number in range(3)]
-    await until(lambda: len(hub._hub.link._sender._room) == 3)
+    await until(lambda: len(hub._hub.link._sender.queue.waiters) == 3)
     broker.open.set()
     await asyncio.gather(*waiting)
     await until(lambda: len(peer.got) == 5)
     assert sorted(peer.got[2:]) == ["0", "1", "2"]
 
 
-async def test_there_may_be_room_already():
-    waiter = Waiter()
-    sender.Sender(Bus(), threading.RLock()).tell_room(waiter)
-    await waiter
-
-
-async def test_closing_while_somebody_waits_for_room(hub, broker, monkeypatch):
-    monkeypatch.setattr(sender, "MAX_WAITING", 100)
+async def test_closing_while_somebody_waits_for_room(hub, broker):
+    hub._hub.link._sender.queue.bound = 100
     await hub.connect()
     broker.open.clear()
     hub.publish_nowait("room", "first")
     await until(lambda: broker.stalled)
     hub.publish_nowait("room", "x" * 200)
     waiting = asyncio.create_task(hub.publish("room", "last"))
-    await until(lambda: hub._hub.link._sender._room)
+    await until(lambda: hub._hub.link._sender.queue.waiters)
     await hub.disconnect()
     with pytest.raises(BackendUnavailable):
         await waiting

@@ -1,0 +1,14 @@
+"""Close codes: RFC 6455 section 7.4.1, and those of the IANA registry that it set up."""
+
+from __future__ import annotations
+
+NORMAL = 1000
+GOING_AWAY = 1001
+UNSUPPORTED_DATA = 1003  # a frame of the wrong type
+ABNORMAL = 1006
+INVALID_DATA = 1007
+POLICY_VIOLATION = 1008
+TOO_BIG = 1009
+INTERNAL_ERROR = 1011
+SERVICE_RESTART = 1012
+TRY_AGAIN_LATER = 1013

@@ -1,0 +1,128 @@
+"""Wire: a way to a client's socket around ASGI, and how frames are written to it.
+
+While nothing is in flight and the socket takes more, a shard calls `FrameWriter.direct` and is
+done. Otherwise a message goes the way of any other, and `FrameWriter.write` waits for the socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.websockets import WebSocket
+
+from .event import Event
+from .frames import Setting
+from .outbox import Outbox
+
+# Bytes of frames that are joined for one write.
+MAX_JOIN = 64 * 1024
+
+
+class Wire(Protocol):
+    """A way to the socket around ASGI; `starcast.uvicorn` has one."""
+
+    setting: Setting
+    write: Callable[[bytes], None]  # only while it is ready
+    changed: Callable[[], None] | None  # called when `ready` may have changed
+
+    @property
+    def ready(self) -> bool:
+        """Whether whole frames may be written now."""
+
+    async def drain(self) -> bool:
+        """Wait until it may be possible again; False if it never will be."""
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+
+
+class Versioned(Protocol):
+    """What is told of changes."""
+
+    version: int
+
+
+class Client(Protocol):
+    """What the writer of its frames needs of a connection."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight, and the client is neither closed nor left."""
+
+    @property
+    def line(self) -> Versioned:
+        """Its shard, whose version changes with any client's `direct`."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """What waits for the client."""
+
+
+class FrameWriter:
+    """Writes frames to one client. It belongs to the event loop of the client.
+
+    Attributes:
+        wire: Where they go.
+        setting: What kind of frames the client takes.
+        direct: Writes frames at once; None while that must not be done.
+    """
+
+    __slots__ = ("_client", "direct", "setting", "wire")
+
+    def __init__(self, wire: Wire, client: Client) -> None:
+        self.wire = wire
+        self.setting = wire.setting
+        self.direct: Callable[[bytes], None] | None = None
+        self._client = client
+        wire.changed = self._look
+
+    def _look(self) -> None:
+        if self._client.idle:
+            self.resume()
+
+    def resume(self) -> None:
+        """Let frames be written at once if the wire takes them. Only while the client is idle."""
+        client, wire = self._client, self.wire
+        # A client with a smaller buffer might not have space for what a group joins.
+        if not (wire.ready and client.outbox.max_buffer >= MAX_JOIN):
+            self.suspend()
+        elif self.direct is not wire.write:
+            self.direct = wire.write
+            client.line.version += 1
+
+    def suspend(self) -> None:
+        """Let none be written at once until it is resumed: the client is not idle any more."""
+        if self.direct is not None:
+            self.direct = None
+            self._client.line.version += 1
+
+    async def write(self, event: Event) -> int:
+        """Write an event, joined with what follows it in the outbox.
+
+        Returns:
+            How many events were written: none if the client has left.
+        """
+        if not await self.wire.drain():
+            return 0
+        outbox = self._client.outbox
+        frames = [event.frame(self.setting)]
+        size = len(frames[0])
+        while (following := outbox.next_event()) is not None:
+            frame = following.frame(self.setting)
+            size += len(frame)
+            if size > min(MAX_JOIN, outbox.max_buffer):
+                break
+            frames.append(frame)
+            outbox.take()
+        self.wire.write(b"".join(frames))
+        return len(frames)
+
+
+def open_wire(websocket: WebSocket) -> Wire | None:
+    """Return the way around ASGI, if the server has announced one."""
+    announced = (websocket.scope.get("extensions") or {}).get("starcast")
+    if announced is None:
+        return None
+    wire: Wire | None = announced.open()
+    return wire
