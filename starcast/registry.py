@@ -267,9 +267,11 @@ class Registry:
                 for subscriber, shard in self.subscribers.items()
                 if subscriber.gaps
             ]
-            closed = [] if close is None else list(self.connections)
+            closed: list[Connection] = []
+            if close is not None:
+                closed = list(self.connections)
+                told += [(close, connection, self.connections[connection]) for connection in closed]
             for connection in closed:
-                told.append((close, connection, self.connections[connection]))
                 self.remove(connection)
             wake = [shard for item, member, shard in told if shard.add(item, (member,))]
         self._wake(wake, closed)

@@ -244,9 +244,11 @@ def test_settings_that_make_no_sense(arguments, says):
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, "5"])
 def test_a_timeout_that_makes_no_sense(timeout):
     broker = Broker()
-    with Publisher(backend=lambda: Bus(broker)) as publisher:
-        with pytest.raises(ConfigurationError, match="timeout is a number of seconds above 0"):
-            publisher.publish("room", "hello", timeout=timeout)
+    with (
+        Publisher(backend=lambda: Bus(broker)) as publisher,
+        pytest.raises(ConfigurationError, match="timeout is a number of seconds above 0"),
+    ):
+        publisher.publish("room", "hello", timeout=timeout)
     assert broker.calls == []
 
 
