@@ -143,13 +143,13 @@ async def test_uvicorn_stops_after_its_last_request_or_by_a_flag(limit, serve):
 def run(server_: uvicorn.Server, sock: socket.socket, how: str) -> None:
     """Run a server on this thread, as test suites do in one of their own."""
 
-    async def among_others() -> None:
+    async def serve() -> None:  # the name that uvicorn's own has too
         await server_.serve([sock])
 
     if how == "run":
         server_.run([sock])
     else:
-        asyncio.run(among_others())
+        asyncio.run(serve())
 
 
 @pytest.mark.parametrize("how", ["run", "among others"])
