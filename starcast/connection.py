@@ -229,9 +229,7 @@ class Connection:
                     if item is self.leaving:
                         self.end()
                     item.reached()
-                if not self.outbox.items:
-                    break
-                item = self.outbox.take()
+                item = self.outbox.take() if self.outbox.items else None
             self._rest()
         except asyncio.CancelledError:
             self.failed()

@@ -85,11 +85,11 @@ class FrameWriter:
         """Let frames be written at once if the wire takes them. Only while the client is idle."""
         client, wire = self._client, self.wire
         # A client with a smaller buffer might not have space for what a group joins.
-        if not (wire.ready and client.outbox.max_buffer >= MAX_JOIN):
-            self.suspend()
-        elif self.direct is not wire.write:
+        if wire.ready and client.outbox.max_buffer >= MAX_JOIN:
             self.direct = wire.write
             client.line.version += 1
+        else:
+            self.suspend()
 
     def suspend(self) -> None:
         """Let none be written at once until it is resumed: the client is not idle any more."""
