@@ -9,8 +9,8 @@ import pytest
 from starcast import logs
 from support import OtherLoop, Peer, Served
 
-# asyncio's debug mode logs each step of a loop that takes more than 0.1 seconds. That tells how busy
-# the machine is, and tests that count log lines are not about that.
+# asyncio's debug mode logs each step of a loop that takes more than 0.1 seconds. That tells how
+# busy the machine is, and tests that count log lines are not about that.
 logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
 
 
