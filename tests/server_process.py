@@ -13,7 +13,7 @@ from typing import Any
 
 import websockets
 
-from support import until_sync
+from support import free_port, until_sync
 
 HERE = Path(__file__).parent
 SHUTDOWN = 10.0  # seconds that a server may take to end after SIGTERM
@@ -32,8 +32,7 @@ class ServerProcess:
     def __init__(
         self, command: list[str], log: Path, folder: Path = HERE, **environment: str
     ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self._log = log
         path = os.pathsep.join([str(folder), str(HERE), str(HERE.parent)])
         with log.open("wb") as output:

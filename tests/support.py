@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import random
 import socket
 import threading
 import time
@@ -36,6 +38,18 @@ def until_sync(condition: Callable[[], object], deadline: float = DEADLINE) -> N
     while not condition():
         assert time.monotonic() < end, f"did not become true within {deadline} seconds"
         time.sleep(0.002)
+
+
+def free_port() -> int:
+    """Return a port of loopback for a server that is to be started, maybe again and again.
+
+    It is none of those that a system gives to outgoing connections: one of those could take it
+    before the server does, and a client that keeps trying to reach it could connect to itself.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def starcast_tasks() -> set[asyncio.Task[Any]]:

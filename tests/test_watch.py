@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
 from starcast import Broadcast, ClientGone, ConnectionManager, watch
-from support import OtherLoop, Peer, Served, by_another, until, until_sync
+from support import OtherLoop, Peer, Served, by_another, free_port, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -113,8 +113,7 @@ async def test_a_push_loop_ends_with_its_client(serve, ws, how, middleware, pers
 @pytest.mark.parametrize("ws", ["auto", PROTOCOL])
 async def test_sigterm_ends_push_loops(ws, tmp_path):
     """The process is over within three seconds, whatever clients do."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     here = Path(__file__).parent
     log = tmp_path / "log"
     command = ["uvicorn", "push_app:app", "--port", str(port), "--ws", ws]

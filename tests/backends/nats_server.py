@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import signal
 import socket
@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from backends.programs import newest
-from support import until_sync
+from support import free_port, until_sync
 
 
 def binary() -> str:
@@ -33,7 +33,7 @@ class NatsServer:
     """
 
     def __init__(self, config: str = "", scheme: str = "nats") -> None:
-        self.port = -1  # the server chooses
+        self.port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="starcast-nats-"))
         self._config = self._folder / "nats.conf"
         self.configure(config)
@@ -57,23 +57,21 @@ class NatsServer:
         assert self._process is None
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [binary(), "-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port)]
-                + ["--ports_file_dir", str(self._folder)],
+                [binary(), "-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port)],
                 stdout=log,
                 stderr=log,
             )
-        ports = self._folder / f"nats-server_{self._process.pid}.ports"
-        until_sync(lambda: self._ready(ports))
-        self.port = int(json.loads(ports.read_text())["nats"][0].rpartition(":")[2])
+        until_sync(self._ready)
 
-    def _ready(self, ports: Path) -> bool:
+    def _ready(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log
-        if not ports.exists() or not (text := ports.read_text()).endswith("}"):
-            return False
-        port = int(json.loads(text)["nats"][0].rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with (
+            contextlib.suppress(ConnectionError),
+            socket.create_connection(("127.0.0.1", self.port)) as client,
+        ):
             return client.recv(4) == b"INFO"
+        return False
 
     def stop(self) -> None:
         """End it. It can be started again."""

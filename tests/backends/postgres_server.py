@@ -14,14 +14,13 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from backends.programs import newest
-from support import until_sync
+from support import free_port, until_sync
 
 USER, PASSWORD = "starcast", "s3cret-%-pass"
 QUOTED = "s3cret-%25-pass"  # as it is written in a URL
@@ -155,8 +154,7 @@ class PostgresServer:
     """
 
     def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = self.url_of("postgres")
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None

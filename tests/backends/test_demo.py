@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import yaml
 
 from backends.redis_server import RedisServer
 from starcast import cli
-from support import DEADLINE, until_sync
+from support import DEADLINE, free_port, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -43,8 +42,7 @@ class Shell:
     """
 
     def __init__(self, script: str, url: str, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         there = f'"$@" --host 127.0.0.1 --port {self.port}'
         for name, does in {
             "pip": 'echo "pip $*"',

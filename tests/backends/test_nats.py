@@ -21,7 +21,7 @@ from starcast import Broadcast
 from starcast.backends import nats as module
 from starcast.backends.nats import NatsBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from support import starcast_tasks, until
+from support import free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -610,11 +610,6 @@ async def test_a_token(own_server, by):
         backend = NatsBackend(server.url, token="s3cr%t")
     await Inbox().start(backend)
     await backend.stop()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 async def test_refused_and_unknown():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -27,7 +26,7 @@ from starcast import (
     opening,
     probe,
 )
-from support import Peer, starcast_tasks, until
+from support import Peer, free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -273,8 +272,7 @@ async def test_row_21_many_come_at_once_to_a_slow_broker(url, all_back):
 
 async def test_row_27_nobody_listens_there(url, all_back):
     scheme = url.partition("://")[0]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{port}", open_timeout=0)
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"127\.0\.0\.1") as caught:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -17,7 +16,7 @@ from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast
-from support import Peer, starcast_tasks, until
+from support import Peer, free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -74,9 +73,7 @@ WAYS_TO_OPEN = {
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("way", WAYS_TO_OPEN)
 async def test_a_broker_that_never_comes(all_back, caplog, scheme, way):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{port}", open_timeout=1.0)
+    hub = Broadcast(f"{scheme}://user:secret@127.0.0.1:{free_port()}", open_timeout=1.0)
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"127\.0\.0\.1"):
         await WAYS_TO_OPEN[way](hub)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import websockets
 
-from support import until, until_sync
+from support import free_port, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -29,8 +29,7 @@ class Process:
     """`uvicorn --workers 2` on a port of loopback."""
 
     def __init__(self, url: str, log: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
