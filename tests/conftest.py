@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +36,14 @@ def no_stray_log_records(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def no_log_line_was_seen() -> None:
     """What a process logs once, it logs once in each test."""
     logs.reset()
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_it_was() -> Iterator[None]:
+    """Servers of one test that end in another order than they began leave a handler behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -681,7 +681,7 @@ async def test_a_backend_that_does_not_stop(broker, monkeypatch, caplog):
     hub = Broadcast(backend=Stuck(broker))
     await hub.connect()
     await hub.disconnect()
-    assert "was not closed cleanly" in caplog.text
+    await until(lambda: "was not closed cleanly" in caplog.text)
 
 
 async def test_closing_from_another_loop(broker, other):
