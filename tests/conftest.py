@@ -5,10 +5,15 @@ import logging
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from starcast import logs
 from support import OtherLoop, Peer, Served
+
+# How long an example takes, by the clock, depends on what else the machine does.
+hypothesis.settings.register_profile("starcast", deadline=None)
+hypothesis.settings.load_profile("starcast")
 
 # asyncio's debug mode logs each step of a loop that takes more than 0.1 seconds. That tells how
 # busy the machine is, and tests that count log lines are not about that.

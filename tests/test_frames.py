@@ -184,7 +184,7 @@ messages = st.one_of(
 
 
 @given(st.lists(messages, max_size=12), st.sampled_from(SETTINGS), st.integers(1, 2000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_stream_of_messages_cut_anywhere(sent, setting, cut):
     written = b""
     for message in sent:

@@ -269,7 +269,6 @@ class FramesMachine(HubMachine):
 HubMachine.TestCase.settings = FramesMachine.TestCase.settings = settings(
     max_examples=int(os.environ.get("STARCAST_EXAMPLES", "100")),  # .ci/slow does more
     stateful_step_count=40,
-    deadline=None,
     print_blob=True,
 )
 TestHub = HubMachine.TestCase

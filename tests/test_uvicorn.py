@@ -475,7 +475,7 @@ def test_everybody_gets_what_was_published_in_order(any_window, loop, send_buffe
 
         server = runner.run(start())
 
-        @settings(max_examples=8, deadline=None)
+        @settings(max_examples=8)
         @given(STEPS, st.lists(st.sampled_from([0, *WINDOWS]), min_size=1, max_size=4))
         def check(steps: list[Step], windows: list[int]) -> None:
             runner.run(interleave(server, app, steps, windows))
