@@ -67,7 +67,7 @@ def batches(draw):
 
 
 @given(batches())
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_everybody_gets_everything_in_order(drawn):
     got = {member: [] for member in MEMBERS}
     called = []

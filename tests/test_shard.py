@@ -307,7 +307,7 @@ async def test_cancelled_runners_are_replaced_in_a_moment():
     await until(lambda: peers[0].stalled)
     hub.publish_nowait("default", "2")
     await asyncio.sleep(0)
-    for task in starcast_tasks():
+    for task in starcast_tasks() - {monitored}:  # on a busy machine that has not ended yet
         task.cancel()
     await monitored
     await until(lambda: peers[1].got == peers[2].got == ["1", "2"])
