@@ -51,15 +51,20 @@ def check_timing(open_timeout: float, probe_interval: float) -> None:
 
 
 class Backoff:
-    """How long to wait before the next attempt to connect."""
+    """How long to wait before the next attempt to connect.
 
-    def __init__(self) -> None:
+    Args:
+        most: Seconds that a wait takes at most; `LONGEST_WAIT` by default.
+    """
+
+    def __init__(self, most: float | None = None) -> None:
+        self._most = LONGEST_WAIT if most is None else most
         self._longest = FIRST_WAIT
 
     def next(self) -> float:
         """Return the seconds, more each time."""
         wait = random.uniform(0, self._longest)
-        self._longest = min(1.5 * self._longest, LONGEST_WAIT)
+        self._longest = min(1.5 * self._longest, self._most)
         return wait
 
 

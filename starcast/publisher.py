@@ -11,7 +11,6 @@ import asyncio
 import atexit
 import contextlib
 import os
-import random
 import selectors
 import socket
 import threading
@@ -27,6 +26,7 @@ from .backends import Backend
 from .broadcast import Broadcast
 from .codec import Channel, Dumps, Encoding
 from .exceptions import BackendUnavailable, ConfigurationError, StarcastError
+from .opening import Backoff
 from .stats import BackendStats
 from .waiter import running_loop
 
@@ -37,8 +37,7 @@ IDLE = 60.0
 # Seconds that `close` and the interpreter's exit wait for the connection to be closed.
 CLOSE_TIMEOUT = 3.0
 
-# Seconds before the first further attempt to connect, at most; each wait may be half as long again.
-FIRST_WAIT = 0.1
+# Seconds between two attempts to connect, at most: somebody waits.
 LONGEST_WAIT = 0.5
 
 # Seconds between two looks at a connection that the hub is trying to restore.
@@ -383,7 +382,7 @@ class _Worker:
         """Wait until there is a connection, however long that takes."""
         task = asyncio.current_task()
         self._connecting.add(task)
-        longest = FIRST_WAIT
+        backoff = Backoff(LONGEST_WAIT)
         try:
             while (backend := self._backend).state != "connected":
                 if backend.state == "reconnecting":  # the hub does it
@@ -394,8 +393,7 @@ class _Worker:
                     await self._hub.connect()
                 except BackendUnavailable as exc:
                     self._error = str(exc)
-                    await asyncio.sleep(random.uniform(0, longest))
-                    longest = min(1.5 * longest, LONGEST_WAIT)
+                    await asyncio.sleep(backoff.next())
             self._error = ""
         finally:
             self._connecting.discard(task)

@@ -25,12 +25,12 @@ def forgets(websocket, channel):
 
 
 async def forgets_async(websocket, channel):
-    channel == "news"  # noqa: B015
+    channel == "news"  # noqa: B015  # a `return` is missing
 
 
 class Forgets:
     async def __call__(self, websocket, channel):
-        channel == "news"  # noqa: B015
+        channel == "news"  # noqa: B015  # a `return` is missing
 
 
 def denies(websocket, channel):

@@ -651,7 +651,7 @@ async def test_what_the_server_publishes_goes_by_its_type_whatever_the_encoding_
 @pytest.mark.parametrize("leaving", ["the client closes", "the server closes", "a hook raises"])
 async def test_an_endpoint_that_accepts_by_itself_is_told_when_its_client_leaves(serve, leaving):
     class Alone(BroadcastEndpoint):
-        codes: list = []  # noqa: RUF012
+        codes: list = []  # noqa: RUF012  # of this class
 
         async def on_connect(self, websocket):
             await websocket.accept()

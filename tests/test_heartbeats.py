@@ -32,7 +32,7 @@ def endpoint_of(hub, encoding="text", heartbeats=HEARTBEATS):
         broadcast = hub
         encoding = its_encoding
         heartbeats = its_heartbeats
-        received: list = []  # noqa: RUF012
+        received: list = []  # noqa: RUF012  # of this class
 
         async def on_receive(self, websocket, data):
             self.received.append(data)
@@ -166,7 +166,7 @@ async def test_a_client_that_is_not_registered_is_answered_too(serve, registered
 
     class Endpoint(BroadcastEndpoint):
         broadcast = hub
-        heartbeats = {"ping": "pong", "quiet": None}  # noqa: RUF012
+        heartbeats = {"ping": "pong", "quiet": None}  # noqa: RUF012  # of this class
 
         async def on_connect(self, websocket):
             if registered == "never":
@@ -189,7 +189,7 @@ async def test_an_answer_to_a_client_that_has_gone_is_no_error(error):
     closed = []
 
     class Endpoint(BroadcastEndpoint):
-        heartbeats = {"ping": "pong"}  # noqa: RUF012
+        heartbeats = {"ping": "pong"}  # noqa: RUF012  # of this class
 
         async def on_connect(self, websocket):
             await websocket.accept()

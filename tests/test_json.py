@@ -69,7 +69,7 @@ class Shelf(RootModel[list[Author]]):
 class Square(BaseModel):
     side: int = 2
 
-    @pydantic.computed_field(alias="theArea")  # type: ignore[prop-decorator]
+    @pydantic.computed_field(alias="theArea")
     @property
     def area(self) -> int:
         return self.side**2

@@ -47,8 +47,8 @@ async def test_whenever_the_timer_fires(url, monkeypatch, seconds):
         for number in range(3):
             peer = Peer()
             channel = f"room {number}"
-            await blocked(lambda: hub.connect(peer.websocket, channel), seconds)  # noqa: B023
-            await blocked(lambda: hub.publish(channel, "hello"), seconds)  # noqa: B023
+            await blocked(lambda: hub.connect(peer.websocket, channel), seconds)  # noqa: B023  # awaited here
+            await blocked(lambda: hub.publish(channel, "hello"), seconds)  # noqa: B023  # awaited here
             await until(lambda: peer.got == ["hello"])  # noqa: B023  # awaited here
             await hub.disconnect(peer.websocket)
 

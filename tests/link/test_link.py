@@ -593,7 +593,7 @@ async def test_an_error_in_on_gap_is_logged(broker, caplog):
 async def test_clients_that_send_during_an_outage_stay_if_the_hook_lets_them(hub, broker, caplog):
     peer = Peer()
     told = []
-    note = lambda websocket, data, exc: told.append(data)  # noqa: E731
+    note = lambda websocket, data, exc: told.append(data)  # noqa: E731  # one line says it
     serving = asyncio.create_task(hub.serve(peer.websocket, "room", on_publish_error=note))
     await until(lambda: len(hub) == 1)
     broker.kill()
