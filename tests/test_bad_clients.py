@@ -14,6 +14,7 @@ import signal
 import socket
 import ssl
 import struct
+import sys
 import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -34,7 +35,8 @@ from test_uvicorn import KIB, PROTOCOL, App, Client, certificate, masked, read, 
 pytestmark = pytest.mark.anyio
 __all__ = ["certificate"]  # a fixture
 
-MAX_LAG = 0.05  # seconds that one client may keep the event loop from all others
+# Seconds that one client may keep the event loop from all others; more if each line is traced.
+MAX_LAG = 0.25 if sys.gettrace() else 0.05
 MAX_MEMORY = 2048 * KIB
 EMPTY_PING = masked(b"", PING)
 FRAGMENT = masked(b"", frames.TEXT, 0)
@@ -104,7 +106,7 @@ async def test_a_client_that_half_closes_and_reads_on_gets_everything(start):
     client.close()
 
 
-@pytest.mark.parametrize("how", ["half-closes", "closes", "half-closes idle"])
+@pytest.mark.parametrize("how", ["half-closes", "closes"])
 async def test_it_over_tls(start, certificate, how):
     cert, key = certificate
     app = App()
@@ -118,9 +120,8 @@ async def test_it_over_tls(start, certificate, how):
     (protocol,) = server.server.server_state.connections
     protocol.close_timeout = 0.3
     its_socket = protocol.transport.get_extra_info("socket")
-    if "idle" not in how:
-        while protocol.writable.is_set():
-            await app.hub.publish("x", "x" * 64 * KIB)
+    while protocol.writable.is_set():
+        await app.hub.publish("x", "x" * 64 * KIB)
     if how == "closes":
         dead.transport.write(masked(NORMAL, CLOSE))
     else:
@@ -342,13 +343,12 @@ async def test_a_client_that_does_not_read_messages_is_heard_all_the_same(start)
     client.close()
 
 
-TEXTS = [str(number) for number in range(10_000)]
+TEXTS = [str(number) for number in range(5_000)]
 SMALL: dict[str, tuple[bytes, list[str], int]] = {  # what is sent, what the app gets of it, its end
-    "pings": (EMPTY_PING * 15_000, [], 1000),
-    "pongs": (masked(b"", PONG) * 15_000, [], 1000),
+    "pings": (EMPTY_PING * 40_000, [], 1000),
     "messages": (b"".join(masked(text.encode(), frames.TEXT) for text in TEXTS), TEXTS, 1000),
     "a large one first": (
-        masked(b"x" * 30 * KIB, frames.TEXT) + EMPTY_PING * 15_000,
+        masked(b"x" * 30 * KIB, frames.TEXT) + EMPTY_PING * 35_000,
         ["x" * 30 * KIB],
         1000,
     ),
@@ -538,6 +538,7 @@ EARLY = {
     "no frame": b"no frame",
     "not UTF-8": masked(b"\xff", frames.TEXT),
     "a close frame": masked(NORMAL, CLOSE),
+    "pings whose pongs it does not read": masked(bytes(125), PING) * 200 + masked(NORMAL, CLOSE),
     "an end": b"",
 }
 
@@ -561,28 +562,23 @@ async def test_a_client_that_speaks_before_it_is_accepted(start, caplog, what, t
         finally:
             ended.set()
 
-    server = await start(Starlette(routes=[WebSocketRoute("/ws", endpoint)]))
+    routes = [WebSocketRoute("/ws", endpoint)]
+    server = await start(Starlette(routes=routes), send_buffer=4 * KIB)
     loop = asyncio.get_running_loop()
     sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
     sock.setblocking(False)
     await loop.sock_connect(sock, ("127.0.0.1", server.port))
     await loop.sock_sendall(sock, handshake("/ws").encode() + b"\r\n")
     connections = server.server.server_state.connections
     await until(lambda: [c for c in connections if isinstance(c, hardened.HardenedProtocol)])
     (protocol,) = connections
-    parsed = protocol.data_received
-
-    def data_received(data: bytes) -> None:
-        parsed(data)
-        spoken.set()  # before the event loop learns that the connection is over
-
-    protocol.data_received = data_received
+    protocol.close_timeout = 0.3
+    protocol.stop_frames = spoken.set  # before the event loop learns that the connection is over
     if EARLY[what]:
         await loop.sock_sendall(sock, EARLY[what])
     else:
         sock.shutdown(socket.SHUT_WR)
-        await until(protocol.transport.is_closing)
-        spoken.set()
     await asyncio.wait_for(ended.wait(), DEADLINE)
     await until(lambda: not connections)
     await until(lambda: not server.server.server_state.tasks)
