@@ -242,9 +242,8 @@ async def test_rooms_are_told_again_and_again_who_is_here(serve):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as mira:
         await receive(mira, "here")
-        assert (await receive(mira, "here"))[
-            "count"
-        ] == 1  # for those who have come to other workers
+        # Those who have come to another worker since have to know it too.
+        assert (await receive(mira, "here"))["count"] == 1
 
 
 # The ticker
