@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from . import logs
+from . import forks, logs
 from .bounded import Full
 from .event import Event
-from .exceptions import BackendUnavailable, PublishQueueFull
+from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
 from .link import Link
 from .registry import Registry
 from .sender import OnLost, Taken
@@ -42,12 +42,14 @@ class Dispatcher:
 
     Attributes:
         open: Whether it takes messages. The hub sets this.
+        inherited: Whether it is in a child process and was open in the parent. The hub sets this.
         published: Messages that were handed over.
         failed: Messages that could not be.
     """
 
     def __init__(self, registry: Registry, link: Link | None) -> None:
         self.open = False
+        self.inherited = False
         self._registry = registry
         self._link = link
         self._lock = registry.lock
@@ -60,7 +62,8 @@ class Dispatcher:
 
     def publish_nowait(self, event: Event) -> None:
         """Hand an event over, or raise at once."""
-        if self._link is not None and not self.open and not self.published:
+        not_open = self._link is not None and not (self.open or self.inherited)
+        if not_open and not self.published:
             # A route answers the error with 503, and then nobody would see why.
             logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
         try:
@@ -78,6 +81,8 @@ class Dispatcher:
         Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
         taken = None
+        if self.inherited:
+            raise ConfigurationError(forks.INHERITED)
         if self._link is not None:
             if not self.open:
                 raise BackendUnavailable(NOT_OPEN)

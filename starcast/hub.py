@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, personal, server, watch
+from . import backends, codec, forks, personal, server, watch
 from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
@@ -28,7 +28,7 @@ from .codec import Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
 from .dispatcher import Dispatcher
 from .event import Event
-from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
+from .exceptions import BackendUnavailable, ClientGone, ConfigurationError, PublishQueueFull
 from .gap import Gap
 from .guard import Guard
 from .link import Link
@@ -88,6 +88,8 @@ class Hub:
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
         self.lost_last = -math.inf  # when a client's message was lost last
+        self._opener: asyncio.AbstractEventLoop | None = None  # where it was opened
+        forks.watch(self)
 
     # Open and close
 
@@ -108,6 +110,7 @@ class Hub:
         """
         if self.running:
             return
+        self._check_fork()
         failures = self._failures
         async with self.switching:
             if self.running:
@@ -123,6 +126,7 @@ class Hub:
                 self._failure = exc
                 raise
             self.dispatcher.open, self.closed, self._failure = True, False, None
+            self._opener = asyncio.get_running_loop()
             if self.link is None:
                 server.warn_of_workers()
 
@@ -139,6 +143,8 @@ class Hub:
 
     async def close(self) -> None:
         """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
+        if self.dispatcher.inherited:
+            return  # it is the parent's to close
         connections: list[Connection] = []
         if self.link is not None:
             self.link.stop_opening()
@@ -157,6 +163,16 @@ class Hub:
                 async with asyncio.timeout(CLOSE_TIMEOUT + 1):
                     for connection in connections:
                         await connection.wait_ended()
+
+    def after_fork(self) -> None:
+        """Belong to the parent, if it is open there on an event loop that still exists."""
+        loop_exists = self._opener is not None and not self._opener.is_closed()
+        if self.open and (loop_exists if self.link is None else self.link.alive):
+            self.dispatcher.open, self.dispatcher.inherited = False, True
+
+    def _check_fork(self) -> None:
+        if self.dispatcher.inherited:
+            raise ConfigurationError(forks.INHERITED)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -325,6 +341,7 @@ class Hub:
 
     async def send(self, event: Event, websocket: WebSocket) -> bool:
         """Send an event to one client, and wait for it; False if it has left."""
+        self._check_fork()
         connection = self.find(websocket)
         connection = await personal.claim(self.registry, websocket, connection, event.cost)
         if connection is None:

@@ -326,6 +326,7 @@ class NatsBackend:
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
+        failed: BackendUnavailable | None = None
         try:
             async with Deadline(START_TIMEOUT):
                 await session.open(self._servers, await self._current_options())
@@ -336,11 +337,13 @@ class NatsBackend:
             await session.close()
             if self._session is session:
                 self._session = None
-            if isinstance(error, (OSError, ValueError, nats.errors.Error)):
-                reason = str(session.trouble or error) or "no answer in time"
-                refused = "authorization violation" in reason.lower()
-                raise self._unavailable(reason, LoginRefused if refused else None) from None
-            raise
+            if not isinstance(error, (OSError, ValueError, nats.errors.Error)):
+                raise
+            reason = str(session.trouble or error) or "no answer in time"
+            refused = "authorization violation" in reason.lower()
+            failed = self._unavailable(reason, LoginRefused if refused else None)
+        if failed is not None:
+            raise failed  # not above: whatever the error holds, it would be its context
         self.max_payload = session.client.max_payload
         session.lost = lost
 
@@ -375,9 +378,10 @@ class NatsBackend:
                 try:
                     answer = ask()
                     options[name] = await answer if inspect.isawaitable(answer) else answer
+                    continue
                 except Exception as error:
-                    # Not what it says, which may hold a secret.
-                    raise self._unavailable(f"{name}= raised {type(error).__name__}") from None
+                    kind = type(error).__name__  # and not what it says, which may hold a secret
+                raise self._unavailable(f"{name}= raised {kind}")
         return options
 
     def _opened(self) -> _Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from urllib.parse import unquote, urlsplit
 
@@ -52,7 +53,7 @@ def read(url: str) -> tuple[list[str], dict[str, str]]:
             raise refuse_option("NATS", name, _ADVICE.get(name, _AN_ARGUMENT))
     servers: list[str] = []
     logins: list[dict[str, str]] = []
-    try:
+    with contextlib.suppress(ValueError):
         for part in rest.split(","):
             parts = urlsplit(f"{scheme}://{part.removeprefix(f'{scheme}://')}")
             host, port = parts.hostname, parts.port or 4222
@@ -70,12 +71,11 @@ def read(url: str) -> tuple[list[str], dict[str, str]]:
                 )
             elif parts.username:
                 logins.append({"token": unquote(parts.username)})
-        if any(login != logins[0] for login in logins):
-            raise ValueError
-    except ValueError:
-        # Neither the URL nor what `urlsplit` says of it: both may hold the password.
-        raise ConfigurationError(
-            "a URL of NATS is nats:// or tls://, then user:password@ or token@ if there is one "
-            "(percent-encoded, the same for all servers), and host:port, more of them after commas"
-        ) from None
-    return servers, logins[0] if logins else {}
+        if all(login == logins[0] for login in logins):
+            return servers, logins[0] if logins else {}
+    # Neither the URL nor what `urlsplit` says of it: both may hold the password. So that error is
+    # over here, and not the context of this one.
+    raise ConfigurationError(
+        "a URL of NATS is nats:// or tls://, then user:password@ or token@ if there is one "
+        "(percent-encoded, the same for all servers), and host:port, more of them after commas"
+    )

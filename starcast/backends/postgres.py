@@ -136,6 +136,7 @@ class PostgresBackend:
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         """Open both connections, within 5 seconds."""
+        failed: Exception | None = None
         try:
             async with Deadline(CONNECT_TIMEOUT):
                 self._publisher = await self._connect(deliver)
@@ -146,12 +147,13 @@ class PostgresBackend:
             self._disconnect()
             if not isinstance(error, Exception):
                 raise
-            if (wrong := self._server.refused(error)) is not None:
-                raise wrong from None
-            # The chain of causes is cut: it might hold what the URL holds.
             refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
             kind = LoginRefused if refused else BackendUnavailable
-            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
+            failed = self._server.refused(error) or kind(
+                f"no connection to {self._where}: {_reason(error)}"
+            )
+        if failed is not None:
+            raise failed  # not above: the error might hold what the URL holds, as its context
         settings = self._publisher.get_settings()
         self._utf8 = getattr(settings, "server_encoding", "UTF8") == "UTF8"
         self._lost = lost

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
@@ -127,6 +127,7 @@ class RedisBackend:
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         connections = [self._class(**self._settings) for _ in (_SUBSCRIBER, _PUBLISHER)]
+        failed: BackendUnavailable | None = None
         try:
             async with Deadline(CONNECT_TIMEOUT):
                 for connection in connections:
@@ -143,7 +144,9 @@ class RedisBackend:
             if not isinstance(error, Exception):
                 raise
             kind = LoginRefused if isinstance(error, AuthenticationError) else BackendUnavailable
-            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
+            failed = kind(f"no connection to {self._where}: {_reason(error)}")
+        if failed is not None:
+            raise failed  # not above: the error may hold the password, and would be its context
         cut = len(self._prefix)
 
         def take(name: bytes, payload: bytes) -> None:
@@ -289,20 +292,29 @@ def _pool(url: str) -> ConnectionPool:
     options: list[tuple[str, str]] = []
     try:
         parts = urlsplit(url)
-        if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
+        if "@" in parts.path + parts.query + parts.fragment:
             raise ValueError("a password that ends the host's part of the URL")
+        if parts.scheme == "unix" and not _is_path(parts):
+            raise ValueError("what should be a path may be a part of a password")
         options = options_of(parts.query)
         pool = ConnectionPool.from_url(url)
         pool.connection_class(**pool.connection_kwargs)  # looks at the options, and no more
+        return pool
     except Exception as error:
         # Nothing of what the error says but the name of an option: it may repeat the password.
-        if (refused := _refused(dict(options), error)) is not None:
-            raise refused from None
-        raise ConfigurationError(
-            "not the URL of a Redis server, or its options are not valid; a URL looks like "
-            "redis://user:password@host:6379, with %40 for an @ in the password and so on"
-        ) from None
-    return pool
+        refused = _refused(dict(options), error)
+    # Not in the block above, where the error would go along as the context of this one.
+    raise refused or ConfigurationError(
+        "not the URL of a Redis server, or its options are not valid; a URL looks like "
+        "redis://user:password@host:6379 or unix://user:password@/path/redis.sock, with %40 for an "
+        "@ in the password or the path, %2F for a / in the password and so on"
+    )
+
+
+def _is_path(parts: SplitResult) -> bool:
+    """Whether a URL of a socket has a path, and nothing but a login before it."""
+    login, separator, host = parts.netloc.rpartition("@")
+    return parts.path.startswith("/") and not host and not parts.fragment
 
 
 def _refused(options: dict[str, str], error: Exception) -> ConfigurationError | None:
