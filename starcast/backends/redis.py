@@ -143,7 +143,9 @@ class RedisBackend:
                 await _drop(connection)
             if not isinstance(error, Exception):
                 raise
-            kind = LoginRefused if isinstance(error, AuthenticationError) else BackendUnavailable
+            # On a unix socket redis-py logs in while it connects, and wraps the refusal.
+            refused = isinstance(error.__cause__ or error, AuthenticationError)
+            kind = LoginRefused if refused else BackendUnavailable
             failed = kind(f"no connection to {self._where}: {_reason(error)}")
         if failed is not None:
             raise failed  # not above: the error may hold the password, and would be its context
