@@ -35,7 +35,8 @@ from nats.aio.transport import TcpTransport
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost
-from .nats_names import read, same_servers, tokens
+from .nats_names import endpoints_of, read, same_servers, tokens, untoken
+from .urls import Endpoint
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -80,6 +81,17 @@ class _Sink(asyncio.Future[Msg]):
 
     def set_result(self, result: Msg, /) -> None:
         self._take(result.data)
+
+
+class _SubjectSink(asyncio.Future[Msg]):
+    """The same for a wildcard, with the subject of each message."""
+
+    def __init__(self, take: Callable[[str, bytes], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def set_result(self, result: Msg, /) -> None:
+        self._take(result.subject, result.data)
 
 
 class _Wire(TcpTransport):
@@ -205,7 +217,17 @@ class _Session:
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
     async def subscribe(self, channel: str, subject: str) -> None:
-        sink = _Sink(partial(self._deliver, channel))
+        await self._subscribe(channel, subject, _Sink(partial(self._deliver, channel)))
+
+    async def subscribe_all(self, channel: str, subject: str, cut: int) -> None:
+        """Subscribe to a wildcard. Of the subjects that it brings, so much is the prefix."""
+
+        def take(subject: str, data: bytes) -> None:
+            self._deliver(untoken(subject[cut:]), data)
+
+        await self._subscribe(channel, subject, _SubjectSink(take))
+
+    async def _subscribe(self, channel: str, subject: str, sink: asyncio.Future[Msg]) -> None:
         self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
         try:
             await self.hand_over()
@@ -320,6 +342,7 @@ class NatsBackend:
         self._name = "NATS at " + ", ".join(url.partition("://")[2] for url in self._servers)
         self._options = {**login, **options}
         self.address = f"NATS at {', '.join(same_servers(self._servers))}, prefix {prefix!r}"
+        self.endpoints: list[Endpoint] = [*endpoints_of(self._servers)]
         self._prefix = prefix
         self._session: _Session | None = None
         self.max_payload = 1024 * 1024
@@ -354,6 +377,11 @@ class NatsBackend:
 
     async def subscribe(self, channel: str) -> None:
         await self._opened().subscribe(channel, self._subject(channel))
+
+    async def subscribe_all(self, hub: str) -> None:
+        """Subscribe to all channels of the hub with this name. For the command line."""
+        subject = f"{self._prefix}{hub}.*"
+        await self._opened().subscribe_all(f"{hub}:*", subject, len(self._prefix))
 
     async def unsubscribe(self, channel: str) -> None:
         session = self._opened()

@@ -38,10 +38,21 @@ def _encode(text: str) -> str:
     return _ENCODED.sub(lambda match: b"%%%02X" % match[0][0], text.encode()).decode()
 
 
+def untoken(subject: str) -> str:
+    """Return the channel as the hub gives it, for the tokens of its subject."""
+    name, _, rest = subject.partition(".")
+    return f"{name}:{unquote(rest)}"
+
+
+def endpoints_of(urls: list[str]) -> list[tuple[str, int]]:
+    """Return the hosts and ports of servers as `read` returns them."""
+    parts = [urlsplit(url) for url in urls]
+    return [(each.hostname or "", each.port or 0) for each in parts]
+
+
 def same_servers(urls: list[str]) -> list[str]:
     """Return hosts and ports in the one form that stands for all spellings."""
-    parts = [urlsplit(url) for url in urls]
-    return sorted(f"{same_host(each.hostname or '')}:{each.port}" for each in parts)
+    return sorted(f"{same_host(host)}:{port}" for host, port in endpoints_of(urls))
 
 
 def read(url: str) -> tuple[list[str], dict[str, str]]:

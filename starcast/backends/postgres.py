@@ -119,6 +119,7 @@ class PostgresBackend:
         self._server = Server(str(url), options)
         self._where = self._server.where
         self.address = f"{self._server.address}, prefix {prefix!r}"
+        self.endpoints = self._server.endpoints
         self._prefix = prefix
         self._utf8 = True  # the encoding of the database
         self._listener: Any = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
 from .base import Deliver, LoginRefused, Lost
-from .urls import first_of, options_of, refuse_option, same_host
+from .urls import Endpoint, first_of, options_of, refuse_option, same_host
 
 Command = tuple[str | bytes, ...]
 
@@ -120,6 +121,7 @@ class RedisBackend:
         path = self._settings.get("path")  # of a socket, in place of the two
         self._where = f"Redis at {path or f'{host}:{port}'}"
         self.address = f"Redis at {path or f'{same_host(host)}:{port}'}, prefix {prefix!r}"
+        self.endpoints: list[Endpoint] = [path or (host, port)]
         self._prefix = prefix
         self._pipes: list[_Pipe] = []
         self._lost: Lost | None = None  # None if stopped, or told
@@ -152,7 +154,8 @@ class RedisBackend:
         cut = len(self._prefix)
 
         def take(name: bytes, payload: bytes) -> None:
-            deliver(name.decode()[cut:], payload)
+            # Only a pattern can bring a name that we have not written.
+            deliver(name.decode(errors="replace")[cut:], payload)
 
         self._pipes = [_Pipe(connection, take, self._break) for connection in connections]
         self._lost, self._broken = lost, False
@@ -175,6 +178,17 @@ class RedisBackend:
             if self._lost is not None and not self._broken:
                 self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", name)]).cancel()  # nobody waits for that
             raise
+
+    async def subscribe_all(self, hub: str) -> None:
+        """Subscribe to all channels of the hub with this name. For the command line."""
+        start = re.sub(rb"[\\*?\[\]^]", rb"\\\g<0>", self._name(f"{hub}:"))
+        await self._ask(_SUBSCRIBER, [("PSUBSCRIBE", start + b"*")])
+
+    @property
+    def receivers(self) -> int | None:
+        """Connections to the broker that the message published last was sent to."""
+        answer = self._pipes[_PUBLISHER].answer if self._pipes else None
+        return answer if isinstance(answer, int) else None
 
     async def unsubscribe(self, channel: str) -> None:
         await self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", self._name(channel))])
@@ -232,6 +246,7 @@ class _Pipe:
         writer = connection._writer
         assert writer is not None
         self.connection = connection
+        self.answer: object = None  # the last one
         self._writer = writer
         self._take = take
         self._broken = broken
@@ -270,7 +285,10 @@ class _Pipe:
                 else:
                     if isinstance(answer, list) and answer[0] == b"message":
                         self._take(answer[1], answer[2])
+                    elif isinstance(answer, list) and answer[0] == b"pmessage":
+                        self._take(answer[2], answer[3])
                     else:
+                        self.answer = answer
                         self._answer()
         except asyncio.CancelledError as error:
             self._broken(error)  # unless it was `close`
@@ -315,8 +333,8 @@ def _pool(url: str) -> ConnectionPool:
 
 def _is_path(parts: SplitResult) -> bool:
     """Whether a URL of a socket has a path, and nothing but a login before it."""
-    login, separator, host = parts.netloc.rpartition("@")
-    return parts.path.startswith("/") and not host and not parts.fragment
+    host = parts.netloc.rpartition("@")[2]
+    return parts.path.startswith("/") and not (host or parts.fragment)
 
 
 def _refused(options: dict[str, str], error: Exception) -> ConfigurationError | None:
