@@ -48,13 +48,13 @@ ADVICE = {
         "check the user, the password and the database in the URL, and that the scheme is that of "
         "the broker on this port: redis:// does not speak TLS, rediss:// does"
     ),
-    "subscribe": "give the user the right to subscribe to the channels of the hub",
-    "publish": "give the user the right to publish to the channels of the hub",
+    "subscribe": "give the user the right to subscribe to what the hub subscribes to",
+    "publish": "give the user the right to publish to what the hub publishes to",
     "delivery": "check what is between here and the broker, and the rights of the user",
 }
 
 # What the errors of OpenSSL and of the drivers have in common when TLS fails.
-_TLS = re.compile(r"\b(ssl|tls|certificate|secure connection)", re.IGNORECASE)
+_TLS = re.compile(r"\b(SSL|TLS|CERTIFICATE|certificate|secure connection)")
 
 
 class StepFailed(BackendUnavailable):
@@ -89,7 +89,7 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
     def lost(error: Exception) -> None:
         """Whatever waits for the broker raises by itself, or takes too long."""
 
-    async def step(name: str, work: Callable[[], Awaitable[object]], seconds: float) -> float:
+    async def step(at: str, work: Callable[[], Awaitable[object]], seconds: float) -> float:
         """Take a step, and return how long it took, in milliseconds."""
         began = time.perf_counter()
         try:
@@ -102,28 +102,30 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
             why = f"no answer within {seconds:g} seconds"
         except Exception as exc:
             why = str(exc) or type(exc).__name__
-            if name == "login" and not isinstance(exc, LoginRefused) and failed_at_tls(why):
-                name = "TLS"
-        raise StepFailed(name, why, named.if_silent if name == "delivery" else "")
+            if at == "login" and not isinstance(exc, LoginRefused):
+                at = step_of(why)
+        raise StepFailed(at, why, named.if_silent if at == "delivery" else "")
 
-    def failed_at_tls(why: str) -> bool:
-        """Whether TLS failed: a backend connects and logs in at once."""
+    def step_of(why: str) -> str:
+        """Return which step of `start` failed: a backend connects and logs in at once."""
+        if "permissions violation" in why:  # NATS has a subject of its own for answers
+            return "subscribe" if "subscription" in why else "publish"
         for endpoint in endpoints:  # `tls.example.com` is no reason
             why = why.replace(endpoint if isinstance(endpoint, str) else endpoint[0], "")
         # A server without TLS waits for the rest of what it takes for a command.
-        return bool(_TLS.search(why)) or (tls and "no answer" in why)
+        return "TLS" if _TLS.search(why) or (tls and "no answer" in why) else "login"
 
     async def there_and_back() -> None:
         await named.publish([(channel, b"again")])
         await arrived.get()
 
     try:
-        for name, work in (
+        for at, work in (
             ("login", lambda: named.start(deliver, lost)),
             ("subscribe", lambda: named.subscribe(channel)),
             ("publish", lambda: named.publish([(channel, b"first")])),
         ):
-            say(f"{name}: {await step(name, work, STEP_TIMEOUT):.1f} ms")
+            say(f"{at}: {await step(at, work, STEP_TIMEOUT):.1f} ms")
         await step("delivery", arrived.get, TRIP_TIMEOUT)
         took = [await step("delivery", there_and_back, TRIP_TIMEOUT) for _ in range(ROUND_TRIPS)]
         say(
@@ -177,12 +179,14 @@ async def _connect(step: str, connect: Any, where: str, say: Callable[[str], Non
     except OSError as exc:
         raise StepFailed(step, f"{where}: {_words(exc)}") from None
     writer.transport.abort()
+    await asyncio.sleep(0)  # the socket is closed in the event loop's next turn
     say(f"{step}: {where}, {_since(began):.1f} ms")
 
 
 def _words(error: OSError | UnicodeError) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {STEP_TIMEOUT:g} seconds"
-    if isinstance(error, OSError) and (error.errno or 0) > 0:
-        return os.strerror(error.errno)  # asyncio's own words repeat the address
+    number = getattr(error, "errno", None) or 0
+    if number > 0:
+        return os.strerror(number)  # asyncio's own words repeat the address
     return getattr(error, "strerror", None) or str(error)

@@ -149,15 +149,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("starcast").addHandler(log)
     try:
         url = _url(chosen)
-        backend = _backend(url, chosen.prefix)
+        backend, name = _backend(url, chosen.prefix), check_name(chosen.name)
         if command == "publish":
-            work = _publish(backend, chosen, *_message(chosen, parser))
+            work = _publish(backend, name, *_message(chosen, parser), chosen.quiet)
         elif command == "subscribe":
-            work = _subscribe(backend, chosen, _channels(chosen, parser), sys.stdout)
+            channels = _count(chosen, parser, 1, len(chosen.words))
+            work = _subscribe(backend, name, channels, sys.stdout)
         else:
             _count(chosen, parser, 0, 0)
             tls = url.startswith(("rediss://", "valkeys://", "tls://"))
-            work = check(backend, check_name(chosen.name), tls, _say)
+            work = check(backend, name, tls, _say)
         asyncio.run(work)
         sys.stdout.flush()
     except (ConfigurationError, InvalidChannel, EncodingError, PayloadTooLarge) as exc:
@@ -217,7 +218,7 @@ def _count(
     words: list[str] = chosen.words
     if len(words) < least:
         parser.error("a CHANNEL is missing")
-    if len(words) > most:
+    if len(words) > max(least, most):
         parser.error(f"too many arguments: {' '.join(map(escape, words[most:]))}")
     return words
 
@@ -272,25 +273,25 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 async def _publish(
-    backend: Backend,
-    chosen: argparse.Namespace,
-    channel: str,
-    message: Any,
-    encoding: Encoding | None,
+    backend: Backend, name: str, channel: str, message: Any, encoding: Encoding | None, quiet: bool
 ) -> None:
-    async with _hub(backend, chosen.name) as hub:
+    async with _hub(backend, name) as hub:
         await hub.publish(channel, message, encoding=encoding)
         receivers = getattr(backend, "receivers", None)
-    if chosen.quiet:
+    if quiet:
         return
     if encoding == "json":
         what = "JSON"
     elif isinstance(message, str):
-        what = f"{len(message.encode())} bytes of text"
+        what = f"text of {_bytes(len(message.encode()))}"
     else:
-        what = f"{len(message)} bytes of binary"
+        what = f"a binary message of {_bytes(len(message))}"
     heard = "" if receivers is None else f"; {_heard(receivers)}"
-    _say(f"published {what} to {channel!r} of the hub {chosen.name!r}{heard}")
+    _say(f"published {what} to {channel!r} of the hub {name!r}{heard}")
+
+
+def _bytes(size: int) -> str:
+    return "1 byte" if size == 1 else f"{size} bytes"
 
 
 def _heard(receivers: int) -> str:
@@ -302,13 +303,8 @@ def _heard(receivers: int) -> str:
 # Subscribe
 
 
-def _channels(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
-    return list(dict.fromkeys(_count(chosen, parser, 1, len(chosen.words))))
-
-
-async def _subscribe(
-    backend: Backend, chosen: argparse.Namespace, channels: list[str], out: TextIO
-) -> None:
+async def _subscribe(backend: Backend, name: str, channels: list[str], out: TextIO) -> None:
+    channels = list(dict.fromkeys(channels))
     wanted, read = channels, None
     if any("*" in channel for channel in channels):
         backend, wanted, read = AllChannels(backend), [ALL], reader(channels)
@@ -319,7 +315,7 @@ async def _subscribe(
             for channel, one in [(subscriber.channel, item)] if read is None else read(item):
                 _say(show(channel, one), out)
 
-    async with _hub(backend, chosen.name) as hub, contextlib.AsyncExitStack() as stack:
+    async with _hub(backend, name) as hub, contextlib.AsyncExitStack() as stack:
         subscribers = [
             await stack.enter_async_context(hub.subscribe(channel, gaps=True)) for channel in wanted
         ]

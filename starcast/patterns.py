@@ -54,7 +54,7 @@ class AllChannels:
         def deliver_named(channel: str, payload: bytes) -> None:
             if channel in self._names:
                 deliver(channel, payload)
-            elif self._all:
+            else:
                 deliver(self._all, _wrap(channel.partition(":")[2], payload))
 
         await self._backend.start(deliver_named, lost)
