@@ -11,11 +11,13 @@ import os
 import pty
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -488,3 +490,43 @@ def test_as_a_module():
         [sys.executable, "-m", "starcast", "--version"], capture_output=True, text=True, timeout=30
     )
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
+
+
+# The page
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "command-line.md"
+
+
+async def test_the_commands_of_the_page(redis, monkeypatch, tmp_path, capsys):
+    """Each runs as shown; what a shell does, and what never ends, is left out of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STARCAST_URL", redis)
+    for name in ("kettle.txt", "kettle.png"):
+        (tmp_path / name).write_bytes(b"\x89 on\n" if name.endswith("png") else b"on\n")
+    shown = re.findall(r"^(?:.*\| )?starcast (.+)$", PAGE.read_text(), re.M)
+    assert len(shown) == 12
+    async with (
+        Broadcast(redis, name="default") as hub,
+        Broadcast(redis, name="staff") as staff,
+        hub.subscribe("room") as all_of_it,
+        staff.subscribe("room") as of_staff,
+    ):
+        for line in shown:
+            command, *arguments = shlex.split(line.partition(" | ")[0])
+            if command == "subscribe":
+                cli._parsers()[command].parse_args(arguments)
+                continue
+            if command == "publish" and arguments == ["room"]:
+                standard_input(monkeypatch, b"Thu Nov 26\n")
+            assert await run(command, *arguments) == 0
+        assert (await anext(of_staff)).message == "for the staff"
+        messages = ["the kettle is on", "Thu Nov 26", "the kettle is on", '{"kettle":"on"}']
+        for message in [*messages, "on", b"\x89 on\n"]:
+            assert (await anext(all_of_it)).message == message
+    said = capsys.readouterr().out
+    line = "published text of 16 bytes to 'room' of the hub 'default'; 1 process is subscribed"
+    assert line in said
+    assert line.replace("1 process is", "2 processes are") in PAGE.read_text()
+    step = re.compile(r"^(\w+(?: \w+)?): .* ms$|^(name resolution): ", re.M)
+    assert step.findall(said) == step.findall(PAGE.read_text())
