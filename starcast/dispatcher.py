@@ -42,7 +42,7 @@ class Dispatcher:
 
     Attributes:
         open: Whether it takes messages. The hub sets this.
-        inherited: Whether it is in a child process and was open in the parent. The hub sets this.
+        inherited: Whether it is in a child process and was open in the parent.
         published: Messages that were handed over.
         failed: Messages that could not be.
     """
@@ -56,9 +56,26 @@ class Dispatcher:
         # Guarded by the lock:
         self.published = 0
         self.failed = 0
+        self._opener: asyncio.AbstractEventLoop | None = None  # where the hub was opened
+        forks.watch(self)
         # On whichever loop publishes:
         self._unyielded = 0  # messages since a turn was given to the loop, and since when
         self._unyielded_since = 0.0
+
+    def open_here(self) -> None:
+        """Take messages from now on. On the event loop on which the hub is opened."""
+        self.open, self._opener = True, asyncio.get_running_loop()
+
+    def after_fork(self) -> None:
+        """Belong to the parent, if the hub is open there on an event loop that still exists."""
+        loop_exists = self._opener is not None and not self._opener.is_closed()
+        if self.open and (loop_exists if self._link is None else self._link.alive):
+            self.open, self.inherited = False, True
+
+    def check_fork(self) -> None:
+        """Raise `ConfigurationError` if the hub is the parent's."""
+        if self.inherited:
+            raise ConfigurationError(forks.INHERITED)
 
     def publish_nowait(self, event: Event) -> None:
         """Hand an event over, or raise at once."""
@@ -82,7 +99,7 @@ class Dispatcher:
         """
         taken = None
         if self.inherited:
-            raise ConfigurationError(forks.INHERITED)
+            self.check_fork()
         if self._link is not None:
             if not self.open:
                 raise BackendUnavailable(NOT_OPEN)

@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, forks, personal, server, watch
+from . import backends, codec, personal, server, watch
 from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
@@ -28,7 +28,7 @@ from .codec import Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
 from .dispatcher import Dispatcher
 from .event import Event
-from .exceptions import BackendUnavailable, ClientGone, ConfigurationError, PublishQueueFull
+from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
 from .guard import Guard
 from .link import Link
@@ -88,8 +88,6 @@ class Hub:
         self._failure: Exception | None = None  # why it did not start last
         self._closings = 0
         self.lost_last = -math.inf  # when a client's message was lost last
-        self._opener: asyncio.AbstractEventLoop | None = None  # where it was opened
-        forks.watch(self)
 
     # Open and close
 
@@ -110,7 +108,7 @@ class Hub:
         """
         if self.running:
             return
-        self._check_fork()
+        self.dispatcher.check_fork()
         failures = self._failures
         async with self.switching:
             if self.running:
@@ -125,8 +123,8 @@ class Hub:
                 self._failures += 1
                 self._failure = exc
                 raise
-            self.dispatcher.open, self.closed, self._failure = True, False, None
-            self._opener = asyncio.get_running_loop()
+            self.dispatcher.open_here()
+            self.closed, self._failure = False, None
             if self.link is None:
                 server.warn_of_workers()
 
@@ -163,16 +161,6 @@ class Hub:
                 async with asyncio.timeout(CLOSE_TIMEOUT + 1):
                     for connection in connections:
                         await connection.wait_ended()
-
-    def after_fork(self) -> None:
-        """Belong to the parent, if it is open there on an event loop that still exists."""
-        loop_exists = self._opener is not None and not self._opener.is_closed()
-        if self.open and (loop_exists if self.link is None else self.link.alive):
-            self.dispatcher.open, self.dispatcher.inherited = False, True
-
-    def _check_fork(self) -> None:
-        if self.dispatcher.inherited:
-            raise ConfigurationError(forks.INHERITED)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -341,7 +329,7 @@ class Hub:
 
     async def send(self, event: Event, websocket: WebSocket) -> bool:
         """Send an event to one client, and wait for it; False if it has left."""
-        self._check_fork()
+        self.dispatcher.check_fork()
         connection = self.find(websocket)
         connection = await personal.claim(self.registry, websocket, connection, event.cost)
         if connection is None:

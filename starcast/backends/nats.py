@@ -83,15 +83,15 @@ class _Sink(asyncio.Future[Msg]):
         self._take(result.data)
 
 
-class _SubjectSink(asyncio.Future[Msg]):
-    """The same for a wildcard, with the subject of each message."""
+class _WildcardSink(asyncio.Future[Msg]):
+    """The same for a wildcard. Of the subjects that it brings, so much is the prefix."""
 
-    def __init__(self, take: Callable[[str, bytes], None]) -> None:
+    def __init__(self, deliver: Deliver, cut: int) -> None:
         super().__init__()
-        self._take = take
+        self._deliver, self._cut = deliver, cut
 
     def set_result(self, result: Msg, /) -> None:
-        self._take(result.subject, result.data)
+        self._deliver(untoken(result.subject[self._cut :]), result.data)
 
 
 class _Wire(TcpTransport):
@@ -216,18 +216,11 @@ class _Session:
         writer = self._wire._io_writer
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
-    async def subscribe(self, channel: str, subject: str) -> None:
-        await self._subscribe(channel, subject, _Sink(partial(self._deliver, channel)))
-
-    async def subscribe_all(self, channel: str, subject: str, cut: int) -> None:
-        """Subscribe to a wildcard. Of the subjects that it brings, so much is the prefix."""
-
-        def take(subject: str, data: bytes) -> None:
-            self._deliver(untoken(subject[cut:]), data)
-
-        await self._subscribe(channel, subject, _SubjectSink(take))
-
-    async def _subscribe(self, channel: str, subject: str, sink: asyncio.Future[Msg]) -> None:
+    async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
+        """Subscribe to a subject; with `cut` to a wildcard, see `_WildcardSink`."""
+        sink: asyncio.Future[Msg] = _Sink(partial(self._deliver, channel))
+        if cut is not None:
+            sink = _WildcardSink(self._deliver, cut)
         self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
         try:
             await self.hand_over()
@@ -381,7 +374,7 @@ class NatsBackend:
     async def subscribe_all(self, hub: str) -> None:
         """Subscribe to all channels of the hub with this name. For the command line."""
         subject = f"{self._prefix}{hub}.*"
-        await self._opened().subscribe_all(f"{hub}:*", subject, len(self._prefix))
+        await self._opened().subscribe(f"{hub}:*", subject, len(self._prefix))
 
     async def unsubscribe(self, channel: str) -> None:
         session = self._opened()

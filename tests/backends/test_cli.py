@@ -402,6 +402,12 @@ def test_what_is_printed():
     assert cli._for_people(binary.channel, binary)[9:] == "a\\u202eb: b'\\x00'"
 
 
+def test_what_a_terminal_cannot_show():
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    cli._say("caf\xe9 \N{HOT BEVERAGE}", out)
+    assert out.buffer.getvalue() == b"caf\xe9 \\u2615\n"
+
+
 def test_errors(capsys, closed_port):
     url = f"redis://user:secret@127.0.0.1:{closed_port}"
     assert cli.main(["publish", url, "room", "x"]) == 1
