@@ -43,9 +43,10 @@ class Broadcast:
     """A hub: what is published to a channel reaches every client and subscriber of the channel.
 
     Create one for the app, on any thread; it does not need an event loop yet. Clients may live on
-    several event loops. Unless stated otherwise, methods may be called on any event loop. A hub that
-    was open when the process was forked is the parent's: in the child, all that publishes, opens or
-    joins raises `ConfigurationError`.
+    several event loops. Unless stated otherwise, methods may be called on any event loop.
+
+    A hub that was open when the process was forked is the parent's: in the child, whatever opens,
+    joins or publishes raises `ConfigurationError`.
 
     Args:
         url: Where messages travel. `memory://`, the default, stays within this process; `redis://`,
