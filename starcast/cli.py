@@ -141,7 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parsers[command]
     if not command:
         parser.parse_args(arguments)  # which ends it: the version, the help or a mistake
-    chosen = parser.parse_intermixed_args(arguments[1:])
+    options, words = list(arguments[1:]), []
+    if "--" in options:  # which argparse takes for an error if it comes first
+        end = options.index("--")
+        options, words = options[:end], options[end + 1 :]
+    chosen = parser.parse_intermixed_args(options)
+    chosen.words += words
     log: logging.Handler = logging.NullHandler()  # the output says it all
     if command == "subscribe" and sys.stderr.isatty():
         log = logging.StreamHandler()  # which says when the broker is away

@@ -181,6 +181,13 @@ async def test_who_has_heard_it(url, capsys):
     assert capsys.readouterr().out.endswith(f"'default'{tail}\n")
 
 
+async def test_nothing_of_the_words_is_an_option(redis, monkeypatch):
+    monkeypatch.setenv("STARCAST_URL", redis)
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("-q") as subscriber:
+        assert await run("publish", "--binary", "--", "-q", "--json") == 0
+        assert (await anext(subscriber)).message == b"--json"
+
+
 async def test_nothing_is_said(redis, capsys):
     assert await run("publish", "--quiet", redis, "room", "x") == 0
     assert capsys.readouterr() == ("", "")
