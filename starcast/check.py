@@ -57,11 +57,9 @@ ADVICE = {
 _TLS = re.compile(r"\b(SSL|TLS|CERTIFICATE|certificate|secure connection)")
 
 
-class StepFailed(BackendUnavailable):
-    """A step of the check failed; says which one, why, and what to do."""
-
-    def __init__(self, step: str, why: object, advice: str = "") -> None:
-        super().__init__(f"{step} failed: {why}\n  {advice or ADVICE[step]}")
+def _failed(step: str, why: object, advice: str = "") -> BackendUnavailable:
+    """Return an error that says which step failed, why, and what to do."""
+    return BackendUnavailable(f"{step} failed: {why}\n  {advice or ADVICE[step]}")
 
 
 async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], None]) -> None:
@@ -74,7 +72,7 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
         say: Called with a line for each step that went well.
 
     Raises:
-        StepFailed: A step failed.
+        BackendUnavailable: A step failed.
         ConfigurationError: An option of the URL is not valid, which only the broker knows.
     """
     endpoints: list[Endpoint] = getattr(backend, "endpoints", [])
@@ -104,7 +102,7 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
             why = str(exc) or type(exc).__name__
             if at == "login" and not isinstance(exc, LoginRefused):
                 at = step_of(why)
-        raise StepFailed(at, why, named.if_silent if at == "delivery" else "")
+        raise _failed(at, why, named.if_silent if at == "delivery" else "")
 
     def step_of(why: str) -> str:
         """Return which step of `start` failed: a backend connects and logs in at once."""
@@ -142,7 +140,7 @@ def _since(began: float) -> float:
 
 async def _reach(endpoints: list[Endpoint], say: Callable[[str], None]) -> None:
     """Open a connection to each, and close it. One of several is enough."""
-    failure: StepFailed | None = None
+    failure: BackendUnavailable | None = None
     reached = False
     for endpoint in endpoints:
         try:
@@ -151,7 +149,7 @@ async def _reach(endpoints: list[Endpoint], say: Callable[[str], None]) -> None:
             else:
                 await _reach_host(*endpoint, say)
             reached = True
-        except StepFailed as exc:
+        except BackendUnavailable as exc:
             failure = exc
             if len(endpoints) > 1:
                 say(str(exc).partition("\n")[0])
@@ -165,7 +163,7 @@ async def _reach_host(host: str, port: int | str, say: Callable[[str], None]) ->
         async with asyncio.timeout(STEP_TIMEOUT):
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        raise StepFailed("name resolution", f"{host}: {_words(exc)}") from None
+        raise _failed("name resolution", f"{host}: {_words(exc)}") from None
     addresses = ", ".join(dict.fromkeys(str(address[0]) for *_, address in found))
     say(f"name resolution: {host} is {addresses}")
     await _connect("TCP", asyncio.open_connection(host, port), f"{addresses}, port {port}", say)
@@ -177,7 +175,7 @@ async def _connect(step: str, connect: Any, where: str, say: Callable[[str], Non
         async with asyncio.timeout(STEP_TIMEOUT):
             _, writer = await connect
     except OSError as exc:
-        raise StepFailed(step, f"{where}: {_words(exc)}") from None
+        raise _failed(step, f"{where}: {_words(exc)}") from None
     writer.transport.abort()
     await asyncio.sleep(0)  # the socket is closed in the event loop's next turn
     say(f"{step}: {where}, {_since(began):.1f} ms")

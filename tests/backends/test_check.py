@@ -14,8 +14,8 @@ from backends.front import front
 from backends.nats_server import NatsServer
 from backends.postgres_server import PASSWORD, QUOTED
 from backends.redis_server import RedisServer
+from starcast import BackendUnavailable, cli
 from starcast import check as module
-from starcast import cli
 from starcast.backends import from_url
 from starcast.backends import nats as nats_module
 from starcast.backends import redis as redis_module
@@ -223,7 +223,7 @@ async def test_a_backend_that_says_nothing_of_itself():
         async def publish(self, messages):
             raise AssertionError("never")
 
-    with pytest.raises(module.StepFailed, match="subscribe failed: KeyError"):
+    with pytest.raises(BackendUnavailable, match="subscribe failed: KeyError"):
         await module.check(Broken(), "default", False, lines.append)
 
 
