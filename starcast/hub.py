@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, personal, server, watch
+from . import backends, codec, daphne, personal, server, watch
 from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
@@ -193,6 +193,8 @@ class Hub:
         protocol = watch.find_protocol(websocket)
         if not self._is_registered(websocket):
             watch.check_loop(protocol)
+        if protocol is None:
+            daphne.adapt(websocket)
         if websocket.application_state is WebSocketState.CONNECTING:
             await self.settings.origins.check(websocket)
         await self.ensure_open()
@@ -274,6 +276,7 @@ class Hub:
         connection = self.find(websocket)
         if connection is None or not self.registry.end(connection, Close(code, reason)):
             if not is_gone(websocket):
+                daphne.adapt(websocket)
                 with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
                     async with asyncio.timeout(CLOSE_TIMEOUT):
                         await websocket.close(code, reason)

@@ -57,11 +57,11 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
     to be on the stack of the task itself.
     """
     task = asyncio.current_task()
-    root = _root_frame(task)
+    root = root_frame(task)
     frame = None if root is None else sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and _same(
+        if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and is_same(
             frame.f_locals.get("scope"), websocket.scope
         ):
             return task
@@ -70,15 +70,24 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
     return None
 
 
-def _root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
+def root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
     return None if task is None else getattr(task.get_coro(), "cr_frame", None)
 
 
-def _same(scope: object, other: Scope) -> bool:
+def is_same(scope: object, other: Scope) -> bool:
     """Whether both are the scope of one client: middleware may have made a shallow copy."""
     if scope is other:
         return True
     return isinstance(scope, dict) and scope.get("headers") is other.get("headers", scope)
+
+
+def server_send(websocket: WebSocket) -> Any:
+    """Return the `send` that the server gave to the app; another one if middleware wraps it."""
+    send: Any = getattr(websocket, "_send", None)
+    while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
+        assert send.__closure__ is not None  # it has a variable of that name
+        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
+    return send
 
 
 def find_protocol(websocket: WebSocket) -> Any:
@@ -87,29 +96,25 @@ def find_protocol(websocket: WebSocket) -> Any:
     uvicorn hands the app a bound method of it. In front of that stand the closures of Starlette's
     routing and maybe middleware; past middleware, the task that uvicorn started has it.
     """
-    send: Any = getattr(websocket, "_send", None)
-    while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
-        assert send.__closure__ is not None  # it has a variable of that name
-        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
-    protocol = getattr(send, "__self__", None)
+    protocol = getattr(server_send(websocket), "__self__", None)
     if _is_uvicorns(protocol):
         return protocol
-    root = _root_frame(asyncio.current_task())
+    root = root_frame(asyncio.current_task())
     if root is not None and root.f_code.co_name == "run_asgi":
         protocol = root.f_locals["self"]
-        if _is_uvicorns(protocol) and _same(protocol.scope, websocket.scope):
+        if _is_uvicorns(protocol) and is_same(protocol.scope, websocket.scope):
             return protocol
     return None
 
 
 def _is_uvicorns(protocol: Any) -> bool:
-    return _comes_from_uvicorn(protocol.__class__)
+    return comes_from(protocol.__class__, "uvicorn.protocols.")
 
 
 @functools.lru_cache(maxsize=16)
-def _comes_from_uvicorn(cls: type) -> bool:
-    # A subclass, such as BroadcastProtocol, is known by what it comes from.
-    return any(base.__module__.startswith("uvicorn.protocols.") for base in cls.__mro__)
+def comes_from(cls: type, package: str) -> bool:
+    """Whether a class or one of its bases, such as BroadcastProtocol's, is of that package."""
+    return any(base.__module__.startswith(package) for base in cls.__mro__)
 
 
 def check_loop(protocol: Any) -> None:

@@ -17,6 +17,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server_process import ServerProcess
+from starcast import close_codes
+from starcast.daphne import OFFSET
 from support import DEADLINE
 
 pytestmark = pytest.mark.anyio
@@ -33,6 +35,10 @@ TELLS_NO_CODE = {"hypercorn"}  # what a client closes with; the app is told 1006
 SENDS_NO_REASON = {"daphne"}  # of a close
 # From Python 3.12 on, hypercorn 0.18 never ends while a client is there, whatever the app.
 END = [name for name in SERVERS if name != "hypercorn" or sys.version_info < (3, 12)]
+# All that the library itself sends.
+CLOSE_CODES = sorted(
+    code for name, code in vars(close_codes).items() if name.isupper() and code != 1006
+)
 NEVER_SUSPENDS = {"daphne"}  # a send, whoever does not read: it keeps everything itself
 
 
@@ -162,6 +168,17 @@ async def test_clients_whose_handlers_end_are_forgotten(server):
     await lives.close()
     await server.until("user-lives", channels={})
     await asyncio.gather(*(client.close() for client in clients))
+
+
+async def test_every_close_code_closes(server):
+    for code in CLOSE_CODES:
+        expected = code + OFFSET if server.name == "daphne" and code > 1000 else code
+        async with server.connect("/ws/codes") as client:
+            await client.send(f"code {code}")
+            assert await read_all(client) == ([], expected, "")
+        async with server.connect(f"/never/{code}") as client:
+            assert await read_all(client) == ([], expected, "")
+    await server.until("codes", here=0, ended=CLOSE_CODES)
 
 
 async def test_a_client_that_does_not_read_delays_nobody(server):
