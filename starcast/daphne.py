@@ -52,5 +52,5 @@ def _is_served(websocket: WebSocket) -> bool:
 
 
 def _is_daphnes(send: Any) -> bool:
-    server = getattr(getattr(send, "func", None), "__self__", None)
+    server: Any = getattr(getattr(send, "func", None), "__self__", None)
     return isinstance(send, functools.partial) and comes_from(server.__class__, "daphne.")
