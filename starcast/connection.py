@@ -165,11 +165,17 @@ class Connection:
         """Whether it is registered and has not left. From any thread."""
         return self.leaving is None and not self.departed
 
-    def lose(self, code: int = ABNORMAL) -> None:
-        """Forget the client, which has left, with what it still had to get."""
+    def lose(self, code: int = ABNORMAL, *, drop: bool = False) -> None:
+        """Forget the client, which has left, with what it still had to get.
+
+        If it has not read everything, its connection is dropped: at once, or when it has had time
+        for that.
+        """
         self._stop_writer()
         self.end(code)
         self._handler.stop_sending()
+        if drop:
+            self._presence.abort()
 
     # What the shard calls
 
@@ -249,8 +255,10 @@ class Connection:
         self._handler.over = True
         stuck = self._stop_writer() or self._handler.is_sending
         self.end(ABNORMAL)
-        if stuck and self.frames is not None:
-            self.frames.wire.abort()  # a close would wait for the client to read
+        if stuck:  # a close would wait for the client to read
+            if self.frames is not None:
+                self.frames.wire.abort()
+            self._presence.abort()
         self._handler.interrupt()
         self._handler.stop_sending()
 
@@ -272,6 +280,8 @@ class Connection:
         self._on_end(self)
         if self.code is not None:
             self._handler.limit()
+            if self._presence.unsent:
+                self.call_after_close_timeout(self._presence.abort)
         for waiter in self._waiters:
             waiter.set()
 

@@ -137,8 +137,8 @@ class Watched(Protocol):
     def transport(self) -> Any:
         """That of the client's socket."""
 
-    def lose(self) -> None:
-        """Forget the client: it has left."""
+    def lose(self, *, drop: bool = False) -> None:
+        """Forget the client: it has left. `drop` its connection if it has not read everything."""
 
 
 class Presence:
@@ -161,6 +161,23 @@ class Presence:
     def is_over(self) -> bool:
         """Whether the transport is closed or about to be. From any thread."""
         return self.transport is not None and bool(self.transport.is_closing())
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client has not read, and that are not with the operating system yet."""
+        try:
+            return 0 if self.transport is None else int(self.transport.get_write_buffer_size())
+        except AttributeError:  # of a TLS connection that is over
+            return 0
+
+    def abort(self) -> None:
+        """Drop the connection if its client does not read.
+
+        A server that closes a transport waits until everything is sent: for a client that reads
+        nothing, as long as the TCP connection lasts. It would also wait so when it is shut down.
+        """
+        if self.unsent:
+            self.transport.abort()
 
     def forget(self) -> None:
         """Do not look at the task any more."""
@@ -202,7 +219,7 @@ class Watch:
         for connection in some:
             transport = connection.transport
             if transport.is_closing():
-                connection.lose()
+                connection.lose(drop=_was_failed(transport))
             elif not transport.is_reading() and (fileno := _fileno(transport)) >= 0:
                 # The event loop does not look at it, because the handler has not received what
                 # the client sent before.
@@ -216,6 +233,14 @@ class Watch:
             self._loop.call_soon(self._look, connections)
         else:
             self._loop.call_later(INTERVAL, self._begin)
+
+
+def _was_failed(transport: Any) -> bool:
+    """Whether uvicorn closes the connection of a registered client for a reason of its own.
+
+    That is a client that answers no pings, or one that does not keep to the protocol.
+    """
+    return bool(getattr(transport.get_protocol(), "close_sent", False))
 
 
 def _fileno(transport: Any) -> int:
