@@ -217,6 +217,8 @@ class Connection:
                         self.line.counters.delivered += written
                         if not written:
                             self.end(ABNORMAL)
+                    elif self._presence.is_over:
+                        self.end(ABNORMAL)
                     else:
                         # A fresh dict each time: middleware may change what it is given.
                         await self._handler.send_event(

@@ -152,7 +152,7 @@ class Presence:
 
     def __init__(self, client: Watched, websocket: WebSocket, protocol: Any) -> None:
         self._client = client
-        self.transport = None if protocol is None else protocol.transport
+        self.transport: Any = None if protocol is None else protocol.transport
         self._task = app_task(websocket) if protocol is None else None
         if self._task is not None:
             self._task.add_done_callback(self._app_ended)
@@ -165,8 +165,9 @@ class Presence:
     @property
     def unsent(self) -> int:
         """Bytes that the client has not read, and that are not with the operating system yet."""
+        transport = self.transport
         try:
-            return 0 if self.transport is None else int(self.transport.get_write_buffer_size())
+            return 0 if transport is None else int(transport.get_write_buffer_size())
         except AttributeError:  # of a TLS connection that is over
             return 0
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 import pytest
+import trustme
+import websockets
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -134,3 +137,20 @@ async def test_a_client_that_leaves_with_bytes_unsent_is_gone_within_the_close_t
     await asyncio.gather(*closing)
     forget(*clients)
     await until(lambda: not starcast_tasks())
+
+
+async def test_a_client_that_leaves_over_tls(serve, ws):
+    app = App()
+    authority = trustme.CA()
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.tempfile() as path:
+        server = await serve(app.starlette, ws=ws, ssl_certfile=path)
+    url = server.url("/endpoint/x").replace("ws://", "wss://")
+    clients = [await websockets.connect(url, ssl=trusting, proxy=None) for _ in range(2)]
+    await until(lambda: len(app.hub) == 2)
+    await clients[0].close()
+    clients[1].transport.abort()
+    await until(lambda: len(app.hub) == 0, SOON)
+    await until(lambda: len(app.ended) == 2, SOON)
+    await until(lambda: not server.server.server_state.connections, SOON)

@@ -342,6 +342,63 @@ async def reading_is_paused(ws: str, how: str) -> None:
     assert read.count("2") == 2 or how == "reset"
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_is_published_to_clients_that_reset_floods_no_log(ws, loop, caplog):
+    """asyncio logs each write to a socket after a few that failed, until the loop has its turn."""
+    main = published_to_clients_that_reset(ws)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
+        runner.run(main)
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+async def published_to_clients_that_reset(ws: str) -> None:
+    hub = Broadcast()
+
+    async def endpoint(websocket: WebSocket):
+        await hub.serve(websocket, "x")
+
+    server = Served(app_of(endpoint), ws=ws)
+    await server.start()
+    clients = [await server.connect("/ws/x", compression=None) for _ in range(5)]
+    await until(lambda: len(hub) == 5)
+    for client in clients:
+        reset(client)
+    await asyncio.sleep(0)  # the clients' sockets are closed, and the server was not told
+    for _ in range(10):
+        for number in range(20):
+            hub.publish_nowait("x", str(number))
+        await hub.publish("x", "the last of a burst")
+    await until(lambda: len(hub) == 0, SOON)
+    await server.stop()
+
+
+async def test_a_handler_that_only_sends_is_told_although_its_sends_never_wait(serve, ws, caplog):
+    """uvicorn's `send` neither raises nor suspends before the loop has had its turn."""
+    hub = Broadcast()
+    go = asyncio.Event()
+    ended: list[str] = []
+
+    async def endpoint(websocket: WebSocket):
+        await hub.connect(websocket)
+        await go.wait()
+        try:
+            for _ in range(1000):
+                await websocket.send_text("tick")
+            ended.append("after all")
+        except WebSocketDisconnect:
+            ended.append("disconnected")
+
+    server = await serve(app_of(endpoint), ws=ws)
+    client = await server.connect("/ws/x")
+    await until(lambda: len(hub) == 1)
+    reset(client)
+    await asyncio.sleep(0)
+    go.set()
+    await until(lambda: ended, SOON)
+    assert ended == ["disconnected"]
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
 async def test_a_helper_task_that_connects_and_ends_loses_nobody(serve, ws):
     hub = Broadcast()
 
