@@ -177,6 +177,11 @@ class Connection:
         if drop:
             self._presence.abort()
 
+    def check_send(self) -> None:
+        """Give the client up if the send that is in flight takes too long."""
+        if self._presence.is_stuck(self.state is SENDING):
+            self.kill()
+
     # What the shard calls
 
     def put(self, item: Item) -> bool:
@@ -211,6 +216,7 @@ class Connection:
         self._writer = task
         try:
             while item is not None:
+                self._presence.sends += 1
                 if isinstance(item, Event):
                     if self.frames is not None:
                         written = await self.frames.write(item)
@@ -370,6 +376,7 @@ class Connection:
         if self.state is ENDED:
             return False
         if self.state is IDLE and not self.line.awake:
+            self._presence.sends += 1
             self.work()
             return True
         turn = Turn()

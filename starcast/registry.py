@@ -61,8 +61,7 @@ class Registry:
             shard = self.connections.get(connection)
             if shard is None:
                 shard = self.connections[connection] = self.here()
-                if connection.transport is not None:
-                    shard.watch.add(connection)
+                shard.watch.add(connection)
             if channel in connection.channels:
                 return False
             connection.channels.add(channel)

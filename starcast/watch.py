@@ -24,6 +24,10 @@ from starlette.websockets import WebSocket
 # Seconds between two looks at the transports.
 INTERVAL = 0.5
 
+# Seconds that a server whose transports are unknown may take for one send. uvicorn gives a client up
+# that has not answered a ping for as long: 20 seconds until it is sent, and 20 for the answer.
+SEND_TIMEOUT = 40.0
+
 # Transports that are looked at before other tasks of the loop get their turn.
 SLICE = 1024
 
@@ -137,6 +141,9 @@ class Watched(Protocol):
     def transport(self) -> Any:
         """That of the client's socket."""
 
+    def check_send(self) -> None:
+        """Give the client up if the send that is in flight takes too long."""
+
     def lose(self, *, drop: bool = False) -> None:
         """Forget the client: it has left. `drop` its connection if it has not read everything."""
 
@@ -146,13 +153,17 @@ class Presence:
 
     Attributes:
         transport: What a `Watch` looks at; None if the server is not uvicorn.
+        sends: How many sends to the client have begun.
     """
 
-    __slots__ = ("_client", "_task", "transport")
+    __slots__ = ("_client", "_seen", "_since", "_task", "sends", "transport")
 
     def __init__(self, client: Watched, websocket: WebSocket, protocol: Any) -> None:
         self._client = client
         self.transport: Any = None if protocol is None else protocol.transport
+        self.sends = 0
+        self._seen = -1  # send that was in flight when it was looked at last,
+        self._since = 0.0  # and when that was first so
         self._task = app_task(websocket) if protocol is None else None
         if self._task is not None:
             self._task.add_done_callback(self._app_ended)
@@ -161,6 +172,13 @@ class Presence:
     def is_over(self) -> bool:
         """Whether the transport is closed or about to be. From any thread."""
         return self.transport is not None and bool(self.transport.is_closing())
+
+    def is_stuck(self, sending: bool) -> bool:
+        """Whether the send that is in flight takes too long. Asked again and again, on the loop."""
+        now = asyncio.get_running_loop().time()
+        if not sending or self._seen != self.sends:
+            self._seen, self._since = self.sends, now
+        return now - self._since > SEND_TIMEOUT
 
     @property
     def unsent(self) -> int:
@@ -219,7 +237,9 @@ class Watch:
         unread: dict[int, Watched] = {}
         for connection in some:
             transport = connection.transport
-            if transport.is_closing():
+            if transport is None:
+                connection.check_send()
+            elif transport.is_closing():
                 connection.lose(drop=_was_failed(transport))
             elif not transport.is_reading() and (fileno := _fileno(transport)) >= 0:
                 # The event loop does not look at it, because the handler has not received what

@@ -10,7 +10,7 @@ from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, BroadcastEndpoint, connection
+from starcast import Broadcast, BroadcastEndpoint, connection, watch
 
 connection.CLOSE_TIMEOUT = 0.3
 
@@ -35,6 +35,8 @@ class Chat(BroadcastEndpoint):
         elif command == "own":
             await hub.publish(channel, "before it")
             await websocket.send_text(data)
+        elif command == "patience":
+            watch.SEND_TIMEOUT = float(data.split()[1])
         elif command == "code":
             await hub.close(websocket, int(data.split()[1]))
         elif command == "close":
@@ -60,6 +62,7 @@ async def state(websocket: WebSocket) -> None:
                     "here": channels.get(channel, 0),
                     "ended": ended.get(channel, []),
                     "channels": channels,
+                    "behind": hub.stats().buffered > 0,
                 }
             )
 

@@ -70,6 +70,17 @@ def server(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[Process
     assert "Traceback" not in process.log, process.log
 
 
+# Of a client that takes one message and no more.
+NOT_READING = {"max_queue": 1, "compression": None, "ping_interval": None}
+
+
+def small_socket(server: Process) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    return sock
+
+
 async def read(client, count: int) -> list[str | bytes]:
     return [await asyncio.wait_for(client.recv(), DEADLINE) for _ in range(count)]
 
@@ -182,11 +193,7 @@ async def test_every_close_code_closes(server):
 
 
 async def test_a_client_that_does_not_read_delays_nobody(server):
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect(("127.0.0.1", server.port))
-    options = {"max_queue": 1, "compression": None, "ping_interval": None}
-    dead = await server.connect("/ws/slow", sock=sock, **options)
+    dead = await server.connect("/ws/slow", sock=small_socket(server), **NOT_READING)
     async with server.connect("/ws/slow", compression=None) as healthy:
         await server.until("slow", here=2)
         message = "x" * 256 * 1024
@@ -198,6 +205,29 @@ async def test_a_client_that_does_not_read_delays_nobody(server):
     dead.transport.abort()
     await dead.wait_closed()
     await server.until("slow", here=0, channels={})
+
+
+async def test_a_client_that_does_not_read_is_gone_although_its_channel_is_silent(server):
+    """The servers give nobody up who stays; the hub does, after 40 seconds without progress."""
+    if server.name in NEVER_SUSPENDS:
+        pytest.skip("this server keeps everything itself")
+    dead = await server.connect("/ws/silent", sock=small_socket(server), **NOT_READING)
+    async with server.connect("/ws/silent", compression=None) as healthy:
+        await server.until("silent", here=2)
+        async with server.connect("/state") as asking:
+            for _ in range(80):
+                await healthy.send("x" * 128 * 1024)
+                await read(healthy, 1)
+                await asking.send("silent")
+                if json.loads(await asking.recv())["behind"]:
+                    break
+        await healthy.send("patience 0.2")
+        await server.until("silent", here=1, ended=[1006])
+        await healthy.send("patience 40")
+        await healthy.send("still here")
+        assert await read(healthy, 1) == ["still here"]
+    dead.transport.abort()
+    await dead.wait_closed()
 
 
 @pytest.mark.parametrize("name", END)

@@ -18,7 +18,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starcast import Broadcast, BroadcastEndpoint, connection, watch
-from support import Served, starcast_tasks, until
+from support import Served, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -154,3 +154,44 @@ async def test_a_client_that_leaves_over_tls(serve, ws):
     await until(lambda: len(app.hub) == 0, SOON)
     await until(lambda: len(app.ended) == 2, SOON)
     await until(lambda: not server.server.server_state.connections, SOON)
+
+
+# Servers of which nothing is known
+
+
+async def test_a_send_without_progress_is_given_up(monkeypatch):
+    monkeypatch.setattr(watch, "INTERVAL", 0.01)
+    monkeypatch.setattr(watch, "SEND_TIMEOUT", 0.3)
+    hub = Broadcast()
+    dead, slow = await joined(hub, "x"), await joined(hub, "x")
+    told = asyncio.create_task(dead.websocket.receive_text())
+    for peer in (dead, slow):
+        peer.open.clear()
+    for number in range(1000):
+        hub.publish_nowait("x", str(number))
+    with pytest.raises(WebSocketDisconnect) as caught:
+        while True:
+            slow.open.set()  # for one send
+            slow.open.clear()
+            await asyncio.sleep(0.005)
+            if told.done():
+                await told
+    assert caught.value.code == 1006
+    assert hub._hub.clients() == [slow.websocket]
+    assert dead.got == []
+    slow.open.set()
+    await until(lambda: len(slow.got) == 1000)
+    await hub.disconnect()
+
+
+async def test_a_handlers_own_send_too(road, monkeypatch):
+    monkeypatch.setattr(watch, "INTERVAL", 0.01)
+    monkeypatch.setattr(watch, "SEND_TIMEOUT", 0.1)
+    hub = Broadcast()
+    dead = await joined(hub, "x")
+    await dead.websocket.send_text("the first")
+    dead.open.clear()
+    with pytest.raises(WebSocketDisconnect):
+        await dead.websocket.send_text("the second")
+    assert len(hub) == 0
+    assert dead.got == ["the first"]
