@@ -74,9 +74,7 @@ class Wire:
 
     def write(self, frames: bytes) -> None:
         """Write whole frames to the transport. Only while `ready`."""
-        if (
-            self._transport.is_closing()
-        ):  # a write of this turn has failed, and more would be logged
+        if self._transport.is_closing():  # a write has failed, and more would be logged
             self._protocol._close_wire()
         else:
             self._transport.write(frames)

@@ -24,8 +24,8 @@ from starlette.websockets import WebSocket
 # Seconds between two looks at the transports.
 INTERVAL = 0.5
 
-# Seconds that a server whose transports are unknown may take for one send. uvicorn gives a client up
-# that has not answered a ping for as long: 20 seconds until it is sent, and 20 for the answer.
+# Seconds that a server whose transports are unknown may take for one send. By default, uvicorn
+# gives a client up after as long: 20 seconds until it is sent a ping, and 20 for the answer.
 SEND_TIMEOUT = 40.0
 
 # Transports that are looked at before other tasks of the loop get their turn.

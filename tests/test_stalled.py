@@ -169,13 +169,12 @@ async def test_a_send_without_progress_is_given_up(monkeypatch):
         peer.open.clear()
     for number in range(1000):
         hub.publish_nowait("x", str(number))
+    while not told.done():
+        slow.open.set()  # for one send
+        slow.open.clear()
+        await asyncio.sleep(0.005)
     with pytest.raises(WebSocketDisconnect) as caught:
-        while True:
-            slow.open.set()  # for one send
-            slow.open.clear()
-            await asyncio.sleep(0.005)
-            if told.done():
-                await told
+        await told
     assert caught.value.code == 1006
     assert hub._hub.clients() == [slow.websocket]
     assert dead.got == []
