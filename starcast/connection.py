@@ -168,19 +168,20 @@ class Connection:
     def lose(self, code: int = ABNORMAL, *, drop: bool = False) -> None:
         """Forget the client, which has left, with what it still had to get.
 
-        If it has not read everything, its connection is dropped: at once, or when it has had time
-        for that.
+        If it has not read everything, its connection is dropped, at once or when it has had time
+        for that, and its handler need not wait for the server to say so.
         """
         self._stop_writer()
         self.end(code)
         self._handler.stop_sending()
         if drop:
             self._presence.abort()
+            self._handler.interrupt()
 
-    def check_send(self) -> None:
-        """Give the client up if the send that is in flight takes too long."""
-        if self._presence.is_stuck(self.state is SENDING):
-            self.kill()
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the send that is in flight takes too long. It has to be asked now and then."""
+        return self._presence.is_stuck(self.state is SENDING)
 
     # What the shard calls
 

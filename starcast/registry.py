@@ -119,12 +119,15 @@ class Registry:
         with self.lock:
             shard = self.subscribers[subscriber] = self.here()
             shard.join(subscriber, subscriber.channel)
+            if subscriber.transport is not None:
+                shard.watch.add(subscriber)
         return shard.counters
 
     def unsubscribe(self, subscriber: Subscription[Any]) -> None:
         with self.lock:
             shard = self.subscribers.pop(subscriber, None)
             if shard is not None:
+                shard.watch.discard(subscriber)
                 shard.leave(subscriber, subscriber.channel)
                 self._release(subscriber.channel)
 

@@ -103,16 +103,22 @@ def find_protocol(websocket: WebSocket) -> Any:
     protocol = getattr(server_send(websocket), "__self__", None)
     if _is_uvicorns(protocol):
         return protocol
+    protocol = served_protocol()
+    return protocol if is_same(getattr(protocol, "scope", None), websocket.scope) else None
+
+
+def served_protocol() -> Any:
+    """Return uvicorn's protocol object of the WebSocket client that this very task serves."""
     root = root_frame(asyncio.current_task())
     if root is not None and root.f_code.co_name == "run_asgi":
         protocol = root.f_locals["self"]
-        if _is_uvicorns(protocol) and is_same(protocol.scope, websocket.scope):
+        if _is_uvicorns(protocol):
             return protocol
     return None
 
 
 def _is_uvicorns(protocol: Any) -> bool:
-    return comes_from(protocol.__class__, "uvicorn.protocols.")
+    return comes_from(protocol.__class__, "uvicorn.protocols.websockets.")
 
 
 @functools.lru_cache(maxsize=16)
@@ -141,8 +147,9 @@ class Watched(Protocol):
     def transport(self) -> Any:
         """That of the client's socket."""
 
-    def check_send(self) -> None:
-        """Give the client up if the send that is in flight takes too long."""
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the send that is in flight takes too long. It has to be asked now and then."""
 
     def lose(self, *, drop: bool = False) -> None:
         """Forget the client: it has left. `drop` its connection if it has not read everything."""
@@ -174,7 +181,7 @@ class Presence:
         return self.transport is not None and bool(self.transport.is_closing())
 
     def is_stuck(self, sending: bool) -> bool:
-        """Whether the send that is in flight takes too long. Asked again and again, on the loop."""
+        """Whether the send that is in flight takes too long. On the loop."""
         now = asyncio.get_running_loop().time()
         if not sending or self._seen != self.sends:
             self._seen, self._since = self.sends, now
@@ -238,7 +245,8 @@ class Watch:
         for connection in some:
             transport = connection.transport
             if transport is None:
-                connection.check_send()
+                if connection.is_stuck:
+                    connection.lose(drop=True)
             elif transport.is_closing():
                 connection.lose(drop=_was_failed(transport))
             elif not transport.is_reading() and (fileno := _fileno(transport)) >= 0:

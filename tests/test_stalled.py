@@ -37,7 +37,7 @@ def ws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class App:
-    """Handlers of four kinds: one that receives, one that waits, two that push."""
+    """Handlers: one that receives, two that push, and one that forwards."""
 
     def __init__(self) -> None:
         self.hub = hub = Broadcast()
@@ -61,6 +61,7 @@ class App:
                 WebSocketRoute("/endpoint/{channel}", Endpoint),
                 WebSocketRoute("/push/{channel}", self.push),
                 WebSocketRoute("/own/{channel}", self.push),
+                WebSocketRoute("/forward/{channel}", self.forward),
             ]
         )
 
@@ -75,6 +76,15 @@ class App:
                     await websocket.send_text(MESSAGE)
         except WebSocketDisconnect:
             self.ended.append(kind)
+
+    async def forward(self, websocket: WebSocket) -> None:
+        await websocket.accept()
+        try:
+            async with self.hub.subscribe(websocket.path_params["channel"]) as subscriber:
+                async for event in subscriber:
+                    await websocket.send_text(event.message)
+        except WebSocketDisconnect:
+            self.ended.append("forward")
 
 
 async def start(serve, app: App, ws: str, **config) -> Served:
@@ -104,13 +114,14 @@ async def test_a_client_that_answers_no_pings_is_gone_although_its_channel_is_si
     server = await start(serve, app, ws, ws_ping_interval=0.2, ws_ping_timeout=0.2)
     connections = server.server.server_state.connections
     async with server.connect("/endpoint/other") as healthy:
-        clients = [await stalled(server, f"/{kind}/x") for kind in ("endpoint", "push", "own")]
-        await until(lambda: len(app.hub) == 4)
+        kinds = ["endpoint", "forward", "own", "push"]
+        clients = [await stalled(server, f"/{kind}/x") for kind in kinds]
+        await until(lambda: len(app.hub) == 4 and app.hub.stats().subscribers == 1)
         for _ in range(4):  # more than the sockets take
             await app.hub.publish("x", MESSAGE)
         await until(lambda: len(app.hub) == 1, SOON)
         await until(lambda: len(connections) == 1, SOON)
-        await until(lambda: sorted(app.ended) == ["endpoint", "own", "push"], SOON)
+        await until(lambda: sorted(app.ended) == kinds, SOON)
         await app.hub.publish("other", "still here")
         assert await healthy.recv() == "still here"
     forget(*clients)

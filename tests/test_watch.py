@@ -545,3 +545,36 @@ async def test_connect_on_another_loop_than_the_clients_is_refused(serve, ws, ot
         assert await client.recv() == "hello"
         await client.send("the end")
         assert await client.recv() == "still here"
+
+
+# A handler that only forwards what it has subscribed to
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_subscriber_ends_with_the_client_of_its_handler(serve, ws, how, monkeypatch):
+    monkeypatch.setattr(watch, "INTERVAL", 0.05)
+    hub = Broadcast()
+    ended: list[str] = []
+
+    async def endpoint(websocket: WebSocket):
+        await websocket.accept()
+        async with hub.subscribe("x") as subscriber:
+            async for event in subscriber:
+                await websocket.send_text(event.message)
+        ended.append(websocket.path_params["channel"])
+
+    server = await serve(app_of(endpoint, wrapped), ws=ws)
+    async with server.connect("/ws/stays") as stays, hub.subscribe("x") as elsewhere:
+        leaves = await server.connect("/ws/leaves")
+        await until(lambda: hub.stats().subscribers == 3)
+        await leaves.send("nobody reads this,")
+        await leaves.send("nor this")
+        await leave(leaves, how)
+        await until(lambda: ended, SOON)
+        assert ended == ["leaves"]
+        assert hub.stats().subscribers == 2
+        await hub.publish("x", "still here")
+        assert await stays.recv() == "still here"
+        assert (await anext(elsewhere)).message == "still here"
+    await until(lambda: len(ended) == 2, SOON)
+    assert hub.stats().subscribers == 0
