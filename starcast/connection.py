@@ -289,7 +289,7 @@ class Connection:
         self._on_end(self)
         if self.code is not None:
             self._handler.limit()
-            if self._presence.unsent:
+            if self._presence.has_unsent:
                 self.call_after_close_timeout(self._presence.abort)
         for waiter in self._waiters:
             waiter.set()

@@ -25,7 +25,7 @@ def adapt(websocket: WebSocket) -> None:
     """Have the closes of this websocket sent with codes that Daphne takes, if Daphne serves it."""
     send = getattr(websocket, "_send", None)
     if send is not None and not isinstance(send, _Send) and _is_served(websocket):
-        websocket._send = _Send(send)
+        websocket._send = _Send(send)  # which all of its sends end in, the handler's too
 
 
 class _Send:

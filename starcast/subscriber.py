@@ -129,7 +129,7 @@ class Subscription(Generic[Got]):
         self.outbox.clear()
         self.end()
         if drop:
-            self.transport.abort()  # a send to it may wait
+            watch.abort(self.transport)  # a send to it may wait
 
     def end(self) -> None:
         """End the iteration after what is buffered."""

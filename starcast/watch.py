@@ -140,6 +140,24 @@ def check_loop(protocol: Any) -> None:
         )
 
 
+def has_unsent(transport: Any) -> bool:
+    """Whether there are bytes that the operating system has not taken yet."""
+    try:
+        return bool(transport.get_write_buffer_size())
+    except AttributeError:  # of a TLS connection that is over
+        return False
+
+
+def abort(transport: Any) -> None:
+    """Drop a connection whose client has not read everything.
+
+    A transport that is closed waits until everything is sent: for a client that reads nothing, as
+    long as the TCP connection lasts. A server that shuts down waits for it too.
+    """
+    if has_unsent(transport):  # if not, it may be over, and asyncio's raise AttributeError then
+        transport.abort()
+
+
 class Watched(Protocol):
     """What a watch needs of a connection."""
 
@@ -188,22 +206,14 @@ class Presence:
         return now - self._since > SEND_TIMEOUT
 
     @property
-    def unsent(self) -> int:
-        """Bytes that the client has not read, and that are not with the operating system yet."""
-        transport = self.transport
-        try:
-            return 0 if transport is None else int(transport.get_write_buffer_size())
-        except AttributeError:  # of a TLS connection that is over
-            return 0
+    def has_unsent(self) -> bool:
+        """Whether the client has not read everything, as far as it can be known."""
+        return self.transport is not None and has_unsent(self.transport)
 
     def abort(self) -> None:
-        """Drop the connection if its client does not read.
-
-        A server that closes a transport waits until everything is sent: for a client that reads
-        nothing, as long as the TCP connection lasts. It would also wait so when it is shut down.
-        """
-        if self.unsent:
-            self.transport.abort()
+        """Drop the connection if the client has not read everything."""
+        if self.transport is not None:
+            abort(self.transport)
 
     def forget(self) -> None:
         """Do not look at the task any more."""
