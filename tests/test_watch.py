@@ -17,7 +17,9 @@ import pytest
 import uvloop
 import websockets
 from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
@@ -578,3 +580,20 @@ async def test_a_subscriber_ends_with_the_client_of_its_handler(serve, ws, how, 
         assert (await anext(elsewhere)).message == "still here"
     await until(lambda: len(ended) == 2, SOON)
     assert hub.stats().subscribers == 0
+
+
+async def test_a_subscriber_of_an_http_handler_waits_for_its_message(serve):
+    hub = Broadcast()
+
+    async def endpoint(request: Request) -> Response:
+        async with hub.subscribe("x") as subscriber:
+            event = await anext(subscriber)
+        return PlainTextResponse(event.message)
+
+    server = await serve(Starlette(routes=[Route("/", endpoint)]))
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    await until(lambda: hub.stats().subscribers == 1)
+    await hub.publish("x", "hello")
+    assert (await reader.read()).endswith(b"\r\n\r\nhello")
+    writer.close()
