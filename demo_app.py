@@ -38,7 +38,6 @@ class Chat(BroadcastEndpoint):
     async def on_connect(self, websocket: WebSocket) -> None:
         self.id = secrets.token_hex(8)
         await super().on_connect(websocket)
-        chatting.add(websocket)
         welcome = {"type": "welcome", "id": self.id, "worker": WORKER, "away": broker_is_away()}
         await hub.send(welcome, to=websocket)
         await say_who_is_here(self.get_channel(websocket))
@@ -64,11 +63,11 @@ class Chat(BroadcastEndpoint):
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         await super().on_disconnect(websocket, close_code)
-        chatting.discard(websocket)
         await say_who_is_here(self.get_channel(websocket))
 
 
-chatting: set[WebSocket] = set()  # this worker's
+def rooms() -> list[str]:
+    return [channel for channel in hub.channels if channel.startswith("room:")]
 
 
 async def say_who_is_here(channel: str) -> None:
@@ -90,12 +89,13 @@ async def look_after_rooms() -> None:
         await asyncio.sleep(0.25)
         if away != (away := broker_is_away()):
             news = {"type": "broker", "away": away}
-            sends = [hub.send(news, to=websocket) for websocket in chatting]
+            clients = [websocket for room in rooms() for websocket in hub.clients(room)]
+            sends = [hub.send(news, to=websocket) for websocket in clients]
             await asyncio.gather(*sends, return_exceptions=True)  # some may be leaving
         if not away and time.monotonic() > said + 1:
             said = time.monotonic()
-            for channel in [name for name in hub.channels if name.startswith("room:")]:
-                await say_who_is_here(channel)
+            for room in rooms():
+                await say_who_is_here(room)
 
 
 live = FastAPI()
