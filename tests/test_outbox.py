@@ -201,6 +201,32 @@ def test_latest_keeps_the_newest_of_each_channel_at_the_end():
     assert contents(outbox) == [b2, a3]
 
 
+class Channel(str):
+    """Counts how often one is compared with another."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Channel.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_latest_does_not_look_at_the_other_channels_that_wait():
+    """Neither to find the older event of a channel, nor to take the oldest or to drop it."""
+    waiting = 1000
+    outbox = Outbox(waiting * OVERHEAD, "latest")
+    for number in range(waiting):
+        outbox.offer(event(0, Channel(number)))
+    Channel.compared = 0
+    assert [item.channel for item in outbox.offer(event(0, Channel(900)))] == ["900"]
+    assert [item.channel for item in outbox.offer(event(0, Channel(1000)))] == ["0"]
+    assert outbox.take().channel == "1"
+    assert Channel.compared < 10
+
+
 def test_latest_keeps_all_messages_to_this_client_alone_while_there_is_room():
     one, two, three = (event(0, "") for _ in range(3))
     outbox = Outbox(2 * OVERHEAD, "latest")
