@@ -20,6 +20,7 @@ import inspect
 import itertools
 import re
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from secrets import token_hex
@@ -87,6 +88,7 @@ class _Wire(TcpTransport):
 
     _plain = False  # tls:// was asked for, and there is no TLS yet
     _login = b""
+    heard_at = 0.0  # when any bytes arrived last
 
     def __bool__(self) -> bool:
         return True  # else nats-py makes a transport of its own
@@ -127,6 +129,11 @@ class _Wire(TcpTransport):
         if not self._io_writer.transport.is_closing():
             # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
             super().write(b"".join(payload))
+
+    async def read(self, buffer_size: int) -> bytes:
+        data: bytes = await super().read(buffer_size)
+        self.heard_at = time.monotonic()
+        return data
 
     async def drain(self) -> None:
         with contextlib.suppress(OSError):  # the same
@@ -183,7 +190,8 @@ class _Session:
         number = b"%d" % next(self._numbers)
         answered = self._waiters[number] = loop.create_future()
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
-        overdue = Overdue(ANSWER_TIMEOUT, partial(self._fail, answered, trouble))
+        fail = partial(self._fail, answered, trouble)
+        overdue = Overdue(ANSWER_TIMEOUT, fail, lambda: self.heard_at)
 
         def forget(answered: asyncio.Future[None]) -> None:
             overdue.cancel()
@@ -197,6 +205,10 @@ class _Session:
             commands.append(b"PUB %b %d\r\n%b\r\n" % (subject.encode(), len(payload), payload))
         self._wire.writelines(commands)
         return answered
+
+    @property
+    def heard_at(self) -> float:
+        return self._wire.heard_at
 
     @property
     def unsent(self) -> int:
@@ -366,6 +378,11 @@ class NatsBackend:
                     f"{self._name} takes"
                 )
         return session.hand_over(*((self._subject(channel), data) for channel, data in messages))
+
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        return 0.0 if self._session is None else self._session.heard_at
 
     async def _current_options(self) -> dict[str, Any]:
         options = dict(self._options)

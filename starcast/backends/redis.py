@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -178,6 +179,14 @@ class RedisBackend:
         commands = [("PUBLISH", self._name(channel), payload) for channel, payload in messages]
         return self._ask(_PUBLISHER, commands)
 
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        if not self._pipes:
+            return 0.0
+        listening, publishing = (pipe.heard_at for pipe in self._pipes)
+        return min(listening, publishing) if self._pipes[_PUBLISHER].is_asked else listening
+
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()
 
@@ -214,6 +223,10 @@ class _Pipe:
     """One connection. Commands go out at once; a task reads the answers, which come in order.
 
     Nobody reads or writes but this, so a call that is cancelled leaves everything in step.
+
+    Attributes:
+        heard_at: When any bytes arrived last, or when what is not answered yet was asked if that is
+            later, in `time.monotonic()`.
     """
 
     def __init__(
@@ -224,9 +237,19 @@ class _Pipe:
     ) -> None:
         # redis-py has no public way to write without waiting, which a cancellation would turn into
         # a broken connection, nor to close without waiting for a server that does not read.
-        writer = connection._writer
+        writer, reader = connection._writer, connection._reader
         assert writer is not None
+        assert reader is not None
         self.connection = connection
+        self.heard_at = time.monotonic()
+        feed = reader.feed_data
+
+        def feed_data(data: bytes) -> None:
+            self.heard_at = time.monotonic()
+            feed(data)
+
+        # Nothing else shows that a part of a message has come.
+        reader.feed_data = feed_data  # type: ignore[method-assign, assignment]
         self._writer = writer
         self._take = take
         self._broken = broken
@@ -234,10 +257,17 @@ class _Pipe:
         self._asked: deque[asyncio.Future[None]] = deque()
         self.task = asyncio.create_task(self._read())
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether an answer is due."""
+        return bool(self._asked)
+
     def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
         """Write the commands; what comes back is done when the last of them is answered."""
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
+            if not self._asked:
+                self.heard_at = time.monotonic()
             self._writer.writelines(self.connection.pack_commands(commands))
             self._asked.extend([answered] * len(commands))
         else:
