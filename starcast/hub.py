@@ -32,6 +32,7 @@ from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
 from .guard import Guard
 from .link import Link
+from .missed import Missed
 from .naming import DEFAULT_NAME, NamedBackend, check_name
 from .outbox import Close, Outbox
 from .registry import Registry
@@ -63,7 +64,7 @@ class Hub:
 
     def __init__(self, backend: Backend | None, settings: Settings) -> None:
         self.settings = settings
-        self.registry = Registry(self._release)
+        self.registry = Registry(self._release, self._tell_missed)
         self.lock = self.registry.lock
         name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
@@ -169,10 +170,23 @@ class Hub:
 
     def _tell_gap(self, gap: Gap) -> None:
         """Tell everybody who wants to know. The link calls this."""
-        close = None
+        self.registry.tell_gap(gap, self._close_after_gap())
+        self._call_on_gap(gap)
+
+    def _tell_missed(self, missed: Missed) -> None:
+        """Tell those who have missed messages because their event loop was blocked."""
+        gap = missed.gap()
+        self.registry.tell_gap(gap, self._close_after_gap(), missed.members())
+        assert self.link is not None  # only what comes from a broker is missed
+        # Not here: this is not the loop of the hub, and the lock is held.
+        missed.shard.loop.call_soon(self.link.report, gap, self._call_on_gap)
+
+    def _close_after_gap(self) -> Close | None:
         if self.settings.after_gap == "close":
-            close = Close(SERVICE_RESTART, "messages may be missing")
-        self.registry.tell_gap(gap, close)
+            return Close(SERVICE_RESTART, "messages may be missing")
+        return None
+
+    def _call_on_gap(self, gap: Gap) -> None:
         if self.settings.on_gap is not None:
             try:
                 self.settings.on_gap(gap)
