@@ -13,6 +13,7 @@ import pytest
 
 from backends.front import SlowLine
 from starcast import Broadcast, Gap, probe
+from starcast.backends import from_url
 from support import Peer, until
 
 pytestmark = pytest.mark.anyio
@@ -133,3 +134,11 @@ async def test_a_blocked_loop_is_told_what_it_misses_of_a_broker(url, other, mon
     assert numbers == [*range(500 - lost), gaps[0], 500]
     assert [int(message) for message in peer.got] == list(range(501))
     assert f"missed {lost} messages" in caplog.text
+
+
+async def test_a_backend_that_is_not_started_has_heard_nothing(url):
+    backend = from_url(url)
+    assert backend.heard_at == 0.0
+    await backend.start(lambda channel, payload: None, lambda error: None)
+    await backend.stop()
+    assert backend.heard_at == 0.0
