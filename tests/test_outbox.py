@@ -118,7 +118,8 @@ def test_nothing_is_lost_without_being_named_and_nothing_changes_places(overflow
         assert outbox.size <= bound or is_alone(outbox.items)
     remaining = contents(outbox)
     # The order of what remains is that of the offers, and the rest is what was dropped.
-    assert remaining == [item for item in offered if item not in dropped]
+    gone = {id(item) for item in dropped}  # equal events are not the same
+    assert list(map(id, remaining)) == [id(item) for item in offered if id(item) not in gone]
     assert len(remaining) + len(dropped) == len(offered)
     assert all(isinstance(item, Event) for item in dropped)
     if overflow == "disconnect":

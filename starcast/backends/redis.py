@@ -184,8 +184,9 @@ class RedisBackend:
         """See `Backend`."""
         if not self._pipes:
             return 0.0
-        listening, publishing = (pipe.heard_at for pipe in self._pipes)
-        return min(listening, publishing) if self._pipes[_PUBLISHER].is_asked else listening
+        listening, publishing = self._pipes
+        heard_at = listening.heard_at
+        return min(heard_at, publishing.heard_at) if publishing.is_asked else heard_at
 
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()
