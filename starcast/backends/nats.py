@@ -32,6 +32,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
+from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
@@ -88,7 +89,7 @@ class _Wire(TcpTransport):
 
     _plain = False  # tls:// was asked for, and there is no TLS yet
     _login = b""
-    heard_at = 0.0  # when any bytes arrived last
+    bytes_at = 0.0  # when any bytes arrived last, in `time.monotonic()`
 
     def __bool__(self) -> bool:
         return True  # else nats-py makes a transport of its own
@@ -132,7 +133,7 @@ class _Wire(TcpTransport):
 
     async def read(self, buffer_size: int) -> bytes:
         data: bytes = await super().read(buffer_size)
-        self.heard_at = time.monotonic()
+        self.bytes_at = time.monotonic()
         return data
 
     async def drain(self) -> None:
@@ -155,6 +156,7 @@ class _Session:
         self._inbox = inbox
         self._name = name
         self._deliver = deliver
+        self._message_at = 0.0
         self._wire = _Wire()
         self.client._transport = self._wire
         self._subscriptions: dict[str, Subscription] = {}
@@ -208,7 +210,13 @@ class _Session:
 
     @property
     def heard_at(self) -> float:
-        return self._wire.heard_at
+        """When a message, or a part of one, arrived last. Answers to `hand_over` do not count."""
+        is_partial = self.client._ps.state == AWAITING_MSG_PAYLOAD
+        return self._wire.bytes_at if is_partial else self._message_at
+
+    def _take(self, channel: str, data: bytes) -> None:
+        self._message_at = self._wire.bytes_at
+        self._deliver(channel, data)
 
     @property
     def unsent(self) -> int:
@@ -217,7 +225,7 @@ class _Session:
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
     async def subscribe(self, channel: str, subject: str) -> None:
-        sink = _Sink(partial(self._deliver, channel))
+        sink = _Sink(partial(self._take, channel))
         self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
         try:
             await self.hand_over()

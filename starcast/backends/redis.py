@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -185,8 +186,7 @@ class RedisBackend:
         if not self._pipes:
             return 0.0
         listening, publishing = self._pipes
-        heard_at = listening.heard_at
-        return min(heard_at, publishing.heard_at) if publishing.is_asked else heard_at
+        return min(listening.message_at, publishing.silent_since)
 
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()
@@ -225,9 +225,6 @@ class _Pipe:
 
     Nobody reads or writes but this, so a call that is cancelled leaves everything in step.
 
-    Attributes:
-        heard_at: When any bytes arrived last, or when what is not answered yet was asked if that is
-            later, in `time.monotonic()`.
     """
 
     def __init__(
@@ -242,11 +239,13 @@ class _Pipe:
         assert writer is not None
         assert reader is not None
         self.connection = connection
-        self.heard_at = time.monotonic()
+        # In `time.monotonic()`: when any bytes arrived last; of these, those that ended the last
+        # message, and the last message or answer; and when the first open question was asked.
+        self._bytes_at = self._message_at = self._read_at = self._asked_at = 0.0
         feed = reader.feed_data
 
         def feed_data(data: bytes) -> None:
-            self.heard_at = time.monotonic()
+            self._bytes_at = time.monotonic()
             feed(data)
 
         # Nothing else shows that a part of a message has come.
@@ -259,16 +258,21 @@ class _Pipe:
         self.task = asyncio.create_task(self._read())
 
     @property
-    def is_asked(self) -> bool:
-        """Whether an answer is due."""
-        return bool(self._asked)
+    def message_at(self) -> float:
+        """When a message, or a part of one, arrived last. Complete answers do not count."""
+        return self._message_at if self._read_at == self._bytes_at else self._bytes_at
+
+    @property
+    def silent_since(self) -> float:
+        """Since when an answer is due and no bytes have come."""
+        return max(self._bytes_at, self._asked_at) if self._asked else math.inf
 
     def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
         """Write the commands; what comes back is done when the last of them is answered."""
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
             if not self._asked:
-                self.heard_at = time.monotonic()
+                self._asked_at = time.monotonic()
             self._writer.writelines(self.connection.pack_commands(commands))
             self._asked.extend([answered] * len(commands))
         else:
@@ -295,6 +299,7 @@ class _Pipe:
                     self._answer(error)
                 else:
                     if isinstance(answer, list) and answer[0] == b"message":
+                        self._message_at = self._read_at = self._bytes_at
                         self._take(answer[1], answer[2])
                     else:
                         self._answer()
@@ -305,6 +310,7 @@ class _Pipe:
             self._broken(error)
 
     def _answer(self, refusal: ResponseError | None = None) -> None:
+        self._read_at = self._bytes_at
         answered = self._asked.popleft()
         if answered.done():
             return  # cancelled, or an earlier command of it was refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 import time
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from backends.front import SlowLine
-from starcast import Broadcast, Gap, probe
+from starcast import BackendUnavailable, Broadcast, Gap, probe
 from starcast.backends import from_url
 from support import Peer, until
 
@@ -88,6 +89,26 @@ async def test_one_of_two_connections_is_dead(line, url, dead):
         line.silent = set()
         await until(lambda: hub.stats().backend.gaps)
         flood.cancel()
+
+
+async def test_answers_are_no_messages(line, url):
+    """A broker that confirms whatever it is asked, and delivers nothing any more."""
+    async with by(line, url) as hub:
+        await hub.connect(Peer().websocket, "quiet")
+        await hub._hub.link._backend.unsubscribe(hub._hub.link._probe.channel)
+        busy = asyncio.create_task(_come_and_go(hub))
+        await until(lambda: hub.stats().backend.gaps)
+        busy.cancel()
+        await asyncio.wait([busy])
+
+
+async def _come_and_go(hub: Broadcast) -> None:
+    while True:
+        peer = Peer()
+        with contextlib.suppress(BackendUnavailable):
+            await hub.connect(peer.websocket, "busy")
+            await hub.publish("elsewhere", "x")
+        await hub.disconnect(peer.websocket)
 
 
 async def _flood(*hubs: Broadcast) -> None:
