@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import logging
 import math
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -23,7 +22,7 @@ from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
-from .close_codes import ABNORMAL, GOING_AWAY, SERVICE_RESTART
+from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
 from .dispatcher import Dispatcher
@@ -40,8 +39,6 @@ from .settings import Settings
 from .stats import Counters, Stats
 from .subscriber import Subscription
 from .waiter import Lock, Waiter
-
-logger = logging.getLogger("starcast")
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -108,6 +105,7 @@ class Hub:
         """
         if self.running:
             return
+        self.dispatcher.check_fork()
         failures = self._failures
         async with self.switching:
             if self.running:
@@ -122,7 +120,8 @@ class Hub:
                 self._failures += 1
                 self._failure = exc
                 raise
-            self.dispatcher.open, self.dispatcher.closed, self._failure = True, False, None
+            self.dispatcher.open_here()
+            self._failure = None
             if self.link is None:
                 server.warn_of_workers()
 
@@ -139,6 +138,8 @@ class Hub:
 
     async def close(self) -> None:
         """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
+        if self.dispatcher.inherited:
+            return  # it is the parent's to close
         connections: list[Connection] = []
         if self.link is not None:
             self.link.stop_opening()
@@ -169,28 +170,16 @@ class Hub:
 
     def _tell_gap(self, gap: Gap) -> None:
         """Tell everybody who wants to know. The link calls this."""
-        self.registry.tell_gap(gap, self._close_after_gap())
-        self._call_on_gap(gap)
+        self.registry.tell_gap(gap, self.settings.gap_close())
+        self.settings.tell_gap(gap)
 
     def _tell_missed(self, missed: Missed) -> None:
         """Tell those who have missed messages because their event loop was blocked."""
         gap = missed.gap()
-        self.registry.tell_gap(gap, self._close_after_gap(), missed.members())
+        self.registry.tell_gap(gap, self.settings.gap_close(), missed.members())
         assert self.link is not None  # only what comes from a broker is missed
         # Not here: this is not the loop of the hub, and the lock is held.
-        missed.shard.loop.call_soon(self.link.report, gap, self._call_on_gap)
-
-    def _close_after_gap(self) -> Close | None:
-        if self.settings.after_gap == "close":
-            return Close(SERVICE_RESTART, "messages may be missing")
-        return None
-
-    def _call_on_gap(self, gap: Gap) -> None:
-        if self.settings.on_gap is not None:
-            try:
-                self.settings.on_gap(gap)
-            except Exception:
-                logger.exception("on_gap raised")
+        missed.shard.loop.call_soon(self.link.report, gap, self.settings.tell_gap)
 
     # Who is there
 
@@ -341,6 +330,7 @@ class Hub:
 
     async def send(self, event: Event, websocket: WebSocket) -> bool:
         """Send an event to one client, and wait for it; False if it has left."""
+        self.dispatcher.check_fork()
         connection = self.find(websocket)
         connection = await personal.claim(self.registry, websocket, connection, event.cost)
         if connection is None:
