@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Literal
 
+from .close_codes import SERVICE_RESTART
 from .codec import Dumps
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .opening import OPEN_TIMEOUT, PROBE_INTERVAL, check_timing
 from .origins import Origins
-from .outbox import MAX_BUFFER, OnOverflow, Outbox, Overflow
+from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
+
+logger = logging.getLogger("starcast")
 
 AfterGap = Literal["carry_on", "close"]
 
@@ -45,3 +49,17 @@ class Settings:
             self.overflow if overflow is None else overflow,
             self.on_overflow,
         )
+
+    def gap_close(self) -> Close | None:
+        """Return what becomes of the clients after a gap: None if they stay."""
+        if self.after_gap == "close":
+            return Close(SERVICE_RESTART, "messages may be missing")
+        return None
+
+    def tell_gap(self, gap: Gap) -> None:
+        """Call the hook, if there is one."""
+        if self.on_gap is not None:
+            try:
+                self.on_gap(gap)
+            except Exception:
+                logger.exception("on_gap raised")

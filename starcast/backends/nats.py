@@ -20,6 +20,7 @@ import inspect
 import itertools
 import re
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from secrets import token_hex
@@ -31,6 +32,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
+from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
@@ -99,6 +101,7 @@ class _Wire(TcpTransport):
 
     _plain = False  # tls:// was asked for, and there is no TLS yet
     _login = b""
+    bytes_at = 0.0  # when any bytes arrived last, in `time.monotonic()`
 
     def __bool__(self) -> bool:
         return True  # else nats-py makes a transport of its own
@@ -140,6 +143,11 @@ class _Wire(TcpTransport):
             # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
             super().write(b"".join(payload))
 
+    async def read(self, buffer_size: int) -> bytes:
+        data: bytes = await super().read(buffer_size)
+        self.bytes_at = time.monotonic()
+        return data
+
     async def drain(self) -> None:
         with contextlib.suppress(OSError):  # the same
             await super().drain()
@@ -160,6 +168,7 @@ class _Session:
         self._inbox = inbox
         self._name = name
         self._deliver = deliver
+        self._message_at = 0.0
         self._wire = _Wire()
         self.client._transport = self._wire
         self._subscriptions: dict[str, Subscription] = {}
@@ -195,7 +204,8 @@ class _Session:
         number = b"%d" % next(self._numbers)
         answered = self._waiters[number] = loop.create_future()
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
-        overdue = Overdue(ANSWER_TIMEOUT, partial(self._fail, answered, trouble))
+        fail = partial(self._fail, answered, trouble)
+        overdue = Overdue(ANSWER_TIMEOUT, fail, lambda: self.heard_at)
 
         def forget(answered: asyncio.Future[None]) -> None:
             overdue.cancel()
@@ -211,6 +221,16 @@ class _Session:
         return answered
 
     @property
+    def heard_at(self) -> float:
+        """When a message, or a part of one, arrived last. Answers to `hand_over` do not count."""
+        is_partial = self.client._ps.state == AWAITING_MSG_PAYLOAD
+        return self._wire.bytes_at if is_partial else self._message_at
+
+    def _take(self, channel: str, data: bytes) -> None:
+        self._message_at = self._wire.bytes_at
+        self._deliver(channel, data)
+
+    @property
     def unsent(self) -> int:
         """Bytes that the socket has not taken yet."""
         writer = self._wire._io_writer
@@ -218,9 +238,9 @@ class _Session:
 
     async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
         """Subscribe to a subject; with `cut` to a wildcard, see `_WildcardSink`."""
-        sink: asyncio.Future[Msg] = _Sink(partial(self._deliver, channel))
+        sink: asyncio.Future[Msg] = _Sink(partial(self._take, channel))
         if cut is not None:
-            sink = _WildcardSink(self._deliver, cut)
+            sink = _WildcardSink(self._take, cut)
         self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
         try:
             await self.hand_over()
@@ -390,6 +410,11 @@ class NatsBackend:
                     f"{self._name} takes"
                 )
         return session.hand_over(*((self._subject(channel), data) for channel, data in messages))
+
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        return 0.0 if self._session is None else self._session.heard_at
 
     async def _current_options(self) -> dict[str, Any]:
         options = dict(self._options)

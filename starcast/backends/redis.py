@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -197,6 +199,14 @@ class RedisBackend:
         commands = [("PUBLISH", self._name(channel), payload) for channel, payload in messages]
         return self._ask(_PUBLISHER, commands)
 
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        if not self._pipes:
+            return 0.0
+        listening, publishing = self._pipes
+        return min(listening.message_at, publishing.silent_since)
+
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()
 
@@ -233,6 +243,7 @@ class _Pipe:
     """One connection. Commands go out at once; a task reads the answers, which come in order.
 
     Nobody reads or writes but this, so a call that is cancelled leaves everything in step.
+
     """
 
     def __init__(
@@ -243,9 +254,21 @@ class _Pipe:
     ) -> None:
         # redis-py has no public way to write without waiting, which a cancellation would turn into
         # a broken connection, nor to close without waiting for a server that does not read.
-        writer = connection._writer
+        writer, reader = connection._writer, connection._reader
         assert writer is not None
+        assert reader is not None
         self.connection = connection
+        # In `time.monotonic()`: when any bytes arrived last; of these, those that ended the last
+        # message, and the last message or answer; and when the first open question was asked.
+        self._bytes_at = self._message_at = self._read_at = self._asked_at = 0.0
+        feed = reader.feed_data
+
+        def feed_data(data: bytes) -> None:
+            self._bytes_at = time.monotonic()
+            feed(data)
+
+        # Nothing else shows that a part of a message has come.
+        reader.feed_data = feed_data  # type: ignore[method-assign, assignment]
         self.answer: object = None  # the last one
         self._writer = writer
         self._take = take
@@ -254,10 +277,22 @@ class _Pipe:
         self._asked: deque[asyncio.Future[None]] = deque()
         self.task = asyncio.create_task(self._read())
 
+    @property
+    def message_at(self) -> float:
+        """When a message, or a part of one, arrived last. Complete answers do not count."""
+        return self._message_at if self._read_at == self._bytes_at else self._bytes_at
+
+    @property
+    def silent_since(self) -> float:
+        """Since when an answer is due and no bytes have come."""
+        return max(self._bytes_at, self._asked_at) if self._asked else math.inf
+
     def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
         """Write the commands; what comes back is done when the last of them is answered."""
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
+            if not self._asked:
+                self._asked_at = time.monotonic()
             self._writer.writelines(self.connection.pack_commands(commands))
             self._asked.extend([answered] * len(commands))
         else:
@@ -284,8 +319,10 @@ class _Pipe:
                     self._answer(error)
                 else:
                     if isinstance(answer, list) and answer[0] == b"message":
+                        self._message_at = self._read_at = self._bytes_at
                         self._take(answer[1], answer[2])
                     elif isinstance(answer, list) and answer[0] == b"pmessage":
+                        self._message_at = self._read_at = self._bytes_at
                         self._take(answer[2], answer[3])
                     else:
                         self.answer = answer
@@ -297,6 +334,7 @@ class _Pipe:
             self._broken(error)
 
     def _answer(self, refusal: ResponseError | None = None) -> None:
+        self._read_at = self._bytes_at
         answered = self._asked.popleft()
         if answered.done():
             return  # cancelled, or an earlier command of it was refused
