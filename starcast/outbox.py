@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from .event import Event
 from .exceptions import ConfigurationError
 from .gap import Gap
-from .space import SpaceQueue
+from .space import Draining, SpaceQueue
 from .waiter import Waiter
 
 logger = logging.getLogger("starcast")
@@ -100,7 +100,16 @@ class Outbox:
     A single event may be larger than the bound: it is taken when no other one waits.
     """
 
-    __slots__ = ("_on_overflow", "items", "max_buffer", "overflow", "promised", "size", "space")
+    __slots__ = (
+        "_on_overflow",
+        "draining",
+        "items",
+        "max_buffer",
+        "overflow",
+        "promised",
+        "size",
+        "space",
+    )
 
     def __init__(
         self,
@@ -119,6 +128,7 @@ class Outbox:
         self._on_overflow = on_overflow
         self.size = 0
         self.items: deque[Item] | None = None  # until it is needed: an empty one takes 760 bytes
+        self.draining: Draining | None = None  # once a room had to wait for it, until it is empty
         # Guarded by the hub's lock:
         self.promised = 0  # the cost of messages addressed to this client that are on their way
         self.space: SpaceQueue | None = None  # of the senders of such messages, once one waits
@@ -168,8 +178,8 @@ class Outbox:
         item = self.items.popleft()
         if isinstance(item, Event):
             self.size -= item.cost
-        if self.space is not None:
-            self.space.progress()
+        if self.space is not None or self.draining is not None:
+            self._progress()
         return item
 
     def has_space(self, cost: int) -> bool:
@@ -190,6 +200,12 @@ class Outbox:
         """Remove and return everything."""
         items, self.items = list(self.items or ()), None
         self.size = 0
+        self._progress()
+        return items
+
+    def _progress(self) -> None:
         if self.space is not None:
             self.space.progress()
-        return items
+        if self.draining is not None and not self.size:
+            self.draining.end()
+            self.draining = None

@@ -50,6 +50,11 @@ class Subscription(Generic[Got]):
         self._ended = False
         self._lagged = False
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that were not read yet."""
+        return self.outbox.size
+
     async def __aenter__(self) -> Self:
         if self._loop is not None:
             raise RuntimeError("a Subscriber can be entered once; call subscribe() again")
