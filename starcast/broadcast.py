@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, overload
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from . import backends, codec, refusals, serving
+from . import arguments, backends, codec, refusals, serving
 from . import subprotocols as _subprotocols
 from .admission import Refuse
 from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client, check_close
@@ -225,12 +225,7 @@ class Broadcast:
         if websocket is OMITTED:
             await self._hub.ready()
             return
-        websocket = check_client(
-            websocket,
-            "connect(...)",
-            "would have opened the hub and registered nobody",
-            "call connect() to open the hub",
-        )
+        websocket = check_client(websocket, *arguments.CONNECT)
         async with refusals.prepared(websocket, self._hub.settings.refuse, subprotocol):
             channel = check_channel(websocket, channel)
             outbox = self._hub.settings.outbox(max_buffer, overflow)
@@ -264,12 +259,7 @@ class Broadcast:
         if websocket is OMITTED:
             await self._hub.close()
             return
-        websocket = check_client(
-            websocket,
-            "disconnect(...)",
-            "would have closed the hub",
-            "call disconnect() to close the hub",
-        )
+        websocket = check_client(websocket, *arguments.DISCONNECT)
         name = None if channel is None else codec.check_channel(channel)
         if left := self._hub.leave(websocket, name):
             await left
@@ -348,12 +338,7 @@ class Broadcast:
         if to is OMITTED:
             await self.publish(channel, data, exclude=exclude, encoding=encoding)
             return None
-        to = check_client(
-            to,
-            "send(to=...)",
-            "would have sent the message to everybody",
-            "leave to= out if everybody is meant",
-        )
+        to = check_client(to, *arguments.SEND_TO)
         return await self._hub.send(self._hub.event("", data, None, encoding), to)
 
     async def publish(
