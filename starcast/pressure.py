@@ -8,9 +8,11 @@ can carry. What one reader may cost the others has a bound: see `space.Draining`
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from .event import Event
+from .group import Member
 from .hub import Hub
 from .shard import Shard
 from .space import Draining
@@ -27,13 +29,16 @@ MAX_TRIES = 8
 _turns: WeakKeyDictionary[Shard, asyncio.Lock] = WeakKeyDictionary()
 
 
-def is_on(hub: Hub, shard: Shard, event: Event) -> bool:
-    """Whether an event has to wait before it is handed over. On the loop of the shard."""
-    if _is_much(hub, shard, event):
-        return True
-    for member in shard.not_ready(event.channel):
+def unseen(hub: Hub) -> int:
+    """Return how many bytes may be on their way to a loop before a message has to `wait`."""
+    return hub.settings.max_buffer // UNSEEN
+
+
+def is_on(members: Iterable[Member]) -> bool:
+    """Whether something waits for one of them. If not, and little is on its way, don't `wait`."""
+    for member in members:  # noqa: SIM110  # a generator costs more than the few members of a room
         if member.outbox.size:
-            return _find(shard, event) is not None
+            return True
     return False
 
 
@@ -63,7 +68,7 @@ async def _settle(hub: Hub, shard: Shard) -> None:
 
 def _is_much(hub: Hub, shard: Shard, event: Event) -> bool:
     """Whether so much is on its way to the buffers that these do not yet say what they can take."""
-    return shard.queue.size + event.cost > hub.settings.max_buffer // UNSEEN
+    return shard.queue.size + event.cost > unseen(hub)
 
 
 def _find(shard: Shard, event: Event) -> Draining | None:

@@ -67,6 +67,7 @@ class Relay:
         "_telling",
         "_unconfirmed",
         "_unconfirmed_cost",
+        "_unseen",
         "_websocket",
     )
 
@@ -76,6 +77,7 @@ class Relay:
         self._on_error = on_error
         self._loop = asyncio.get_running_loop()
         self._shard = hub.registry.here()
+        self._unseen = pressure.unseen(hub)
         self._unconfirmed = 0  # messages that were handed over since one of them was waited for,
         self._unconfirmed_cost = 0  # and what they cost
         # What was lost after `publish` had returned. While some of it is here, `publish` waits, so
@@ -105,8 +107,11 @@ class Relay:
         try:
             if not hub.running:
                 await hub.reopen()
-            if pressure.is_on(hub, self._shard, event):
-                await pressure.wait(hub, self._shard, event)
+            shard = self._shard
+            if shard.queue.size + event.cost > self._unseen or (
+                (behind := shard.not_ready(event.channel)) and pressure.is_on(behind)
+            ):
+                await pressure.wait(hub, shard, event)
             if hub.find(self._websocket) is None or self._must_wait(event):
                 await hub.dispatcher.publish_and_wait(event)
             elif hub.link is None:
