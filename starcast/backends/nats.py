@@ -35,7 +35,8 @@ from nats.aio.transport import TcpTransport
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost
-from .nats_names import read, same_servers, tokens
+from .nats_names import endpoints_of, read, same_servers, tokens, untoken
+from .urls import Endpoint
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -80,6 +81,17 @@ class _Sink(asyncio.Future[Msg]):
 
     def set_result(self, result: Msg, /) -> None:
         self._take(result.data)
+
+
+class _WildcardSink(asyncio.Future[Msg]):
+    """The same for a wildcard. Of the subjects that it brings, so much is the prefix."""
+
+    def __init__(self, deliver: Deliver, cut: int) -> None:
+        super().__init__()
+        self._deliver, self._cut = deliver, cut
+
+    def set_result(self, result: Msg, /) -> None:
+        self._deliver(untoken(result.subject[self._cut :]), result.data)
 
 
 class _Wire(TcpTransport):
@@ -204,8 +216,11 @@ class _Session:
         writer = self._wire._io_writer
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
-    async def subscribe(self, channel: str, subject: str) -> None:
-        sink = _Sink(partial(self._deliver, channel))
+    async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
+        """Subscribe to a subject; with `cut` to a wildcard, see `_WildcardSink`."""
+        sink: asyncio.Future[Msg] = _Sink(partial(self._deliver, channel))
+        if cut is not None:
+            sink = _WildcardSink(self._deliver, cut)
         self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
         try:
             await self.hand_over()
@@ -320,12 +335,14 @@ class NatsBackend:
         self._name = "NATS at " + ", ".join(url.partition("://")[2] for url in self._servers)
         self._options = {**login, **options}
         self.address = f"NATS at {', '.join(same_servers(self._servers))}, prefix {prefix!r}"
+        self.endpoints: list[Endpoint] = [*endpoints_of(self._servers)]
         self._prefix = prefix
         self._session: _Session | None = None
         self.max_payload = 1024 * 1024
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
+        failed: BackendUnavailable | None = None
         try:
             async with Deadline(START_TIMEOUT):
                 await session.open(self._servers, await self._current_options())
@@ -336,11 +353,13 @@ class NatsBackend:
             await session.close()
             if self._session is session:
                 self._session = None
-            if isinstance(error, (OSError, ValueError, nats.errors.Error)):
-                reason = str(session.trouble or error) or "no answer in time"
-                refused = "authorization violation" in reason.lower()
-                raise self._unavailable(reason, LoginRefused if refused else None) from None
-            raise
+            if not isinstance(error, (OSError, ValueError, nats.errors.Error)):
+                raise
+            reason = str(session.trouble or error) or "no answer in time"
+            refused = "authorization violation" in reason.lower()
+            failed = self._unavailable(reason, LoginRefused if refused else None)
+        if failed is not None:
+            raise failed  # not above: whatever the error holds, it would be its context
         self.max_payload = session.client.max_payload
         session.lost = lost
 
@@ -351,6 +370,11 @@ class NatsBackend:
 
     async def subscribe(self, channel: str) -> None:
         await self._opened().subscribe(channel, self._subject(channel))
+
+    async def subscribe_all(self, hub: str) -> None:
+        """Subscribe to all channels of the hub with this name. For the command line."""
+        subject = f"{self._prefix}{hub}.*"
+        await self._opened().subscribe(f"{hub}:*", subject, len(self._prefix))
 
     async def unsubscribe(self, channel: str) -> None:
         session = self._opened()
@@ -375,9 +399,10 @@ class NatsBackend:
                 try:
                     answer = ask()
                     options[name] = await answer if inspect.isawaitable(answer) else answer
+                    continue
                 except Exception as error:
-                    # Not what it says, which may hold a secret.
-                    raise self._unavailable(f"{name}= raised {type(error).__name__}") from None
+                    kind = type(error).__name__  # and not what it says, which may hold a secret
+                raise self._unavailable(f"{name}= raised {kind}")
         return options
 
     def _opened(self) -> _Session:
