@@ -156,6 +156,13 @@ class Connection:
         return self._presence.transport
 
     @property
+    def waiting(self) -> int:
+        """Bytes that the client has not taken: of the outbox and, if that is known, the server."""
+        transport = self.transport
+        known = transport is not None and not transport.is_closing()
+        return self.outbox.size + (transport.get_write_buffer_size() if known else 0)
+
+    @property
     def departed(self) -> bool:
         """Whether the client has left or is about to be closed. From any thread."""
         return self.code is not None or self._presence.is_over

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from .event import Event
 from .exceptions import ConfigurationError
 from .gap import Gap
-from .space import SpaceQueue
+from .space import Draining, SpaceQueue
 from .waiter import Waiter
 
 logger = logging.getLogger("starcast")
@@ -136,7 +136,16 @@ class Outbox:
     event does not take the place of the one before it, but goes to the end.
     """
 
-    __slots__ = ("_on_overflow", "items", "max_buffer", "overflow", "promised", "size", "space")
+    __slots__ = (
+        "_on_overflow",
+        "draining",
+        "items",
+        "max_buffer",
+        "overflow",
+        "promised",
+        "size",
+        "space",
+    )
 
     def __init__(
         self,
@@ -156,6 +165,7 @@ class Outbox:
         self.size = 0
         # None until it is needed: an empty deque takes 760 bytes.
         self.items: deque[Item] | LatestQueue | None = None
+        self.draining: Draining | None = None  # once a room had to wait for it, until it is empty
         # Guarded by the hub's lock:
         self.promised = 0  # the cost of messages addressed to this client that are on their way
         self.space: SpaceQueue | None = None  # of the senders of such messages, once one waits
@@ -209,8 +219,8 @@ class Outbox:
         item = self.items.popleft()
         if isinstance(item, Event):
             self.size -= item.cost
-        if self.space is not None:
-            self.space.progress()
+        if self.space is not None or self.draining is not None:
+            self._progress()
         return item
 
     def has_space(self, cost: int) -> bool:
@@ -231,6 +241,12 @@ class Outbox:
         """Remove and return everything."""
         items, self.items = list(self.items or ()), None
         self.size = 0
+        self._progress()
+        return items
+
+    def _progress(self) -> None:
         if self.space is not None:
             self.space.progress()
-        return items
+        if self.draining is not None and not self.size:
+            self.draining.end()
+            self.draining = None

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
+from . import inbound
+from .admission import Refuse, check_refuse
 from .close_codes import SERVICE_RESTART
 from .codec import Dumps
 from .exceptions import ConfigurationError
@@ -35,11 +37,15 @@ class Settings:
     name: str | None = None
     open_timeout: float = OPEN_TIMEOUT
     probe_interval: float = PROBE_INTERVAL
+    max_message: int | None = inbound.MAX_MESSAGE
+    refuse: Refuse = "http"
 
     def __post_init__(self) -> None:
         check_timing(self.open_timeout, self.probe_interval)
         if self.after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
+        inbound.check(self.max_message)
+        check_refuse(self.refuse)
         self.outbox()  # refuses settings that make no sense
 
     def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:

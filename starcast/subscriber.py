@@ -53,6 +53,11 @@ class Subscription(Generic[Got]):
         # Of the WebSocket client that the block serves, if that is known.
         self.transport: Any = None
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that were not read yet."""
+        return self.outbox.size
+
     async def __aenter__(self) -> Self:
         if self._loop is not None:
             raise RuntimeError("a Subscriber can be entered once; call subscribe() again")
