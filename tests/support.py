@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ def starcast_tasks() -> set[asyncio.Task[Any]]:
     """The tasks of this loop that starcast has made and that have not ended."""
     ours = str(Path(starcast.__file__).parent)
     return {t for t in asyncio.all_tasks() if t.get_coro().cr_code.co_filename.startswith(ours)}
+
+
+def program(path: Path) -> Any:
+    """Run a program that may stand anywhere, and return its module; nothing is left of it."""
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    exec(compile(path.read_text(), path, "exec"), module.__dict__)
+    return module
 
 
 async def by_another(coroutine: Coroutine[Any, Any, Any]) -> Any:
