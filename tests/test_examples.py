@@ -25,8 +25,10 @@ import anyio
 import httpx
 import jwt
 import pytest
+import uvicorn
 import websockets
 import websockets.sync.client as connect_sync
+import yaml
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
@@ -110,6 +112,14 @@ async def test_quickstart(example, serve):
         assert await ben.recv() == "hello"
         await eve.send("anybody?")
         assert await eve.recv() == "anybody?"
+
+
+def test_main(example):
+    with TestClient(example("main").app) as client:
+        with client.websocket_connect("/live/orders") as ann:
+            assert client.post("/orders/7", params={"state": "paid"}).status_code == 200
+            assert ann.receive_text() == '{"number":7,"state":"paid"}'
+        assert "new WebSocket(" in client.get("/").text
 
 
 # Starlette and FastAPI
@@ -1020,7 +1030,7 @@ async def test_sse(example, serve):
             assert response.headers["content-type"].startswith("text/event-stream")
             assert response.headers["x-accel-buffering"] == "no"
             lines = response.aiter_lines()
-            assert [await anext(lines) for _ in range(3)] == [": connected", "retry: 2000", ""]
+            assert [await anext(lines), await anext(lines)] == ["retry: 2000", ""]
             await until(lambda: module.hub.stats().subscribers == 1)
             await client.post("/orders/8", params={"state": "paid"})
             await client.post("/orders/7", params={"state": "sent"})
@@ -1150,6 +1160,47 @@ async def test_gunicorn_worker(example, tmp_path):
         await asyncio.to_thread(server.stop)
     finally:
         server.kill()
+
+
+def test_docker_and_kubernetes(example):
+    """What can be checked without either of them."""
+    lines = (EXAMPLES / "Dockerfile").read_text().splitlines()
+    command = json.loads(lines[-1].removeprefix("CMD "))
+    assert command[:2] == ["uvicorn", "main:app"]
+    assert uvicorn.main.make_context("uvicorn", command[1:]).params["host"] == "0.0.0.0"
+    words = ["FROM", "WORKDIR", "COPY", "RUN", "COPY", "USER", "EXPOSE", "CMD"]
+    assert [line.partition(" ")[0] for line in lines] == words
+
+    spec = yaml.safe_load((EXAMPLES / "deployment.yaml").read_text())["spec"]
+    pod = spec["template"]["spec"]
+    assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+    (container,) = pod["containers"]
+    ready, alive = container["readinessProbe"], container["livenessProbe"]
+    assert ready["timeoutSeconds"] > 2  # which is how long `healthy` may take
+    with TestClient(example("healthz").app) as client:
+        assert client.get(ready["httpGet"]["path"]).status_code == 200
+    assert "httpGet" not in alive
+    before_stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert before_stop + 15 < pod["terminationGracePeriodSeconds"]
+
+
+async def test_a_cluster_of_redis_passes_everything_on():
+    """As the page on managed brokers says: the URL of any node will do."""
+    slots = [(0, 8191), (8192, 16383)]
+    with (
+        RedisServer("--cluster-enabled", "yes") as one,
+        RedisServer("--cluster-enabled", "yes") as two,
+    ):
+        for server, of in zip((one, two), slots, strict=True):
+            server.command("CLUSTER", "ADDSLOTSRANGE", *of)
+        one.command("CLUSTER", "MEET", "127.0.0.1", two.port)
+        for server in (one, two):
+            await until(lambda it=server: "cluster_state:ok" in str(it.command("CLUSTER", "INFO")))
+        first, second = Broadcast(one.url, name="shop"), Broadcast(two.url, name="shop")
+        async with first, second, second.subscribe("room") as subscriber:
+            await first.publish("room", "hello")
+            async with asyncio.timeout(DEADLINE):
+                assert (await anext(subscriber)).message == "hello"
 
 
 # Reference

@@ -43,6 +43,17 @@ def again(app, server):
     return Served(app, sock=socket.create_server(("127.0.0.1", server.port)))
 
 
+async def test_the_page_of_the_readme(serve, browser):
+    server = await serve(program(EXAMPLES / "main.py").app)
+    url = f"http://127.0.0.1:{server.port}/"
+    ann, ben = await tab(browser, url), await tab(browser, url)
+    for page in (ann, ben):
+        await page.wait_for_function("socket.readyState === WebSocket.OPEN")
+    await ann.click("button")
+    for page in (ann, ben):
+        await shows(page, "li", "Order 7 is paid")
+
+
 async def test_the_page_of_the_tutorial(serve, browser, tmp_path):
     save(5, tmp_path)
     app = program(tmp_path / "chat.py").app
@@ -90,9 +101,10 @@ async def test_a_page_that_reconnects(serve, browser):
         async def on_connect(self, websocket):
             nonlocal tries
             tries += 1
-            await super().on_connect(websocket)
             if not self.open_to_all:
+                await websocket.accept()
                 raise WebSocketException(1008, "log in")
+            await super().on_connect(websocket)
 
         async def on_receive(self, websocket, data):
             heard.append(data)

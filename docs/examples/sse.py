@@ -17,7 +17,7 @@ async def change(number: int, state: str):
 
 @app.get("/orders/{number}/events", response_class=EventSourceResponse)
 async def events(number: int) -> AsyncIterator[ServerSentEvent]:
-    yield ServerSentEvent(comment="connected", retry=2000)
+    yield ServerSentEvent(retry=2000)
     async with hub.subscribe(f"order:{number}") as subscriber:
         async for event in subscriber:
             yield ServerSentEvent(event="order", data=event.json())

@@ -8,6 +8,7 @@ hub = Broadcast("memory://")
 app = FastAPI(lifespan=hub.lifespan)
 
 
+@app.websocket("/ws/{room}")
 class Chat(BroadcastEndpoint):
     broadcast = hub
     encoding = "json"
@@ -23,9 +24,6 @@ class Chat(BroadcastEndpoint):
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         await super().on_disconnect(websocket, close_code)
-
-
-app.add_api_websocket_route("/ws/{room}", Chat)
 
 
 async def current_user(token: str = "") -> str:
