@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException
 from starlette.responses import FileResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
 
 from starcast import Broadcast, BroadcastEndpoint
 from support import DEADLINE, Served, program, until
@@ -209,3 +211,25 @@ async def test_the_page_of_fastapis_tutorial(serve, browser):
         await shows(page, "#messages", "You wrote: hello")
     for page in pages:
         await page.wait_for_function("document.querySelectorAll('li').length === 4")
+
+
+# The documentation itself, once CI has built it
+
+
+@pytest.mark.skipif("STARCAST_SITE" not in os.environ, reason="it is where CI has built the docs")
+async def test_no_page_of_the_docs_scrolls_sideways(serve, browser):
+    site = Path(os.environ["STARCAST_SITE"])
+    server = await serve(Starlette(routes=[Mount("/", StaticFiles(directory=site, html=True))]))
+    context = await browser.new_context(viewport={"width": 390, "height": 844})
+    page = await context.new_page()
+    here = f"http://127.0.0.1:{server.port}/"
+    await page.route(lambda url: not url.startswith(here), lambda route: route.abort())
+    paths = [str(path.parent.relative_to(site)) for path in site.rglob("index.html")]
+    assert "tutorial" in paths
+    for path in paths:
+        await page.goto(f"{here}{path}/")
+        assert await page.evaluate("document.documentElement.scrollWidth") == 390, path
+    await page.set_viewport_size({"width": 1280, "height": 800})
+    await page.goto(here)
+    code = await page.locator("pre").first.bounding_box()
+    assert code["y"] < 400  # the home page begins with a program
