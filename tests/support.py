@@ -60,7 +60,7 @@ def starcast_tasks() -> set[asyncio.Task[Any]]:
 
 
 def program(path: Path) -> Any:
-    """Run a program that may stand anywhere, and return its module; nothing is left of it."""
+    """Run a program, wherever it is, and return its module, which no import finds afterwards."""
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     exec(compile(path.read_text(), path, "exec"), module.__dict__)

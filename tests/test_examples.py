@@ -1114,6 +1114,8 @@ def test_logging_setup(tmp_path):
         (line,) = [line for line in server.log.splitlines() if "elsewhere" in line]
         assert re.match(rf"[\d-]+ [\d:,]+ WARNING starcast \[{server.process.pid}\] refused", line)
         assert "Uvicorn running" in server.log
+        page = (EXAMPLES.parent / "how-to" / "logging.md").read_text()
+        assert line.partition("] ")[2].replace(f":{server.port}", ":8000") in page
     finally:
         server.kill()
 
