@@ -1196,6 +1196,20 @@ def test_logging_setup(tmp_path):
         server.kill()
 
 
+async def test_the_lines_of_a_page_at_debug(caplog):
+    caplog.set_level("DEBUG", "starcast")
+    hub = Broadcast()
+    await hub.connect(Peer().websocket, "tea")
+    for channel in ("tea", "milk"):
+        await hub.publish(channel, "hello")
+    page = (EXAMPLES.parent / "how-to" / "logging.md").read_text()
+    lines = [
+        f"DEBUG starcast {it.getMessage()}" for it in caplog.records if it.levelname == "DEBUG"
+    ]
+    assert "```text\n" + "\n".join(lines) + "\n```" in page
+    await hub.disconnect()
+
+
 def test_type_checking(example):
     """`mypy`, which CI runs, has it among its files."""
     with TestClient(example("type_checking").app) as client:
