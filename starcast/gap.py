@@ -1,4 +1,4 @@
-"""Gap: what a hub says when its broker was away."""
+"""Gap: what a hub says when messages may be missing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Gap:
-    """The broker was away or did not answer, so messages before this point may be missing.
+    """Messages before this point may be missing.
+
+    Either the broker was away or did not answer, or an event loop of this process was blocked for
+    so long that more arrived than can wait for it: 16 MiB. In the second case those are told who
+    are on that loop and on a channel of which messages are missing.
 
     Attributes:
-        since: When the broker was last known to be there, in seconds since 1970.
-        seconds: The time from then until all channels were subscribed again. Messages of this time
-            may be missing. The outage itself may have been up to three seconds shorter, because the
-            broker is checked that often.
+        since: When the broker was last known to be there, or when the first message was missed, in
+            seconds since 1970.
+        seconds: The time from then until all channels were subscribed again, or until the loop went
+            on. Messages of this time may be missing. The outage itself may have been up to three
+            seconds shorter, because the broker is checked that often.
         error: What went wrong.
     """
 

@@ -30,7 +30,7 @@ from .gap import Gap
 from .life import Life, Stopping
 from .loglimit import LogLimit
 from .opening import CLOSED, OPEN_TIMEOUT, PROBE_INTERVAL, Backoff, keep_trying
-from .probe import Probe
+from .probe import PROBE_CHANNEL, Probe
 from .sender import TIMEOUT, OnLost, Sender, Taken
 from .session import Session, words
 from .stats import BackendStats, Health, State
@@ -48,7 +48,8 @@ class Link:
     Args:
         backend: What talks to the broker.
         lock: The hub's, for who holds the one may want the other.
-        deliver: Called with each event that arrives, on the link's loop. Raises `PublishQueueFull`.
+        deliver: Called with each event that arrives, on the link's loop. Returns whether everybody
+            gets it; those who do not are told of a gap: see `report`.
         on_gap: Called after each gap, on the link's loop.
         open_timeout: Seconds for which the first connection is tried to be made.
         probe_interval: Seconds between two messages to itself.
@@ -58,7 +59,7 @@ class Link:
         self,
         backend: Backend,
         lock: AbstractContextManager[object],
-        deliver: Callable[[Event], None],
+        deliver: Callable[[Event], bool],
         on_gap: Callable[[Gap], None],
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
@@ -110,14 +111,9 @@ class Link:
 
     def stats(self) -> BackendStats:
         with self._lock:
-            health = self._health
-            return BackendStats(
-                state=health.state if self.alive else "closed",
-                since=health.since,
-                error=health.error,
-                gaps=health.gaps,
-                lost=self._sender.lost + health.blocked,
-                malformed=health.malformed,
+            return self._health.snapshot(
+                alive=self.alive,
+                lost=self._sender.lost + self._session.dropped,
                 channels=len(self._subscriptions.holds),
                 waiting=len(self._sender.queue),
             )
@@ -218,7 +214,7 @@ class Link:
         moved = life is not None and self._subscriptions.wanted
         if not moved:
             self.hub = os.urandom(8)
-            self._probe.channel = f"starcast-probe-{self.hub.hex()}"
+            self._probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
         life = self._life = Life()
         self._sender.live_here()
         if moved:
@@ -358,6 +354,14 @@ class Link:
             if not life.leaving:
                 self._tell_gap(life, heard, error)
 
+    def report(self, gap: Gap, on_gap: Callable[[Gap], None]) -> None:
+        """Count and log a gap that is not the broker's, and call `on_gap` on the link's loop."""
+        with self._lock:
+            self._health.gaps += 1
+        if self._limit.allows(gap.error):
+            logger.warning("%s; its clients were told of a gap", gap.error)
+        self.call(on_gap, gap)
+
     def hear(self) -> None:
         self._probe.heard = time.time()
 
@@ -393,10 +397,11 @@ class Link:
 
     def _arrived(self, channel: str, data: bytes) -> None:
         try:
-            self._deliver(envelope.unpack(channel, data, self.hub))
+            event = envelope.unpack(channel, data, self.hub)
         except envelope.Malformed:
             with self._lock:
                 self._health.malformed += 1
-        except PublishQueueFull:  # an event loop of this process is blocked
+            return
+        if not self._deliver(event):
             with self._lock:
-                self._health.blocked += 1
+                self._health.missed += 1

@@ -105,9 +105,9 @@ def test_holds():
 def test_every_example_is_shown_and_tested(path):
     blocks = [text for page in FILES for file, text in shown(page) if file == path.name]
     assert any(holds(path.read_text(), text) for text in blocks)
-    named = str(path.relative_to(DOCS / "examples"))
+    named = path.relative_to(DOCS / "examples")
     tests = "".join(test.read_text() for test in Path(__file__).parent.glob("test_*.py"))
-    assert f'"{named}"' in tests or f'"{named.removesuffix(".py")}"' in tests
+    assert any(f'"{each}"' in tests for each in (named, named.with_suffix("")))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

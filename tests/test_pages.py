@@ -90,7 +90,7 @@ async def test_the_page_of_the_tutorial(serve, browser, tmp_path):
 
 
 async def test_a_page_that_reconnects(serve, browser):
-    hub = Broadcast()
+    hub = Broadcast(refuse="close")
     heard = []
     tries = 0
 
@@ -105,7 +105,6 @@ async def test_a_page_that_reconnects(serve, browser):
             nonlocal tries
             tries += 1
             if not self.open_to_all:
-                await websocket.accept()
                 raise WebSocketException(1008, "log in")
             await super().on_connect(websocket)
 

@@ -20,6 +20,7 @@ import inspect
 import itertools
 import re
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from secrets import token_hex
@@ -31,11 +32,13 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
+from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost
-from .nats_names import read, same_servers, tokens
+from .nats_names import endpoints_of, read, same_servers, tokens, untoken
+from .urls import Endpoint
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -82,11 +85,23 @@ class _Sink(asyncio.Future[Msg]):
         self._take(result.data)
 
 
+class _WildcardSink(asyncio.Future[Msg]):
+    """The same for a wildcard. Of the subjects that it brings, so much is the prefix."""
+
+    def __init__(self, deliver: Deliver, cut: int) -> None:
+        super().__init__()
+        self._deliver, self._cut = deliver, cut
+
+    def set_result(self, result: Msg, /) -> None:
+        self._deliver(untoken(result.subject[self._cut :]), result.data)
+
+
 class _Wire(TcpTransport):
     """The transport of nats-py, made to end at once and to insist on TLS for `tls://`."""
 
     _plain = False  # tls:// was asked for, and there is no TLS yet
     _login = b""
+    bytes_at = 0.0  # when any bytes arrived last, in `time.monotonic()`
 
     def __bool__(self) -> bool:
         return True  # else nats-py makes a transport of its own
@@ -128,6 +143,11 @@ class _Wire(TcpTransport):
             # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
             super().write(b"".join(payload))
 
+    async def read(self, buffer_size: int) -> bytes:
+        data: bytes = await super().read(buffer_size)
+        self.bytes_at = time.monotonic()
+        return data
+
     async def drain(self) -> None:
         with contextlib.suppress(OSError):  # the same
             await super().drain()
@@ -148,6 +168,7 @@ class _Session:
         self._inbox = inbox
         self._name = name
         self._deliver = deliver
+        self._message_at = 0.0
         self._wire = _Wire()
         self.client._transport = self._wire
         self._subscriptions: dict[str, Subscription] = {}
@@ -183,7 +204,8 @@ class _Session:
         number = b"%d" % next(self._numbers)
         answered = self._waiters[number] = loop.create_future()
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
-        overdue = Overdue(ANSWER_TIMEOUT, partial(self._fail, answered, trouble))
+        fail = partial(self._fail, answered, trouble)
+        overdue = Overdue(ANSWER_TIMEOUT, fail, lambda: self.heard_at)
 
         def forget(answered: asyncio.Future[None]) -> None:
             overdue.cancel()
@@ -199,13 +221,26 @@ class _Session:
         return answered
 
     @property
+    def heard_at(self) -> float:
+        """When a message, or a part of one, arrived last. Answers to `hand_over` do not count."""
+        is_partial = self.client._ps.state == AWAITING_MSG_PAYLOAD
+        return self._wire.bytes_at if is_partial else self._message_at
+
+    def _take(self, channel: str, data: bytes) -> None:
+        self._message_at = self._wire.bytes_at
+        self._deliver(channel, data)
+
+    @property
     def unsent(self) -> int:
         """Bytes that the socket has not taken yet."""
         writer = self._wire._io_writer
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
-    async def subscribe(self, channel: str, subject: str) -> None:
-        sink = _Sink(partial(self._deliver, channel))
+    async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
+        """Subscribe to a subject; with `cut` to a wildcard, see `_WildcardSink`."""
+        sink: asyncio.Future[Msg] = _Sink(partial(self._take, channel))
+        if cut is not None:
+            sink = _WildcardSink(self._take, cut)
         self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
         try:
             await self.hand_over()
@@ -320,12 +355,14 @@ class NatsBackend:
         self._name = "NATS at " + ", ".join(url.partition("://")[2] for url in self._servers)
         self._options = {**login, **options}
         self.address = f"NATS at {', '.join(same_servers(self._servers))}, prefix {prefix!r}"
+        self.endpoints: list[Endpoint] = [*endpoints_of(self._servers)]
         self._prefix = prefix
         self._session: _Session | None = None
         self.max_payload = 1024 * 1024
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
+        failed: BackendUnavailable | None = None
         try:
             async with Deadline(START_TIMEOUT):
                 await session.open(self._servers, await self._current_options())
@@ -336,11 +373,13 @@ class NatsBackend:
             await session.close()
             if self._session is session:
                 self._session = None
-            if isinstance(error, (OSError, ValueError, nats.errors.Error)):
-                reason = str(session.trouble or error) or "no answer in time"
-                refused = "authorization violation" in reason.lower()
-                raise self._unavailable(reason, LoginRefused if refused else None) from None
-            raise
+            if not isinstance(error, (OSError, ValueError, nats.errors.Error)):
+                raise
+            reason = str(session.trouble or error) or "no answer in time"
+            refused = "authorization violation" in reason.lower()
+            failed = self._unavailable(reason, LoginRefused if refused else None)
+        if failed is not None:
+            raise failed  # not above: whatever the error holds, it would be its context
         self.max_payload = session.client.max_payload
         session.lost = lost
 
@@ -351,6 +390,11 @@ class NatsBackend:
 
     async def subscribe(self, channel: str) -> None:
         await self._opened().subscribe(channel, self._subject(channel))
+
+    async def subscribe_all(self, hub: str) -> None:
+        """Subscribe to all channels of the hub with this name. For the command line."""
+        subject = f"{self._prefix}{hub}.*"
+        await self._opened().subscribe(f"{hub}:*", subject, len(self._prefix))
 
     async def unsubscribe(self, channel: str) -> None:
         session = self._opened()
@@ -367,6 +411,11 @@ class NatsBackend:
                 )
         return session.hand_over(*((self._subject(channel), data) for channel, data in messages))
 
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        return 0.0 if self._session is None else self._session.heard_at
+
     async def _current_options(self) -> dict[str, Any]:
         options = dict(self._options)
         for name in _CREDENTIALS:
@@ -375,9 +424,10 @@ class NatsBackend:
                 try:
                     answer = ask()
                     options[name] = await answer if inspect.isawaitable(answer) else answer
+                    continue
                 except Exception as error:
-                    # Not what it says, which may hold a secret.
-                    raise self._unavailable(f"{name}= raised {type(error).__name__}") from None
+                    kind = type(error).__name__  # and not what it says, which may hold a secret
+                raise self._unavailable(f"{name}= raised {kind}")
         return options
 
     def _opened(self) -> _Session:

@@ -6,7 +6,9 @@ import asyncio
 import binascii
 import functools
 import hashlib
+import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,8 +61,11 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
     """
 
     receive: Any = None
+    heard_at = 0.0  # when a notification arrived last, in `time.monotonic()`
+    asked_at = math.inf  # when the NOTIFY was sent that is not answered yet
 
     def _process_notification(self, pid: int, name: str, text: str) -> None:
+        self.heard_at = time.monotonic()
         self.receive(pid, name, text)
 
 
@@ -119,6 +124,7 @@ class PostgresBackend:
         self._server = Server(str(url), options)
         self._where = self._server.where
         self.address = f"{self._server.address}, prefix {prefix!r}"
+        self.endpoints = self._server.endpoints
         self._prefix = prefix
         self._utf8 = True  # the encoding of the database
         self._listener: Any = None
@@ -136,6 +142,7 @@ class PostgresBackend:
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         """Open both connections, within 5 seconds."""
+        failed: Exception | None = None
         try:
             async with Deadline(CONNECT_TIMEOUT):
                 self._publisher = await self._connect(deliver)
@@ -146,12 +153,13 @@ class PostgresBackend:
             self._disconnect()
             if not isinstance(error, Exception):
                 raise
-            if (wrong := self._server.refused(error)) is not None:
-                raise wrong from None
-            # The chain of causes is cut: it might hold what the URL holds.
             refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
             kind = LoginRefused if refused else BackendUnavailable
-            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
+            failed = self._server.refused(error) or kind(
+                f"no connection to {self._where}: {_reason(error)}"
+            )
+        if failed is not None:
+            raise failed  # not above: the error might hold what the URL holds, as its context
         settings = self._publisher.get_settings()
         self._utf8 = getattr(settings, "server_encoding", "UTF8") == "UTF8"
         self._lost = lost
@@ -200,6 +208,13 @@ class PostgresBackend:
                 rows[name, text] = None
         if rows:
             await self._notify(rows)
+
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`. A large message comes in many notifications."""
+        if self._listener is None or self._publisher is None:
+            return 0.0
+        return float(min(self._listener.heard_at, self._publisher.asked_at))
 
     # Inside
 
@@ -252,15 +267,19 @@ class PostgresBackend:
             return None
 
     async def _notify(self, rows: dict[tuple[str, str], None]) -> None:
-        if self._publisher is None:
+        publisher = self._publisher
+        if publisher is None:
             raise BackendUnavailable(f"not connected to {self._where}")
+        publisher.asked_at = time.monotonic()
         try:
             if len(rows) == 1:
-                await self._publisher.execute(_NOTIFY_ONE, *next(iter(rows)))
+                await publisher.execute(_NOTIFY_ONE, *next(iter(rows)))
             else:
-                await self._publisher.execute(_NOTIFY, *zip(*rows, strict=True))
+                await publisher.execute(_NOTIFY, *zip(*rows, strict=True))
         except Exception as error:
             raise BackendUnavailable(f"{self._where}: {_reason(error)}") from error
+        finally:
+            publisher.asked_at = math.inf
 
     def _run(self, statement: str) -> asyncio.Future[None]:
         """Have the listener run a statement."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import re
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
@@ -15,7 +18,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
 from .base import Deliver, LoginRefused, Lost
-from .urls import first_of, options_of, refuse_option, same_host
+from .urls import Endpoint, first_of, options_of, refuse_option, same_host
 
 Command = tuple[str | bytes, ...]
 
@@ -120,6 +123,7 @@ class RedisBackend:
         path = self._settings.get("path")  # of a socket, in place of the two
         self._where = f"Redis at {path or f'{host}:{port}'}"
         self.address = f"Redis at {path or f'{same_host(host)}:{port}'}, prefix {prefix!r}"
+        self.endpoints: list[Endpoint] = [path or (host, port)]
         self._prefix = prefix
         self._pipes: list[_Pipe] = []
         self._lost: Lost | None = None  # None if stopped, or told
@@ -127,6 +131,7 @@ class RedisBackend:
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         connections = [self._class(**self._settings) for _ in (_SUBSCRIBER, _PUBLISHER)]
+        failed: BackendUnavailable | None = None
         try:
             async with Deadline(CONNECT_TIMEOUT):
                 for connection in connections:
@@ -142,12 +147,17 @@ class RedisBackend:
                 await _drop(connection)
             if not isinstance(error, Exception):
                 raise
-            kind = LoginRefused if isinstance(error, AuthenticationError) else BackendUnavailable
-            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
+            # On a unix socket redis-py logs in while it connects, and wraps the refusal.
+            refused = isinstance(error.__cause__ or error, AuthenticationError)
+            kind = LoginRefused if refused else BackendUnavailable
+            failed = kind(f"no connection to {self._where}: {_reason(error)}")
+        if failed is not None:
+            raise failed  # not above: the error may hold the password, and would be its context
         cut = len(self._prefix)
 
         def take(name: bytes, payload: bytes) -> None:
-            deliver(name.decode()[cut:], payload)
+            # Only a pattern can bring a name that we have not written.
+            deliver(name.decode(errors="replace")[cut:], payload)
 
         self._pipes = [_Pipe(connection, take, self._break) for connection in connections]
         self._lost, self._broken = lost, False
@@ -171,12 +181,31 @@ class RedisBackend:
                 self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", name)]).cancel()  # nobody waits for that
             raise
 
+    async def subscribe_all(self, hub: str) -> None:
+        """Subscribe to all channels of the hub with this name. For the command line."""
+        start = re.sub(rb"[\\*?\[\]^]", rb"\\\g<0>", self._name(f"{hub}:"))
+        await self._ask(_SUBSCRIBER, [("PSUBSCRIBE", start + b"*")])
+
+    @property
+    def receivers(self) -> int | None:
+        """Connections to the broker that the message published last was sent to."""
+        answer = self._pipes[_PUBLISHER].answer if self._pipes else None
+        return answer if isinstance(answer, int) else None
+
     async def unsubscribe(self, channel: str) -> None:
         await self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", self._name(channel))])
 
     def publish(self, messages: Sequence[tuple[str, bytes]]) -> asyncio.Future[None]:
         commands = [("PUBLISH", self._name(channel), payload) for channel, payload in messages]
         return self._ask(_PUBLISHER, commands)
+
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        if not self._pipes:
+            return 0.0
+        listening, publishing = self._pipes
+        return min(listening.message_at, publishing.silent_since)
 
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()
@@ -214,6 +243,7 @@ class _Pipe:
     """One connection. Commands go out at once; a task reads the answers, which come in order.
 
     Nobody reads or writes but this, so a call that is cancelled leaves everything in step.
+
     """
 
     def __init__(
@@ -224,9 +254,22 @@ class _Pipe:
     ) -> None:
         # redis-py has no public way to write without waiting, which a cancellation would turn into
         # a broken connection, nor to close without waiting for a server that does not read.
-        writer = connection._writer
+        writer, reader = connection._writer, connection._reader
         assert writer is not None
+        assert reader is not None
         self.connection = connection
+        # In `time.monotonic()`: when any bytes arrived last; of these, those that ended the last
+        # message, and the last message or answer; and when the first open question was asked.
+        self._bytes_at = self._message_at = self._read_at = self._asked_at = 0.0
+        feed = reader.feed_data
+
+        def feed_data(data: bytes) -> None:
+            self._bytes_at = time.monotonic()
+            feed(data)
+
+        # Nothing else shows that a part of a message has come.
+        reader.feed_data = feed_data  # type: ignore[method-assign, assignment]
+        self.answer: object = None  # the last one
         self._writer = writer
         self._take = take
         self._broken = broken
@@ -234,10 +277,22 @@ class _Pipe:
         self._asked: deque[asyncio.Future[None]] = deque()
         self.task = asyncio.create_task(self._read())
 
+    @property
+    def message_at(self) -> float:
+        """When a message, or a part of one, arrived last. Complete answers do not count."""
+        return self._message_at if self._read_at == self._bytes_at else self._bytes_at
+
+    @property
+    def silent_since(self) -> float:
+        """Since when an answer is due and no bytes have come."""
+        return max(self._bytes_at, self._asked_at) if self._asked else math.inf
+
     def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
         """Write the commands; what comes back is done when the last of them is answered."""
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
+            if not self._asked:
+                self._asked_at = time.monotonic()
             self._writer.writelines(self.connection.pack_commands(commands))
             self._asked.extend([answered] * len(commands))
         else:
@@ -264,8 +319,13 @@ class _Pipe:
                     self._answer(error)
                 else:
                     if isinstance(answer, list) and answer[0] == b"message":
+                        self._message_at = self._read_at = self._bytes_at
                         self._take(answer[1], answer[2])
+                    elif isinstance(answer, list) and answer[0] == b"pmessage":
+                        self._message_at = self._read_at = self._bytes_at
+                        self._take(answer[2], answer[3])
                     else:
+                        self.answer = answer
                         self._answer()
         except asyncio.CancelledError as error:
             self._broken(error)  # unless it was `close`
@@ -274,6 +334,7 @@ class _Pipe:
             self._broken(error)
 
     def _answer(self, refusal: ResponseError | None = None) -> None:
+        self._read_at = self._bytes_at
         answered = self._asked.popleft()
         if answered.done():
             return  # cancelled, or an earlier command of it was refused
@@ -289,20 +350,29 @@ def _pool(url: str) -> ConnectionPool:
     options: list[tuple[str, str]] = []
     try:
         parts = urlsplit(url)
-        if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
+        if "@" in parts.path + parts.query + parts.fragment:
             raise ValueError("a password that ends the host's part of the URL")
+        if parts.scheme == "unix" and not _is_path(parts):
+            raise ValueError("what should be a path may be a part of a password")
         options = options_of(parts.query)
         pool = ConnectionPool.from_url(url)
         pool.connection_class(**pool.connection_kwargs)  # looks at the options, and no more
+        return pool
     except Exception as error:
         # Nothing of what the error says but the name of an option: it may repeat the password.
-        if (refused := _refused(dict(options), error)) is not None:
-            raise refused from None
-        raise ConfigurationError(
-            "not the URL of a Redis server, or its options are not valid; a URL looks like "
-            "redis://user:password@host:6379, with %40 for an @ in the password and so on"
-        ) from None
-    return pool
+        refused = _refused(dict(options), error)
+    # Not in the block above, where the error would go along as the context of this one.
+    raise refused or ConfigurationError(
+        "not the URL of a Redis server, or its options are not valid; a URL looks like "
+        "redis://user:password@host:6379 or unix://user:password@/path/redis.sock, with %40 for an "
+        "@ in the password or the path, %2F for a / in the password and so on"
+    )
+
+
+def _is_path(parts: SplitResult) -> bool:
+    """Whether a URL of a socket has a path, and nothing but a login before it."""
+    host = parts.netloc.rpartition("@")[2]
+    return parts.path.startswith("/") and not (host or parts.fragment)
 
 
 def _refused(options: dict[str, str], error: Exception) -> ConfigurationError | None:
