@@ -262,16 +262,17 @@ class Registry:
         )
 
     def tell_gap(self, gap: Gap, close: Close | None) -> None:
-        """Add a gap for the subscribers who want it, and close all clients if asked to."""
+        """Add a gap for the subscribers who want it, and close its clients if asked to."""
+        channel = gap.channel
         with self.lock:
             told: list[tuple[Item, Member, Shard]] = [
                 (gap, subscriber, shard)
                 for subscriber, shard in self.subscribers.items()
-                if subscriber.gaps
+                if subscriber.gaps and channel in (None, subscriber.channel)
             ]
             closed: list[Connection] = []
             if close is not None:
-                closed = list(self.connections)
+                closed = [c for c in self.connections if channel is None or channel in c.channels]
                 for connection in closed:
                     told.append((close, connection, self.connections[connection]))
                     self.remove(connection)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from . import life
-from .backends.base import Backend
+from .backends.base import Backend, SubscriptionRevoked
 from .deadline import Deadline
 from .exceptions import BackendUnavailable
 from .probe import Probe, location
@@ -80,7 +80,10 @@ class Session:
                     self._early.append((channel, data))
 
         def lost(error: Exception) -> None:
-            self._on_lost(error, generation)
+            if not isinstance(error, SubscriptionRevoked) or error.channel == self._probe.channel:
+                self._on_lost(error, generation)
+            elif generation == self.generation:
+                self._subscriptions.revoke(error.channel, str(error))
 
         self._early = []
         try:

@@ -23,6 +23,8 @@ class BackendStats:
         malformed: Messages that arrived and were neither text nor in a known format.
         channels: Channels that this process is subscribed to, or wants to be.
         waiting: Messages that are waiting for the broker.
+        refused: Channels among these that somebody has and that the broker refuses. They are asked
+            for again until they are back; meanwhile the hub is not healthy.
     """
 
     state: str
@@ -33,6 +35,7 @@ class BackendStats:
     malformed: int
     channels: int
     waiting: int
+    refused: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,6 +15,31 @@ class LoginRefused(BackendUnavailable):
     """The broker has answered, and does not let us in: to try again soon makes no sense."""
 
 
+class MessagesRefused(BackendUnavailable):
+    """The broker has refused some messages of a batch, and has all the others.
+
+    Args:
+        reasons: By the position in the batch, why that message was refused. Not empty.
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(next(iter(reasons.values())))
+        self.reasons = reasons
+
+
+class SubscriptionRevoked(BackendUnavailable):
+    """The broker delivers nothing of one channel any more, and the connection goes on.
+
+    Args:
+        channel: The channel.
+        why: What the broker says.
+    """
+
+    def __init__(self, channel: str, why: str) -> None:
+        super().__init__(why)
+        self.channel = channel
+
+
 class Backend(Protocol):
     """A connection to a broker. Implement these five calls and pass it as `Broadcast(backend=...)`.
 
@@ -42,7 +67,9 @@ class Backend(Protocol):
 
         From then on `deliver(channel, payload)` is called for each message on a channel that is
         subscribed to, in order; it returns at once and raises nothing. Call `lost(error)` once, if
-        the connection breaks by itself: `stop` follows.
+        the connection breaks by itself: `stop` follows. If the broker takes away a single channel,
+        call `lost` with a `SubscriptionRevoked`, as often as that happens: nothing is stopped, and
+        the hub subscribes to the channel again when it can.
 
         Raises:
             BackendUnavailable: There is no connection. The message names the host, and no password.
@@ -59,7 +86,7 @@ class Backend(Protocol):
         Several channels may be subscribed to at the same time, one channel only in turn.
 
         Raises:
-            Exception: The connection is broken.
+            Exception: The connection is broken, or the broker refuses the channel.
         """
 
     async def unsubscribe(self, channel: str) -> None:
@@ -72,5 +99,6 @@ class Backend(Protocol):
         may be an `async def`; a plain function that returns a future saves a turn of the loop.
 
         Raises:
+            MessagesRefused: The broker has all of them but these.
             Exception: The connection is broken; the broker has some of them or none.
         """

@@ -20,7 +20,7 @@ import inspect
 import itertools
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -34,8 +34,8 @@ from nats.aio.transport import TcpTransport
 
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, LoginRefused, Lost
-from .nats_names import read, same_servers, tokens
+from .base import Deliver, LoginRefused, Lost, MessagesRefused, SubscriptionRevoked
+from .nats_names import is_survived, read, refused_subject, same_servers, tokens
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -66,6 +66,8 @@ _FIXED: dict[str, Any] = {
     "verbose": False,
 }
 
+
+Messages = tuple[tuple[str, bytes], ...]  # subjects and payloads
 
 # Options whose value may be a function that is asked for it, for each connection.
 _CREDENTIALS = ("user", "password", "token")
@@ -138,12 +140,30 @@ class _Wire(TcpTransport):
             self._io_writer.transport.abort()
 
 
+class _Client(Client):
+    """The client of nats-py, which hands over the errors that its connection survives.
+
+    nats-py tells of those in lower case, in which two subjects may be the same, and of most of them
+    by closing the connection.
+    """
+
+    refused: Callable[[str], Awaitable[None]]
+
+    async def _process_err(self, err_msg: str) -> None:
+        if is_survived(err_msg):
+            line = bytes(self._ps.buf).partition(b"\r\n")[0]
+            await self.refused(line.decode().removeprefix("-ERR ").strip(" '"))
+        else:
+            await super()._process_err(err_msg)
+
+
 class _Session:
     """One connection, from its start to its end."""
 
     def __init__(self, inbox: str, name: str, deliver: Deliver) -> None:
         self.lost: Lost | None = None  # set when it has started
-        self.client = Client()
+        self.client = _Client()
+        self.client.refused = self._on_refused
         self.trouble: Exception | None = None
         self._inbox = inbox
         self._name = name
@@ -152,8 +172,9 @@ class _Session:
         self.client._transport = self._wire
         self._subscriptions: dict[str, Subscription] = {}
         self._numbers = itertools.count()
-        self._waiters: dict[bytes, asyncio.Future[None]] = {}
-        self._refusal = ""
+        self._channels: dict[int, str] = {}  # by the number of the subscription
+        self._waiters: dict[bytes, tuple[asyncio.Future[None], Messages]] = {}
+        self._refused: dict[str, str] = {}  # by subject, since the last answer: why
         self._connecting = True  # or not even that: there is nothing to be closed yet
         self._ended = asyncio.Event()
 
@@ -181,7 +202,8 @@ class _Session:
         """
         loop = asyncio.get_running_loop()
         number = b"%d" % next(self._numbers)
-        answered = self._waiters[number] = loop.create_future()
+        answered: asyncio.Future[None] = loop.create_future()
+        self._waiters[number] = answered, messages
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
         overdue = Overdue(ANSWER_TIMEOUT, partial(self._fail, answered, trouble))
 
@@ -206,18 +228,24 @@ class _Session:
 
     async def subscribe(self, channel: str, subject: str) -> None:
         sink = _Sink(partial(self._deliver, channel))
-        self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
+        subscription = await self.client.subscribe(subject, future=sink)
+        self._subscriptions[channel] = subscription
+        self._channels[subscription._id] = channel
         try:
             await self.hand_over()
         except BaseException:
             await self.forget(channel)
             raise
+        if channel not in self._subscriptions:
+            raise BackendUnavailable(f"{self._name}: the subscription was taken away at once")
 
     async def forget(self, channel: str) -> None:
         """Unsubscribe, without waiting for anything."""
         subscription = self._subscriptions.pop(channel, None)
-        if subscription is not None and not self.client.is_closed:
-            await subscription.unsubscribe()
+        if subscription is not None:
+            del self._channels[subscription._id]
+            if not self.client.is_closed:
+                await subscription.unsubscribe()
 
     async def close(self) -> None:
         """End the connection and nats-py's tasks."""
@@ -233,7 +261,7 @@ class _Session:
                 await self._ended.wait()  # it may have been closing by itself already
 
     def _release(self, trouble: str) -> None:
-        for waiter in self._waiters.values():
+        for waiter, _ in self._waiters.values():
             self._fail(waiter, trouble)
 
     def _fail(self, waiter: asyncio.Future[None], trouble: str) -> None:
@@ -241,25 +269,48 @@ class _Session:
             waiter.set_exception(BackendUnavailable(f"{self._name}: {trouble}"))
 
     def _on_answer(self, number: bytes) -> None:
-        # An error that came since the last answer belongs to what was sent since then.
-        refusal, self._refusal = self._refusal, ""
-        waiter = self._waiters.get(number)
-        if waiter is not None and refusal:
-            self._fail(waiter, refusal)
-        elif waiter is not None and not waiter.done():
+        # What was refused since the last answer belongs to what was sent since then.
+        refused, self._refused = self._refused, {}
+        waiter, messages = self._waiters.get(number, (None, ()))
+        if waiter is None or waiter.done():
+            return
+        if not refused:
             waiter.set_result(None)
+        elif refused.keys() <= {subject for subject, _ in messages}:
+            # All that went to such a subject, even if it was refused only from some moment on.
+            words = {subject: f"{self._name}: {said}" for subject, said in refused.items()}
+            numbered = enumerate(subject for subject, _ in messages)
+            reasons = {number: words[subject] for number, subject in numbered if subject in words}
+            waiter.set_exception(MessagesRefused(reasons))
+        else:
+            self._fail(waiter, next(iter(refused.values())))
+
+    async def _on_refused(self, said: str) -> None:
+        """The server has refused something, and keeps the connection."""
+        subject, number = refused_subject(said)
+        if self.lost is None or subject == self._inbox:
+            self._release(said)  # no answer would come
+            self._end(said)
+        elif number is None:
+            self._refused[subject] = said
+        elif (channel := self._channels.get(number)) is not None:
+            await self.forget(channel)
+            self.lost(SubscriptionRevoked(channel, f"{self._name}: {said}"))
 
     async def _on_error(self, error: Exception) -> None:
         self.trouble = error
-        if "permissions violation" in str(error):  # the only error that a connection survives
-            self._refusal = str(error)
 
     async def _on_closed(self) -> None:
         trouble = f"the connection broke ({self.client.last_error})"
         self._release(trouble)
         self._ended.set()
-        if self.lost is not None:
-            self.lost(BackendUnavailable(f"{self._name}: {trouble}"))
+        self._end(trouble)
+
+    def _end(self, trouble: str) -> None:
+        """Say that the connection is of no use any more, unless that was said."""
+        lost, self.lost = self.lost, None
+        if lost is not None:
+            lost(BackendUnavailable(f"{self._name}: {trouble}"))
 
 
 class NatsBackend:

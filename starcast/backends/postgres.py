@@ -14,7 +14,7 @@ import asyncpg
 
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, LoginRefused, Lost
+from .base import Deliver, LoginRefused, Lost, MessagesRefused
 from .postgres_url import Server
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # as in a channel's name
@@ -185,13 +185,28 @@ class PostgresBackend:
                 raise PayloadTooLarge(
                     f"a message has {len(payload)} bytes, and {MAX_PAYLOAD} are possible"
                 )
+        for first, rows in self._transactions(messages):
+            try:
+                await self._notify(rows)
+            except BackendUnavailable as error:
+                if not first:
+                    raise
+                reasons = dict.fromkeys(range(first, len(messages)), str(error))
+                raise MessagesRefused(reasons) from error
+
+    # Inside
+
+    def _transactions(
+        self, messages: Sequence[tuple[str, bytes]]
+    ) -> Iterator[tuple[int, dict[tuple[str, str], None]]]:
+        """Yield what goes into each transaction, and the position of its first message."""
+        first = size = 0
         rows: dict[tuple[str, str], None] = {}  # in this order, no two of them equal
-        size = 0
         for number, (channel, payload) in enumerate(messages):
             size += len(payload)
             if rows and size > MAX_BATCH:
-                await self._notify(rows)
-                rows, size = {}, len(payload)
+                yield first, rows
+                first, rows, size = number, {}, len(payload)
             name = self._name(channel)
             text = self._bare(payload)
             if text is None or (name, text) in rows:
@@ -199,9 +214,7 @@ class PostgresBackend:
             else:
                 rows[name, text] = None
         if rows:
-            await self._notify(rows)
-
-    # Inside
+            yield first, rows
 
     async def _connect(self, deliver: Deliver) -> Any:
         # A standby server runs neither LISTEN nor NOTIFY.

@@ -14,7 +14,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
-from .base import Deliver, LoginRefused, Lost
+from .base import Deliver, LoginRefused, Lost, MessagesRefused
 from .urls import first_of, options_of, refuse_option, same_host
 
 Command = tuple[str | bytes, ...]
@@ -232,10 +232,16 @@ class _Pipe:
         self._broken = broken
         # One for each answer to come. As many as there are commands in calls that wait.
         self._asked: deque[asyncio.Future[None]] = deque()
+        # Of the call whose answers are arriving: how many were there, and what was refused.
+        self._answers = 0
+        self._refused: dict[int, str] = {}
         self.task = asyncio.create_task(self._read())
 
     def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
-        """Write the commands; what comes back is done when the last of them is answered."""
+        """Write the commands; what comes back is done when the last of them is answered.
+
+        It fails with a `MessagesRefused` if some of them were refused.
+        """
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
             self._writer.writelines(self.connection.pack_commands(commands))
@@ -275,11 +281,17 @@ class _Pipe:
 
     def _answer(self, refusal: ResponseError | None = None) -> None:
         answered = self._asked.popleft()
-        if answered.done():
-            return  # cancelled, or an earlier command of it was refused
         if refusal is not None:
-            answered.set_exception(BackendUnavailable(f"Redis refuses: {_reason(refusal)}"))
-        elif not self._asked or self._asked[0] is not answered:
+            self._refused[self._answers] = f"Redis refuses: {_reason(refusal)}"
+        self._answers += 1
+        if self._asked and self._asked[0] is answered:
+            return
+        refused, self._refused, self._answers = self._refused, {}, 0
+        if answered.done():
+            return  # cancelled
+        if refused:
+            answered.set_exception(MessagesRefused(refused))
+        else:
             answered.set_result(None)
 
 
