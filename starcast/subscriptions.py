@@ -313,7 +313,7 @@ class Subscriptions:
         """The broker has taken a channel away."""
         with self._lock:
             hold = self.holds.get(channel)
-            if hold is None or not hold.subscribed:
+            if hold is None or not hold.subscribed or self._host.broken:
                 return
             hold.subscribed = False
         self._refuse(channel, hold, why, had=True)
