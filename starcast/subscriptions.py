@@ -294,20 +294,23 @@ class Subscriptions:
         elif self._host.connected:
             self._host.hear()
         if gap is not None:
-            if self._limits[True].allows("subscribed again", channel):
-                logger.warning(
-                    "subscribed to the channel %r again; "
-                    "messages of the last %.1f seconds may be missing",
-                    channel,
-                    gap.seconds,
-                )
-            self._host.tell_gap(gap)
+            self._tell_gap(channel, gap)
         for taken in waiting:
             if why:
                 taken.fail(why)
             else:
                 taken.set()
         return not why
+
+    def _tell_gap(self, channel: str, gap: Gap) -> None:
+        if self._limits[True].allows("back", channel):
+            logger.warning(
+                "subscribed to the channel %r again; messages of the last %.1f seconds "
+                "may be missing",
+                channel,
+                gap.seconds,
+            )
+        self._host.tell_gap(gap)
 
     def revoke(self, channel: str, why: str) -> None:
         """The broker has taken a channel away."""

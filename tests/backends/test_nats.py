@@ -19,6 +19,7 @@ import trustme
 from backends.nats_server import Flood, NatsServer
 from starcast import Broadcast
 from starcast.backends import nats as module
+from starcast.backends.base import MessagesRefused, SubscriptionRevoked
 from starcast.backends.nats import NatsBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from support import free_port, starcast_tasks, until
@@ -383,6 +384,39 @@ async def test_permissions(own_server):
     assert inbox.got == [("a", b"1"), ("b", b"2")]
     assert inbox.lost == []
     await backend.stop()
+
+
+async def test_subjects_that_differ_only_in_case(own_server):
+    """nats-py itself tells of a refusal in lower case."""
+    server = own_server(
+        """authorization: {users: [{user: u, password: p, permissions: {
+            publish: {deny: ["A\\"\\\\room", "none"]}}}]}"""
+    )
+    backend = NatsBackend(server.url.replace("//", "//u:p@"), prefix='A"\\')
+    inbox = await Inbox().start(backend)
+    await backend.subscribe("Room")
+    with pytest.raises(MessagesRefused) as raised:
+        await backend.publish([(name, b"x") for name in ("Room", "room", "Room", "room")])
+    assert raised.value.reasons.keys() == {1, 3}
+    assert all('to "A\\"\\\\room"' in why for why in raised.value.reasons.values())
+    assert inbox.got == [("Room", b"x")] * 2
+    await backend.stop()
+
+
+async def test_a_subscription_that_is_taken_away_as_it_is_granted(connect):
+    backend, inbox = await connect()
+    subscribing = asyncio.create_task(backend.subscribe("room"))
+    session = backend._session
+    while not session._channels:  # noqa: ASYNC110  # not a turn more than it takes
+        await asyncio.sleep(0)
+    (number,) = session._channels
+    said = f'Permissions Violation for Subscription to "starcast:room" (sid "{number}")'
+    for _ in range(2):  # of what is not there any more it is told in vain
+        await session._on_refused(said)
+    with pytest.raises(BackendUnavailable, match="taken away at once"):
+        await subscribing
+    assert [(type(error), error.channel) for error in inbox.lost] == [(SubscriptionRevoked, "room")]
+    assert not session._channels
 
 
 async def test_no_permission_for_answers(own_server, monkeypatch):

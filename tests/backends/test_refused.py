@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 from fastapi import FastAPI
 from starlette.routing import WebSocketRoute
@@ -112,7 +114,7 @@ async def test_a_channel_that_is_taken_away_comes_back(user, all_back, caplog):
         outages = hub.stats().backend.gaps  # of Redis, which disconnects its user
         assert outages == (user.words == "permission")
         await until(lambda: len(gaps) == outages)
-        assert other.closed == (1012 if outages else None)
+        await until(lambda: other.closed == (1012 if outages else None))
         assert user.words in hub.stats().backend.error
         assert not await hub.healthy()
         # The others go on, and who asks for the channel is told what the broker says.
@@ -226,6 +228,30 @@ async def test_too_few_subscriptions_for_the_hub_itself(nats, all_back):
     server = nats("max_subscriptions: 1")
     with pytest.raises(BackendUnavailable, match="maximum subscriptions exceeded"):
         await Broadcast(server.url, open_timeout=0).connect()
+
+
+async def test_a_postgresql_role_that_may_not_log_in_for_a_while(urls, all_back):
+    """It has no rights for channels: it is all of them or none."""
+    url = urls("postgres")
+    admin = await asyncpg.connect(url)
+    parts = urlsplit(url)
+    try:
+        await admin.execute("CREATE ROLE few LOGIN PASSWORD 'pass'")
+        hub = Broadcast(f"postgresql://few:pass@127.0.0.1:{parts.port}{parts.path}")
+        async with hub, hub.subscribe("news", gaps=True) as news:
+            await admin.execute("ALTER ROLE few NOLOGIN")
+            await admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'few'"
+            )
+            await until(lambda: "not permitted to log in" in (hub.stats().backend.error or ""))
+            assert hub.stats().backend.state == "reconnecting"
+            await admin.execute("ALTER ROLE few LOGIN")
+            assert (await anext(news)).channel is None
+            await hub.publish("news", "after")
+            assert (await anext(news)).message == "after"
+    finally:
+        await admin.execute("DROP ROLE few")
+        admin.terminate()
 
 
 # A message
