@@ -16,6 +16,7 @@ from .exceptions import (
     PublishQueueFull,
     StarcastError,
     SubscriberLagged,
+    Unsubscribed,
 )
 from .gap import Gap
 from .manager import ConnectionManager
@@ -50,5 +51,6 @@ __all__ = [
     "Stats",
     "Subscriber",
     "SubscriberLagged",
+    "Unsubscribed",
     "__version__",
 ]

@@ -246,8 +246,8 @@ class Broadcast:
         any event loop.
 
         Closing the hub ends every subscriber, sends every client what is still waiting for it and
-        then 1001 (going away), and waits for that for up to 10 seconds. The hub can be opened
-        again.
+        then 1001 (going away), and waits for that for up to 10 seconds. From then on, publishing
+        raises `BackendUnavailable`, until the hub is opened again or another client connects.
 
         Raises:
             TypeError: `websocket` is None or not a websocket.
@@ -377,8 +377,9 @@ class Broadcast:
             PublishQueueFull: An event loop that has clients on the channel had no space for it
                 within two seconds, or more than 16 MiB are waiting for the broker. Nobody got the
                 message.
-            BackendUnavailable: The broker was away for two seconds, or did not answer. If the
-                connection was lost while the message was being sent, the broker may still have it.
+            BackendUnavailable: The hub was closed. Or the broker was away for two seconds, or did
+                not answer; if the connection was lost while the message was being sent, the broker
+                may still have it.
             PayloadTooLarge: The message is larger than the broker accepts.
 
         `starcast.exceptions` explains how HTTP routes and WebSocket routes answer if nothing
@@ -407,8 +408,9 @@ class Broadcast:
             EncodingError, InvalidChannel, PayloadTooLarge: See `publish`.
             PublishQueueFull: An event loop that has clients on the channel, or the broker, has more
                 than 16 MiB waiting. Nobody got the message.
-            BackendUnavailable: The hub has a broker and is not open, see `lifespan`. If it has
-                never been open, one log line says so.
+            BackendUnavailable: The hub was closed, or it has a broker and was never opened, see
+                `lifespan`; then one log line says so too. A hub in memory that was never opened
+                has no clients, so nobody gets the message.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         self._hub.dispatcher.publish_nowait(event)
@@ -604,6 +606,17 @@ class Broadcast:
 
     def __bool__(self) -> bool:
         return True
+
+    def clients(self, channel: Channel | None = None) -> list[WebSocket]:
+        """Return the clients of this process, or those on a channel: a new list each time.
+
+        They stand in the order in which they joined, on each event loop. From any thread. The hub
+        knows no users: what your app has put on `websocket.state` says whose each one is.
+
+        Raises:
+            InvalidChannel: The name is not valid.
+        """
+        return self._hub.clients(channel)
 
     @property
     def channels(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -22,12 +23,20 @@ from .sender import OnLost, Taken
 from .shard import SLICE
 from .waiter import Waiter
 
+logger = logging.getLogger("starcast")
+
 # Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
 YIELD_AFTER = 64
 
 NOT_OPEN = (
     "the hub is not open; open it with the app, as in FastAPI(lifespan=hub.lifespan), "
     "or with await hub.connect()"
+)
+
+NOBODY = (
+    "published to a memory:// hub that has had no client and no subscriber, so nobody got it; its "
+    "clients must be in this process, on this very Broadcast object. To reach those of another "
+    "process, give both the URL of a broker; a job without an event loop uses starcast.Publisher"
 )
 
 # Seconds that `publish` waits for space before it raises PublishQueueFull.
@@ -41,13 +50,15 @@ class Dispatcher:
     """See the module. Made on any thread, closed at first.
 
     Attributes:
-        open: Whether it takes messages. The hub sets this.
+        open: Whether it takes messages. The hub sets this and `closed`.
+        closed: Whether it was open and is not any more.
         published: Messages that were handed over.
         failed: Messages that could not be.
     """
 
     def __init__(self, registry: Registry, link: Link | None) -> None:
         self.open = False
+        self.closed = False
         self._registry = registry
         self._link = link
         self._lock = registry.lock
@@ -78,15 +89,26 @@ class Dispatcher:
         Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
         taken = None
+        # A hub in memory need not be opened: its first client does that.
+        if self.closed or (self._link is not None and not self.open):
+            raise BackendUnavailable(NOT_OPEN)
         if self._link is not None:
-            if not self.open:
-                raise BackendUnavailable(NOT_OPEN)
             taken = self._link.publish(event, wait, on_lost)
-        elif self.open:
+        else:
             self._registry.deliver(event)
+            if not self._registry.shards:
+                logs.once(("published to nobody",), NOBODY, level=logging.INFO)
         with self._lock:
             self.published += 1
+        if logs.is_debugging():
+            self._log(event)
         return taken
+
+    def _log(self, event: Event) -> None:
+        way = "" if self._link is None else " through the broker"
+        here = self._registry.describe(event.channel)
+        size = len(event.payload)
+        logger.debug("published %d bytes to %r%s: %s", size, event.channel, way, here)
 
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
         """Hand an event over, and wait only as long as there is no space for it.

@@ -13,7 +13,7 @@ from starlette.exceptions import WebSocketException
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, heartbeats, refusals, serving, subprotocols
+from . import attributes, codec, heartbeats, refusals, serving, subprotocols
 from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
 from .close_codes import ABNORMAL, INTERNAL_ERROR
@@ -72,9 +72,12 @@ class BroadcastEndpoint(WebSocketEndpoint):
         subprotocols: Names of subprotocols. The server answers with the first of them that the
             client offers, or with none.
 
+    A class with an attribute that looks like one of these misspelt is told so, with one log line.
+
     Raises:
-        ConfigurationError: `heartbeats` or `subprotocols` is not valid. Raised where the class is
-            defined.
+        ConfigurationError: `encoding`, `heartbeats` or `subprotocols` is not valid. Raised where
+            the class is defined.
+        TypeError: `broadcast` is not a `Broadcast`. Raised there too.
     """
 
     broadcast: Broadcast = _OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
@@ -93,6 +96,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        attributes.check(cls, BroadcastEndpoint)
         heartbeats.check(cls.heartbeats)
         subprotocols.check(cls.subprotocols)
 

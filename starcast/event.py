@@ -15,7 +15,9 @@ OVERHEAD = 64
 class Event:
     """A message and the channel it was published to.
 
-    You get events from a `Subscriber`; do not change them, everybody shares the same object.
+    You get events from a `Subscriber`; do not change them, everybody shares the same object. For a
+    test, make one as `Event(channel, message)`. Events are equal if their channel and their message
+    are, and `str` never equals bytes.
 
     Attributes:
         channel: The name of the channel; empty for a message to one client.
@@ -32,9 +34,13 @@ class Event:
         self,
         channel: str,
         message: str | bytes,
-        payload: bytes,
+        payload: bytes | None = None,
         exclude: frozenset[int] = frozenset(),
     ) -> None:
+        if payload is None:
+            if not isinstance(message, (str, bytes)):
+                raise TypeError(f"an Event has a str or bytes, not {type(message).__name__}")
+            payload = message.encode() if isinstance(message, str) else message
         self.channel = channel
         self.message = message
         self.payload = payload
@@ -61,6 +67,17 @@ class Event:
             return json.loads(self.message)
         except RecursionError:
             raise ValueError("the message is nested too deeply") from None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Event):
+            return NotImplemented
+        # The kind first: to compare a str with bytes is an error under `python -bb`.
+        return (self.channel, self.kind) == (other.channel, other.kind) and (
+            self.message == other.message
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.channel, self.message))
 
     def __repr__(self) -> str:
         return f"Event(channel={self.channel!r}, message={self.message!r})"

@@ -11,7 +11,8 @@
     ├── PublishQueueFull     (503, 1013)             too many messages are waiting to be sent
     ├── BackendUnavailable   (503, 1013)             there is no connection to the broker
     ├── PayloadTooLarge      (ValueError, 413, 1009) a message is larger than the broker accepts
-    └── SubscriberLagged                             a subscriber fell behind its buffer
+    ├── SubscriberLagged                             a subscriber fell behind its buffer
+    └── Unsubscribed                                 `Subscriber.get` after the subscription's end
 
 Numbers from 1000 on are WebSocket close codes (RFC 6455, section 7.4), the others HTTP statuses.
 The client gets them if nothing catches the error, in Starlette and in FastAPI:
@@ -42,7 +43,7 @@ from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from .answers import Answered
-from .close_codes import POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER
+from .close_codes import NORMAL, POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER
 
 # Seconds after which a client may try again what could not be published: about as long as the link
 # waits before it tries to connect again.
@@ -50,7 +51,14 @@ RETRY_AFTER = 2
 
 
 class StarcastError(Exception):
-    """The base class of every error that starcast raises."""
+    """The base class of every error that starcast raises.
+
+    All of them can be pickled and copied, and `repr()` shows the message.
+    """
+
+    def __repr__(self) -> str:
+        # Starlette's classes show the code and the reason there, and not the message.
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class ConfigurationError(StarcastError, ValueError):
@@ -80,6 +88,7 @@ class InvalidMessage(StarcastError, WebSocketException):
 
     def __init__(self, code: int, reason: str) -> None:
         WebSocketException.__init__(self, code=code, reason=reason)
+        self.args = (code, reason)  # what pickle calls the class with, if these were named
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.code})"
@@ -94,6 +103,7 @@ class OriginRefused(StarcastError, WebSocketException):
     def __init__(self, message: str) -> None:
         WebSocketException.__init__(self, code=POLICY_VIOLATION, reason="origin not allowed")
         self.message = message
+        self.args = (message,)  # what pickle calls the class with, if it was named
 
     def __str__(self) -> str:
         return self.message
@@ -106,6 +116,15 @@ class ClientGone(StarcastError, WebSocketDisconnect):
     a `WebSocketDisconnect`, so a handler that catches that needs nothing more. `code` is 1006
     (closed abnormally), unless the hub knows the actual code.
     """
+
+    def __init__(self, code: int = NORMAL, reason: str | None = None) -> None:
+        WebSocketDisconnect.__init__(self, code, reason)
+        self.args = (self.code, self.reason)
+
+    def __str__(self) -> str:
+        # A client may have chosen the reason, which must not begin a line in a log.
+        reason = f", {self.reason!r}" if self.reason else ""
+        return f"the client has left ({self.code}{reason})"
 
 
 class NotConnected(StarcastError):
@@ -152,3 +171,7 @@ class SubscriberLagged(StarcastError):
 
     Subscribe again to go on.
     """
+
+
+class Unsubscribed(StarcastError):
+    """`Subscriber.get` was called, and no further event will come: the subscription has ended."""

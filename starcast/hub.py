@@ -24,7 +24,7 @@ from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
 from .close_codes import ABNORMAL, GOING_AWAY, SERVICE_RESTART
-from .codec import Encoding
+from .codec import Channel, Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
 from .dispatcher import Dispatcher
 from .event import Event
@@ -79,7 +79,6 @@ class Hub:
                 settings.probe_interval,
             )
         self.dispatcher = Dispatcher(self.registry, self.link)
-        self.closed = False
         self.switching = Lock()  # held while the backend starts or stops
         self._guard = None
         if self.link is not None:
@@ -122,7 +121,7 @@ class Hub:
                 self._failures += 1
                 self._failure = exc
                 raise
-            self.dispatcher.open, self.closed, self._failure = True, False, None
+            self.dispatcher.open, self.dispatcher.closed, self._failure = True, False, None
             if self.link is None:
                 server.warn_of_workers()
 
@@ -134,7 +133,7 @@ class Hub:
 
     async def reopen(self) -> None:
         """Open it at first use, but not again after it was closed."""
-        if not (self.running or self.closed):
+        if not (self.running or self.dispatcher.closed):
             await self.ensure_open()
 
     async def close(self) -> None:
@@ -144,7 +143,7 @@ class Hub:
             self.link.stop_opening()
         try:
             async with self.switching:
-                self.dispatcher.open, self.closed = False, True
+                self.dispatcher.open, self.dispatcher.closed = False, True
                 self._closings += 1
                 connections = self.registry.dismiss(Close(GOING_AWAY, "going away"))
                 if self.link is not None:
@@ -215,6 +214,7 @@ class Hub:
                 closed = self._closings != closings
                 if not closed:
                     registered = self._register(websocket, channel, outbox, protocol)
+            self.registry.tell_log()
             self._watch()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
@@ -234,7 +234,7 @@ class Hub:
                 self.registry.here(),
                 outbox,
                 id=next(_ids),
-                on_end=self.registry.remove,
+                on_end=self.registry.forget,
                 ready_frames=self.settings.ready_frames,
                 protocol=protocol,
             )
@@ -260,9 +260,10 @@ class Hub:
         connection = self.find(websocket)
         return is_gone(websocket) or (connection is not None and connection.code is not None)
 
-    def clients(self) -> list[WebSocket]:
-        """Return the websockets that are registered."""
-        return [connection.websocket for connection in self.registry.clients()]
+    def clients(self, channel: Channel | None = None) -> list[WebSocket]:
+        """Return the websockets that are registered, or those on a channel."""
+        name = None if channel is None else codec.check_channel(channel)
+        return [connection.websocket for connection in self.registry.clients(name)]
 
     def leave(self, websocket: WebSocket, channel: str | None = None) -> Waiter | None:
         """Take a client off one channel, or off all; return what may be waited for."""
@@ -293,6 +294,7 @@ class Hub:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
             counters = self.registry.subscribe(subscriber)
+        self.registry.tell_log()
         self._watch()
         return counters
 

@@ -1,4 +1,4 @@
-"""Log lines that a developer needs once, however often their cause comes back."""
+"""Log lines: those that a developer needs once, and whether those are wanted that tell it all."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ _lock = threading.Lock()
 _limit = LogLimit()
 
 
-def once(kind: tuple[str, ...], message: str, *args: object) -> None:
-    """Log a warning, unless this process has logged one of this kind before. From any thread."""
+def once(kind: tuple[str, ...], message: str, *args: object, level: int = logging.WARNING) -> None:
+    """Log a line, unless this process has logged one of this kind before. From any thread."""
+    if not logger.isEnabledFor(level):
+        return
     with _lock:
         alike = sum(1 for said in _said if said[0] == kind[0])
         if kind in _said or len(_said) >= MAX_KINDS or alike >= MAX_ALIKE:
             return
         _said.add(kind)
-    logger.warning(message, *args)
+    logger.log(level, message, *args)
+
+
+def is_debugging() -> bool:
+    """Whether each join, leave and publish is logged."""
+    return logger.isEnabledFor(logging.DEBUG)
 
 
 def seldom(kind: str, message: str, *args: object) -> None:

@@ -42,9 +42,18 @@ class ConnectionManager:
 
     Attributes:
         hub: The hub.
+
+    Raises:
+        TypeError: `broadcast` is something else, such as a URL.
     """
 
     def __init__(self, broadcast: Broadcast | None = None) -> None:
+        if broadcast is not None and not isinstance(broadcast, Broadcast):
+            # The value may be a URL with a password.
+            raise TypeError(
+                f"ConnectionManager(...) needs a Broadcast, not {type(broadcast).__name__}: write "
+                "ConnectionManager(Broadcast(url))"
+            )
         self.hub = Broadcast() if broadcast is None else broadcast
 
     @property
@@ -53,7 +62,7 @@ class ConnectionManager:
 
         Its `remove(websocket)` unregisters the client, as `disconnect` does.
         """
-        return Connections(self.hub._hub.clients(), self.disconnect)
+        return Connections(self.hub.clients(), self.disconnect)
 
     async def connect(self, websocket: WebSocket) -> None:
         """Accept a client, unless it has been accepted, and register it.

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from . import logs
 from .bounded import Full
 from .connection import Connection, is_gone
 from .event import Event
@@ -25,6 +27,8 @@ from .space import SpaceQueue
 from .stats import Counters
 from .subscriber import Subscription
 from .waiter import Waiter, running_loop
+
+logger = logging.getLogger("starcast")
 
 Target = tuple[Shard, tuple[Member, ...]]
 
@@ -43,6 +47,8 @@ class Registry:
         self.connections: dict[Connection, Shard] = {}
         self.subscribers: dict[Subscription[Any], Shard] = {}
         self._retired = Counters()  # of shards that are no more
+        # What the log is told once the lock is released, at DEBUG only: who did what, and where.
+        self._news: list[tuple[str, str]] = []
 
     # Who is there
 
@@ -67,6 +73,7 @@ class Registry:
                 return False
             connection.channels.add(channel)
             shard.join(connection, channel)
+            self._note("a client joined", channel)
             return True
 
     def leave(self, connection: Connection, channel: str | None = None) -> Waiter | None:
@@ -82,6 +89,7 @@ class Registry:
                 connection.channels.remove(channel)
                 shard.leave(connection, channel)
                 self._release(channel)
+                self._note("a client left", channel)
             if channel is not None and connection.channels:
                 return None
             self.remove(connection)
@@ -104,8 +112,14 @@ class Registry:
                 for channel in connection.channels:
                     shard.leave(connection, channel)
                     self._release(channel)
+                    self._note("a client left", channel)
                 connection.channels.clear()
             return shard
+
+    def forget(self, connection: Connection) -> None:
+        """Forget a client that has ended by itself."""
+        self.remove(connection)
+        self.tell_log()
 
     def end(self, connection: Connection, close: Close) -> bool:
         """Forget a client and close it after what it still has to get; False if it is nobody's."""
@@ -120,14 +134,20 @@ class Registry:
         with self.lock:
             shard = self.subscribers[subscriber] = self.here()
             shard.join(subscriber, subscriber.channel)
+            self._note("a subscriber joined", subscriber.channel)
         return shard.counters
 
     def unsubscribe(self, subscriber: Subscription[Any]) -> None:
+        self._remove_subscriber(subscriber)
+        self.tell_log()
+
+    def _remove_subscriber(self, subscriber: Subscription[Any]) -> None:
         with self.lock:
             shard = self.subscribers.pop(subscriber, None)
             if shard is not None:
                 shard.leave(subscriber, subscriber.channel)
                 self._release(subscriber.channel)
+                self._note("a subscriber left", subscriber.channel)
 
     def dismiss(self, close: Close) -> list[Connection]:
         """Close everybody, and return the clients among them."""
@@ -157,14 +177,18 @@ class Registry:
             for connection in [c for c, its in self.connections.items() if its is shard]:
                 self.remove(connection)
             for subscriber in [s for s, its in self.subscribers.items() if its is shard]:
-                self.unsubscribe(subscriber)
+                self._remove_subscriber(subscriber)
 
     # Look
 
-    def clients(self) -> list[Connection]:
+    def clients(self, channel: str | None = None) -> list[Connection]:
+        """Return the clients, or those on a channel, in the order in which they joined."""
         with self.lock:
             self._sweep()
-            return list(self.connections)
+            if channel is None:
+                return list(self.connections)
+            members = [m for shard in self.shards.values() for m in shard.channels.get(channel, ())]
+        return [member for member in members if isinstance(member, Connection)]
 
     def channels(self) -> dict[str, int]:
         """Return the number of clients of each channel that has any."""
@@ -195,6 +219,32 @@ class Registry:
         with self.lock:
             return sum(member.outbox.size for member, _ in self._members())
 
+    # The log, at DEBUG
+
+    def _note(self, what: str, channel: str) -> None:
+        """Keep something for `tell_log`. With the lock held."""
+        if logs.is_debugging():
+            self._news.append((what, channel))
+
+    def tell_log(self) -> None:
+        """Log what was noted. Without the lock: a log handler may wait for who waits for that."""
+        if self._news:
+            with self.lock:
+                news, self._news = self._news, []
+            for what, channel in news:
+                logger.debug("%s %r: %s", what, channel, self.describe(channel))
+
+    def describe(self, channel: str) -> str:
+        """Return who is on a channel in this process now, in words."""
+        with self.lock:
+            members = sum(len(shard.channels.get(channel, ())) for shard in self.shards.values())
+            subscribers = sum(1 for each in self.subscribers if each.channel == channel)
+        clients = members - subscribers
+        words = "1 client" if clients == 1 else f"{clients} clients"
+        if subscribers:
+            words += f" and {subscribers} subscriber" + "s" * (subscribers > 1)
+        return f"{words} on this hub in this process"
+
     # The way of a message
 
     def deliver(self, event: Event) -> None:
@@ -219,6 +269,9 @@ class Registry:
             taking = [target for target in targets if target[0].queue.has_space(event.cost)]
             wake = [shard for shard, members in taking if shard.add(event, members)]
         self._wake(wake)
+        if logs.is_debugging():
+            size, here = len(event.payload), self.describe(event.channel)
+            logger.debug("received %d bytes for %r from the broker: %s", size, event.channel, here)
         if len(taking) < len(targets):
             raise PublishQueueFull("an event loop is blocked")
 
@@ -315,3 +368,4 @@ class Registry:
         for connection in left:
             if connection.outbox.space is not None:
                 connection.outbox.space.wake()
+        self.tell_log()

@@ -10,7 +10,7 @@ from typing import Generic, Self, TypeVar, cast
 
 from . import server
 from .event import Event
-from .exceptions import SubscriberLagged
+from .exceptions import SubscriberLagged, Unsubscribed
 from .gap import Gap
 from .outbox import Close, Item, Outbox, OutboxFull
 from .stats import Counters
@@ -97,6 +97,18 @@ class Subscription(Generic[Got]):
             await self._waiting
         self._counters.delivered += isinstance(item, Event)
         return cast(Got, item)  # `put` lets nothing else in
+
+    async def get(self) -> Got:
+        """Return the next event; what iteration does, one at a time.
+
+        Raises:
+            Unsubscribed: No further event will come; where iteration would end quietly.
+            SubscriberLagged: As on iteration.
+        """
+        try:
+            return await self.__anext__()
+        except StopAsyncIteration:
+            raise Unsubscribed(f"the subscription to {self.channel!r} has ended") from None
 
     def put(self, item: Item) -> bool:
         """Take an item from the shard, on the loop of the block. Nothing is left to be written."""

@@ -22,6 +22,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from starcast import (
+    BackendUnavailable,
     Broadcast,
     ClientGone,
     ConfigurationError,
@@ -104,12 +105,77 @@ async def test_a_closed_hub_can_be_opened_again():
     hub = Broadcast()
     await joined(hub)
     await hub.disconnect()
-    hub.publish_nowait("default", "to nobody")
-    await hub.publish("default", "last words of an on_disconnect")
+    with pytest.raises(BackendUnavailable, match="hub is not open; open it with the app"):
+        hub.publish_nowait("default", "to nobody")
+    with pytest.raises(BackendUnavailable, match="hub is not open; open it with the app"):
+        await hub.publish("default", "last words of an on_disconnect")
     assert not hub.stats().open
     peer = await joined(hub)
     await hub.send("again")
     assert peer.got == ["again"]
+
+
+async def test_a_hub_in_memory_that_was_never_opened_may_be_published_to():
+    """Its first client opens it, and who publishes does not know whether that has come."""
+    hub = Broadcast()
+    hub.publish_nowait("room", "to nobody")
+    assert not hub.stats().open
+    await hub.publish("room", "to nobody")
+    assert (hub.stats().open, hub.stats().published) == (True, 2)
+    await hub.disconnect()
+
+
+async def test_a_closed_hub_says_so_to_all_who_publish_until_a_client_opens_it():
+    hub = Broadcast()
+    async with hub:
+        pass
+    before = hub.stats().published
+    for publish in (hub.publish, hub.send):
+        with pytest.raises(BackendUnavailable, match=r"await hub\.connect\(\)"):
+            await publish(*(["room", "x"] if publish == hub.publish else ["x"]))
+    assert hub.stats().published == before
+    peer = await joined(hub)
+    hub.publish_nowait("default", "again")
+    await until(lambda: peer.got == ["again"])
+    await hub.disconnect()
+
+
+async def test_the_clients_of_a_channel_stand_in_the_order_in_which_they_joined():
+    hub = Broadcast()
+    one, two, three = [Peer().websocket for _ in range(3)]
+    await hub.connect(two, "a")
+    await hub.connect(one, "a")
+    await hub.connect(three, "b")
+    await hub.connect(two, "b")
+    async with hub.subscribe("a"):
+        assert hub.clients("a") == [two, one]
+    assert hub.clients("b") == [three, two]
+    assert hub.clients() == [two, one, three]
+    assert hub.clients("c") == []
+    hub.clients("a").clear()
+    await hub.disconnect(two, "a")
+    assert hub.clients("a") == [one]
+    await hub.close(one)
+    assert hub.clients("a") == []
+    await hub.connect(one.__class__(Peer().scope, Peer().receive, Peer().send), 42)
+    assert len(hub.clients(42)) == 1
+    await hub.disconnect()
+    assert hub.clients() == hub.clients("b") == []
+
+
+async def test_the_clients_of_a_channel_are_those_of_every_loop(other):
+    hub = Broadcast()
+    here = await joined(hub, "room")
+    there = other.run(joined(hub, "room"))
+    assert set(hub.clients("room")) == {here.websocket, there.websocket}
+    other.close()
+    assert hub.clients("room") == [here.websocket]
+    await hub.disconnect()
+
+
+def test_the_clients_of_a_channel_that_can_be_none():
+    with pytest.raises(InvalidChannel):
+        Broadcast().clients("")
 
 
 def test_the_lifespan_of_an_app():

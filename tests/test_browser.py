@@ -11,6 +11,7 @@ import asyncio
 import base64
 import os
 import random
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -238,6 +239,52 @@ async def test_a_ticker_without_ticks_is_dimmed(serve, browser, monkeypatch):
     await wait_for(page, "!document.querySelector('#ticker').matches('.off')")
 
 
+async def test_a_page_says_that_the_broker_is_away(serve, browser, monkeypatch):
+    server = await serve(demo_app.app)
+    page = await open_tab(await browser.new_context(), server)
+    amber = "getComputedStyle(document.querySelector('#status'), '::before').color"
+    green = await page.evaluate(amber)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_app, "broker_is_away", lambda: True)
+        await wait_for(page, "document.querySelector('#status').textContent === 'Broker away'")
+        assert await page.evaluate(amber) != green
+    await wait_for(page, "document.querySelector('#status').textContent === '1 here'")
+    assert await page.evaluate(amber) == green
+
+
+async def test_a_page_adds_up_what_the_workers_say(serve, browser):
+    server = await serve(demo_app.app)
+    page = await open_tab(await browser.new_context(), server)
+    number = demo_app.WORKER.partition("-")[0]
+    assert await page.text_content("#worker") == f"worker {number}"
+    for worker, count in ("7-a", 3), ("7-b", 4):
+        here = {"type": "here", "worker": worker, "count": count}
+        await demo_app.hub.publish("room:lobby", here)
+    await wait_for(page, "document.querySelector('#status').textContent === '8 here'")
+    await demo_app.hub.publish("room:lobby", here | {"count": 0})
+    await wait_for(page, "document.querySelector('#status').textContent === '4 here'")
+    # A worker that says nothing any more has ended.
+    await wait_for(page, "document.querySelector('#status').textContent === '1 here'")
+
+
+async def test_names_keep_different_colours_and_messages_show_their_latency(serve, browser):
+    server = await serve(demo_app.app)
+    page = await open_tab(await browser.new_context(), server)
+    names = [f"{number}" for number in range(12)]
+    for name in names * 2:
+        message = {"type": "message", "id": name, "author": name, "text": name}
+        await demo_app.hub.publish("room:lobby", message)
+    await wait_for_texts(page, names * 2)
+    colours = await page.evaluate(
+        "[...document.querySelectorAll('bdi')].map(name => getComputedStyle(name).color)"
+    )
+    assert len(set(colours)) == len(names)
+    assert colours[: len(names)] == colours[len(names) :]
+    await say(page, "now")
+    await wait_for(page, "document.querySelector('#log').lastChild.textContent.includes('now')")
+    assert re.fullmatch(r"(<1|\d+) ms", await page.locator("small").last.text_content())
+
+
 async def test_a_message_that_the_broker_does_not_take_is_in_the_input_line_again(
     serve, browser, monkeypatch
 ):
@@ -267,7 +314,7 @@ async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser):
         await demo_app.hub.publish("room:" + "w" * 40, {**last, "text": f"line {number}"})
     await demo_app.hub.publish("room:" + "w" * 40, {**last, "type": "typing"})
     await demo_app.hub.publish("room:" + "w" * 40, last)
-    await wait_for(page, "document.querySelector('#log').lastChild.textContent.endsWith('last')")
+    await wait_for(page, "document.querySelector('#log').lastChild.textContent.includes('last')")
     assert await page.locator("#log > :not(#empty)").count() == 200
     assert await page.evaluate("document.documentElement.scrollWidth") == 360
     assert await page.evaluate("document.documentElement.scrollHeight") == 640
@@ -278,7 +325,7 @@ async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser):
     await page.evaluate("document.querySelector('#log').scrollTop = 100")
     await page.evaluate("new Promise(requestAnimationFrame)")
     await demo_app.hub.publish("room:" + "w" * 40, {**last, "text": "unseen"})
-    await wait_for(page, "document.querySelector('#log').lastChild.textContent.endsWith('unseen')")
+    await wait_for(page, "document.querySelector('#log').lastChild.textContent.includes('unseen')")
     assert await page.evaluate(f"{at_bottom}(document.querySelector('#log'))") > 100  # stays there
 
 

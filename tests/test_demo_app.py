@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import html
 import json
 import re
 import time
@@ -17,6 +18,8 @@ from starlette.testclient import TestClient
 import demo_app
 from starcast import BackendUnavailable, PublishQueueFull
 from support import DEADLINE, Peer, until
+
+PAGE = Path(demo_app.__file__).with_name("demo_page.html").read_text()
 
 pytestmark = pytest.mark.anyio
 
@@ -64,20 +67,39 @@ def test_the_page_is_served():
     response = TestClient(demo_app.app).get("/?room=tea")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"
-    assert response.text == demo_app.PAGE
+    assert response.text == PAGE
+
+
+def test_the_server_on_the_page_is_a_program_that_works():
+    program = html.unescape(re.search("<pre>\n(.*?)</pre>", PAGE, re.S)[1])
+    assert len(program.split("\n")) <= 12
+    module = {}
+    exec(compile(program, "<page>", "exec"), module)
+    client = TestClient(module["app"])
+    with client.websocket_connect("/ws/tea") as ann, client.websocket_connect("/ws/tea") as ben:
+        ann.send_text("hello")
+        assert ann.receive_text() == ben.receive_text() == "hello"
+
+
+def test_the_page_leads_to_the_tutorial():
+    assert '<a href="tutorial">' in PAGE
+    response = TestClient(demo_app.app).get("/tutorial")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert response.text.startswith("# Tutorial")
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_makes_no_html_of_text():
-    assert "//" not in re.sub(r"\s+//.*", "", demo_app.PAGE)  # neither https:// nor //cdn
-    assert "import " not in demo_app.PAGE
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", demo_app.PAGE)
+    assert "//" not in re.sub(r"\s+//.*", "", PAGE)  # neither https:// nor //cdn
+    (script,) = re.findall("<script.*?</script>", PAGE, re.S)
+    assert "import " not in script
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
 
 
 def test_the_page_and_the_server_have_the_same_limits():
-    limits = set(map(int, re.findall(r'maxlength="(\d+)"', demo_app.PAGE)))
+    limits = set(map(int, re.findall(r'maxlength="(\d+)"', PAGE)))
     assert limits == {demo_app.MAX_NAME, demo_app.MAX_TEXT}
-    assert f"str(author, {demo_app.MAX_NAME})" in demo_app.PAGE
-    assert f"str(text, {demo_app.MAX_TEXT})" in demo_app.PAGE
+    assert f"str(author, {demo_app.MAX_NAME})" in PAGE
+    assert f"str(text, {demo_app.MAX_TEXT})" in PAGE
 
 
 # The rooms
@@ -132,7 +154,8 @@ async def test_messages_of_one_client_keep_their_order(serve):
 async def test_joining_and_leaving_is_told_with_the_count(serve):
     server = await serve(demo_app.app)
     async with server.connect("/ws?room=tea") as first:
-        assert await receive(first, "here") == {"type": "here", "count": 1}
+        here = {"type": "here", "worker": demo_app.WORKER, "count": 1}
+        assert await receive(first, "here") == here
         async with server.connect("/ws?room=tea") as second:
             assert (await receive(first, "here"))["count"] == 2
             assert (await receive(second, "here"))["count"] == 2
@@ -192,6 +215,35 @@ async def test_what_the_broker_does_not_take_comes_back_to_its_author(serve, mon
             assert (await receive(mira, "unsent"))["text"] == "the kettle is on"
         await say(mira, "again")
         assert (await receive(mira, "message"))["text"] == "again"
+
+
+async def test_clients_are_told_when_the_broker_is_away_and_when_it_is_back(serve, monkeypatch):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as mira:
+        assert (await receive(mira, "welcome"))["away"] is False
+        with monkeypatch.context() as patch:
+            patch.setattr(demo_app, "broker_is_away", lambda: True)
+            assert (await receive(mira, "broker"))["away"] is True
+            async with server.connect("/ws") as jonas:
+                assert (await receive(jonas, "welcome"))["away"] is True
+        assert (await receive(mira, "broker"))["away"] is False
+
+
+async def test_the_time_on_the_server(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as mira:
+        before = datetime.datetime.now(datetime.UTC)
+        await mira.send(json.dumps({"type": "ping"}))
+        answered = datetime.datetime.fromisoformat((await receive(mira, "pong"))["time"])
+        assert before <= answered <= datetime.datetime.now(datetime.UTC)
+
+
+async def test_rooms_are_told_again_and_again_who_is_here(serve):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws") as mira:
+        await receive(mira, "here")
+        # Those who have come to another worker since have to know it too.
+        assert (await receive(mira, "here"))["count"] == 1
 
 
 # The ticker

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ PAGES = sorted(DOCS.rglob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 
-BLOCK = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```$", re.M | re.S)
-INCLUDE = re.compile(r"^--8<--\n([^:\n]+?)(?::([\w-]+))?\n--8<--$", re.M)
+BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.M | re.S)
+TITLE = re.compile(r' title="([^"]+)"')
 
 
 def name(path):
@@ -29,21 +30,29 @@ def name(path):
 
 
 def blocks(path, language):
-    return [block for _, lang, block in BLOCK.findall(path.read_text()) if lang == language]
+    return [
+        textwrap.dedent(block)
+        for _, lang, _, block in BLOCK.findall(path.read_text())
+        if lang == language
+    ]
 
 
-def includes(path):
-    """The (file, section or "") that a page includes."""
-    return INCLUDE.findall(path.read_text())
+def shown(path):
+    """The (file, text) of the blocks that show a file of docs/examples, which is their title."""
+    return [
+        (title[1], textwrap.dedent(block))
+        for _, _, info, block in BLOCK.findall(path.read_text())
+        if (title := TITLE.search(info))
+    ]
 
 
 def programs():
-    """Every Python block that is not an include."""
+    """Every Python block that is a program of its own."""
     return [
         pytest.param(block, id=f"{name(path)}-{number}")
         for path in FILES
         for number, block in enumerate(blocks(path, "python"), 1)
-        if not INCLUDE.fullmatch(block.strip())
+        if block not in [text for _, text in shown(path)]
     ]
 
 
@@ -53,29 +62,43 @@ def test_programs_run(program):
 
 
 def test_there_are_programs_to_run():
-    assert any("README.md" in program.id for program in programs())
+    assert programs()
     assert all(blocks(ROOT / "README.md", language) for language in ("python", "shell"))
 
 
 def test_the_program_of_the_readme_is_a_tested_one():
-    assert blocks(ROOT / "README.md", "python") == [
-        (DOCS / "examples" / "quickstart.py").read_text()
-    ]
+    assert blocks(ROOT / "README.md", "python") == [text for _, text in shown(ROOT / "README.md")]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name)
-def test_includes(path):
-    # Another way of writing them is code to `ruff format`, which would change it.
-    assert path.read_text().count("8<") == 2 * len(includes(path))
-    for file, section in includes(path):
-        text = (DOCS / file).read_text()
-        if section:
-            assert text.count(f"[start:{section}]") == text.count(f"[end:{section}]") == 1
+def lines_of(text):
+    """Its lines without their indentation from the left, which a page may have taken away."""
+    return textwrap.dedent(text).strip("\n").split("\n")
+
+
+def holds(text, part):
+    """Whether the lines of `part` stand in `text`, one after another, at any indentation."""
+    have, want = text.split("\n"), lines_of(part)
+    return any(
+        lines_of("\n".join(have[at : at + len(want)])) == want
+        for at in range(len(have) - len(want) + 1)
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_what_a_page_shows_is_in_the_example(path):
+    for file, text in shown(path):
+        assert holds((DOCS / "examples" / file).read_text(), text), f"{file} does not have\n{text}"
+
+
+def test_holds():
+    text = "a\n    b\n\n    c\nd\n"
+    assert all(holds(text, part) for part in ["a\n", text, "    b\n\n    c\n", "b\n\nc\n"])
+    assert not any(holds(text, part) for part in ["e\n", "b\nc\n", "b\n\n  c\n", text + "e\n"])
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_every_example_is_shown_and_tested(path):
-    assert any(file == f"examples/{path.name}" for page in PAGES for file, _ in includes(page))
+    assert any(file == path.name for page in FILES for file, _ in shown(page))
     tests = Path(__file__).with_name("test_examples.py").read_text()
     assert f'"{path.stem}"' in tests
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 from starcast import Broadcast, Event
@@ -36,6 +39,35 @@ def test_json_parses_text_and_bytes(message):
 def test_json_raises_value_error_for_what_is_not_json(message):
     with pytest.raises(ValueError, match=r"."):
         Event("room", message, b"").json()
+
+
+def test_an_event_can_be_made_of_its_channel_and_message():
+    """As the tests of programs that were written for encode/broadcaster do."""
+    text, binary = Event("room", "h\xe9"), Event("room", b"\xff")
+    assert (text.payload, text.kind) == (b"h\xc3\xa9", "text")
+    assert (binary.payload, binary.kind) == (b"\xff", "bytes")
+    assert text == Event(channel="room", message="h\xe9", payload=b"h\xc3\xa9")
+
+
+def test_an_event_of_anything_else_is_a_type_error():
+    with pytest.raises(TypeError, match="has a str or bytes, not dict"):
+        Event("room", {"a": 1})
+
+
+def test_events_are_equal_if_their_channel_and_message_are():
+    event = Event("room", "x")
+    assert event == Event("room", "x", b"x", frozenset({7}))
+    assert len({event, Event("room", "x"), Event("room", "y"), Event("other", "x")}) == 3
+    assert event != Event("room", "y")
+    assert event != Event("other", "x")
+    assert event != Event("room", b"x")
+    assert event != ("room", "x")
+
+
+def test_an_event_can_be_pickled_and_copied():
+    event = Event("room", "x", b"x", frozenset({7}))
+    for same in (pickle.loads(pickle.dumps(event)), copy.copy(event)):
+        assert (same, same.payload, same.exclude) == (event, b"x", frozenset({7}))
 
 
 def test_an_event_has_no_room_for_anything_else():

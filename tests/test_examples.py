@@ -524,12 +524,9 @@ async def websocket_endpoint(websocket: WebSocket):
 """
 
 
-def section(text, name):
-    return re.search(rf"# --8<-- \[start:{name}\]\n(.*)\n# --8<-- \[end:{name}\]", text, re.S)[1]
-
-
 def test_the_programs_are_word_for_word():
-    assert tokens(section(source("manager_chat"), "endpoint")) == tokens(FASTAPI_PAGE)
+    text = source("manager_chat")
+    assert tokens(text[text.index("manager = ") :]) == tokens(FASTAPI_PAGE)
     *_, program = source("broadcast_loop").partition("from starcast import Broadcast\n")
     assert tokens(program) == tokens(BROADCAST_PROGRAM)
     endpoint = BROADCAST_PROGRAM[BROADCAST_PROGRAM.index("@app") :]
@@ -847,6 +844,82 @@ async def test_redis_client(example, monkeypatch):
             await module.redis.publish("starcast:default:room", "hello")
             assert (await anext(subscriber)).message == "hello"
         assert server.clients() == []
+
+
+# Users
+
+
+async def heard(client, expected):
+    async with asyncio.timeout(DEADLINE):
+        assert json.loads(await client.recv()) == expected
+
+
+async def test_users(example, serve):
+    module = example("users")
+    hub = module.hub
+    server = await serve(module.app)
+    async with (
+        server.connect("/ws?user=ann") as phone,
+        server.connect("/ws?user=ann") as laptop,
+        server.connect("/ws?user=ben") as ben,
+    ):
+        assert (module.is_online("ann"), module.is_online("eve")) == (True, False)
+        assert sorted(module.online_users()) == ["ann", "ben"]
+        assert module.get_room_members("lobby") == {"ann", "ben"}
+
+        assert await module.send_to_user("eve", "nobody") is False
+        assert await module.send_to_user("ann", {"mail": 1}) is True
+        await heard(phone, {"mail": 1})
+        await heard(laptop, {"mail": 1})
+        (tab, _) = hub.clients("user:ann")
+        await module.send_to_other_tabs(tab, {"read": 1})
+        await heard(laptop, {"read": 1})
+
+        await ben.send('{"join": "tea"}')
+        await ben.send('{"join": "vault"}')
+        await phone.send('{"move": ["lobby", "tea"]}')
+        await until(lambda: module.get_room_members("tea") == {"ann", "ben"})
+        assert module.rooms_of(tab) == ["tea"]
+        await phone.send('{"say": "not a member", "room": "bar"}')
+        await phone.send('{"say": "hello", "room": "tea"}')
+        await heard(phone, {"from": "ann", "text": "hello"})
+        await heard(ben, {"from": "ann", "text": "hello"})
+        await module.kick("ben", "tea")
+        assert module.get_room_members("tea") == {"ann"}
+        assert module.is_online("ben")
+        await phone.send('{"leave": "tea"}')
+        await until(lambda: module.rooms_of(tab) == [])
+
+        await module.disconnect_user("ann", keep=tab)
+        with pytest.raises(websockets.ConnectionClosed) as closed:
+            await laptop.recv()
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "signed out")
+        assert hub.clients("user:ann") == [tab]
+        await module.disconnect_user("ann")
+        with pytest.raises(websockets.ConnectionClosed):
+            await phone.recv()
+        assert module.online_users() == ["ben"]
+
+
+async def test_users_workers(example, serve, redis_url):
+    workers = [await serve(example("users_workers").app) for _ in range(2)]
+    one, two = workers
+    async with (
+        one.connect("/ws/ann") as phone,
+        two.connect("/ws/ann") as laptop,
+        two.connect("/ws/ben") as ben,
+        httpx.AsyncClient() as client,
+    ):
+        answer = await client.post(f"http://{one.host}:{one.port}/sign-out/ann")
+        assert answer.status_code == 200
+        for tab in (phone, laptop):
+            with pytest.raises(websockets.ConnectionClosed) as closed:
+                async with asyncio.timeout(DEADLINE):
+                    await tab.recv()
+            assert closed.value.rcvd.code == 4001
+        await ben.ping()
+        for worker in workers:
+            await worker.stop()
 
 
 async def test_two_hubs(example, serve, monkeypatch):

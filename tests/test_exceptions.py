@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+import pickle
 import re
 
 import pytest
@@ -11,6 +14,8 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from starcast import exceptions
+from starcast.backends.base import LoginRefused
+from starcast.bounded import BoundedQueue, Full
 from starcast.exceptions import (
     BackendUnavailable,
     ClientGone,
@@ -94,6 +99,59 @@ def test_an_error_without_a_close_code_says_its_message(cls):
 def test_a_client_that_is_gone_has_the_code_it_left_with():
     assert ClientGone(1006).code == 1006
     assert ClientGone(4000, "bye").reason == "bye"
+
+
+def subclasses(cls):
+    return [cls, *(each for sub in cls.__subclasses__() for each in subclasses(sub))]
+
+
+EVERY_ERROR = [
+    *(OriginRefused("what was wrong"), OriginRefused(message="what was wrong")),
+    *(InvalidMessage(1007, "what was wrong"), InvalidMessage(code=1007, reason="what was wrong")),
+    *(ClientGone(4000, "what was wrong"), ClientGone(code=4000, reason="what was wrong")),
+    Full("what was wrong", BoundedQueue(contextlib.nullcontext(), 1)),
+    *(
+        cls("what was wrong")
+        for cls in [*ERRORS.values(), LoginRefused]
+        if cls not in (OriginRefused, InvalidMessage, ClientGone)
+    ),
+]
+
+
+def test_these_are_all_errors():
+    import starcast.backends.nats
+    import starcast.backends.postgres
+    import starcast.backends.redis
+
+    assert starcast.backends.nats
+    assert starcast.backends.postgres
+    assert starcast.backends.redis
+    public = {cls for cls in subclasses(StarcastError) if "_public" not in vars(cls)}
+    assert {type(error) for error in EVERY_ERROR} == public
+
+
+@pytest.mark.parametrize("error", EVERY_ERROR, ids=lambda error: type(error).__name__)
+def test_what_celery_and_sentry_print_of_an_error_has_its_message(error):
+    assert repr(error) == f"{type(error).__name__}({str(error)!r})"
+    assert "what was wrong" in str(error)
+
+
+@pytest.mark.parametrize("error", EVERY_ERROR, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("again", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy])
+def test_an_error_can_be_pickled_and_copied(error, again):
+    same = again(error)
+    if not isinstance(error, Full):  # a queue cannot be sent to another process
+        assert type(same) is type(error)
+        assert vars(same) == vars(error)
+    assert isinstance(same, StarcastError)
+    assert str(same) == str(error)
+    assert same.args == error.args
+    assert str(type(same)(*same.args)) == str(error)  # what Celery makes of it without pickle
+
+
+def test_what_a_client_gave_as_its_reason_begins_no_line():
+    assert str(ClientGone(4000, "bye\nERROR")) == r"the client has left (4000, 'bye\nERROR')"
+    assert str(ClientGone(1006)) == "the client has left (1006)"
 
 
 @pytest.mark.parametrize("accept", [False, True])

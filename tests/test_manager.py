@@ -93,6 +93,13 @@ def test_a_page_of_another_host_is_refused():
         assert manager.active_connections == []
 
 
+@pytest.mark.parametrize("hub", ["redis://:secret@localhost", Broadcast, ConnectionManager()])
+def test_a_manager_of_something_else_than_a_hub_is_a_type_error(hub):
+    with pytest.raises(TypeError, match=r"needs a Broadcast, not \w+: write") as raised:
+        ConnectionManager(hub)
+    assert "secret" not in str(raised.value)
+
+
 # Connect and disconnect
 
 

@@ -9,11 +9,13 @@ import pytest
 from starcast import (
     Broadcast,
     Event,
+    Gap,
     InvalidChannel,
     Overflowed,
     StarcastError,
     Subscriber,
     SubscriberLagged,
+    Unsubscribed,
 )
 from starcast.event import OVERHEAD
 from starcast.outbox import OVERFLOWS, Leave, Outbox
@@ -526,3 +528,64 @@ async def test_two_tasks_that_iterate():
             await anext(subscriber)
         await hub.publish("room", "x")
         assert (await first).message == "x"
+
+
+# One at a time
+
+
+async def test_get_returns_the_next_event():
+    """What the tests of encode/broadcaster do."""
+    async with Broadcast("memory://") as broadcast, broadcast.subscribe("chatroom") as subscriber:
+        await broadcast.publish("chatroom", "hello")
+        event = await subscriber.get()
+        assert event.channel == "chatroom"
+        assert event.message == "hello"
+        assert event == Event("chatroom", "hello")
+
+
+async def test_get_waits_and_may_be_given_up():
+    hub = Broadcast()
+    async with hub.subscribe("room") as subscriber:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(subscriber.get(), 0.01)
+        getting = asyncio.create_task(subscriber.get())
+        await until(lambda: subscriber._waiting is not None and not subscriber._waiting.done())
+        await hub.publish("room", "hello")
+        assert (await getting).message == "hello"
+    await hub.disconnect()
+
+
+async def test_get_raises_unsubscribed_once_no_event_will_come():
+    hub = Broadcast()
+    async with hub.subscribe("room") as subscriber:
+        await hub.publish("room", "last")
+        await hub.disconnect()
+        assert (await subscriber.get()).message == "last"
+        with pytest.raises(Unsubscribed, match="the subscription to 'room' has ended"):
+            await subscriber.get()
+    with pytest.raises(Unsubscribed):
+        await subscriber.get()
+
+
+async def test_get_raises_what_iteration_raises():
+    hub = Broadcast()
+    subscriber = hub.subscribe("room", max_buffer=1)
+    with pytest.raises(RuntimeError, match="async with"):
+        await subscriber.get()
+    async with subscriber:
+        await hub.publish("room", "1")
+        await hub.publish("room", "2")
+        assert (await subscriber.get()).message == "1"
+        with pytest.raises(SubscriberLagged):
+            await subscriber.get()
+    await hub.disconnect()
+
+
+async def test_get_returns_gaps_to_who_wants_them():
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker))
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
+        broker.kill()
+        broker.up = True
+        async with asyncio.timeout(DEADLINE):
+            assert isinstance(await subscriber.get(), Gap)

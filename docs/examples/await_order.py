@@ -6,7 +6,6 @@ from starcast import Broadcast
 hub = Broadcast("memory://")
 
 
-# --8<-- [start:order]
 async def farewell(websocket):
     await hub.connect(websocket)
     await hub.send("first, from the hub")
@@ -14,7 +13,5 @@ async def farewell(websocket):
     await hub.send("third, from the hub again")
     await websocket.close()
 
-
-# --8<-- [end:order]
 
 app = Starlette(routes=[WebSocketRoute("/ws", farewell)])

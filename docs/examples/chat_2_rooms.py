@@ -6,7 +6,6 @@ from starcast import Broadcast, BroadcastEndpoint
 hub = Broadcast("memory://")
 
 
-# --8<-- [start:endpoint]
 class Chat(BroadcastEndpoint):
     broadcast = hub
 
@@ -15,4 +14,3 @@ class Chat(BroadcastEndpoint):
 
 
 app = Starlette(routes=[WebSocketRoute("/ws/{room}", Chat)])
-# --8<-- [end:endpoint]

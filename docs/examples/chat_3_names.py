@@ -1,4 +1,3 @@
-# --8<-- [start:imports]
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -10,10 +9,8 @@ from starcast import Broadcast, BroadcastEndpoint
 
 hub = Broadcast("memory://")
 PAGE = Path(__file__).with_name("chat_page.html")
-# --8<-- [end:imports]
 
 
-# --8<-- [start:endpoint]
 class Chat(BroadcastEndpoint):
     broadcast = hub
     encoding = "json"
@@ -29,13 +26,10 @@ class Chat(BroadcastEndpoint):
         if not isinstance(data, str):
             raise WebSocketException(1008, "a JSON string, please")
         await super().on_receive(websocket, {"name": self.name, "text": data[:1000]})
-        # --8<-- [end:endpoint]
 
 
-# --8<-- [start:page]
 async def page(request):
     return FileResponse(PAGE)
 
 
 app = Starlette(routes=[Route("/", page), WebSocketRoute("/ws/{room}", Chat)])
-# --8<-- [end:page]

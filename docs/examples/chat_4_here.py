@@ -10,7 +10,6 @@ from starcast import Broadcast, BroadcastEndpoint
 
 PAGE = Path(__file__).with_name("chat_page.html")
 
-# --8<-- [start:here]
 hub = Broadcast("memory://")
 names = defaultdict(list)  # channel -> the names of those who are on it
 
@@ -40,8 +39,6 @@ class Chat(BroadcastEndpoint):
         say_who_is_here(channel)
         if not names[channel]:
             del names[channel]
-
-    # --8<-- [end:here]
 
     async def on_receive(self, websocket, data):
         if not isinstance(data, str):

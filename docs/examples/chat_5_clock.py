@@ -31,9 +31,7 @@ class Chat(BroadcastEndpoint):
     async def on_connect(self, websocket):
         self.name = websocket.query_params.get("name", "somebody")[:20]
         await super().on_connect(websocket)
-        # --8<-- [start:join]
         await hub.connect(websocket, "clock")
-        # --8<-- [end:join]
         channel = self.get_channel(websocket)
         names[channel].append(self.name)
         say_who_is_here(channel)
@@ -56,7 +54,6 @@ async def page(request):
     return FileResponse(PAGE)
 
 
-# --8<-- [start:clock]
 async def clock():
     for seconds in itertools.count():
         await hub.publish("clock", {"seconds": seconds})
@@ -73,4 +70,3 @@ async def lifespan(app):
 
 routes = [Route("/", page), WebSocketRoute("/ws/{room}", Chat)]
 app = Starlette(routes=routes, lifespan=lifespan)
-# --8<-- [end:clock]

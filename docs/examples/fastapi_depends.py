@@ -10,7 +10,6 @@ app = FastAPI(lifespan=hub.lifespan)
 TOKENS = {"a-token": "Ann", "b-token": "Ben"}
 
 
-# --8<-- [start:serve]
 async def current_user(token: str = "") -> str:
     if token not in TOKENS:
         raise WebSocketException(1008)  # not accepted yet: the client gets HTTP 403
@@ -25,10 +24,6 @@ async def room_socket(websocket: WebSocket, room: str, user: User):
     await hub.serve(websocket, channel=room)
 
 
-# --8<-- [end:serve]
-
-
-# --8<-- [start:loop]
 @app.websocket("/signed/{room}")
 async def signed_socket(websocket: WebSocket, room: str, user: User):
     await hub.connect(websocket, channel=room)
@@ -40,6 +35,3 @@ async def signed_socket(websocket: WebSocket, room: str, user: User):
         pass
     finally:
         await hub.disconnect(websocket)
-
-
-# --8<-- [end:loop]

@@ -12,7 +12,6 @@ news = Broadcast("memory://")
 app = FastAPI(lifespan=news.lifespan)
 
 
-# --8<-- [start:routes]
 @app.post("/news/{channel}")
 async def publish_news(channel: str, headline: str):
     await news.publish(channel, headline)  # 503 if the broker is away, 422 if the name is not valid
@@ -23,10 +22,6 @@ def publish_from_a_plain_route(channel: str, headline: str):
     from_thread.run(news.publish, channel, headline)  # the same answers, from a thread
 
 
-# --8<-- [end:routes]
-
-
-# --8<-- [start:background]
 async def announce(headline: str):
     try:
         await news.publish("all", headline)
@@ -37,9 +32,6 @@ async def announce(headline: str):
 @app.post("/later")
 async def publish_later(headline: str, tasks: BackgroundTasks):
     tasks.add_task(announce, headline)
-
-
-# --8<-- [end:background]
 
 
 api = FastAPI()
@@ -56,7 +48,6 @@ async def publish_with_a_close_of_ones_own(websocket: WebSocket):
     await news.publish("all", "hello")
 
 
-# --8<-- [start:handler]
 @api.exception_handler(BackendUnavailable)
 async def not_published(request: Request | WebSocket, exc: BackendUnavailable):
     if isinstance(request, WebSocket):
@@ -65,12 +56,9 @@ async def not_published(request: Request | WebSocket, exc: BackendUnavailable):
     return JSONResponse({"published": False}, exc.status_code, {"Retry-After": "10"})
 
 
-# --8<-- [end:handler]
-
 app.mount("/api", api)
 
 
-# --8<-- [start:refused]
 @app.exception_handler(WebSocketRequestValidationError)
 @app.exception_handler(WebSocketException)
 async def refused(websocket: WebSocket, exc: Exception):
@@ -81,21 +69,14 @@ async def refused(websocket: WebSocket, exc: Exception):
     await websocket.close(code, reason)
 
 
-# --8<-- [end:refused]
-
-
 @app.websocket("/rooms")
 async def room(websocket: WebSocket, number: int):
     raise WebSocketException(1008, "no such room")
 
 
-# --8<-- [start:class]
 @app.websocket("/chat/{channel}")
 class Chat(BroadcastEndpoint):
     broadcast = news
 
     async def on_publish_error(self, websocket, data, exc):
         await websocket.send_text(f"Not sent: {data}")
-
-
-# --8<-- [end:class]

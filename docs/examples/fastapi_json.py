@@ -10,7 +10,6 @@ hub = Broadcast("memory://")
 app.mount("/live", hub)
 
 
-# --8<-- [start:publish]
 class Order(BaseModel):
     placed_at: datetime = Field(serialization_alias="placedAt")
     items: set[str]
@@ -24,10 +23,6 @@ async def place() -> Order:
     # Both are {"placedAt":"2030-01-31T12:00:00Z","items":["tea"]}
 
 
-# --8<-- [end:publish]
-
-
-# --8<-- [start:filter]
 class User(BaseModel):
     name: str
 
@@ -41,6 +36,3 @@ async def join() -> User:
     user = UserInDB(name="Ann", password_hash="$2b$12$...")
     await hub.publish("users", User.model_validate(user.model_dump()))
     return user  # filtered by "-> User"
-
-
-# --8<-- [end:filter]

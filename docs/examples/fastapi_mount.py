@@ -5,7 +5,6 @@ from starcast import Broadcast, BroadcastEndpoint
 
 app = FastAPI()
 
-# --8<-- [start:mount]
 news = Broadcast("memory://")
 
 app.mount("/live", news)  # /live/{channel}, listen only
@@ -17,9 +16,6 @@ async def publish_news(channel: str, headline: str):
     return {"listeners": news.channels.get(channel, 0)}
 
 
-# --8<-- [end:mount]
-
-# --8<-- [start:authorize]
 staff = Broadcast("memory://", name="staff")
 KEYS = {"kitchen": "k-key", "bar": "b-key"}
 
@@ -29,10 +25,8 @@ def authorize(websocket, channel):
 
 
 app.mount("/staff", staff.app(publish=True, authorize=authorize))
-# --8<-- [end:authorize]
 
 
-# --8<-- [start:endpoint]
 class Chat(BroadcastEndpoint):
     broadcast = Broadcast("memory://")
 
@@ -41,4 +35,3 @@ api = FastAPI()
 api.router.routes.append(WebSocketRoute("/ws/{channel}", Chat))
 
 app.mount("/api", api)  # the clients' address is /api/ws/{channel}
-# --8<-- [end:endpoint]

@@ -26,7 +26,6 @@ html = """
 </script>
 """
 
-# --8<-- [start:endpoint]
 manager = ConnectionManager()
 
 
@@ -46,6 +45,3 @@ async def websocket_endpoint(websocket: WebSocket, client_id: int):
     except WebSocketDisconnect:
         manager.disconnect(websocket)
         await manager.broadcast(f"Client #{client_id} left the chat")
-
-
-# --8<-- [end:endpoint]

@@ -6,7 +6,6 @@ app = FastAPI()
 manager = ConnectionManager()
 
 
-# --8<-- [start:exclude]
 @app.websocket("/ws")
 async def websocket_endpoint(websocket: WebSocket):
     await manager.connect(websocket)
@@ -18,6 +17,3 @@ async def websocket_endpoint(websocket: WebSocket):
         pass
     finally:
         manager.disconnect(websocket)
-
-
-# --8<-- [end:exclude]

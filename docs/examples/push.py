@@ -10,7 +10,6 @@ hub = Broadcast("memory://")
 history = [f"line {number}" for number in range(100_000)]
 
 
-# --8<-- [start:push]
 async def push(websocket):
     await hub.connect(websocket, "news")
     try:
@@ -25,15 +24,9 @@ async def push(websocket):
         await hub.disconnect(websocket)
 
 
-# --8<-- [end:push]
-
-
-# --8<-- [start:third]
 async def notify(websocket, text):
     """Call this from anywhere else. False means that the client has left; it is not an error."""
     return await hub.send(text, to=websocket)
 
-
-# --8<-- [end:third]
 
 app = Starlette(routes=[WebSocketRoute("/ws", push)])

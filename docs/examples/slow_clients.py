@@ -9,17 +9,14 @@ from starcast import Broadcast, BroadcastEndpoint
 logger = logging.getLogger("app")
 
 
-# --8<-- [start:hub]
 def note(overflowed):
     """Called on the event loop of the client. It must not block."""
     logger.warning("%s: %d messages lost", overflowed.overflow, len(overflowed.dropped))
 
 
 hub = Broadcast("memory://", max_buffer=256 * 1024, overflow="disconnect", on_overflow=note)
-# --8<-- [end:hub]
 
 
-# --8<-- [start:client]
 class Prices(BroadcastEndpoint):
     broadcast = hub
 
@@ -28,14 +25,10 @@ class Prices(BroadcastEndpoint):
         await hub.connect(websocket, channel, overflow="latest", max_buffer=16 * 1024)
 
 
-# --8<-- [end:client]
-
-
 class Chat(BroadcastEndpoint):
     broadcast = hub
 
 
-# --8<-- [start:stats]
 async def stats(request):
     snapshot = hub.stats()
     return JSONResponse(
@@ -50,8 +43,6 @@ async def stats(request):
         }
     )
 
-
-# --8<-- [end:stats]
 
 app = Starlette(
     routes=[

@@ -5,7 +5,6 @@ from starlette.routing import Mount, WebSocketRoute
 from starcast import Broadcast, BroadcastEndpoint
 
 
-# --8<-- [start:endpoint]
 class Room(BroadcastEndpoint):
     broadcast = Broadcast("memory://")
 
@@ -13,10 +12,6 @@ class Room(BroadcastEndpoint):
         return websocket.path_params["room"]
 
 
-# --8<-- [end:endpoint]
-
-
-# --8<-- [start:hooks]
 class Members(Room):
     broadcast = Broadcast("memory://")  # not the hub of Room, where everybody may listen
 
@@ -39,9 +34,6 @@ class Members(Room):
         self.broadcast.publish_nowait(channel, f"somebody left ({close_code})")
 
 
-# --8<-- [end:hooks]
-
-# --8<-- [start:app]
 news = Broadcast("memory://")
 
 app = Starlette(
@@ -52,4 +44,3 @@ app = Starlette(
     ],
     lifespan=news.lifespan,
 )
-# --8<-- [end:app]

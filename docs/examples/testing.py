@@ -10,7 +10,6 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 
-# --8<-- [start:client]
 def test_everybody_in_the_room_gets_it():
     client = TestClient(app)
     with client.websocket_connect("/ws/tea") as ann, client.websocket_connect("/ws/tea") as ben:
@@ -19,10 +18,6 @@ def test_everybody_in_the_room_gets_it():
         assert ben.receive_text() == "hello"
 
 
-# --8<-- [end:client]
-
-
-# --8<-- [start:silence]
 def test_another_room_does_not_get_it():
     client = TestClient(app)
     with client.websocket_connect("/ws/tea") as ann, client.websocket_connect("/ws/bar") as ben:
@@ -32,10 +27,6 @@ def test_another_room_does_not_get_it():
         assert ben.receive_text() == "for the bar"  # and not what Ann wrote before
 
 
-# --8<-- [end:silence]
-
-
-# --8<-- [start:origin]
 def test_pages_from_elsewhere_are_refused():
     client = TestClient(app)
     headers = {"origin": "https://elsewhere.example"}
@@ -47,10 +38,6 @@ def test_pages_from_elsewhere_are_refused():
     assert refused.value.code == 1008  # a browser sees HTTP 403
 
 
-# --8<-- [end:origin]
-
-
-# --8<-- [start:server]
 @contextlib.asynccontextmanager
 async def served(app):
     """Run uvicorn on a free port of this machine, on the event loop of the test."""
@@ -76,6 +63,3 @@ async def test_on_a_real_socket():
         await ann.send("hello")
         assert await ann.recv() == "hello"
         assert await ben.recv() == "hello"
-
-
-# --8<-- [end:server]

@@ -6,7 +6,6 @@ from fastapi import FastAPI
 
 from starcast import Broadcast
 
-# --8<-- [start:route]
 hub = Broadcast("memory://")
 
 app = FastAPI()
@@ -19,20 +18,12 @@ def order(number: int):  # FastAPI runs a plain function in a thread
     return {"published": True}
 
 
-# --8<-- [end:route]
-
-
-# --8<-- [start:wait]
 @app.post("/payments/{number}")
 def payment(number: int):
     from_thread.run(hub.publish, "payments", {"payment": number})
     return {"published": True}
 
 
-# --8<-- [end:wait]
-
-
-# --8<-- [start:thread]
 def watch(read, stop):
     """Publish what a sensor says until somebody sets `stop`."""
     while not stop.is_set():
@@ -46,10 +37,6 @@ def start_watching(read):
     return stop
 
 
-# --8<-- [end:thread]
-
-
-# --8<-- [start:loop]
 def run_a_job():
     """A job with an event loop of its own, in a thread of its own."""
 
@@ -58,6 +45,3 @@ def run_a_job():
             await hub.publish("job", {"percent": percent})
 
     asyncio.run(job())
-
-
-# --8<-- [end:loop]

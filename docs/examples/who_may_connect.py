@@ -5,7 +5,6 @@ from starlette.routing import Mount
 
 from starcast import Broadcast
 
-# --8<-- [start:origins]
 same_host = Broadcast()
 these_pages = Broadcast(origins=["https://example.com", "http://localhost:5173"])
 subdomains = Broadcast(origins=["https://example.com", "https://*.example.com"])
@@ -13,9 +12,7 @@ with_shells = Broadcast(
     origins=["https://example.com", "capacitor://localhost", "app://obsidian.md"]
 )
 every_page = Broadcast(origins="*")
-# --8<-- [end:origins]
 
-# --8<-- [start:function]
 CUSTOMERS = {"shop.example.org", "www.example.net"}
 
 
@@ -25,9 +22,7 @@ def known(origin, websocket):
 
 
 embedded = Broadcast(origins=known)
-# --8<-- [end:function]
 
-# --8<-- [start:authorize]
 TOKENS = {"t-ann": "ann", "t-ben": "ben"}
 MEMBERS = {"kitchen": {"ann", "ben"}, "bar": {"ben"}}
 rooms = Broadcast()
@@ -38,9 +33,6 @@ async def may_listen(websocket, channel):
     return user is not None and user in MEMBERS.get(channel, ())
 
 
-# --8<-- [end:authorize]
-
-# --8<-- [start:token]
 SECRET = "t-ann"
 
 
@@ -51,9 +43,6 @@ def has_token(websocket, channel):
     return False
 
 
-# --8<-- [end:token]
-
-# --8<-- [start:app]
 app = Starlette(
     routes=[
         Mount("/rooms", rooms.app(publish=True, authorize=may_listen)),
@@ -66,4 +55,3 @@ app = Starlette(
         Mount("/embedded", embedded),
     ],
 )
-# --8<-- [end:app]

@@ -166,6 +166,7 @@ async def test_four_workers_are_one_room_also_after_an_outage(tmp_path):
         with running(script, "memory://", tmp_path) as server:
             server.wait(workers=4)
             await one_room(server)
+            await everybody_is_counted(server)
             await an_outage(server, broker)
             await one_room(server)
 
@@ -194,11 +195,25 @@ async def one_room(server: Shell) -> None:
                 assert len(json.loads(await ticker.recv())["values"]) == 1
 
 
+async def everybody_is_counted(server: Shell) -> None:
+    """What the workers say adds up to how many are here."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(server.connect("/ws?room=x")) for _ in range(8)]
+        served_by = [(await receive(client, "welcome"))["worker"] for client in clients]
+        for client in clients:
+            counts: dict[str, object] = {}
+            while counts != {worker: served_by.count(worker) for worker in served_by}:
+                here: dict[str, object] = await receive(client, "here")
+                counts[str(here["worker"])] = here["count"]
+
+
 async def an_outage(server: Shell, broker: RedisServer) -> None:
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(server.connect("/ws")) for _ in range(8)]
         ticker = await stack.enter_async_context(server.connect("/live/ticker"))
         broker.kill()
+        for client in clients:
+            assert (await receive(client, "broker"))["away"]
         mira = clients[0]
         await mira.send(json.dumps({"type": "typing", "author": "Mira"}))
         await say(mira, "the kettle is on")
