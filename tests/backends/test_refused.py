@@ -15,9 +15,18 @@ from starlette.websockets import WebSocket
 
 from backends.nats_server import NatsServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, Gap, sender
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    BroadcastEndpoint,
+    Event,
+    Gap,
+    GapSubscriber,
+    Subscriber,
+    sender,
+)
 from starcast.backends.nats import NatsBackend
-from support import Peer, starcast_tasks, until
+from support import DEADLINE, Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -94,6 +103,12 @@ def lines(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
     return [text for text in caplog.messages if words in text]
 
 
+async def soon(subscriber: GapSubscriber | Subscriber) -> Event | Gap:
+    """What it gets next."""
+    async with asyncio.timeout(DEADLINE):
+        return await anext(subscriber)
+
+
 # A channel
 
 
@@ -134,14 +149,14 @@ async def test_a_channel_that_is_taken_away_comes_back(user, all_back, caplog):
         await hub.connect(client.websocket, "news")
         await hub.publish("news", "after")
         await hub.publish("News", "after")
-        assert (await anext(news)).message == "before"
-        seen = [await anext(news) for _ in range(outages + 2)]
+        assert (await soon(news)).message == "before"
+        seen = [await soon(news) for _ in range(outages + 2)]
         assert seen[:-1] == gaps
         assert [gap.channel for gap in gaps] == [None] * outages + ["news"]
         assert user.words in gaps[-1].error
         assert gaps[-1].since <= time.time()
         assert seen[-1].message == "after"
-        seen = [await anext(others) for _ in range(outages + 1)]
+        seen = [await soon(others) for _ in range(outages + 1)]
         assert seen[:-1] == gaps[:outages]
         assert seen[-1].message == "after"
         await until(lambda: client.got == ["after"])
@@ -246,9 +261,9 @@ async def test_a_postgresql_role_that_may_not_log_in_for_a_while(urls, all_back)
             await until(lambda: "not permitted to log in" in (hub.stats().backend.error or ""))
             assert hub.stats().backend.state == "reconnecting"
             await admin.execute("ALTER ROLE few LOGIN")
-            assert (await anext(news)).channel is None
+            assert (await soon(news)).channel is None
             await hub.publish("news", "after")
-            assert (await anext(news)).message == "after"
+            assert (await soon(news)).message == "after"
     finally:
         await admin.execute("DROP ROLE few")
         admin.terminate()
@@ -276,7 +291,7 @@ async def test_only_the_message_that_is_refused_fails(user, all_back):
             type(None),
         ]
         assert user.words in str(results[1])
-        got = [(await anext(news)).message for _ in range(6)]
+        got = [(await soon(news)).message for _ in range(6)]
         assert got == ["0", *["1"] * 3, *["2"] * 2]
         stats = hub.stats()
         assert (stats.backend.lost, stats.failed) == (3, 2)
@@ -291,7 +306,7 @@ async def test_a_message_too_large_for_the_broker_that_came_back(nats, all_back)
         hub.publish_nowait("news", "fits")
         server.configure("max_payload: 1000")
         server.start()
-        assert (await anext(news)).message == "fits"
+        assert (await soon(news)).message == "fits"
         assert hub.stats().backend.lost == 1
         assert "1000 bytes" in hub.stats().backend.error
 

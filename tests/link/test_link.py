@@ -25,7 +25,17 @@ from starcast import (
     testing,
 )
 from starcast.backends.base import SubscriptionRevoked
-from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
+from support import (
+    DEADLINE,
+    Broker,
+    Bus,
+    OtherLoop,
+    Peer,
+    joined,
+    starcast_tasks,
+    subscribed,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -380,7 +390,8 @@ async def test_a_channel_that_is_refused_again_and_again_has_one_gap(hub, broker
             broker.refused.clear()
             await until(lambda: not hub.stats().backend.refused)
             await hub.publish("secret", str(number))
-            seen = [await anext(subscriber) for _ in range(4)]
+            async with asyncio.timeout(DEADLINE):
+                seen = [await anext(subscriber) for _ in range(4)]
             assert [isinstance(each, Gap) for each in seen] == [True, True, True, False]
             assert [each.channel for each in seen[:3]] == [None, None, "secret"]
             assert seen[0].since < seen[2].since < seen[1].since + seen[1].seconds
