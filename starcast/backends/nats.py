@@ -20,7 +20,7 @@ import inspect
 import itertools
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -35,7 +35,8 @@ from nats.aio.transport import TcpTransport
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost, MessagesRefused, SubscriptionRevoked
-from .nats_names import is_survived, read, refused_subject, same_servers, tokens
+from .nats_client import RefusalClient, refused_subject
+from .nats_names import read, same_servers, tokens
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -65,7 +66,6 @@ _FIXED: dict[str, Any] = {
     "no_echo": False,
     "verbose": False,
 }
-
 
 Messages = tuple[tuple[str, bytes], ...]  # subjects and payloads
 
@@ -140,30 +140,12 @@ class _Wire(TcpTransport):
             self._io_writer.transport.abort()
 
 
-class _Client(Client):
-    """The client of nats-py, which hands over the errors that its connection survives.
-
-    nats-py tells of those in lower case, in which two subjects may be the same, and of most of them
-    by closing the connection.
-    """
-
-    refused: Callable[[str], Awaitable[None]]
-
-    async def _process_err(self, err_msg: str) -> None:
-        if is_survived(err_msg):
-            line = bytes(self._ps.buf).partition(b"\r\n")[0]
-            await self.refused(line.decode().removeprefix("-ERR ").strip(" '"))
-        else:
-            await super()._process_err(err_msg)
-
-
 class _Session:
     """One connection, from its start to its end."""
 
     def __init__(self, inbox: str, name: str, deliver: Deliver) -> None:
         self.lost: Lost | None = None  # set when it has started
-        self.client = _Client()
-        self.client.refused = self._on_refused
+        self.client = RefusalClient(self._on_refused)
         self.trouble: Exception | None = None
         self._inbox = inbox
         self._name = name

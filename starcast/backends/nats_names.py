@@ -1,17 +1,12 @@
-"""How NATS is spelled: the URL of its servers, the subject of a channel, and what is refused."""
+"""How NATS is spelled: the URL of its servers, and the subject of a channel."""
 
 from __future__ import annotations
 
-import json
 import re
 from urllib.parse import unquote, urlsplit
 
 from ..exceptions import ConfigurationError
 from .urls import options_of, refuse_option, same_host
-
-# What a server says when it refuses something and keeps the connection.
-_SURVIVED = ("permissions violation", "maximum subscriptions exceeded")
-_REFUSED = re.compile(r'(?:Publish|Subscription) to ("(?:[^"\\]|\\.)*")(?: \(sid "(\d+)"\))?')
 
 _ENCODED = re.compile(rb"[^A-Za-z0-9_-]")
 
@@ -46,22 +41,6 @@ def same_servers(urls: list[str]) -> list[str]:
     """Return hosts and ports in the one form that stands for all spellings."""
     parts = [urlsplit(url) for url in urls]
     return sorted(f"{same_host(each.hostname or '')}:{each.port}" for each in parts)
-
-
-def is_survived(error: str) -> bool:
-    """Whether a server keeps the connection after an error, given in lower case."""
-    return any(words in error for words in _SURVIVED)
-
-
-def refused_subject(error: str) -> tuple[str, int | None]:
-    """Return the subject that a server refuses; empty if it does not say which.
-
-    With it comes the number of the subscription, if it had been granted and is taken away.
-    """
-    found = _REFUSED.search(error)
-    if found is None:
-        return "", None
-    return json.loads(found[1]), int(found[2]) if found[2] else None
 
 
 def read(url: str) -> tuple[list[str], dict[str, str]]:
