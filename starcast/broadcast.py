@@ -45,6 +45,9 @@ class Broadcast:
     Create one for the app, on any thread; it does not need an event loop yet. Clients may live on
     several event loops. Unless stated otherwise, methods may be called on any event loop.
 
+    A hub that was open when the process was forked is the parent's: in the child, whatever opens,
+    joins or publishes raises `ConfigurationError`.
+
     Args:
         url: Where messages travel. `memory://`, the default, stays within this process; `redis://`,
             `nats://`, `postgresql://` and their variants connect any number of processes. A `str`,

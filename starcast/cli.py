@@ -12,36 +12,46 @@ import contextlib
 import json
 import logging
 import os
-import statistics
 import sys
 import time
-import uuid
 from collections.abc import Sequence
-from typing import TextIO
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
-from . import __version__
+from . import __version__, backends
+from .backends import Backend
 from .broadcast import Broadcast
+from .check import check
+from .codec import Encoding
 from .event import Event
 from .exceptions import (
     BackendUnavailable,
     ConfigurationError,
+    EncodingError,
     InvalidChannel,
     PayloadTooLarge,
     SubscriberLagged,
 )
 from .gap import Gap
 from .logs import escape
-from .naming import DEFAULT_NAME
+from .naming import DEFAULT_NAME, check_name
+from .patterns import ALL, AllChannels, reader
 from .subscriber import GapSubscriber
 
-ROUND_TRIPS = 20
-
 EPILOG = """\
+The broker's URL comes from the environment variable STARCAST_URL. It may be given as the first
+argument too, but then everybody who can list the processes of this machine can read it, with its
+password. What contains :// is taken for the URL.
+
 examples:
-  starcast publish redis://localhost room 'the kettle is on'
-  date | starcast publish redis://localhost room
-  starcast subscribe redis://localhost room another
-  starcast publish --name staff redis://localhost room 'for the hub with name="staff"'
+  export STARCAST_URL=redis://localhost
+  starcast publish room 'the kettle is on'
+  starcast publish --json room '{"kettle": "on"}'
+  date | starcast publish room
+  starcast publish --binary --file kettle.png room
+  starcast subscribe room another 'room:*'
+  starcast publish --name staff room 'for the hub with name="staff"'
+  starcast check redis://localhost
 
 URLs:
   redis://user:password@host:6379    rediss:// with TLS    unix:///path/redis.sock
@@ -57,56 +67,106 @@ exit codes:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands, and the one of all of them under the name ''."""
+    everything = argparse.ArgumentParser(
         prog="starcast",
         description="Talk to a broker as starcast does.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    publish = commands.add_parser("publish", help="publish a message")
-    subscribe = commands.add_parser(
-        "subscribe", help="print messages: for people on a terminal, else a JSON object a line"
-    )
-    check = commands.add_parser("check", help="connect and time some round trips")
-    for command in (publish, subscribe, check):
-        command.add_argument("url", metavar="URL", help="of the broker: redis://localhost, say")
-        command.add_argument(
+    everything.add_argument("--version", action="version", version=__version__)
+    commands = everything.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    found = {"": everything}
+
+    def add(name: str, words: str, summary: str, description: str) -> argparse.ArgumentParser:
+        usage = f"starcast {name} [options] [URL]{words}"
+        parser = commands.add_parser(name, usage=usage, help=summary, description=description)
+        found[name] = parser
+        parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+        parser.add_argument(
             "--name",
             default=DEFAULT_NAME,
             help="of the hub, as in Broadcast(url, name=...); default: %(default)s",
         )
-    publish.add_argument("channel", metavar="CHANNEL")
-    publish.add_argument(
-        "message",
-        metavar="MESSAGE",
-        nargs="?",
-        default="-",
-        help="standard input if it is - or missing",
+        parser.add_argument(
+            "--prefix",
+            type=_prefix,
+            help="what names on the broker begin with, as in RedisBackend(url, prefix=...); "
+            "default: starcast:",
+        )
+        return parser
+
+    publish = add(
+        "publish",
+        " CHANNEL [MESSAGE]",
+        "publish a message",
+        "Publish MESSAGE to CHANNEL; standard input if it is - or missing. It is text "
+        "if it is UTF-8, without the line break at the end of what was read, and else binary.",
     )
-    subscribe.add_argument("channels", metavar="CHANNEL", nargs="+")
-    return parser
+    form = publish.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="refuse what is not JSON")
+    form.add_argument("--binary", action="store_true", help="a binary message, byte for byte")
+    publish.add_argument("--file", metavar="PATH", help="read the message from this file")
+    publish.add_argument("-q", "--quiet", action="store_true", help="do not say what was done")
+    add(
+        "subscribe",
+        " CHANNEL...",
+        "print messages: for people on a terminal, else a JSON object a line",
+        "Print the messages of each CHANNEL: for people on a terminal, else a JSON "
+        "object a line. A * stands for any characters, on Redis and NATS.",
+    )
+    add(
+        "check",
+        "",
+        "go the way to the broker and back, step by step",
+        "Resolve the name of the broker, connect, log in, subscribe, publish, and wait "
+        "for what was published. If a step fails, say which, why, and what to do.",
+    )
+    return found
+
+
+def _prefix(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError("a prefix must be printable")
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. `arguments` are those of the command line."""
-    chosen = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parsers = _parsers()
+    command = arguments[0] if arguments and arguments[0] in parsers else ""
+    # Options may stand between the words, which argparse does not allow for commands of a parser.
+    parser = parsers[command]
+    if not command:
+        parser.parse_args(arguments)  # which ends it: the version, the help or a mistake
+    options, words = list(arguments[1:]), []
+    if "--" in options:  # which argparse takes for an error if it comes first
+        end = options.index("--")
+        options, words = options[:end], options[end + 1 :]
+    chosen = parser.parse_intermixed_args(options)
+    chosen.words += words
     log: logging.Handler = logging.NullHandler()  # the output says it all
-    if chosen.command == "subscribe" and sys.stderr.isatty():
+    if command == "subscribe" and sys.stderr.isatty():
         log = logging.StreamHandler()  # which says when the broker is away
         log.setFormatter(logging.Formatter("starcast: %(message)s"))
     logging.getLogger("starcast").addHandler(log)
     try:
-        if chosen.command == "publish":
-            work = _publish(_hub(chosen), chosen.channel, _content(chosen.message))
-        elif chosen.command == "subscribe":
-            work = _subscribe(_hub(chosen), chosen.channels, sys.stdout)
+        url = _url(chosen)
+        backend, name = _backend(url, chosen.prefix), check_name(chosen.name)
+        if command == "publish":
+            work = _publish(backend, name, *_message(chosen, parser), chosen.quiet)
+        elif command == "subscribe":
+            channels = _count(chosen, parser, 1, len(chosen.words))
+            work = _subscribe(backend, name, channels, sys.stdout)
         else:
-            work = _check(_hub(chosen))
+            _count(chosen, parser, 0, 0)
+            tls = url.startswith(("rediss://", "valkeys://", "tls://"))
+            work = check(backend, name, tls, _say)
         asyncio.run(work)
-    except (ConfigurationError, InvalidChannel, PayloadTooLarge) as exc:
+        sys.stdout.flush()
+    except (ConfigurationError, InvalidChannel, EncodingError, PayloadTooLarge) as exc:
         return _complain(exc, 2)
     except (BackendUnavailable, SubscriberLagged) as exc:
         return _complain(exc, 1)
@@ -126,40 +186,143 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def _hub(chosen: argparse.Namespace) -> Broadcast:
-    if chosen.url.startswith("memory://"):
+def _say(line: str, out: TextIO | None = None) -> None:
+    """Print a line at once, whatever the terminal can show of it."""
+    out = sys.stdout if out is None else out
+    encoding = out.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+
+
+def _url(chosen: argparse.Namespace) -> str:
+    """Take the URL out of the words, or out of the environment."""
+    if chosen.words and "://" in chosen.words[0]:
+        return str(chosen.words.pop(0)).strip()
+    if url := os.environ.get("STARCAST_URL", "").strip():
+        return url
+    raise ConfigurationError(
+        "which broker? Set the environment variable STARCAST_URL, as in "
+        "STARCAST_URL=redis://localhost, or give the URL first"
+    )
+
+
+def _backend(url: str, prefix: str | None) -> Backend:
+    backend = backends.from_url(url, prefix)
+    if backend is None:
         raise ConfigurationError("memory:// is one process alone: there is nobody to talk to")
+    return backend
+
+
+def _hub(backend: Backend, name: str) -> Broadcast:
     # A person, or a cron job, learns at once what is wrong, and can try again.
-    return Broadcast(chosen.url, name=chosen.name, open_timeout=0)
+    return Broadcast(backend=backend, name=name, open_timeout=0)
 
 
-def _content(message: str) -> str | bytes:
-    if message == "-" and sys.stdin.isatty():
-        print("starcast: reading the message from standard input", file=sys.stderr)
-    content = sys.stdin.buffer.read() if message == "-" else os.fsencode(message)
+def _count(
+    chosen: argparse.Namespace, parser: argparse.ArgumentParser, least: int, most: int
+) -> list[str]:
+    words: list[str] = chosen.words
+    if len(words) < least:
+        parser.error("a CHANNEL is missing")
+    if len(words) > max(least, most):
+        parser.error(f"too many arguments: {' '.join(map(escape, words[most:]))}")
+    return words
+
+
+# Publish
+
+
+def _message(
+    chosen: argparse.Namespace, parser: argparse.ArgumentParser
+) -> tuple[str, Any, Encoding | None]:
+    """Return the channel, what to publish there, and its encoding if that is not to be seen."""
+    channel, *rest = _count(chosen, parser, 1, 1 if chosen.file else 2)
+    content = _content(chosen.file, rest[0] if rest else "-")
+    if chosen.binary:
+        return channel, content, None
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        return content
-    return text.removesuffix("\n").removesuffix("\r") if message == "-" else text
+        if chosen.json:
+            raise ConfigurationError("the message is not JSON: it is not even UTF-8") from None
+        return channel, content, None
+    if chosen.json:
+        return channel, _json(text), "json"
+    if not rest or rest[0] == "-":  # it was read
+        text = text.removesuffix("\n").removesuffix("\r")
+    return channel, text, None
 
 
-async def _publish(hub: Broadcast, channel: str, message: str | bytes) -> None:
-    async with hub:
-        await hub.publish(channel, message)
+def _content(file: str | None, message: str) -> bytes:
+    if file is not None:
+        try:
+            return Path(file).read_bytes()
+        except (OSError, ValueError) as exc:  # a NUL in its name
+            reason = getattr(exc, "strerror", None) or exc
+            raise ConfigurationError(f"{escape(file)} cannot be read: {reason}") from None
+    if message != "-":
+        return os.fsencode(message)
+    if sys.stdin.isatty():
+        print("starcast: reading the message from standard input", file=sys.stderr)
+    return sys.stdin.buffer.read()
 
 
-async def _subscribe(hub: Broadcast, channels: list[str], out: TextIO) -> None:
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as exc:
+        raise ConfigurationError(f"the message is not JSON: {exc}") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is none of its numbers")
+
+
+async def _publish(
+    backend: Backend, name: str, channel: str, message: Any, encoding: Encoding | None, quiet: bool
+) -> None:
+    async with _hub(backend, name) as hub:
+        await hub.publish(channel, message, encoding=encoding)
+        receivers = getattr(backend, "receivers", None)
+    if quiet:
+        return
+    if encoding == "json":
+        what = "JSON"
+    elif isinstance(message, str):
+        what = f"text of {_bytes(len(message.encode()))}"
+    else:
+        what = f"a binary message of {_bytes(len(message))}"
+    heard = "" if receivers is None else f"; {_heard(receivers)}"
+    _say(f"published {what} to {channel!r} of the hub {name!r}{heard}")
+
+
+def _bytes(size: int) -> str:
+    return "1 byte" if size == 1 else f"{size} bytes"
+
+
+def _heard(receivers: int) -> str:
+    if receivers == 0:
+        return "nobody is subscribed to it"
+    return f"{receivers} {'process is' if receivers == 1 else 'processes are'} subscribed to it"
+
+
+# Subscribe
+
+
+async def _subscribe(backend: Backend, name: str, channels: list[str], out: TextIO) -> None:
+    channels = list(dict.fromkeys(channels))
+    wanted, read = channels, None
+    if any("*" in channel for channel in channels):
+        backend, wanted, read = AllChannels(backend), [ALL], reader(channels)
     show = _for_people if out.isatty() else _for_programs
 
     async def follow(subscriber: GapSubscriber) -> None:
         async for item in subscriber:
-            print(show(subscriber.channel, item), file=out, flush=True)
+            for channel, one in [(subscriber.channel, item)] if read is None else read(item):
+                _say(show(channel, one), out)
 
-    async with hub, contextlib.AsyncExitStack() as stack:
+    async with _hub(backend, name) as hub, contextlib.AsyncExitStack() as stack:
         subscribers = [
-            await stack.enter_async_context(hub.subscribe(channel, gaps=True))
-            for channel in channels
+            await stack.enter_async_context(hub.subscribe(channel, gaps=True)) for channel in wanted
         ]
         if sys.stderr.isatty():
             names = ", ".join(map(escape, channels))
@@ -189,25 +352,3 @@ def _for_people(channel: str, item: Event | Gap) -> str:
         return f"{start} -- messages of the last {item.seconds:.1f} s may be missing"
     message = item.message if isinstance(item.message, str) else repr(item.message)
     return f"{start}: {escape(message)}"
-
-
-async def _check(hub: Broadcast) -> None:
-    began = time.perf_counter()
-    async with hub:
-        print(f"connected in {1000 * (time.perf_counter() - began):.1f} ms")
-        channel = f"starcast-check-{uuid.uuid4().hex}"
-        took = []
-        async with hub.subscribe(channel) as subscriber:
-            for number in range(ROUND_TRIPS):
-                began = time.perf_counter()
-                await hub.publish(channel, str(number))
-                try:
-                    async with asyncio.timeout(2):
-                        await anext(subscriber)
-                except TimeoutError:
-                    raise BackendUnavailable("a message did not come back within 2 s") from None
-                took.append(1000 * (time.perf_counter() - began))
-        print(
-            f"{ROUND_TRIPS} round trips: median {statistics.median(took):.2f} ms, "
-            f"slowest {max(took):.2f} ms"
-        )

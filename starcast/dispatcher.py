@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from . import logs
+from . import forks, logs
 from .bounded import Full
 from .event import Event
-from .exceptions import BackendUnavailable, PublishQueueFull
+from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
 from .link import Link
 from .registry import Registry
 from .sender import OnLost, Taken
@@ -52,6 +52,7 @@ class Dispatcher:
     Attributes:
         open: Whether it takes messages. The hub sets this and `closed`.
         closed: Whether it was open and is not any more.
+        inherited: Whether it is in a child process and was open in the parent.
         published: Messages that were handed over.
         failed: Messages that could not be.
     """
@@ -59,19 +60,38 @@ class Dispatcher:
     def __init__(self, registry: Registry, link: Link | None) -> None:
         self.open = False
         self.closed = False
+        self.inherited = False
         self._registry = registry
         self._link = link
         self._lock = registry.lock
         # Guarded by the lock:
         self.published = 0
         self.failed = 0
+        self._opener: asyncio.AbstractEventLoop | None = None  # where the hub was opened
+        forks.watch(self)
         # On whichever loop publishes:
         self._unyielded = 0  # messages since a turn was given to the loop, and since when
         self._unyielded_since = 0.0
 
+    def open_here(self) -> None:
+        """Take messages from now on. On the event loop on which the hub is opened."""
+        self.open, self.closed, self._opener = True, False, asyncio.get_running_loop()
+
+    def after_fork(self) -> None:
+        """Belong to the parent, if the hub is open there on an event loop that still exists."""
+        loop_exists = self._opener is not None and not self._opener.is_closed()
+        if self.open and (loop_exists if self._link is None else self._link.alive):
+            self.open, self.closed, self.inherited = False, True, True
+
+    def check_fork(self) -> None:
+        """Raise `ConfigurationError` if the hub is the parent's."""
+        if self.inherited:
+            raise ConfigurationError(forks.INHERITED)
+
     def publish_nowait(self, event: Event) -> None:
         """Hand an event over, or raise at once."""
-        if self._link is not None and not self.open and not self.published:
+        not_open = self._link is not None and not (self.open or self.inherited)
+        if not_open and not self.published:
             # A route answers the error with 503, and then nobody would see why.
             logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
         try:
@@ -91,6 +111,7 @@ class Dispatcher:
         taken = None
         # A hub in memory need not be opened: its first client does that.
         if self.closed or (self._link is not None and not self.open):
+            self.check_fork()
             raise BackendUnavailable(NOT_OPEN)
         if self._link is not None:
             taken = self._link.publish(event, wait, on_lost)

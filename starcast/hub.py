@@ -107,6 +107,7 @@ class Hub:
         """
         if self.running:
             return
+        self.dispatcher.check_fork()
         failures = self._failures
         async with self.switching:
             if self.running:
@@ -121,7 +122,8 @@ class Hub:
                 self._failures += 1
                 self._failure = exc
                 raise
-            self.dispatcher.open, self.dispatcher.closed, self._failure = True, False, None
+            self.dispatcher.open_here()
+            self._failure = None
             if self.link is None:
                 server.warn_of_workers()
 
@@ -138,6 +140,8 @@ class Hub:
 
     async def close(self) -> None:
         """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
+        if self.dispatcher.inherited:
+            return  # it is the parent's to close
         connections: list[Connection] = []
         if self.link is not None:
             self.link.stop_opening()
@@ -327,6 +331,7 @@ class Hub:
 
     async def send(self, event: Event, websocket: WebSocket) -> bool:
         """Send an event to one client, and wait for it; False if it has left."""
+        self.dispatcher.check_fork()
         connection = self.find(websocket)
         connection = await personal.claim(self.registry, websocket, connection, event.cost)
         if connection is None:

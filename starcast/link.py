@@ -30,7 +30,7 @@ from .gap import Gap
 from .life import Life, Stopping
 from .loglimit import LogLimit
 from .opening import CLOSED, OPEN_TIMEOUT, PROBE_INTERVAL, Backoff, keep_trying
-from .probe import Probe
+from .probe import PROBE_CHANNEL, Probe
 from .sender import TIMEOUT, OnLost, Sender, Taken
 from .session import Session, words
 from .stats import BackendStats, Health, State
@@ -221,7 +221,7 @@ class Link:
         moved = life is not None and self._subscriptions.wanted
         if not moved:
             self.hub = os.urandom(8)
-            self._probe.channel = f"starcast-probe-{self.hub.hex()}"
+            self._probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
         life = self._life = Life()
         self._sender.live_here()
         if moved:

@@ -49,7 +49,7 @@ class NamedBackend:
 
         def lost_ours(error: Exception) -> None:
             if isinstance(error, SubscriptionRevoked):
-                error = SubscriptionRevoked(error.channel.removeprefix(prefix), str(error))
+                error = SubscriptionRevoked(str(error), error.channel.removeprefix(prefix))
             lost(error)
 
         await self._backend.start(deliver_ours, lost_ours)

@@ -18,6 +18,9 @@ from .exceptions import BackendUnavailable
 from .sender import LOST, Sender
 from .waiter import running_loop
 
+# How the names of the channels begin that probes are sent to.
+PROBE_CHANNEL = "starcast-probe-"
+
 # Seconds until a probe must be back. Together with the interval between two, which is 3 by default,
 # less than ten.
 PROBE_TIMEOUT = 5.0

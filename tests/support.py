@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ from starlette.websockets import WebSocket
 import starcast
 
 DEADLINE = 20.0  # seconds that a test waits for something before it fails
+
+
+def said(error: BaseException | None) -> str:
+    """Return what an error says, with everything that a log or a reporter finds behind it."""
+    if error is None:
+        return ""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    own = [line for line in lines if not line.startswith("    ")]  # not the lines of source
+    behind = said(error.__cause__) + said(error.__context__)
+    return "\n".join([*own, str(error), repr(error), repr(error.args), behind])
 
 
 async def until(condition: Callable[[], object], deadline: float = DEADLINE) -> None:

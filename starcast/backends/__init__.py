@@ -31,11 +31,12 @@ CALLS = ("start", "stop", "subscribe", "unsubscribe", "publish")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}")
 
 
-def from_url(url: object) -> Backend | None:
+def from_url(url: object, prefix: str | None = None) -> Backend | None:
     """Return a backend for the URL; None for `memory://`.
 
     Args:
         url: A `str`, or anything whose `str()` is a URL, such as pydantic's `RedisDsn`.
+        prefix: What names on the broker begin with; the backend's default by default.
 
     Raises:
         ConfigurationError: There is none for its scheme, what it needs is not installed, or it is
@@ -63,12 +64,14 @@ def from_url(url: object) -> Backend | None:
     if found is None:
         return None
     module, name, extra = found
+    options = {} if prefix is None else {"prefix": prefix}
     try:
-        made: Backend = getattr(importlib.import_module(f".{module}", __name__), name)(text)
+        backend = getattr(importlib.import_module(f".{module}", __name__), name)
     except ModuleNotFoundError as exc:
         raise ConfigurationError(
             f"{scheme}:// needs the package {exc.name}: pip install 'starcast[{extra}]'"
         ) from None
+    made: Backend = backend(text, **options)
     return made
 
 

@@ -19,24 +19,26 @@ class MessagesRefused(BackendUnavailable):
     """The broker has refused some messages of a batch, and has all the others.
 
     Args:
-        reasons: By the position in the batch, why that message was refused. Not empty.
+        message: What the broker says, of one of them.
+        reasons: By the position in the batch, why that message was refused.
     """
 
-    def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__(next(iter(reasons.values())))
-        self.reasons = reasons
+    # Programs that hand errors on make them of their message alone: so the other one has a default.
+    def __init__(self, message: str, reasons: dict[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = reasons or {}
 
 
 class SubscriptionRevoked(BackendUnavailable):
     """The broker delivers nothing of one channel any more, and the connection goes on.
 
     Args:
+        message: What the broker says.
         channel: The channel.
-        why: What the broker says.
     """
 
-    def __init__(self, channel: str, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, message: str, channel: str = "") -> None:
+        super().__init__(message)
         self.channel = channel
 
 

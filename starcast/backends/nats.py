@@ -4,7 +4,7 @@ nats-py is used without its reconnecting, its queues, its `publish` and its flus
 
 - A subscription of nats-py normally has a queue and a task, which breaks a publisher's order across
   channels and drops what is too much. One with a `future=` hands each message to that future as it
-  is read, so `_Sink`, a future that takes every message, gets them all in the order of the wire.
+  is read, so `Sink`, a future that takes every message, gets them all in the order of the wire.
 - `Client.flush()` writes its PING ahead of the commands that its flusher task still has, and if it
   is cancelled, the PONG ends the task that reads. So we ask the broker by a message to ourselves:
   it handles what one connection sends in turn, and when the message is back, all before it is done.
@@ -20,7 +20,7 @@ import inspect
 import itertools
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -34,9 +34,10 @@ from nats.aio.transport import TcpTransport
 
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, LoginRefused, Lost, MessagesRefused, SubscriptionRevoked
-from .nats_client import RefusalClient, refused_subject
-from .nats_names import read, same_servers, tokens
+from .base import Deliver, LoginRefused, Lost, SubscriptionRevoked
+from .nats_client import RefusalClient, Sink, WildcardSink, refusal, refused_subject
+from .nats_names import endpoints_of, read, same_servers, tokens
+from .urls import Endpoint
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
 CONNECT_TIMEOUT = 2  # seconds of these for each step with one server
@@ -67,21 +68,8 @@ _FIXED: dict[str, Any] = {
     "verbose": False,
 }
 
-Messages = tuple[tuple[str, bytes], ...]  # subjects and payloads
-
 # Options whose value may be a function that is asked for it, for each connection.
 _CREDENTIALS = ("user", "password", "token")
-
-
-class _Sink(asyncio.Future[Msg]):
-    """Takes every message of one subscription, in the turn in which it was read."""
-
-    def __init__(self, take: Callable[[bytes], None]) -> None:
-        super().__init__()
-        self._take = take
-
-    def set_result(self, result: Msg, /) -> None:
-        self._take(result.data)
 
 
 class _Wire(TcpTransport):
@@ -155,7 +143,7 @@ class _Session:
         self._subscriptions: dict[str, Subscription] = {}
         self._numbers = itertools.count()
         self._channels: dict[int, str] = {}  # by the number of the subscription
-        self._waiters: dict[bytes, tuple[asyncio.Future[None], Messages]] = {}
+        self._waiters: dict[bytes, tuple[asyncio.Future[None], Sequence[tuple[str, bytes]]]] = {}
         self._refused: dict[str, str] = {}  # by subject, since the last answer: why
         self._connecting = True  # or not even that: there is nothing to be closed yet
         self._ended = asyncio.Event()
@@ -174,7 +162,7 @@ class _Session:
             raise asyncio.CancelledError
         if not self.client.is_connected:  # nats-py takes silence for consent
             raise nats.errors.UnexpectedEOF
-        await self.client.subscribe(self._inbox, future=_Sink(self._on_answer))
+        await self.client.subscribe(self._inbox, future=Sink(self._on_answer))
         await self.hand_over()
 
     def hand_over(self, *messages: tuple[str, bytes]) -> asyncio.Future[None]:
@@ -208,8 +196,11 @@ class _Session:
         writer = self._wire._io_writer
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
-    async def subscribe(self, channel: str, subject: str) -> None:
-        sink = _Sink(partial(self._deliver, channel))
+    async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
+        """Subscribe to a subject; with `cut` to a wildcard, see `WildcardSink`."""
+        sink: asyncio.Future[Msg] = Sink(partial(self._deliver, channel))
+        if cut is not None:
+            sink = WildcardSink(self._deliver, cut)
         subscription = await self.client.subscribe(subject, future=sink)
         self._subscriptions[channel] = subscription
         self._channels[subscription._id] = channel
@@ -256,16 +247,10 @@ class _Session:
         waiter, messages = self._waiters.get(number, (None, ()))
         if waiter is None or waiter.done():
             return
-        if not refused:
-            waiter.set_result(None)
-        elif refused.keys() <= {subject for subject, _ in messages}:
-            # All that went to such a subject, even if it was refused only from some moment on.
-            words = {subject: f"{self._name}: {said}" for subject, said in refused.items()}
-            numbered = enumerate(subject for subject, _ in messages)
-            reasons = {number: words[subject] for number, subject in numbered if subject in words}
-            waiter.set_exception(MessagesRefused(reasons))
+        if refused:
+            waiter.set_exception(refusal(self._name, refused, [subject for subject, _ in messages]))
         else:
-            self._fail(waiter, next(iter(refused.values())))
+            waiter.set_result(None)
 
     async def _on_refused(self, said: str) -> None:
         """The server has refused something, and keeps the connection."""
@@ -277,7 +262,7 @@ class _Session:
             self._refused[subject] = said
         elif (channel := self._channels.get(number)) is not None:
             await self.forget(channel)
-            self.lost(SubscriptionRevoked(channel, f"{self._name}: {said}"))
+            self.lost(SubscriptionRevoked(f"{self._name}: {said}", channel))
 
     async def _on_error(self, error: Exception) -> None:
         self.trouble = error
@@ -353,12 +338,14 @@ class NatsBackend:
         self._name = "NATS at " + ", ".join(url.partition("://")[2] for url in self._servers)
         self._options = {**login, **options}
         self.address = f"NATS at {', '.join(same_servers(self._servers))}, prefix {prefix!r}"
+        self.endpoints: list[Endpoint] = [*endpoints_of(self._servers)]
         self._prefix = prefix
         self._session: _Session | None = None
         self.max_payload = 1024 * 1024
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
+        failed: BackendUnavailable | None = None
         try:
             async with Deadline(START_TIMEOUT):
                 await session.open(self._servers, await self._current_options())
@@ -369,11 +356,13 @@ class NatsBackend:
             await session.close()
             if self._session is session:
                 self._session = None
-            if isinstance(error, (OSError, ValueError, nats.errors.Error)):
-                reason = str(session.trouble or error) or "no answer in time"
-                refused = "authorization violation" in reason.lower()
-                raise self._unavailable(reason, LoginRefused if refused else None) from None
-            raise
+            if not isinstance(error, (OSError, ValueError, nats.errors.Error)):
+                raise
+            reason = str(session.trouble or error) or "no answer in time"
+            refused = "authorization violation" in reason.lower()
+            failed = self._unavailable(reason, LoginRefused if refused else None)
+        if failed is not None:
+            raise failed  # not above: whatever the error holds, it would be its context
         self.max_payload = session.client.max_payload
         session.lost = lost
 
@@ -384,6 +373,11 @@ class NatsBackend:
 
     async def subscribe(self, channel: str) -> None:
         await self._opened().subscribe(channel, self._subject(channel))
+
+    async def subscribe_all(self, hub: str) -> None:
+        """Subscribe to all channels of the hub with this name. For the command line."""
+        subject = f"{self._prefix}{hub}.*"
+        await self._opened().subscribe(f"{hub}:*", subject, len(self._prefix))
 
     async def unsubscribe(self, channel: str) -> None:
         session = self._opened()
@@ -408,9 +402,10 @@ class NatsBackend:
                 try:
                     answer = ask()
                     options[name] = await answer if inspect.isawaitable(answer) else answer
+                    continue
                 except Exception as error:
-                    # Not what it says, which may hold a secret.
-                    raise self._unavailable(f"{name}= raised {type(error).__name__}") from None
+                    kind = type(error).__name__  # and not what it says, which may hold a secret
+                raise self._unavailable(f"{name}= raised {kind}")
         return options
 
     def _opened(self) -> _Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from urllib.parse import unquote, urlsplit
 
@@ -37,10 +38,21 @@ def _encode(text: str) -> str:
     return _ENCODED.sub(lambda match: b"%%%02X" % match[0][0], text.encode()).decode()
 
 
+def untoken(subject: str) -> str:
+    """Return the channel as the hub gives it, for the tokens of its subject."""
+    name, _, rest = subject.partition(".")
+    return f"{name}:{unquote(rest)}"
+
+
+def endpoints_of(urls: list[str]) -> list[tuple[str, int]]:
+    """Return the hosts and ports of servers as `read` returns them."""
+    parts = [urlsplit(url) for url in urls]
+    return [(each.hostname or "", each.port or 0) for each in parts]
+
+
 def same_servers(urls: list[str]) -> list[str]:
     """Return hosts and ports in the one form that stands for all spellings."""
-    parts = [urlsplit(url) for url in urls]
-    return sorted(f"{same_host(each.hostname or '')}:{each.port}" for each in parts)
+    return sorted(f"{same_host(host)}:{port}" for host, port in endpoints_of(urls))
 
 
 def read(url: str) -> tuple[list[str], dict[str, str]]:
@@ -52,7 +64,7 @@ def read(url: str) -> tuple[list[str], dict[str, str]]:
             raise refuse_option("NATS", name, _ADVICE.get(name, _AN_ARGUMENT))
     servers: list[str] = []
     logins: list[dict[str, str]] = []
-    try:
+    with contextlib.suppress(ValueError):
         for part in rest.split(","):
             parts = urlsplit(f"{scheme}://{part.removeprefix(f'{scheme}://')}")
             host, port = parts.hostname, parts.port or 4222
@@ -70,12 +82,11 @@ def read(url: str) -> tuple[list[str], dict[str, str]]:
                 )
             elif parts.username:
                 logins.append({"token": unquote(parts.username)})
-        if any(login != logins[0] for login in logins):
-            raise ValueError
-    except ValueError:
-        # Neither the URL nor what `urlsplit` says of it: both may hold the password.
-        raise ConfigurationError(
-            "a URL of NATS is nats:// or tls://, then user:password@ or token@ if there is one "
-            "(percent-encoded, the same for all servers), and host:port, more of them after commas"
-        ) from None
-    return servers, logins[0] if logins else {}
+        if all(login == logins[0] for login in logins):
+            return servers, logins[0] if logins else {}
+    # Neither the URL nor what `urlsplit` says of it: both may hold the password. So that error is
+    # over here, and not the context of this one.
+    raise ConfigurationError(
+        "a URL of NATS is nats:// or tls://, then user:password@ or token@ if there is one "
+        "(percent-encoded, the same for all servers), and host:port, more of them after commas"
+    )

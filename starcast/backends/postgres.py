@@ -119,6 +119,7 @@ class PostgresBackend:
         self._server = Server(str(url), options)
         self._where = self._server.where
         self.address = f"{self._server.address}, prefix {prefix!r}"
+        self.endpoints = self._server.endpoints
         self._prefix = prefix
         self._utf8 = True  # the encoding of the database
         self._listener: Any = None
@@ -136,6 +137,7 @@ class PostgresBackend:
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         """Open both connections, within 5 seconds."""
+        failed: Exception | None = None
         try:
             async with Deadline(CONNECT_TIMEOUT):
                 self._publisher = await self._connect(deliver)
@@ -146,12 +148,13 @@ class PostgresBackend:
             self._disconnect()
             if not isinstance(error, Exception):
                 raise
-            if (wrong := self._server.refused(error)) is not None:
-                raise wrong from None
-            # The chain of causes is cut: it might hold what the URL holds.
             refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
             kind = LoginRefused if refused else BackendUnavailable
-            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
+            failed = self._server.refused(error) or kind(
+                f"no connection to {self._where}: {_reason(error)}"
+            )
+        if failed is not None:
+            raise failed  # not above: the error might hold what the URL holds, as its context
         settings = self._publisher.get_settings()
         self._utf8 = getattr(settings, "server_encoding", "UTF8") == "UTF8"
         self._lost = lost
@@ -192,7 +195,7 @@ class PostgresBackend:
                 if not first:
                     raise
                 reasons = dict.fromkeys(range(first, len(messages)), str(error))
-                raise MessagesRefused(reasons) from error
+                raise MessagesRefused(str(error), reasons) from error
 
     # Inside
 

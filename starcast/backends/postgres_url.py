@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import asyncpg
 
 from ..exceptions import ConfigurationError
-from .urls import first_of, options_of, refuse_option, same_host
+from .urls import Endpoint, first_of, options_of, refuse_option, same_host
 
 # One "@" at most: no part of a password shall be taken for a host or a database, and be told.
 _URL = re.compile(
@@ -73,6 +73,7 @@ class Server:
         url, options: For `asyncpg.connect`.
         where: For people.
         address: The same for every spelling.
+        endpoints: Hosts and ports, or paths of sockets; none if asyncpg looks for them.
 
     Raises:
         ConfigurationError: One of them makes no sense.
@@ -97,8 +98,10 @@ class Server:
         database = options.get("database") or parts["database"] or "(default)"
         host = options.get("host") or parts["hosts"] or query.get("host") or "its default host"
         self.where = f"PostgreSQL at {host}, database {database}"
+        hosts = _hosts(parts, query, options)
+        self.endpoints = [_endpoint(*each) for each in hosts if each[0]]
         self.address = (
-            f"PostgreSQL at {', '.join(_hosts(parts, query, options))}, "
+            f"PostgreSQL at {', '.join(sorted(_same(*each) for each in hosts))}, "
             f"database {_database(parts, query, options)!r}"
         )
 
@@ -133,23 +136,33 @@ def _check(query: dict[str, str]) -> None:
 # asyncpg takes the first of these that says something: arguments, URL, its options, environment.
 
 
-def _hosts(parts: re.Match[str], query: dict[str, str], options: dict[str, Any]) -> list[str]:
+def _hosts(
+    parts: re.Match[str], query: dict[str, str], options: dict[str, Any]
+) -> list[tuple[str, str]]:
     given = options.get("host") or parts["hosts"] or query.get("host") or os.getenv("PGHOST") or ""
     hosts = given.split(",") if isinstance(given, str) else list(given)
     port = options.get("port") or query.get("port") or os.getenv("PGPORT") or "5432"
     ports = str(port).split(",") if isinstance(port, str | int) else list(map(str, port))
-    return sorted(
-        _server(unquote(host), ports[index] if len(ports) == len(hosts) else ports[0])
+    return [
+        _split(unquote(host), ports[index] if len(ports) == len(hosts) else ports[0])
         for index, host in enumerate(hosts)
-    )
+    ]
 
 
-def _server(host: str, port: str) -> str:
+def _split(host: str, port: str) -> tuple[str, str]:
     if host.startswith("/"):  # the folder of a socket
-        return f"{host.rstrip('/')}:{port}"
+        return host.rstrip("/"), port
     found = re.fullmatch(r"(\[.*\]|[^:]*)(?::([0-9]*))?", host)
     name, own_port = found.groups() if found else (host, "")  # an address of IPv6 alone
-    return f"{same_host(name)}:{own_port or port}"
+    return name.strip("[]"), own_port or port
+
+
+def _same(host: str, port: str) -> str:
+    return f"{host if host.startswith('/') else same_host(host)}:{port}"
+
+
+def _endpoint(host: str, port: str) -> Endpoint:
+    return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
 
 
 def _database(parts: re.Match[str], query: dict[str, str], options: dict[str, Any]) -> str:

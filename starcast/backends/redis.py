@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
@@ -15,7 +16,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
 from .base import Deliver, LoginRefused, Lost, MessagesRefused
-from .urls import first_of, options_of, refuse_option, same_host
+from .urls import Endpoint, first_of, options_of, refuse_option, same_host
 
 Command = tuple[str | bytes, ...]
 
@@ -120,6 +121,7 @@ class RedisBackend:
         path = self._settings.get("path")  # of a socket, in place of the two
         self._where = f"Redis at {path or f'{host}:{port}'}"
         self.address = f"Redis at {path or f'{same_host(host)}:{port}'}, prefix {prefix!r}"
+        self.endpoints: list[Endpoint] = [path or (host, port)]
         self._prefix = prefix
         self._pipes: list[_Pipe] = []
         self._lost: Lost | None = None  # None if stopped, or told
@@ -127,6 +129,7 @@ class RedisBackend:
 
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         connections = [self._class(**self._settings) for _ in (_SUBSCRIBER, _PUBLISHER)]
+        failed: BackendUnavailable | None = None
         try:
             async with Deadline(CONNECT_TIMEOUT):
                 for connection in connections:
@@ -142,12 +145,17 @@ class RedisBackend:
                 await _drop(connection)
             if not isinstance(error, Exception):
                 raise
-            kind = LoginRefused if isinstance(error, AuthenticationError) else BackendUnavailable
-            raise kind(f"no connection to {self._where}: {_reason(error)}") from None
+            # On a unix socket redis-py logs in while it connects, and wraps the refusal.
+            refused = isinstance(error.__cause__ or error, AuthenticationError)
+            kind = LoginRefused if refused else BackendUnavailable
+            failed = kind(f"no connection to {self._where}: {_reason(error)}")
+        if failed is not None:
+            raise failed  # not above: the error may hold the password, and would be its context
         cut = len(self._prefix)
 
         def take(name: bytes, payload: bytes) -> None:
-            deliver(name.decode()[cut:], payload)
+            # Only a pattern can bring a name that we have not written.
+            deliver(name.decode(errors="replace")[cut:], payload)
 
         self._pipes = [_Pipe(connection, take, self._break) for connection in connections]
         self._lost, self._broken = lost, False
@@ -170,6 +178,17 @@ class RedisBackend:
             if self._lost is not None and not self._broken:
                 self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", name)]).cancel()  # nobody waits for that
             raise
+
+    async def subscribe_all(self, hub: str) -> None:
+        """Subscribe to all channels of the hub with this name. For the command line."""
+        start = re.sub(rb"[\\*?\[\]^]", rb"\\\g<0>", self._name(f"{hub}:"))
+        await self._ask(_SUBSCRIBER, [("PSUBSCRIBE", start + b"*")])
+
+    @property
+    def receivers(self) -> int | None:
+        """Connections to the broker that the message published last was sent to."""
+        answer = self._pipes[_PUBLISHER].answer if self._pipes else None
+        return answer if isinstance(answer, int) else None
 
     async def unsubscribe(self, channel: str) -> None:
         await self._ask(_SUBSCRIBER, [("UNSUBSCRIBE", self._name(channel))])
@@ -227,6 +246,7 @@ class _Pipe:
         writer = connection._writer
         assert writer is not None
         self.connection = connection
+        self.answer: object = None  # the last one
         self._writer = writer
         self._take = take
         self._broken = broken
@@ -271,7 +291,10 @@ class _Pipe:
                 else:
                     if isinstance(answer, list) and answer[0] == b"message":
                         self._take(answer[1], answer[2])
+                    elif isinstance(answer, list) and answer[0] == b"pmessage":
+                        self._take(answer[2], answer[3])
                     else:
+                        self.answer = answer
                         self._answer()
         except asyncio.CancelledError as error:
             self._broken(error)  # unless it was `close`
@@ -290,7 +313,7 @@ class _Pipe:
         if answered.done():
             return  # cancelled
         if refused:
-            answered.set_exception(MessagesRefused(refused))
+            answered.set_exception(MessagesRefused(next(iter(refused.values())), refused))
         else:
             answered.set_result(None)
 
@@ -301,20 +324,29 @@ def _pool(url: str) -> ConnectionPool:
     options: list[tuple[str, str]] = []
     try:
         parts = urlsplit(url)
-        if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
+        if "@" in parts.path + parts.query + parts.fragment:
             raise ValueError("a password that ends the host's part of the URL")
+        if parts.scheme == "unix" and not _is_path(parts):
+            raise ValueError("what should be a path may be a part of a password")
         options = options_of(parts.query)
         pool = ConnectionPool.from_url(url)
         pool.connection_class(**pool.connection_kwargs)  # looks at the options, and no more
+        return pool
     except Exception as error:
         # Nothing of what the error says but the name of an option: it may repeat the password.
-        if (refused := _refused(dict(options), error)) is not None:
-            raise refused from None
-        raise ConfigurationError(
-            "not the URL of a Redis server, or its options are not valid; a URL looks like "
-            "redis://user:password@host:6379, with %40 for an @ in the password and so on"
-        ) from None
-    return pool
+        refused = _refused(dict(options), error)
+    # Not in the block above, where the error would go along as the context of this one.
+    raise refused or ConfigurationError(
+        "not the URL of a Redis server, or its options are not valid; a URL looks like "
+        "redis://user:password@host:6379 or unix://user:password@/path/redis.sock, with %40 for an "
+        "@ in the password or the path, %2F for a / in the password and so on"
+    )
+
+
+def _is_path(parts: SplitResult) -> bool:
+    """Whether a URL of a socket has a path, and nothing but a login before it."""
+    host = parts.netloc.rpartition("@")[2]
+    return parts.path.startswith("/") and not (host or parts.fragment)
 
 
 def _refused(options: dict[str, str], error: Exception) -> ConfigurationError | None:

@@ -9,6 +9,9 @@ from urllib.parse import parse_qsl
 
 from ..exceptions import ConfigurationError
 
+# Where a server is: a host and a port, or the path of a socket.
+Endpoint = tuple[str, int | str] | str
+
 _OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}")
 
 

@@ -36,7 +36,10 @@ async def front(
         tasks.add(asyncio.current_task())
         there, back = await asyncio.open_connection("127.0.0.1", port)
         if asked:
-            await reader.readexactly(8)
+            if not await reader.read(8):  # the client has just looked whether we are there
+                back.transport.abort()
+                writer.transport.abort()
+                return
             writer.write(b"S")
             try:
                 assert tls is not None

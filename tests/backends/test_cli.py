@@ -11,17 +11,22 @@ import os
 import pty
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backends.redis_server import RedisServer
 from starcast import Broadcast, Event, Gap, __version__, backends, cli
+from starcast.backends.nats import NatsBackend
+from starcast.backends.postgres import PostgresBackend
+from starcast.backends.redis import RedisBackend
 from support import free_port, until
 
 pytestmark = pytest.mark.anyio
@@ -126,17 +131,154 @@ async def test_publish_what_is_typed(redis, monkeypatch, capsys):
     assert capsys.readouterr().err == "starcast: reading the message from standard input\n"
 
 
-async def test_check(url, capsys):
-    assert await run("check", url) == 0
-    out = capsys.readouterr().out
-    assert "connected in" in out
-    assert "20 round trips: median" in out
+# What was done
 
 
-async def test_check_a_broker_that_does_not_give_back(redis, monkeypatch, capsys):
-    monkeypatch.setattr(Broadcast, "publish", lambda hub, channel, message: asyncio.sleep(0))
-    assert await run("check", redis) == 1
-    assert "did not come back" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message", "said"),
+    [
+        (["k\xf6nig"], "k\xf6nig", "text of 6 bytes"),
+        (["--binary", "k\xf6nig"], "k\xf6nig".encode(), "a binary message of 6 bytes"),
+        (["--json", ' {"a": [1, "\xf6"], "b": null} '], '{"a":[1,"\xf6"],"b":null}', "JSON"),
+        (["--json", '"text"'], '"text"', "JSON"),
+        (["--", "--json"], "--json", "text of 6 bytes"),
+        (["-5"], "-5", "text of 2 bytes"),
+        (["--file", "LINES"], "a\n", "text of 2 bytes"),
+        (["--binary", "--file", "LINES"], b"a\n\n", "a binary message of 3 bytes"),
+        (["--json", "--file", "LIST"], "[1]", "JSON"),
+    ],
+)
+async def test_what_is_published_and_what_is_said_of_it(
+    redis, monkeypatch, tmp_path, capsys, arguments, message, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "LINES").write_bytes(b"a\n\n")
+    (tmp_path / "LIST").write_bytes(b"[ 1 ]\n")
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("r\xf6") as subscriber:
+        assert await run("publish", redis, "r\xf6", *arguments) == 0
+        assert (await anext(subscriber)).message == message
+    output = capsys.readouterr()
+    heard = "1 process is subscribed to it"
+    assert output.out == f"published {said} to 'r\xf6' of the hub 'default'; {heard}\n"
+    assert output.err == ""
+
+
+async def test_who_has_heard_it(url, capsys):
+    """As far as the broker tells."""
+    assert await run("publish", "--name", "staff", url, "room", "x") == 0
+    tail = "; nobody is subscribed to it" if url.startswith("redis") else ""
+    assert capsys.readouterr().out == (
+        f"published text of 1 byte to 'room' of the hub 'staff'{tail}\n"
+    )
+    async with (
+        Broadcast(url, name="default") as one,
+        Broadcast(url, name="default") as two,
+        one.subscribe("room"),
+        two.subscribe("room"),
+    ):
+        assert await run("publish", url, "room", "x") == 0
+    tail = "; 2 processes are subscribed to it" if url.startswith("redis") else ""
+    assert capsys.readouterr().out.endswith(f"'default'{tail}\n")
+
+
+async def test_nothing_of_the_words_is_an_option(redis, monkeypatch):
+    monkeypatch.setenv("STARCAST_URL", redis)
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("-q") as subscriber:
+        assert await run("publish", "--binary", "--", "-q", "--json") == 0
+        assert (await anext(subscriber)).message == b"--json"
+
+
+async def test_nothing_is_said(redis, capsys):
+    assert await run("publish", "--quiet", redis, "room", "x") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--json", "{"], "the message is not JSON: "),
+        (["--json", "NaN"], "the message is not JSON: NaN is none of its numbers"),
+        (["--json", "[" * 100_000], "the message is not JSON: "),
+        (["--json", "1e999"], ""),
+        (["--json", "\udcff"], "the message is not JSON: it is not even UTF-8"),
+        (["--file", "no\nfile"], "no\\nfile cannot be read: No such file or directory"),
+        (["--file", "no\0file"], "no\\x00file cannot be read: embedded null byte"),
+        (["x", "--name", "a:b"], "1 to 64 ASCII letters"),
+    ],
+)
+async def test_what_cannot_be_published(redis, capsys, arguments, said):
+    assert await run("publish", redis, "room", *arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("starcast: ")
+    assert said in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["publish", "URL"], "a CHANNEL is missing"),
+        (["publish", "URL", "room", "a", "b\n"], "too many arguments: b\\n"),
+        (["publish", "URL", "room", "a", "--file", "x"], "too many arguments: a"),
+        (["publish", "URL", "room", "--json", "--binary"], "not allowed with argument"),
+        (["subscribe", "URL"], "a CHANNEL is missing"),
+        (["check", "URL", "room"], "too many arguments: room"),
+        (["check", "URL", "--prefix", "a\nb"], "a prefix must be printable"),
+    ],
+)
+def test_what_is_not_understood_of_a_command(capsys, arguments, said):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([each.replace("URL", "redis://secret@127.0.0.1:1") for each in arguments])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith(f"usage: starcast {arguments[0]} [options] [URL]")
+    assert "secret" not in error
+
+
+# Which broker
+
+
+async def test_the_url_may_come_from_the_environment(redis, monkeypatch, capsys):
+    monkeypatch.setenv("STARCAST_URL", f"{redis}\n")
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
+        assert await run("publish", "room", "hello") == 0
+        assert (await anext(subscriber)).message == "hello"
+    assert await run("check") == 0
+
+
+async def test_a_url_that_is_given_goes_before_the_environment(redis, monkeypatch):
+    monkeypatch.setenv("STARCAST_URL", "redis://127.0.0.1:1")
+    async with Broadcast(redis, name="default") as hub, hub.subscribe("room") as subscriber:
+        assert await run("publish", redis, "room", "hello") == 0
+        assert (await anext(subscriber)).message == "hello"
+
+
+@pytest.mark.parametrize("value", [None, " "])
+def test_no_url_at_all(monkeypatch, capsys, value):
+    monkeypatch.delenv("STARCAST_URL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("STARCAST_URL", value)
+    assert cli.main(["publish", "localhost", "hello"]) == 2
+    assert "Set the environment variable STARCAST_URL" in capsys.readouterr().err
+
+
+def test_the_help_names_the_environment_first(capsys):
+    """A URL among the arguments, and its password, is in what `ps` prints."""
+    assert cli.EPILOG.startswith("The broker's URL comes from the environment variable STARCAST_")
+    examples = [line for line in cli.EPILOG.splitlines() if line.startswith("  starcast p")]
+    assert not [line for line in examples if "://" in line]
+
+
+async def test_the_prefix_of_the_names_on_the_broker(url):
+    backends_of = {"redis": RedisBackend, "nats": NatsBackend, "postgresql": PostgresBackend}
+    backend = backends_of[url.partition("://")[0]](url, prefix="other.")
+    hub = Broadcast(backend=backend, name="default")
+    async with hub, hub.subscribe("room") as subscriber:
+        assert await run("publish", url, "room", "not here") == 0
+        assert await run("publish", "--prefix", "other.", url, "room", "here") == 0
+        assert (await anext(subscriber)).message == "here"
+    assert await run("check", "--prefix", "other.", url) == 0
 
 
 def subscribing(redis: str, *channels: str, **options) -> subprocess.Popen[bytes]:
@@ -200,7 +342,7 @@ async def test_subscribe_says_on_a_terminal_what_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "stderr", err)
     with RedisServer() as broker:
         hub = Broadcast(broker.url, name="default")
-        monkeypatch.setattr(cli, "_hub", lambda url: hub)
+        monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
         running = asyncio.create_task(run("subscribe", broker.url, "one", "\u202etwo"))
         await until(lambda: err.getvalue() == "starcast: listening to one, \\u202etwo\n")
         broker.kill()
@@ -230,8 +372,8 @@ def _subscribers(url: str, channel: str, name: str = "default") -> int:
 async def test_follow_in_this_process(redis, capsys, monkeypatch):
     """What the tests above see from outside, and a hub that closes."""
     hub = Broadcast(redis, name="default")
-    monkeypatch.setattr(cli, "_hub", lambda url: hub)
-    following = asyncio.create_task(cli._subscribe(hub, ["in"], sys.stdout))
+    monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
+    following = asyncio.create_task(cli._subscribe(None, "default", ["in"], sys.stdout))
     await until(lambda: hub.stats().subscribers)
     await hub.publish("in", "hello")
     await until(lambda: hub.stats().delivered)
@@ -242,11 +384,14 @@ async def test_follow_in_this_process(redis, capsys, monkeypatch):
 
 async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
     class Closed(io.StringIO):
+        encoding = "ascii"
+
         def write(self, text):
             raise BrokenPipeError
 
     hub = Broadcast(redis, name="default")
-    following = asyncio.create_task(cli._subscribe(hub, ["in"], Closed()))
+    monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
+    following = asyncio.create_task(cli._subscribe(None, "default", ["in"], Closed()))
     await until(lambda: hub.stats().subscribers)
     await hub.publish("in", "hello")
     with pytest.raises(BrokenPipeError):
@@ -264,6 +409,12 @@ def test_what_is_printed():
     assert cli._for_people(binary.channel, binary)[9:] == "a\\u202eb: b'\\x00'"
 
 
+def test_what_a_terminal_cannot_show():
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    cli._say("caf\xe9 \N{HOT BEVERAGE}", out)
+    assert out.buffer.getvalue() == b"caf\xe9 \\u2615\n"
+
+
 def test_errors(capsys, closed_port):
     url = f"redis://user:secret@127.0.0.1:{closed_port}"
     assert cli.main(["publish", url, "room", "x"]) == 1
@@ -272,9 +423,9 @@ def test_errors(capsys, closed_port):
     assert cli.main(["publish", "pigeon://secret", "room", "x"]) == 2
     assert cli.main(["publish", url, "", "x"]) in (1, 2)
     output = capsys.readouterr()
-    assert output.out == ""
-    assert len(output.err.splitlines()) == 5
-    assert all(line.startswith("starcast: ") for line in output.err.splitlines())
+    assert output.out == "name resolution: 127.0.0.1 is 127.0.0.1\n"
+    assert len(output.err.splitlines()) == 6
+    assert all(line.startswith(("starcast: ", "  check ")) for line in output.err.splitlines())
     assert "secret" not in output.err
     assert f"127.0.0.1:{closed_port}" in output.err
 
@@ -288,7 +439,7 @@ def test_interrupted(monkeypatch):
     assert cli.main(["check", "redis://localhost"]) == 130
 
 
-@pytest.mark.parametrize("arguments", [[], ["publish"], ["subscribe", "redis://x"], ["fly"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["--fly"], ["--name", "x", "publish"]])
 def test_a_command_that_is_not_understood(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -323,7 +474,7 @@ def test_as_a_module_here(monkeypatch, capsys):
 async def test_subscribe_as_a_command(redis, monkeypatch):
     out = io.StringIO()
     hub = Broadcast(redis, name="default")
-    monkeypatch.setattr(cli, "_hub", lambda url: hub)
+    monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
     monkeypatch.setattr(sys, "stdout", out)
     running = asyncio.create_task(run("subscribe", redis, "one", "two"))
     await until(lambda: hub.stats().subscribers == 2)
@@ -336,7 +487,7 @@ async def test_subscribe_as_a_command(redis, monkeypatch):
 
 
 async def test_a_pipe_that_is_gone(redis, monkeypatch, tmp_path):
-    async def gone(hub, channels, out):
+    async def gone(backend, name, channels, out):
         raise BrokenPipeError
 
     monkeypatch.setattr(cli, "_subscribe", gone)
@@ -352,3 +503,43 @@ def test_as_a_module():
         [sys.executable, "-m", "starcast", "--version"], capture_output=True, text=True, timeout=30
     )
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
+
+
+# The page
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "command-line.md"
+
+
+async def test_the_commands_of_the_page(redis, monkeypatch, tmp_path, capsys):
+    """Each runs as shown; what a shell does, and what never ends, is left out of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STARCAST_URL", redis)
+    for name in ("kettle.txt", "kettle.png"):
+        (tmp_path / name).write_bytes(b"\x89 on\n" if name.endswith("png") else b"on\n")
+    shown = re.findall(r"^(?:.*\| )?starcast (.+)$", PAGE.read_text(), re.M)
+    assert len(shown) == 12
+    async with (
+        Broadcast(redis, name="default") as hub,
+        Broadcast(redis, name="staff") as staff,
+        hub.subscribe("room") as all_of_it,
+        staff.subscribe("room") as of_staff,
+    ):
+        for line in shown:
+            command, *arguments = shlex.split(line.partition(" | ")[0])
+            if command == "subscribe":
+                cli._parsers()[command].parse_args(arguments)
+                continue
+            if command == "publish" and arguments == ["room"]:
+                standard_input(monkeypatch, b"Thu Nov 26\n")
+            assert await run(command, *arguments) == 0
+        assert (await anext(of_staff)).message == "for the staff"
+        messages = ["the kettle is on", "Thu Nov 26", "the kettle is on", '{"kettle":"on"}']
+        for message in [*messages, "on", b"\x89 on\n"]:
+            assert (await anext(all_of_it)).message == message
+    said = capsys.readouterr().out
+    line = "published text of 16 bytes to 'room' of the hub 'default'; 1 process is subscribed"
+    assert line in said
+    assert line.replace("1 process is", "2 processes are") in PAGE.read_text()
+    step = re.compile(r"^(\w+(?: \w+)?): .* ms$|^(name resolution): ", re.M)
+    assert step.findall(said) == step.findall(PAGE.read_text())

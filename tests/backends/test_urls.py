@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import traceback
+from urllib.parse import quote, quote_plus
 
 import pytest
 from pydantic import NatsDsn, PostgresDsn, RedisDsn, SecretStr
@@ -11,12 +13,14 @@ from redis.asyncio import Redis
 from starlette.datastructures import URL
 
 from backends.postgres_server import PASSWORD
-from starcast import Broadcast, ConfigurationError
+from backends.redis_server import RedisServer
+from starcast import BackendUnavailable, Broadcast, ConfigurationError
 from starcast.backends import from_url
+from starcast.backends.base import LoginRefused
 from starcast.backends.nats import NatsBackend
 from starcast.backends.postgres import PostgresBackend
 from starcast.backends.redis import RedisBackend
-from support import Bus
+from support import Bus, said
 
 pytestmark = pytest.mark.anyio
 
@@ -224,6 +228,106 @@ def test_arguments_that_drivers_do_not_know():
         PostgresBackend("postgresql://h", dsn="x", loop=None)
     with pytest.raises(ConfigurationError, match=r"nats\.connect does not know: a, sslmode"):
         NatsBackend("nats://h", sslmode=1, a=2)
+
+
+# Secrets, wherever they stand and whatever they hold
+
+MARKS = "/@:?#%&[] \n+;=,\\"
+PIECES = ("Hw7q", "Zk9v")  # of the password, on both sides of such a mark
+
+WITH_A_PASSWORD = [
+    "redis://u:{}@127.0.0.1:1",
+    "redis://:{}@127.0.0.1:1/0",
+    "redis://{}@127.0.0.1:1",
+    "valkey://u:{}@127.0.0.1:1",
+    "redis://127.0.0.1:1?password={}&db=0",
+    "redis://127.0.0.1:1?username={}",
+    "rediss://127.0.0.1:1?ssl_password={}",
+    "unix://u:{}@/no/x.sock",
+    "unix://:{}@/no/x.sock?db=0",
+    "unix://{}@/no/x.sock",
+    "unix://u:{}@no/x.sock",
+    "unix://u:{}/no/x.sock",
+    "unix:///no/x.sock?password={}",
+    "nats://u:{}@127.0.0.1:1",
+    "nats://{}@127.0.0.1:1",
+    "nats://{}:p@127.0.0.1:1",
+    "nats://u:{0}@127.0.0.1:1,nats://u:{0}@127.0.0.1:2",
+    "nats://127.0.0.1:1,u:{}@127.0.0.1:2",
+    "nats://127.0.0.1:1?password={}",
+    "tls://u:{}@127.0.0.1:1",
+    "postgresql://u:{}@127.0.0.1:1/d",
+    "postgres://{}:p@127.0.0.1:1/d",
+    "postgresql://{}@127.0.0.1:1/d",
+    "postgresql://u:{}@127.0.0.1:1,127.0.0.1:2/d",
+    "postgresql://u:{}@/d?host=127.0.0.1&port=1",
+    "postgresql://127.0.0.1:1/d?user=u&password={}",
+    "postgresql://127.0.0.1:1/d?passfile={}",
+    "postgresql://127.0.0.1:1/d?sslmode=require&sslpassword={}",
+    "postgresql://127.0.0.1:1/d?sslmode=require&sslkey={}",
+    "ws://u:{}@127.0.0.1:1",
+    "redis:{}@127.0.0.1",
+    "user:{}@127.0.0.1",
+]
+
+
+@pytest.mark.parametrize("form", WITH_A_PASSWORD)
+async def test_no_piece_of_a_password_is_told(form, caplog):
+    """Neither when the URL is read, nor when there is no server, nor behind the error."""
+    caplog.set_level(logging.NOTSET)
+    for mark in [*MARKS, *map(quote_plus, MARKS), quote(" ")]:
+        url = form.format(mark.join(PIECES))
+        told = []
+        try:
+            hub = Broadcast(url, open_timeout=0)
+        except ConfigurationError as exc:
+            told.append(said(exc))
+        else:
+            told.append(f"{hub!r} {hub._hub.claim._address}")
+            with pytest.raises((BackendUnavailable, ConfigurationError)) as raised:
+                await hub.connect()
+            told.append(f"{said(raised.value)} {hub.stats()}")
+        told = "".join([*told, caplog.text])
+        assert not [piece for piece in PIECES if piece in told], (url, told)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "unix://u:s3/cret@/x.sock",
+        "unix://s3/cret@/x.sock",
+        "unix://u:s3?cret@/x.sock",
+        "unix://u:s3#cret@/x.sock",
+        "unix://u:s3cret@",
+        "unix://u:s3cret@host/x.sock",
+        "unix://run/x.sock",
+        "unix:///x@y.sock",
+    ],
+)
+def test_a_url_of_a_socket_that_could_be_read_otherwise(url):
+    with pytest.raises(ConfigurationError, match=r"unix://user:password@/path.*%2F for a /"):
+        Broadcast(url)
+
+
+async def test_a_url_of_a_socket():
+    with RedisServer("--requirepass", "s3/cr@t") as server:
+        path = server.path.replace("redis.sock", "redis%2Esock")
+        async with Broadcast(f"unix://:s3%2Fcr%40t@{path}") as hub:
+            assert await hub.healthy()
+        with pytest.raises(LoginRefused) as raised:
+            await Broadcast(f"unix://:s3%2Fwr%40ng@{path}").connect()
+    assert server.path in str(raised.value)
+    assert "s3/" not in said(raised.value)
+    assert "wr@ng" not in said(raised.value)
+
+
+async def test_what_a_server_repeats_of_a_password_is_not_told():
+    """It does so with the arguments of a command that it does not know."""
+    with RedisServer("--rename-command", "AUTH", "", "--rename-command", "HELLO", "") as server:
+        url = server.url.replace("//", "//:s3cret@")
+        with pytest.raises(BackendUnavailable, match="unknown command") as raised:
+            await Broadcast(url, open_timeout=0).connect()
+    assert "s3cret" not in said(raised.value)
 
 
 # Which servers are the same

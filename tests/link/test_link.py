@@ -405,13 +405,13 @@ async def test_what_the_broker_takes_away_in_vain(hub, broker):
     """While the connection breaks, and a channel that nobody has any more."""
     peer = await joined(hub, "room")
     backend = hub._hub.link._backend
-    backend.lost(SubscriptionRevoked("unknown", "nobody may"))
+    backend.lost(SubscriptionRevoked("nobody may", "unknown"))
     old = backend.lost
     broker.kill()
-    backend.lost(SubscriptionRevoked("room", "nobody may"))
+    backend.lost(SubscriptionRevoked("nobody may", "room"))
     broker.up = True
     await until(lambda: hub.stats().backend.gaps)
-    old(SubscriptionRevoked("room", "nobody may"))
+    old(SubscriptionRevoked("nobody may", "room"))
     assert hub.stats().backend.refused == 0
     await hub.publish("room", "x")
     await until(lambda: peer.got == ["x"])

@@ -1,0 +1,190 @@
+"""Check: the way to a broker and back, step by step, for the command line.
+
+The broker's name is resolved and its port is reached as any program would do it. Then the backend
+itself connects, subscribes and publishes, as it does for a hub.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import statistics
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .backends import Backend
+from .backends.base import LoginRefused
+from .backends.urls import Endpoint
+from .exceptions import BackendUnavailable, ConfigurationError
+from .naming import NamedBackend
+
+ROUND_TRIPS = 20
+
+# Seconds for each step, in which a backend has five to connect, and for each round trip.
+STEP_TIMEOUT = 6.0
+TRIP_TIMEOUT = 2.0
+
+# What to do if a step fails.
+ADVICE = {
+    "name resolution": (
+        "check the host in the URL; in a container it is the name of the broker's service or host, "
+        "not localhost"
+    ),
+    "TCP": (
+        "check that the broker is running and listens on this address and port, and that no "
+        "firewall is in between"
+    ),
+    "unix socket": "check that the broker is running with this socket, and who may write to it",
+    "TLS": (
+        "check whether the broker speaks TLS on this port (rediss://, tls:// and sslmode=require "
+        "ask for it), whether its certificate is for this host, and whether this machine trusts "
+        "the authority that signed it"
+    ),
+    "login": (
+        "check the user, the password and the database in the URL, and that the scheme is that of "
+        "the broker on this port: redis:// does not speak TLS, rediss:// does"
+    ),
+    "subscribe": "give the user the right to subscribe to what the hub subscribes to",
+    "publish": "give the user the right to publish to what the hub publishes to",
+    "delivery": "check what is between here and the broker, and the rights of the user",
+}
+
+# What the errors of OpenSSL and of the drivers have in common when TLS fails.
+_TLS = re.compile(r"\b(SSL|TLS|CERTIFICATE|certificate|secure connection)")
+
+
+def _failed(step: str, why: object, advice: str = "") -> BackendUnavailable:
+    """Return an error that says which step failed, why, and what to do."""
+    return BackendUnavailable(f"{step} failed: {why}\n  {advice or ADVICE[step]}")
+
+
+async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], None]) -> None:
+    """Check the way to a broker and back, and say what each step brought.
+
+    Args:
+        backend: For the broker; stopped.
+        name: Of the hub.
+        tls: Whether the URL asks for TLS, by its scheme.
+        say: Called with a line for each step that went well.
+
+    Raises:
+        BackendUnavailable: A step failed.
+        ConfigurationError: An option of the URL is not valid, which only the broker knows.
+    """
+    endpoints: list[Endpoint] = getattr(backend, "endpoints", [])
+    await _reach(endpoints, say)
+    arrived: asyncio.Queue[bytes] = asyncio.Queue()  # of our own messages, one at a time
+    named = NamedBackend(backend, name)
+    channel = f"starcast-check-{uuid.uuid4().hex}"
+
+    def deliver(channel: str, payload: bytes) -> None:
+        arrived.put_nowait(payload)
+
+    def lost(error: Exception) -> None:
+        """Whatever waits for the broker raises by itself, or takes too long."""
+
+    async def step(at: str, work: Callable[[], Awaitable[object]], seconds: float) -> float:
+        """Take a step, and return how long it took, in milliseconds."""
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(seconds):
+                await work()
+            return _since(began)
+        except ConfigurationError:
+            raise
+        except TimeoutError:
+            why = f"no answer within {seconds:g} seconds"
+        except Exception as exc:
+            why = str(exc) or type(exc).__name__
+            if at == "login" and not isinstance(exc, LoginRefused):
+                at = step_of(why)
+        raise _failed(at, why, named.if_silent if at == "delivery" else "")
+
+    def step_of(why: str) -> str:
+        """Return which step of `start` failed: a backend connects and logs in at once."""
+        if "permissions violation" in why:  # NATS has a subject of its own for answers
+            return "subscribe" if "subscription" in why else "publish"
+        for endpoint in endpoints:  # `tls.example.com` is no reason
+            why = why.replace(endpoint if isinstance(endpoint, str) else endpoint[0], "")
+        # A server without TLS waits for the rest of what it takes for a command.
+        return "TLS" if _TLS.search(why) or (tls and "no answer" in why) else "login"
+
+    async def there_and_back() -> None:
+        await named.publish([(channel, b"again")])
+        await arrived.get()
+
+    try:
+        for at, work in (
+            ("login", lambda: named.start(deliver, lost)),
+            ("subscribe", lambda: named.subscribe(channel)),
+            ("publish", lambda: named.publish([(channel, b"first")])),
+        ):
+            say(f"{at}: {await step(at, work, STEP_TIMEOUT):.1f} ms")
+        await step("delivery", arrived.get, TRIP_TIMEOUT)
+        took = [await step("delivery", there_and_back, TRIP_TIMEOUT) for _ in range(ROUND_TRIPS)]
+        say(
+            f"delivery: {ROUND_TRIPS} round trips, median {statistics.median(took):.2f} ms, "
+            f"slowest {max(took):.2f} ms"
+        )
+    finally:
+        await named.stop()
+
+
+def _since(began: float) -> float:
+    return 1000 * (time.perf_counter() - began)
+
+
+async def _reach(endpoints: list[Endpoint], say: Callable[[str], None]) -> None:
+    """Open a connection to each, and close it. One of several is enough."""
+    failure: BackendUnavailable | None = None
+    reached = False
+    for endpoint in endpoints:
+        try:
+            if isinstance(endpoint, str):
+                await _connect("unix socket", asyncio.open_unix_connection(endpoint), endpoint, say)
+            else:
+                await _reach_host(*endpoint, say)
+            reached = True
+        except BackendUnavailable as exc:
+            failure = exc
+            if len(endpoints) > 1:
+                say(str(exc).partition("\n")[0])
+    if failure is not None and not reached:
+        raise failure
+
+
+async def _reach_host(host: str, port: int | str, say: Callable[[str], None]) -> None:
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(STEP_TIMEOUT):
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise _failed("name resolution", f"{host}: {_words(exc)}") from None
+    addresses = ", ".join(dict.fromkeys(str(address[0]) for *_, address in found))
+    say(f"name resolution: {host} is {addresses}")
+    await _connect("TCP", asyncio.open_connection(host, port), f"{addresses}, port {port}", say)
+
+
+async def _connect(step: str, connect: Any, where: str, say: Callable[[str], None]) -> None:
+    began = time.perf_counter()
+    try:
+        async with asyncio.timeout(STEP_TIMEOUT):
+            _, writer = await connect
+    except OSError as exc:
+        raise _failed(step, f"{where}: {_words(exc)}") from None
+    writer.transport.abort()
+    await asyncio.sleep(0)  # the socket is closed in the event loop's next turn
+    say(f"{step}: {where}, {_since(began):.1f} ms")
+
+
+def _words(error: OSError | UnicodeError) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {STEP_TIMEOUT:g} seconds"
+    number = getattr(error, "errno", None) or 0
+    if number > 0:
+        return os.strerror(number)  # asyncio's own words repeat the address
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,119 @@
+"""Patterns: the channels of a hub whose names match, for the command line.
+
+The broker is asked for all channels of the hub at once, under the name `ALL`, and what does not
+match is dropped here: a user of the broker who may follow the hub may do that, and wildcards of
+NATS know no parts of names. A hub connects again and tells gaps as for any other channel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from . import envelope
+from .backends import Backend
+from .backends.base import Deliver, Lost
+from .event import Event
+from .exceptions import ConfigurationError
+from .gap import Gap
+from .probe import PROBE_CHANNEL
+
+ALL = "*"
+
+
+class AllChannels:
+    """A backend on which the channel `ALL` has the messages of all channels of its hub.
+
+    Each is a binary message that holds the name of its channel: see `reader`.
+
+    Args:
+        backend: One that has `subscribe_all`.
+
+    Raises:
+        ConfigurationError: It has not.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        if not hasattr(backend, "subscribe_all"):
+            raise ConfigurationError(
+                "a * stands for any characters, and this broker has no patterns: name the channels"
+            )
+        self._backend: Any = backend
+        self.max_payload = backend.max_payload
+        self.if_silent = getattr(backend, "if_silent", "")
+        self.address = getattr(backend, "address", None)
+        self._names: set[str] = set()  # what is subscribed to by its own name
+        self._all = ""  # what stands for all
+
+    async def start(self, deliver: Deliver, lost: Lost) -> None:
+        self._names.clear()
+        self._all = ""
+
+        def deliver_named(channel: str, payload: bytes) -> None:
+            if channel in self._names:
+                deliver(channel, payload)
+            else:
+                deliver(self._all, _wrap(channel.partition(":")[2], payload))
+
+        await self._backend.start(deliver_named, lost)
+        self.max_payload = self._backend.max_payload
+
+    async def stop(self) -> None:
+        await self._backend.stop()
+
+    async def subscribe(self, channel: str) -> None:
+        hub, _, name = channel.partition(":")
+        if name == ALL:
+            self._all = channel
+            await self._backend.subscribe_all(hub)
+        else:
+            self._names.add(channel)
+            await self._backend.subscribe(channel)
+
+    async def unsubscribe(self, channel: str) -> None:
+        await self._backend.unsubscribe(channel)
+
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> Awaitable[None]:
+        published: Awaitable[None] = self._backend.publish(messages)
+        return published
+
+
+def _wrap(channel: str, payload: bytes) -> bytes:
+    content = json.dumps(channel).encode() + b"\n" + payload  # JSON has no line break of its own
+    return envelope.pack(Event(ALL, content, content), b"")
+
+
+def reader(channels: Sequence[str]) -> Callable[[Event | Gap], list[tuple[str, Event | Gap]]]:
+    """Return what makes of an item of `ALL` pairs of a channel and an item of that one.
+
+    Args:
+        channels: The names that are wanted; a `*` stands for any characters.
+    """
+    wanted = re.compile(
+        "|".join(".*".join(map(re.escape, channel.split("*"))) for channel in channels), re.DOTALL
+    )
+
+    def read(item: Event | Gap) -> list[tuple[str, Event | Gap]]:
+        if isinstance(item, Gap):
+            return [(channel, item) for channel in channels]
+        event = _unwrap(item)
+        if event is None or not wanted.fullmatch(event.channel):
+            return []
+        return [(event.channel, event)]
+
+    return read
+
+
+def _unwrap(event: Event) -> Event | None:
+    """Return the event that one of `ALL` holds; None if it is a hub's own, or not to be read."""
+    assert isinstance(event.message, bytes)
+    name, _, payload = event.message.partition(b"\n")
+    channel = json.loads(name)
+    if channel.startswith(PROBE_CHANNEL):
+        return None
+    try:
+        return envelope.unpack(channel, payload, b"")
+    except envelope.Malformed:
+        return None
