@@ -419,6 +419,17 @@ async def test_a_subscription_that_is_taken_away_as_it_is_granted(connect):
     assert not session._channels
 
 
+async def test_a_password_that_is_changed_ends_the_connection(own_server):
+    config = "authorization: {{users: [{{user: u, password: {}}}]}}"
+    server = own_server(config.format("p"))
+    backend = NatsBackend(server.url.replace("//", "//u:p@"))
+    inbox = await Inbox().start(backend)
+    server.reload(config.format("q"))
+    await until(lambda: inbox.lost)
+    assert "authorization violation" in str(inbox.lost[0]).lower()
+    await backend.stop()
+
+
 async def test_no_permission_for_answers(own_server, monkeypatch):
     server = own_server(
         """authorization: {users: [{user: u, password: p,
