@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Literal
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import WebSocketException
@@ -17,6 +18,15 @@ from starlette.exceptions import WebSocketException
 from . import logs
 from .close_codes import POLICY_VIOLATION
 from .exceptions import ConfigurationError
+
+Refuse = Literal["http", "close"]
+
+
+def check_refuse(refuse: Refuse | None) -> Refuse | None:
+    """Return a way to refuse if it is one, or raise `ConfigurationError`."""
+    if refuse not in ("http", "close", None):
+        raise ConfigurationError(f"refuse must be http or close, not {refuse!r}")
+    return refuse
 
 
 class Refused(WebSocketException):

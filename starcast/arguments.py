@@ -27,6 +27,23 @@ class Omitted(enum.Enum):
 
 OMITTED: Final = Omitted.OMITTED
 
+# Calls that mean something else without their client, for `check_client`.
+CONNECT = (
+    "connect(...)",
+    "would have opened the hub and registered nobody",
+    "call connect() to open the hub",
+)
+DISCONNECT = (
+    "disconnect(...)",
+    "would have closed the hub",
+    "call disconnect() to close the hub",
+)
+SEND_TO = (
+    "send(to=...)",
+    "would have sent the message to everybody",
+    "leave to= out if everybody is meant",
+)
+
 
 def check_client(
     value: object, call: str, meaning: str = "names no client", instead: str = ""

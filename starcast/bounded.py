@@ -9,13 +9,20 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .deadline import Deadline
 from .exceptions import PublishQueueFull
 from .waiter import Waiter
 
 Entry = TypeVar("Entry")
+
+
+class Waiting(Protocol):
+    """Who waits for space. Told with the lock held."""
+
+    def set(self) -> None:
+        """Note that there is some."""
 
 
 class BoundedQueue(Generic[Entry]):
@@ -41,7 +48,7 @@ class BoundedQueue(Generic[Entry]):
         self.bound = bound
         self.entries: deque[Entry] = deque()
         self.size = 0
-        self.waiters: set[Waiter] = set()
+        self.waiters: set[Waiting] = set()
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from . import backends, codec, refusals, serving
-from . import heartbeats as _heartbeats
+from . import arguments, backends, codec, refusals, serving
 from . import subprotocols as _subprotocols
+from .admission import Refuse
 from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client, check_close
 from .backends import Backend
 from .close_codes import NORMAL
@@ -26,6 +25,7 @@ from .codec import Channel, Dumps, Encoding
 from .gap import Gap
 from .heartbeats import Heartbeats
 from .hub import Headers, Hub
+from .inbound import MAX_MESSAGE
 from .lifespan import with_handlers
 from .mount import Authorize, make_app
 from .opening import OPEN_TIMEOUT, PROBE_INTERVAL
@@ -75,16 +75,24 @@ class Broadcast:
         overflow: What happens when the buffer is full. `"disconnect"`, the default: the client is
             closed with 1013. `"drop_oldest"`, `"drop_newest"`: messages are dropped. `"latest"`:
             only the newest message of each channel is kept.
+        max_message: Bytes that one message of a client may have when it comes in through
+            `BroadcastEndpoint`, `serve` or a mount, 256 KiB by default. A text has the bytes of its
+            UTF-8 form. The client is closed with 1009, with one log line, before anything is
+            decoded. None: no bound but that of the server.
+        refuse: How a client is turned away before it is accepted. `"http"`, the default: with a
+            response, 403 or 503, whose reason a page's JavaScript does not see. `"close"`: the
+            client is accepted and then closed, so that the page sees the close code and the reason:
+            1008 for an origin, an `authorize` or the name of a channel that does not let it in,
+            1013 if the broker is away, or the code of the `WebSocketException` that was raised.
         on_overflow: A plain function that is called with an `Overflowed` each time a client or a
             subscriber does not keep up, on its event loop. It must not block.
         ready_frames: Whether messages may be written as ready-made frames if the server supports
             them (`starcast.uvicorn`). This bypasses ASGI middleware that wraps `send`.
         on_gap: A plain function that is called with a `Gap` when the broker is back after an
-            outage, or a channel that it refused, on the event loop that opened the hub. It must not
-            block.
-        after_gap: What happens to the clients after a gap, or to those of its channel.
-            `"carry_on"`, the default: nothing. `"close"`: they are closed with 1012 (service
-            restart), so that they reconnect.
+            outage, or a channel that it refused, and when an event loop goes on that was blocked
+            and has missed messages, on the event loop that opened the hub. It must not block.
+        after_gap: What happens to the clients after a gap. `"carry_on"`, the default: nothing.
+            `"close"`: they are closed with 1012 (service restart), so that they reconnect.
         open_timeout: How many seconds a hub that is being opened keeps trying to reach its broker,
             with a log line for each failed attempt: 10 by default, enough for a broker that starts
             together with the app. 0: it tries once. The hub counts as open when a message to itself
@@ -110,6 +118,8 @@ class Broadcast:
         max_buffer: int = MAX_BUFFER,
         overflow: Overflow = "disconnect",
         on_overflow: OnOverflow | None = None,
+        max_message: int | None = MAX_MESSAGE,
+        refuse: Refuse = "http",
         ready_frames: bool = True,
         on_gap: Callable[[Gap], None] | None = None,
         after_gap: AfterGap = "carry_on",
@@ -122,6 +132,8 @@ class Broadcast:
             max_buffer=max_buffer,
             overflow=overflow,
             on_overflow=on_overflow,
+            max_message=max_message,
+            refuse=refuse,
             ready_frames=ready_frames,
             on_gap=on_gap,
             after_gap=after_gap,
@@ -140,12 +152,7 @@ class Broadcast:
         await self.connect()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.disconnect()
 
     def lifespan(self, app: object = None) -> contextlib.AbstractAsyncContextManager[None]:
@@ -222,13 +229,8 @@ class Broadcast:
         if websocket is OMITTED:
             await self._hub.ready()
             return
-        websocket = check_client(
-            websocket,
-            "connect(...)",
-            "would have opened the hub and registered nobody",
-            "call connect() to open the hub",
-        )
-        with refusals.logged(websocket):
+        websocket = check_client(websocket, *arguments.CONNECT)
+        async with refusals.prepared(websocket, self._hub.settings.refuse, subprotocol):
             channel = check_channel(websocket, channel)
             outbox = self._hub.settings.outbox(max_buffer, overflow)
             await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
@@ -261,12 +263,7 @@ class Broadcast:
         if websocket is OMITTED:
             await self._hub.close()
             return
-        websocket = check_client(
-            websocket,
-            "disconnect(...)",
-            "would have closed the hub",
-            "call disconnect() to close the hub",
-        )
+        websocket = check_client(websocket, *arguments.DISCONNECT)
         name = None if channel is None else codec.check_channel(channel)
         if left := self._hub.leave(websocket, name):
             await left
@@ -345,12 +342,7 @@ class Broadcast:
         if to is OMITTED:
             await self.publish(channel, data, exclude=exclude, encoding=encoding)
             return None
-        to = check_client(
-            to,
-            "send(to=...)",
-            "would have sent the message to everybody",
-            "leave to= out if everybody is meant",
-        )
+        to = check_client(to, *arguments.SEND_TO)
         return await self._hub.send(self._hub.event("", data, None, encoding), to)
 
     async def publish(
@@ -490,12 +482,14 @@ class Broadcast:
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
+        max_message: int | None = None,
         on_publish_error: OnPublishError | None = None,
     ) -> int:
         """Serve a client until it leaves: register it, publish what it sends, unregister it.
 
         For the functions of `@app.websocket`. It returns when the client has left or was closed;
-        closing the socket in any other case is up to the caller.
+        closing the socket in any other case is up to the caller. Nothing more is read from a client
+        whose channel cannot take what it says: see `BroadcastEndpoint.on_receive`.
 
         Args:
             websocket, channel, subprotocol, headers, max_buffer, overflow: See `connect`.
@@ -509,6 +503,7 @@ class Broadcast:
                 published, and listen-only clients may send it.
             subprotocols: Instead of `subprotocol`: the server answers with the first of these names
                 that the client offers, or with none.
+            max_message: For this client instead of the hub's, in bytes.
             on_publish_error: Called as `on_publish_error(websocket, data, exc)` when a message of
                 the client could not be published; `exc` is a `BackendUnavailable` or a
                 `PublishQueueFull`. An async function, or a plain one that does not block. The
@@ -518,15 +513,15 @@ class Broadcast:
         Returns:
             The close code. A client that sends what the encoding does not allow is closed with 1003
             (wrong type of frame) or 1007 (invalid content), one that may not publish with 1008, and
-            one whose message is too large for the broker with 1009, each with one log line. If the
-            broker is away when the client connects, the handshake is answered with HTTP 503, or 403
-            if the server does not support that, and the code is 1013.
+            one whose message is longer than `max_message` or too large for the broker with 1009,
+            each with one log line. If the broker is away when the client connects, the handshake is
+            answered with HTTP 503, or 403 if the server does not support that, and the code is
+            1013.
 
         Raises:
             OriginRefused, InvalidChannel, ConfigurationError, TypeError: See `connect`.
         """
         check_client(websocket, "serve(...)")
-        beats = _heartbeats.check(heartbeats)
         connect = functools.partial(
             self.connect,
             websocket,
@@ -542,7 +537,8 @@ class Broadcast:
             channel,
             encoding=encoding,
             publish=publish,
-            beats=beats,
+            heartbeats=heartbeats,
+            max_message=max_message,
             connect=connect,
             on_publish_error=on_publish_error,
         )
@@ -555,6 +551,8 @@ class Broadcast:
         encoding: Encoding | None = "text",
         heartbeats: Heartbeats | None = None,
         subprotocols: Sequence[str] = (),
+        max_message: int | None = None,
+        refuse: Refuse | None = None,
     ) -> ASGIApp:
         """Return an ASGI app that serves `/{channel}`: `app.mount("/live", broadcast.app())`.
 
@@ -573,20 +571,23 @@ class Broadcast:
                 `return user is not None`, not `return user`. Other exceptions go through the app as
                 usual.
             encoding: See `serve`; ignored without `publish`.
-            heartbeats, subprotocols: See `serve`.
+            heartbeats, subprotocols, max_message: See `serve`.
+            refuse: Instead of the hub's, see there.
 
         Raises:
             ConfigurationError: An argument is not valid.
         """
-        codec.check_encoding(encoding)
-        serve = functools.partial(
+        return make_app(
+            self._hub,
             self.serve,
+            authorize,
+            refuse,
             encoding=encoding,
             publish=publish,
-            heartbeats=_heartbeats.check(heartbeats),
-            subprotocols=_subprotocols.check(subprotocols),
+            heartbeats=heartbeats,
+            subprotocols=subprotocols,
+            max_message=max_message,
         )
-        return make_app(self._hub, serve, authorize)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._mount(scope, receive, send)

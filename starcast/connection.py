@@ -156,6 +156,13 @@ class Connection:
         return self._presence.transport
 
     @property
+    def waiting(self) -> int:
+        """Bytes that the client has not taken: of the outbox and, if that is known, the server."""
+        transport = self.transport
+        known = transport is not None and not transport.is_closing()
+        return self.outbox.size + (transport.get_write_buffer_size() if known else 0)
+
+    @property
     def departed(self) -> bool:
         """Whether the client has left or is about to be closed. From any thread."""
         return self.code is not None or self._presence.is_over
@@ -165,11 +172,23 @@ class Connection:
         """Whether it is registered and has not left. From any thread."""
         return self.leaving is None and not self.departed
 
-    def lose(self, code: int = ABNORMAL) -> None:
-        """Forget the client, which has left, with what it still had to get."""
+    def lose(self, code: int = ABNORMAL, *, drop: bool = False) -> None:
+        """Forget the client, which has left, with what it still had to get.
+
+        If it has not read everything, its connection is dropped, at once or when it has had time
+        for that, and its handler need not wait for the server to say so.
+        """
         self._stop_writer()
         self.end(code)
         self._handler.stop_sending()
+        if drop:
+            self._presence.abort()
+            self._handler.interrupt()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the send that is in flight takes too long. It has to be asked now and then."""
+        return self._presence.is_stuck(self.state is SENDING)
 
     # What the shard calls
 
@@ -205,12 +224,15 @@ class Connection:
         self._writer = task
         try:
             while item is not None:
+                self._presence.sends += 1
                 if isinstance(item, Event):
                     if self.frames is not None:
                         written = await self.frames.write(item)
                         self.line.counters.delivered += written
                         if not written:
                             self.end(ABNORMAL)
+                    elif self._presence.is_over:
+                        self.end(ABNORMAL)
                     else:
                         # A fresh dict each time: middleware may change what it is given.
                         await self._handler.send_event(
@@ -249,8 +271,10 @@ class Connection:
         self._handler.over = True
         stuck = self._stop_writer() or self._handler.is_sending
         self.end(ABNORMAL)
-        if stuck and self.frames is not None:
-            self.frames.wire.abort()  # a close would wait for the client to read
+        if stuck:  # a close would wait for the client to read
+            if self.frames is not None:
+                self.frames.wire.abort()
+            self._presence.abort()
         self._handler.interrupt()
         self._handler.stop_sending()
 
@@ -272,6 +296,8 @@ class Connection:
         self._on_end(self)
         if self.code is not None:
             self._handler.limit()
+            if self._presence.has_unsent:
+                self.call_after_close_timeout(self._presence.abort)
         for waiter in self._waiters:
             waiter.set()
 
@@ -358,6 +384,7 @@ class Connection:
         if self.state is ENDED:
             return False
         if self.state is IDLE and not self.line.awake:
+            self._presence.sends += 1
             self.work()
             return True
         turn = Turn()

@@ -10,6 +10,9 @@ milliseconds where PostgreSQL is asked a second question.
 So a timer that is due first lets the loop take `TURNS` turns, with a pause before each of them in
 which the kernel can bring more. The pauses are longer if the loop has been blocked shortly before:
 then the question itself may not have left yet, and much may have piled up in front of the answer.
+
+Nor is a slow line taken for a dead one: an answer that waits behind seconds of data has until
+nothing has arrived for that long.
 """
 
 from __future__ import annotations
@@ -41,13 +44,32 @@ class Overdue:
     Args:
         seconds: How long to wait; may be negative, if the deadline has passed already.
         callback: What is called, without arguments.
+        heard_at: Returns when the other side was heard last, in `time.monotonic()`. It has until it
+            has been silent for so many seconds.
     """
 
-    __slots__ = ("_blocked", "_callback", "_due", "_handle", "_left", "_loop", "_turns")
+    __slots__ = (
+        "_blocked",
+        "_callback",
+        "_due",
+        "_handle",
+        "_heard_at",
+        "_left",
+        "_loop",
+        "_seconds",
+        "_turns",
+    )
 
-    def __init__(self, seconds: float, callback: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        callback: Callable[[], object],
+        heard_at: Callable[[], float] | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._callback = callback
+        self._heard_at = heard_at
+        self._seconds = seconds
         self._turns = TURNS
         self._blocked = False
         look = LOOK_AT * seconds
@@ -68,6 +90,8 @@ class Overdue:
         elif self._turns:
             self._turns -= 1
             pause = PAUSE_LATE if self._blocked else PAUSE
+        elif self._heard_at is not None and self._heard_at() + self._seconds > now:
+            pause, self._turns = self._heard_at() + self._seconds - now, TURNS
         else:
             self._callback()
             return
@@ -81,19 +105,24 @@ class Deadline:
         async with Deadline(2.0):
             await answer
 
+    Args:
+        seconds: How long the block may take.
+        heard_at: See `Overdue`.
+
     Raises:
         TimeoutError: The block took longer than so many seconds, and a moment more.
     """
 
-    __slots__ = ("_overdue", "_seconds", "_timeout")
+    __slots__ = ("_heard_at", "_overdue", "_seconds", "_timeout")
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, heard_at: Callable[[], float] | None = None) -> None:
         self._seconds = seconds
+        self._heard_at = heard_at
         self._timeout = asyncio.timeout(None)
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()
-        self._overdue = Overdue(self._seconds, self._expire)
+        self._overdue = Overdue(self._seconds, self._expire, self._heard_at)
 
     def _expire(self) -> None:
         self._timeout.reschedule(0.0)  # which has passed on every loop: at once

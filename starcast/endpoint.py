@@ -13,7 +13,8 @@ from starlette.exceptions import WebSocketException
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import attributes, codec, heartbeats, refusals, serving, subprotocols
+from . import attributes, codec, heartbeats, inbound, refusals, serving, subprotocols
+from .admission import Refuse, check_refuse
 from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
 from .close_codes import ABNORMAL, INTERNAL_ERROR
@@ -71,12 +72,16 @@ class BroadcastEndpoint(WebSocketEndpoint):
             `Broadcast.serve`.
         subprotocols: Names of subprotocols. The server answers with the first of them that the
             client offers, or with none.
+        max_message: Bytes that one message of a client may have; None, the default, stands for the
+            hub's setting. A longer one closes the client with 1009, and no hook gets it.
+        refuse: How a client is turned away before it is accepted, `"http"` or `"close"`; None, the
+            default, stands for the hub's setting. See `Broadcast`.
 
     A class with an attribute that looks like one of these misspelt is told so, with one log line.
 
     Raises:
-        ConfigurationError: `encoding`, `heartbeats` or `subprotocols` is not valid. Raised where
-            the class is defined.
+        ConfigurationError: Another attribute than `broadcast` is not valid. Raised where the class
+            is defined.
         TypeError: `broadcast` is not a `Broadcast`. Raised there too.
     """
 
@@ -84,6 +89,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
     encoding: Literal["text", "bytes", "json"] | None = "text"
     heartbeats: Heartbeats | None = None
     subprotocols: Sequence[str] = ()
+    max_message: int | None = None
+    refuse: Refuse | None = None
 
     # FastAPI reads this to know what to call the class with.
     __signature__ = inspect.Signature(
@@ -99,6 +106,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
         attributes.check(cls, BroadcastEndpoint)
         heartbeats.check(cls.heartbeats)
         subprotocols.check(cls.subprotocols)
+        inbound.check(cls.max_message)
+        check_refuse(cls.refuse)
 
     @overload
     def __init__(self, websocket: WebSocket) -> None: ...
@@ -140,6 +149,11 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
         It does not wait until every client has the message, so a burst is sent in a few writes. A
         client with 256 unsent messages is not read from until these have been sent.
+
+        Nor is it read from while another client of the channel, on the same event loop and with the
+        policy `disconnect`, has half of its buffer full: until that is empty, so that whoever reads
+        as fast as it can is not lost. A client that takes nothing for 2 seconds, or has not caught
+        up after 10, is waited for no more, and meets its policy.
         """
         channel = self.get_channel(websocket)
         await self._relay.publish(channel, data, self.encoding)
@@ -181,6 +195,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
         """Serve the client until it leaves. Starlette calls this."""
         websocket = self._websocket
         hub = self.broadcast._hub
+        refusals.note(websocket, self.refuse)
         self._relay = Relay(hub, websocket, self.on_publish_error)
         code = ABNORMAL  # what on_disconnect is told if this task is cancelled
         was_accepted = False
@@ -196,7 +211,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
             code = exc.code
             if serving.has_handler(websocket, exc):
                 raise
-            await serving.close_for(hub, websocket, exc)
+            subprotocol = subprotocols.choose(websocket, self.subprotocols)
+            await serving.close_for(hub, websocket, exc, subprotocol)
         except Exception as exc:
             if isinstance(exc, WebSocketDisconnect) and (
                 isinstance(exc, ClientGone) or hub.has_left(websocket)
@@ -218,12 +234,14 @@ class BroadcastEndpoint(WebSocketEndpoint):
                 hub.leave(websocket)
 
     async def _converse(self, websocket: WebSocket) -> int:
+        bound = self.max_message or self.broadcast._hub.settings.max_message
         while True:
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return serving.disconnect_code(message)
             if message["type"] != "websocket.receive":
                 continue  # the handshake of a client that on_connect has refused
+            inbound.check_size(message, bound)
             beats = self.heartbeats
             if beats and await heartbeats.answer(self.broadcast._hub, websocket, message, beats):
                 continue

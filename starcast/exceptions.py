@@ -82,12 +82,13 @@ class InvalidMessage(StarcastError, WebSocketException):
     """A client sent something that is not allowed.
 
     `code` is 1003 for a frame of the wrong type, 1007 for invalid content, and 1009 for a message
-    larger than the broker accepts. The endpoint, `serve` and the mount close the client with it;
-    handlers do not see this error.
+    longer than `max_message=` or larger than the broker accepts. The endpoint, `serve` and the
+    mount close the client with it; handlers do not see this error. `hint` is for the log alone.
     """
 
-    def __init__(self, code: int, reason: str) -> None:
+    def __init__(self, code: int, reason: str, hint: str = "") -> None:
         WebSocketException.__init__(self, code=code, reason=reason)
+        self.hint = hint
         self.args = (code, reason)  # what pickle calls the class with, if these were named
 
     def __str__(self) -> str:

@@ -28,6 +28,10 @@ class Client(Protocol):
     def ended(self) -> bool:
         """Whether it is let go of."""
 
+    @property
+    def departed(self) -> bool:
+        """Whether the client has left or is about to be closed."""
+
     async def acquire(self) -> bool:
         """Wait for the handler's turn; True if the send in flight is the handler's now."""
 
@@ -119,6 +123,8 @@ class Handler:
         client = self._client
         held = await client.acquire()
         closing = message["type"] == "websocket.close"
+        if client.departed and client.code is None:
+            client.failed()
         try:
             if client.code is None:
                 try:

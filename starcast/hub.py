@@ -11,19 +11,18 @@ import contextlib
 import copy
 import functools
 import itertools
-import logging
 import math
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, personal, server, watch
+from . import backends, codec, daphne, personal, server, watch
 from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
-from .close_codes import ABNORMAL, GOING_AWAY, SERVICE_RESTART
+from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
 from .dispatcher import Dispatcher
@@ -32,6 +31,7 @@ from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
 from .guard import Guard
 from .link import Link
+from .missed import Missed
 from .naming import DEFAULT_NAME, NamedBackend, check_name
 from .outbox import Close, Outbox
 from .registry import Registry
@@ -39,8 +39,6 @@ from .settings import Settings
 from .stats import Counters, Stats
 from .subscriber import Subscription
 from .waiter import Lock, Waiter
-
-logger = logging.getLogger("starcast")
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -63,7 +61,7 @@ class Hub:
 
     def __init__(self, backend: Backend | None, settings: Settings) -> None:
         self.settings = settings
-        self.registry = Registry(self._release)
+        self.registry = Registry(self._release, self._tell_missed)
         self.lock = self.registry.lock
         name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
@@ -172,15 +170,16 @@ class Hub:
 
     def _tell_gap(self, gap: Gap) -> None:
         """Tell everybody who wants to know. The link calls this."""
-        close = None
-        if self.settings.after_gap == "close":
-            close = Close(SERVICE_RESTART, "messages may be missing")
-        self.registry.tell_gap(gap, close)
-        if self.settings.on_gap is not None:
-            try:
-                self.settings.on_gap(gap)
-            except Exception:
-                logger.exception("on_gap raised")
+        self.registry.tell_gap(gap, self.settings.gap_close())
+        self.settings.tell_gap(gap)
+
+    def _tell_missed(self, missed: Missed) -> None:
+        """Tell those who have missed messages because their event loop was blocked."""
+        gap = missed.gap()
+        self.registry.tell_gap(gap, self.settings.gap_close(), missed.members())
+        assert self.link is not None  # only what comes from a broker is missed
+        # Not here: this is not the loop of the hub, and the lock is held.
+        missed.shard.loop.call_soon(self.link.report, gap, self.settings.tell_gap)
 
     # Who is there
 
@@ -196,6 +195,8 @@ class Hub:
         protocol = watch.find_protocol(websocket)
         if not self._is_registered(websocket):
             watch.check_loop(protocol)
+        if protocol is None:
+            daphne.adapt(websocket)
         if websocket.application_state is WebSocketState.CONNECTING:
             await self.settings.origins.check(websocket)
         await self.ensure_open()
@@ -279,6 +280,7 @@ class Hub:
         connection = self.find(websocket)
         if connection is None or not self.registry.end(connection, Close(code, reason)):
             if not is_gone(websocket):
+                daphne.adapt(websocket)
                 with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
                     async with asyncio.timeout(CLOSE_TIMEOUT):
                         await websocket.close(code, reason)

@@ -48,7 +48,8 @@ class Link:
     Args:
         backend: What talks to the broker.
         lock: The hub's, for who holds the one may want the other.
-        deliver: Called with each event that arrives, on the link's loop. Raises `PublishQueueFull`.
+        deliver: Called with each event that arrives, on the link's loop. Returns whether everybody
+            gets it; those who do not are told of a gap: see `report`.
         on_gap: Called after each gap, on the link's loop.
         open_timeout: Seconds for which the first connection is tried to be made.
         probe_interval: Seconds between two messages to itself.
@@ -58,7 +59,7 @@ class Link:
         self,
         backend: Backend,
         lock: AbstractContextManager[object],
-        deliver: Callable[[Event], None],
+        deliver: Callable[[Event], bool],
         on_gap: Callable[[Gap], None],
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
@@ -110,14 +111,9 @@ class Link:
 
     def stats(self) -> BackendStats:
         with self._lock:
-            health = self._health
-            return BackendStats(
-                state=health.state if self.alive else "closed",
-                since=health.since,
-                error=health.error,
-                gaps=health.gaps,
-                lost=self._sender.lost + health.blocked,
-                malformed=health.malformed,
+            return self._health.snapshot(
+                alive=self.alive,
+                lost=self._sender.lost + self._session.dropped,
                 channels=len(self._subscriptions.holds),
                 waiting=len(self._sender.queue),
                 refused=self._subscriptions.refused,
@@ -361,6 +357,14 @@ class Link:
             if not life.leaving:
                 self._tell_gap(life, heard, error)
 
+    def report(self, gap: Gap, on_gap: Callable[[Gap], None]) -> None:
+        """Count and log a gap that is not the broker's, and call `on_gap` on the link's loop."""
+        with self._lock:
+            self._health.gaps += 1
+        if self._limit.allows(gap.error):
+            logger.warning("%s; its clients were told of a gap", gap.error)
+        self.call(on_gap, gap)
+
     def hear(self) -> None:
         self._probe.heard = time.time()
 
@@ -403,10 +407,11 @@ class Link:
 
     def _arrived(self, channel: str, data: bytes) -> None:
         try:
-            self._deliver(envelope.unpack(channel, data, self.hub))
+            event = envelope.unpack(channel, data, self.hub)
         except envelope.Malformed:
             with self._lock:
                 self._health.malformed += 1
-        except PublishQueueFull:  # an event loop of this process is blocked
+            return
+        if not self._deliver(event):
             with self._lock:
-                self._health.blocked += 1
+                self._health.missed += 1

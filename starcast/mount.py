@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import functools
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.exceptions import WebSocketException
 from starlette.routing import Router, WebSocketRoute
 from starlette.types import Scope
 from starlette.websockets import WebSocket
 
-from . import admission
+from . import admission, codec, inbound, refusals
+from . import heartbeats as _heartbeats
+from . import subprotocols as _subprotocols
+from .admission import Refuse, check_refuse
 from .answers import Answered
 from .arguments import check_channel
+from .codec import Encoding
 from .exceptions import ConfigurationError
+from .heartbeats import Heartbeats
 from .hub import Hub
-from .refusals import log_http
 from .serving import close_for, has_handler
 
 Authorize = Callable[[WebSocket, str], Awaitable[bool] | bool]
-Serve = Callable[[WebSocket, str], Awaitable[object]]
+Serve = Callable[..., Awaitable[object]]
 
 
-def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
+def make_app(
+    hub: Hub,
+    serve: Serve,
+    authorize: Authorize | None,
+    refuse: Refuse | None,
+    *,
+    encoding: Encoding | None,
+    publish: bool,
+    heartbeats: Heartbeats | None,
+    subprotocols: Sequence[str],
+    max_message: int | None,
+) -> Router:
     """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`."""
+    check_refuse(refuse)
+    serve = functools.partial(
+        serve,
+        encoding=codec.check_encoding(encoding),
+        publish=publish,
+        heartbeats=_heartbeats.check(heartbeats),
+        subprotocols=_subprotocols.check(subprotocols),
+        max_message=inbound.check(max_message),
+    )
     if authorize is not None and not callable(authorize):
         raise ConfigurationError(f"authorize must be a function, not {authorize!r}")
 
@@ -37,14 +62,16 @@ def make_app(hub: Hub, serve: Serve, authorize: Authorize | None) -> Router:
         await serve(websocket, channel)
 
     async def guarded(websocket: WebSocket) -> None:
+        refusals.note(websocket, refuse)
         try:
             await endpoint(websocket)
         except (WebSocketException, Answered) as exc:
             if has_handler(websocket, exc):
                 raise
-            await close_for(hub, websocket, exc)
+            subprotocol = _subprotocols.choose(websocket, subprotocols)
+            await close_for(hub, websocket, exc, subprotocol)
         except Exception as exc:
-            log_http(websocket, exc)
+            refusals.log_http(websocket, exc)
             raise
 
     return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifespan)

@@ -39,6 +39,11 @@ class NamedBackend:
         self.if_silent = getattr(backend, "if_silent", "")
         self.address = getattr(backend, "address", None)
 
+    @property
+    def heard_at(self) -> float | None:
+        heard_at: float | None = getattr(self._backend, "heard_at", None)
+        return heard_at
+
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         prefix = self._prefix
         length = len(prefix)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 from .event import Event
 from .exceptions import ConfigurationError
 from .gap import Gap
-from .space import SpaceQueue
+from .space import Draining, SpaceQueue
 from .waiter import Waiter
 
 logger = logging.getLogger("starcast")
@@ -94,13 +95,57 @@ class OutboxFull(Exception):
     """The policy is `disconnect` and the buffer has no space."""
 
 
+class LatestQueue:
+    """What waits if of each channel only the newest event does: a deque that finds it by channel.
+
+    A plain dict would not do: it steps over all that was removed before to find what is first.
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self) -> None:
+        self._items: OrderedDict[object, Item] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items.values())
+
+    def __delitem__(self, index: int) -> None:
+        del self._items[next(itertools.islice(self._items, index, None))]
+
+    def append(self, item: Item) -> None:
+        """Add an item at the end. Of its channel there is no event any more: see `pop`."""
+        channel = item.channel if isinstance(item, Event) else ""
+        self._items[channel or object()] = item
+
+    def popleft(self) -> Item:
+        return self._items.popitem(last=False)[1]
+
+    def pop(self, channel: str) -> Item | None:
+        """Remove and return the event of a channel, if there is one."""
+        return self._items.pop(channel, None)
+
+
 class Outbox:
     """A queue with a bound in bytes and a policy. It belongs to one event loop.
 
-    A single event may be larger than the bound: it is taken when no other one waits.
+    A single event may be larger than the bound: it is taken when no other one waits. Whatever the
+    policy drops, the rest goes out in the order in which it was offered. So with `latest` a new
+    event does not take the place of the one before it, but goes to the end.
     """
 
-    __slots__ = ("_on_overflow", "items", "max_buffer", "overflow", "promised", "size", "space")
+    __slots__ = (
+        "_on_overflow",
+        "draining",
+        "items",
+        "max_buffer",
+        "overflow",
+        "promised",
+        "size",
+        "space",
+    )
 
     def __init__(
         self,
@@ -118,7 +163,9 @@ class Outbox:
         self.overflow: Overflow = overflow
         self._on_overflow = on_overflow
         self.size = 0
-        self.items: deque[Item] | None = None  # until it is needed: an empty one takes 760 bytes
+        # None until it is needed: an empty deque takes 760 bytes.
+        self.items: deque[Item] | LatestQueue | None = None
+        self.draining: Draining | None = None  # once a room had to wait for it, until it is empty
         # Guarded by the hub's lock:
         self.promised = 0  # the cost of messages addressed to this client that are on their way
         self.space: SpaceQueue | None = None  # of the senders of such messages, once one waits
@@ -134,8 +181,8 @@ class Outbox:
         """
         dropped: list[Event] = []
         if isinstance(item, Event):
-            if self.overflow == "latest" and item.channel:
-                self._drop_first(dropped, item.channel)
+            if self.overflow == "latest" and item.channel and isinstance(self.items, LatestQueue):
+                self._drop(dropped, self.items.pop(item.channel))
             while self.size and self.size + item.cost > self.max_buffer:
                 if self.overflow == "disconnect":
                     raise OutboxFull
@@ -144,7 +191,7 @@ class Outbox:
                 self._drop_first(dropped)
             self.size += item.cost
         if self.items is None:
-            self.items = deque()
+            self.items = LatestQueue() if self.overflow == "latest" else deque()
         self.items.append(item)
         return dropped
 
@@ -152,14 +199,18 @@ class Outbox:
         """Tell the hook, if there is one, what the owner of this outbox will not get."""
         Overflowed(client, self.overflow, tuple(dropped)).tell(self._on_overflow)
 
-    def _drop_first(self, dropped: list[Event], channel: str | None = None) -> None:
-        items = self.items or deque()
-        for index, item in enumerate(items):
-            if isinstance(item, Event) and channel in (None, item.channel):
-                del items[index]
-                self.size -= item.cost
-                dropped.append(item)
-                return
+    def _drop_first(self, dropped: list[Event]) -> None:
+        assert self.items is not None  # something has a size
+        index, items = 0, iter(self.items)
+        while not isinstance(item := next(items), Event):
+            index += 1
+        del self.items[index]
+        self._drop(dropped, item)
+
+    def _drop(self, dropped: list[Event], item: Item | None) -> None:
+        if isinstance(item, Event):
+            self.size -= item.cost
+            dropped.append(item)
 
     def take(self) -> Item | None:
         """Remove and return the oldest item, or None."""
@@ -168,8 +219,8 @@ class Outbox:
         item = self.items.popleft()
         if isinstance(item, Event):
             self.size -= item.cost
-        if self.space is not None:
-            self.space.progress()
+        if self.space is not None or self.draining is not None:
+            self._progress()
         return item
 
     def has_space(self, cost: int) -> bool:
@@ -183,13 +234,19 @@ class Outbox:
 
     def next_event(self) -> Event | None:
         """Return the oldest item, which stays, if it is an event."""
-        item = self.items[0] if self.items else None
+        item = next(iter(self.items or ()), None)
         return item if isinstance(item, Event) else None
 
     def clear(self) -> list[Item]:
         """Remove and return everything."""
         items, self.items = list(self.items or ()), None
         self.size = 0
+        self._progress()
+        return items
+
+    def _progress(self) -> None:
         if self.space is not None:
             self.space.progress()
-        return items
+        if self.draining is not None and not self.size:
+            self.draining.end()
+            self.draining = None

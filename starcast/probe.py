@@ -4,6 +4,9 @@ A connection may be open and yet carry nothing: the broker is frozen, a proxy in
 what it does not understand, nobody may subscribe to what everybody may publish. So a connection
 counts as open only when a message to ourselves has come back, and is asked for one now and then.
 All of this happens on the event loop of the connection.
+
+On a line that is slow a message to ourselves waits behind the others, for seconds or more. Whatever
+arrives meanwhile is a sign of life, so the line is dead only when nothing has come for a while.
 """
 
 from __future__ import annotations
@@ -42,11 +45,13 @@ class Probe:
     Attributes:
         channel: Where the messages go; nobody else subscribes to it.
         heard: When the broker was known to be there last, in seconds since 1970.
+        message_at: When a message arrived last, in `time.monotonic()`.
     """
 
     def __init__(self, backend: Backend, sender: Sender) -> None:
         self.channel = ""
         self.heard = 0.0
+        self.message_at = 0.0
         self._backend = backend
         self._sender = sender
         # Done with "" when the message has come back, or with the reason why it will not. Everybody
@@ -65,6 +70,14 @@ class Probe:
         """Call this when a message on `channel` has arrived."""
         self.heard = time.time()
         self._end("")
+
+    def heard_at(self) -> float:
+        """Return when there was a sign of life last, in `time.monotonic()`.
+
+        The backend may know it to the byte: a single message may take minutes to arrive.
+        """
+        heard_at: float | None = getattr(self._backend, "heard_at", None)
+        return self.message_at if heard_at is None else heard_at
 
     def forget(self) -> None:
         """Call this when the connection that should bring the message back is gone."""
@@ -115,7 +128,7 @@ class Probe:
             # It waits behind what is being handed over.
             patience = PROBE_TIMEOUT + self._sender.under_way / SLOWEST
             try:
-                async with Deadline(patience):
+                async with Deadline(patience, self.heard_at):
                     lost = await asyncio.shield(self.ask())
             except TimeoutError:
                 return f"the broker did not answer for {patience:.0f} seconds"

@@ -1,34 +1,56 @@
 """Refusals: a client that is turned away before its handshake is answered, and the line about it.
 
-A browser shows nothing of the reason to anybody, so the log has to.
+A browser shows nothing of an HTTP response to anybody, so the log has to. With `refuse="close"` the
+client is accepted first, and a page sees the close code and the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import PlainTextResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import logs
-from .admission import Refused
+from .admission import Refuse, Refused
 from .answers import Answered, may_be_denied
+from .close_codes import ABNORMAL
 from .connection import CLOSE_TIMEOUT, is_gone
-from .exceptions import InvalidChannel, OriginRefused
+from .exceptions import ClientGone, InvalidChannel, OriginRefused
+
+# Where a mount or an endpoint that refuses in another way than its hub notes that in the scope.
+REFUSE = "starcast.refuse"
 
 
-def log(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
+def is_new(websocket: WebSocket) -> bool:
+    """Whether nobody has answered the handshake yet."""
+    return websocket.application_state is WebSocketState.CONNECTING
+
+
+def note(websocket: WebSocket, refuse: Refuse | None) -> None:
+    """Let this client be refused in this way, if one is given, instead of the hub's."""
+    if refuse is not None:
+        websocket.scope[REFUSE] = refuse
+
+
+def _log(websocket: WebSocket, exc: WebSocketException | Answered, closes: bool) -> None:
     """Say why clients are refused, once for each kind of reason."""
     if isinstance(exc, OriginRefused | InvalidChannel | Refused):
         return  # whoever checked that has said what would let the client in
+    if closes:
+        answer = f"closed with {exc.code}"
+    elif isinstance(exc, Answered) and may_be_denied(websocket, exc):
+        answer = f"HTTP {exc.status_code}"
+    else:
+        answer = "HTTP 403"
     logs.once(
         ("refused", type(exc).__name__, str(exc.code)),
-        "refused a client before it was accepted (HTTP %d): %s; "
+        "refused a client before it was accepted (%s): %s; "
         "further refusals of this kind are not logged",
-        exc.status_code if isinstance(exc, Answered) and may_be_denied(websocket, exc) else 403,
+        answer,
         logs.escape(str(exc)),  # the app may have put something of the client's into it
     )
 
@@ -38,7 +60,7 @@ def log_http(websocket: WebSocket, exc: Exception) -> None:
 
     The exception takes its way to the app, which answers it.
     """
-    if isinstance(exc, HTTPException) and websocket.application_state is WebSocketState.CONNECTING:
+    if isinstance(exc, HTTPException) and is_new(websocket):
         logs.once(
             ("refused", "HTTPException", str(exc.status_code)),
             "refused a client before its handshake was answered (HTTP %d), and others of this kind "
@@ -48,26 +70,60 @@ def log_http(websocket: WebSocket, exc: Exception) -> None:
         )
 
 
-@contextlib.contextmanager
-def logged(websocket: WebSocket) -> Iterator[None]:
-    """Say why it was refused if an error gets out of the block. Whoever catches it answers it."""
-    is_new = websocket.application_state is WebSocketState.CONNECTING
+async def prepare(
+    websocket: WebSocket,
+    exc: WebSocketException | Answered,
+    refuse: Refuse,
+    subprotocol: str | None,
+) -> bool:
+    """Say why a new client is refused, and accept it if a close frame shall tell it that.
+
+    Args:
+        websocket, exc: The client, and what it is refused for.
+        refuse: What the hub was told.
+        subprotocol: For `accept`: a browser fails a connection whose subprotocols nobody takes.
+
+    Returns:
+        Whether it can still be answered: False if it was to be accepted and has left.
+    """
+    if not is_new(websocket):
+        return True
+    closes = websocket.scope.get(REFUSE, refuse) == "close"
+    _log(websocket, exc, closes)
+    if closes:
+        if is_gone(websocket):
+            return False
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await websocket.accept(subprotocol=subprotocol)
+        except (WebSocketDisconnect, OSError, TimeoutError):
+            return False
+    return True
+
+
+@contextlib.asynccontextmanager
+async def prepared(
+    websocket: WebSocket, refuse: Refuse, subprotocol: str | None
+) -> AsyncIterator[None]:
+    """Prepare the answer if an error gets out of the block. Whoever catches it answers."""
     try:
         yield
-    except Answered as exc:
-        if is_new:
-            log(websocket, exc)
+    except (OriginRefused, Answered) as exc:
+        if not await prepare(websocket, exc, refuse, subprotocol):
+            raise ClientGone(ABNORMAL) from exc
         raise
 
 
-async def refuse(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
-    """Answer the handshake, within 10 seconds: 503 if trying again may help, 403 otherwise."""
-    log(websocket, exc)
+async def answer(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
+    """Answer the handshake, within 10 seconds: 503 if trying again may help, 403 otherwise.
+
+    A client that `prepare` has accepted is closed.
+    """
     if is_gone(websocket):
         return
     with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
         async with asyncio.timeout(CLOSE_TIMEOUT):
-            if isinstance(exc, Answered) and may_be_denied(websocket, exc):
+            if is_new(websocket) and isinstance(exc, Answered) and may_be_denied(websocket, exc):
                 await websocket.send_denial_response(
                     PlainTextResponse(exc.detail, exc.status_code, exc.headers)
                 )

@@ -18,9 +18,9 @@ from . import logs
 from .bounded import Full
 from .connection import Connection, is_gone
 from .event import Event
-from .exceptions import PublishQueueFull
 from .gap import Gap
 from .group import Done, Member
+from .missed import Missed
 from .outbox import Close, Item, Leave
 from .shard import Shard
 from .space import SpaceQueue
@@ -38,14 +38,18 @@ class Registry:
 
     Args:
         release: Called with a channel whenever somebody has left it, with the lock held.
+        on_missed: Called with what an event loop has missed of what a broker sent, on that loop and
+            with the lock held.
     """
 
-    def __init__(self, release: Callable[[str], None]) -> None:
+    def __init__(self, release: Callable[[str], None], on_missed: Callable[[Missed], None]) -> None:
         self.lock = threading.RLock()
         self._release = release
+        self._on_missed = on_missed
         self.shards: dict[asyncio.AbstractEventLoop, Shard] = {}
         self.connections: dict[Connection, Shard] = {}
         self.subscribers: dict[Subscription[Any], Shard] = {}
+        self._missed: dict[Shard, Missed] = {}  # of loops that are blocked now
         self._retired = Counters()  # of shards that are no more
         # What the log is told once the lock is released, at DEBUG only: who did what, and where.
         self._news: list[tuple[str, str]] = []
@@ -67,8 +71,7 @@ class Registry:
             shard = self.connections.get(connection)
             if shard is None:
                 shard = self.connections[connection] = self.here()
-                if connection.transport is not None:
-                    shard.watch.add(connection)
+                shard.watch.add(connection)
             if channel in connection.channels:
                 return False
             connection.channels.add(channel)
@@ -134,6 +137,8 @@ class Registry:
         with self.lock:
             shard = self.subscribers[subscriber] = self.here()
             shard.join(subscriber, subscriber.channel)
+            if subscriber.transport is not None:
+                shard.watch.add(subscriber)
             self._note("a subscriber joined", subscriber.channel)
         return shard.counters
 
@@ -145,6 +150,7 @@ class Registry:
         with self.lock:
             shard = self.subscribers.pop(subscriber, None)
             if shard is not None:
+                shard.watch.discard(subscriber)
                 shard.leave(subscriber, subscriber.channel)
                 self._release(subscriber.channel)
                 self._note("a subscriber left", subscriber.channel)
@@ -163,8 +169,12 @@ class Registry:
         self._wake(wake, connections)
         return connections
 
-    def _members(self) -> Iterator[tuple[Member, Shard]]:
-        return itertools.chain(self.connections.items(), self.subscribers.items())
+    def _members(self, channel: str | None = None) -> Iterator[tuple[Member, Shard]]:
+        """Return who is there, or who is on a channel, and on which loop."""
+        if channel is None:
+            return itertools.chain(self.connections.items(), self.subscribers.items())
+        shards = self.shards.values()
+        return ((member, shard) for shard in shards for member in shard.channels.get(channel, {}))
 
     def _sweep(self) -> None:
         for shard in [shard for shard in self.shards.values() if shard.loop.is_closed()]:
@@ -174,6 +184,7 @@ class Registry:
         """Forget a shard whose loop is closed, and who was on it."""
         if self.shards.pop(shard.loop, None) is not None:
             self._retired.add(shard.counters)
+            self._missed.pop(shard, None)
             for connection in [c for c, its in self.connections.items() if its is shard]:
                 self.remove(connection)
             for subscriber in [s for s, its in self.subscribers.items() if its is shard]:
@@ -258,22 +269,33 @@ class Registry:
         if wake:  # only the first message of a turn has somebody to wake
             self._wake(wake)
 
-    def bring(self, event: Event) -> None:
+    def bring(self, event: Event) -> bool:
         """The same with what comes from a broker: every loop that has space gets it.
 
-        Raises:
-            PublishQueueFull: Some had none.
+        Returns False if some had none. They miss what comes from now on, until they have taken what
+        they have, and are told then.
         """
+        wake = []
+        taken = True
         with self.lock:
-            targets = self._targets(event.channel)
-            taking = [target for target in targets if target[0].queue.has_space(event.cost)]
-            wake = [shard for shard, members in taking if shard.add(event, members)]
+            for shard, members in self._targets(event.channel):
+                if shard not in self._missed and shard.queue.has_space(event.cost):
+                    if shard.add(event, members):
+                        wake.append(shard)
+                    continue
+                taken = False
+                if shard not in self._missed:
+                    self._missed[shard] = Missed(shard, self._end_missed)
+                self._missed[shard].add(event.channel)
         self._wake(wake)
         if logs.is_debugging():
             size, here = len(event.payload), self.describe(event.channel)
             logger.debug("received %d bytes for %r from the broker: %s", size, event.channel, here)
-        if len(taking) < len(targets):
-            raise PublishQueueFull("an event loop is blocked")
+        return taken
+
+    def _end_missed(self, missed: Missed) -> None:
+        del self._missed[missed.shard]
+        self._on_missed(missed)
 
     def post(self, event: Event, connection: Connection) -> bool:
         """Add an event for one client; False if it is not registered any more.
@@ -314,23 +336,35 @@ class Registry:
             )
         )
 
-    def tell_gap(self, gap: Gap, close: Close | None) -> None:
-        """Add a gap for the subscribers who want it, and close its clients if asked to."""
-        channel = gap.channel
+    def tell_gap(
+        self, gap: Gap, close: Close | None, members: dict[Member, Shard] | None = None
+    ) -> None:
+        """Add a gap for the subscribers who want it, and close the clients if asked to.
+
+        Args:
+            gap: The gap.
+            close: What closes the clients, or None.
+            members: Who is told, and on which loop; everybody if None, or all on the gap's channel.
+                These are told with the lock held, and the rest is done in the next turn of this
+                loop.
+        """
+        told: list[tuple[Item, Member, Shard]] = []
+        closed: list[Connection] = []
         with self.lock:
-            told: list[tuple[Item, Member, Shard]] = [
-                (gap, subscriber, shard)
-                for subscriber, shard in self.subscribers.items()
-                if subscriber.gaps and channel in (None, subscriber.channel)
-            ]
-            closed: list[Connection] = []
-            if close is not None:
-                closed = [c for c in self.connections if channel is None or channel in c.channels]
-                for connection in closed:
-                    told.append((close, connection, self.connections[connection]))
-                    self.remove(connection)
+            told_of = dict(self._members(gap.channel)) if members is None else members
+            for member, shard in told_of.items():
+                if isinstance(member, Connection):
+                    if close is not None:
+                        told.append((close, member, shard))
+                        closed.append(member)
+                        self.remove(member)
+                elif member.gaps:
+                    told.append((gap, member, shard))
             wake = [shard for item, member, shard in told if shard.add(item, (member,))]
-        self._wake(wake, closed)
+        if members is None:
+            self._wake(wake, closed)
+        else:
+            asyncio.get_running_loop().call_soon(self._wake, wake, closed)
 
     def _targets(self, channel: str) -> list[Target]:
         """Return who is on a channel, on which loop."""

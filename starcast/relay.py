@@ -14,7 +14,7 @@ from typing import Any
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from . import codec
+from . import codec, pressure
 from .answers import Answered
 from .close_codes import INTERNAL_ERROR, INVALID_DATA
 from .codec import Channel, Encoding
@@ -63,9 +63,11 @@ class Relay:
         "_loop",
         "_lost",
         "_on_error",
+        "_shard",
         "_telling",
         "_unconfirmed",
         "_unconfirmed_cost",
+        "_unseen",
         "_websocket",
     )
 
@@ -74,6 +76,8 @@ class Relay:
         self._websocket = websocket
         self._on_error = on_error
         self._loop = asyncio.get_running_loop()
+        self._shard = hub.registry.here()
+        self._unseen = pressure.unseen(hub)
         self._unconfirmed = 0  # messages that were handed over since one of them was waited for,
         self._unconfirmed_cost = 0  # and what they cost
         # What was lost after `publish` had returned. While some of it is here, `publish` waits, so
@@ -83,7 +87,9 @@ class Relay:
         self._ended = False
 
     async def publish(self, channel: Channel, data: Any, encoding: Encoding | None) -> None:
-        """Publish a message of the client, without waiting unless too much is unconfirmed.
+        """Publish a message of the client, as soon as its room can take it.
+
+        It does not wait for that to be confirmed unless too much is unconfirmed.
 
         Raises:
             InvalidMessage: It can be read and not be sent on, or is too large for the broker.
@@ -99,7 +105,13 @@ class Relay:
         if self._telling is not None and self._telling is not asyncio.current_task():
             await asyncio.wait([self._telling])
         try:
-            await hub.reopen()
+            if not hub.running:
+                await hub.reopen()
+            shard = self._shard
+            if shard.queue.size + event.cost > self._unseen or (
+                (behind := shard.not_ready(event.channel)) and pressure.is_on(behind)
+            ):
+                await pressure.wait(hub, shard, event)
             if hub.find(self._websocket) is None or self._must_wait(event):
                 await hub.dispatcher.publish_and_wait(event)
             elif hub.link is None:

@@ -11,7 +11,8 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, heartbeats, logs, refusals
+from . import codec, inbound, logs, refusals
+from . import heartbeats as _heartbeats
 from .answers import Answered
 from .close_codes import INVALID_DATA, NORMAL, POLICY_VIOLATION
 from .codec import Channel, Encoding
@@ -47,12 +48,15 @@ async def serve(
     *,
     encoding: Encoding | None,
     publish: bool,
-    beats: Heartbeats | None,
+    heartbeats: Heartbeats | None,
+    max_message: int | None,
     connect: Callable[[], Awaitable[None]],
     on_publish_error: OnPublishError | None,
 ) -> int:
     """Live a client's life, which `connect` begins, and return its close code."""
     codec.check_encoding(encoding)
+    beats = _heartbeats.check(heartbeats)
+    bound = inbound.check(max_message) or hub.settings.max_message
     relay = Relay(hub, websocket, on_publish_error or close_sender)
     try:
         await connect()
@@ -60,7 +64,8 @@ async def serve(
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return disconnect_code(message)
-            if beats and await heartbeats.answer(hub, websocket, message, beats):
+            inbound.check_size(message, bound)
+            if beats and await _heartbeats.answer(hub, websocket, message, beats):
                 continue
             if not publish:
                 raise WebSocketException(POLICY_VIOLATION, "listen only")
@@ -101,10 +106,21 @@ def invalid(exc: Exception) -> InvalidMessage:
     return InvalidMessage(INVALID_DATA, reason)
 
 
-async def close_for(hub: Hub, websocket: WebSocket, exc: WebSocketException | Answered) -> None:
-    """Close a client for an error, or refuse it if it was not accepted yet."""
-    if websocket.application_state is WebSocketState.CONNECTING:
-        await refusals.refuse(websocket, exc)
+async def close_for(
+    hub: Hub,
+    websocket: WebSocket,
+    exc: WebSocketException | Answered,
+    subprotocol: str | None = None,
+) -> None:
+    """Close a client for an error, or refuse it if it was not accepted yet.
+
+    Args:
+        hub, websocket, exc: The hub, the client and the error.
+        subprotocol: What the client is to be accepted with if it is refused by a close.
+    """
+    if refusals.is_new(websocket):
+        if await refusals.prepare(websocket, exc, hub.settings.refuse, subprotocol):
+            await refusals.answer(websocket, exc)
     else:
         await hub.close_client(websocket, exc.code, exc.reason)
 
@@ -117,6 +133,6 @@ async def reject(hub: Hub, websocket: WebSocket, exc: WebSocketException) -> Non
         # Behind a proxy that is trusted too much, the host is whatever the client has said it is.
         "?" if address is None else f"{logs.escape(address.host)}:{address.port}",
         exc.code,
-        logs.escape(exc.reason),
+        logs.escape(exc.reason + getattr(exc, "hint", "")),
     )
     await hub.close_client(websocket, exc.code, exc.reason)

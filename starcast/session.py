@@ -7,12 +7,16 @@ All of this happens on one event loop at a time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Callable
 
 from . import life
 from .backends.base import Backend, SubscriptionRevoked
+from .bounded import BoundedQueue
 from .deadline import Deadline
+from .event import OVERHEAD
 from .exceptions import BackendUnavailable
 from .probe import Probe, location
 from .subscriptions import Subscriptions
@@ -22,8 +26,10 @@ logger = logging.getLogger("starcast")
 # Seconds that a backend has to connect, and for a thousand subscriptions.
 CONNECT_TIMEOUT = 10.0
 
-# Messages that wait until everything is subscribed to, and so stand behind the gap.
-MAX_EARLY = 10_000
+# Bytes of messages that wait until everything is subscribed to, and so stand behind the gap; each
+# counts `event.OVERHEAD` more. Half of what may wait for an event loop (`shard.MAX_PENDING`), for
+# they are handed over in one turn of it.
+MAX_EARLY = 8 * 1024 * 1024
 
 
 class Session:
@@ -38,6 +44,8 @@ class Session:
 
     Attributes:
         generation: Of the connection: what an earlier one brings does not count.
+        dropped: Messages that were lost because there was no space for them before everything was
+            subscribed to. They were the oldest ones, so they belong to the gap before the others.
     """
 
     def __init__(
@@ -55,7 +63,10 @@ class Session:
         self._on_message = on_message
         self._on_lost = on_lost
         self._started = False  # the backend has to be stopped
-        self._early: list[tuple[str, bytes]] | None = None  # what came before it is all back
+        self.dropped = 0
+        self._excess = 0  # how many of these since the connection was lost
+        # What came before everything was subscribed to; None once it is.
+        self._early: BoundedQueue[tuple[str, bytes]] | None = None
 
     async def open(self, seconds: float | None = None) -> None:
         """Connect and subscribe, once a message to ourselves has come back.
@@ -72,12 +83,13 @@ class Session:
 
         def deliver(channel: str, data: bytes) -> None:
             if generation == self.generation:
+                self._probe.message_at = time.monotonic()
                 if channel == self._probe.channel:
                     self._probe.came()
-                elif self._early is None or len(self._early) >= MAX_EARLY:
+                elif self._early is None:
                     self._on_message(channel, data)
                 else:
-                    self._early.append((channel, data))
+                    self._hold_back(self._early, channel, data)
 
         def lost(error: Exception) -> None:
             if not isinstance(error, SubscriptionRevoked) or error.channel == self._probe.channel:
@@ -85,13 +97,13 @@ class Session:
             elif generation == self.generation:
                 self._subscriptions.revoke(error.channel, str(error))
 
-        self._early = []
+        self._early = BoundedQueue(contextlib.nullcontext(), MAX_EARLY)  # of this loop only
         try:
             async with Deadline(seconds):
                 await self._backend.start(deliver, lost)
                 await self._subscribe_to_probe()
             await self._probe.prove(seconds)
-            await self._subscriptions.restore(CONNECT_TIMEOUT)
+            await self._subscriptions.restore(CONNECT_TIMEOUT, self._probe.heard_at)
         except TimeoutError:
             await self.close()
             raise BackendUnavailable(
@@ -111,10 +123,28 @@ class Session:
                 f"{location(self._backend)}"
             ) from None
 
+    def _hold_back(self, early: BoundedQueue[tuple[str, bytes]], channel: str, data: bytes) -> None:
+        cost = len(data) + OVERHEAD
+        while not early.has_space(cost):
+            _, oldest = early.entries[0]
+            early.drop_first(len(oldest) + OVERHEAD)
+            self._excess += 1
+        early.append((channel, data), cost)
+
     def catch_up(self) -> None:
         """Let in what came, and who came, before it was all back: the gap is not theirs."""
-        early, self._early = self._early or [], None
-        for channel, data in early:
+        early, self._early = self._early, None
+        assert early is not None  # `open` has made it
+        excess, self._excess = self._excess, 0
+        if excess:
+            self.dropped += excess
+            logger.warning(
+                "%d messages were lost that arrived before all channels were subscribed to again: "
+                "they were more than %d bytes",
+                excess,
+                MAX_EARLY,
+            )
+        for channel, data in early.entries:
             self._on_message(channel, data)
         self._subscriptions.confirm()
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Literal
 
+from . import inbound
+from .admission import Refuse, check_refuse
+from .close_codes import SERVICE_RESTART
 from .codec import Dumps
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .opening import OPEN_TIMEOUT, PROBE_INTERVAL, check_timing
 from .origins import Origins
-from .outbox import MAX_BUFFER, OnOverflow, Outbox, Overflow
+from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
+
+logger = logging.getLogger("starcast")
 
 AfterGap = Literal["carry_on", "close"]
 
@@ -31,11 +37,15 @@ class Settings:
     name: str | None = None
     open_timeout: float = OPEN_TIMEOUT
     probe_interval: float = PROBE_INTERVAL
+    max_message: int | None = inbound.MAX_MESSAGE
+    refuse: Refuse = "http"
 
     def __post_init__(self) -> None:
         check_timing(self.open_timeout, self.probe_interval)
         if self.after_gap not in ("carry_on", "close"):
             raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
+        inbound.check(self.max_message)
+        check_refuse(self.refuse)
         self.outbox()  # refuses settings that make no sense
 
     def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
@@ -45,3 +55,17 @@ class Settings:
             self.overflow if overflow is None else overflow,
             self.on_overflow,
         )
+
+    def gap_close(self) -> Close | None:
+        """Return what becomes of the clients after a gap: None if they stay."""
+        if self.after_gap == "close":
+            return Close(SERVICE_RESTART, "messages may be missing")
+        return None
+
+    def tell_gap(self, gap: Gap) -> None:
+        """Call the hook, if there is one."""
+        if self.on_gap is not None:
+            try:
+                self.on_gap(gap)
+            except Exception:
+                logger.exception("on_gap raised")

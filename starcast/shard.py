@@ -118,6 +118,14 @@ class Shard:
         else:
             self.loop.call_soon_threadsafe(self._begin)
 
+    def not_ready(self, channel: str) -> Sequence[Member]:
+        """Those of the channel who may be behind: nothing waits where frames go out at once."""
+        snapshot = self._snapshots.get(channel)
+        if snapshot is not None and snapshot.version == self.version:
+            return snapshot.others
+        with self._lock:
+            return self.members(channel)
+
     def post(self, item: Turn, connection: Connection) -> None:
         with self._lock:
             wake = self.add(item, (connection,))

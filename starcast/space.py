@@ -1,4 +1,4 @@
-"""Space: senders that wait until there is space in the outbox of one client."""
+"""Space: senders that wait until there is space in the outbox of a client."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from .waiter import Waiter
 
 # Seconds without any progress of the client after which a sender stops waiting for it.
 TIMEOUT = 10.0
+
+# Seconds between two looks at whether a client that is behind takes anything; looks without that
+# before its room waits for it no more, and looks in all.
+LOOK = 0.5
+MAX_IDLE = 4
+MAX_LOOKS = 20
 
 
 class _Sender:
@@ -20,6 +27,60 @@ class _Sender:
 
     def __init__(self) -> None:
         self.waiter = Waiter()
+
+
+class Measured(Protocol):
+    """What is known of somebody for whom something waits."""
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes that are."""
+
+
+class Draining:
+    """A buffer that had no space, as those see it whose messages go to a whole room.
+
+    They wait until it is empty, not until there is space for one message more. A client that reads
+    as fast as it can gets there soon. One that takes nothing for 2 seconds, or has not caught up
+    after 10, is waited for no more until it has, so that it cannot hold its room up at will.
+
+    Args:
+        client: Whose buffer it is.
+
+    Attributes:
+        over: Whether nobody waits any more.
+    """
+
+    __slots__ = ("_client", "_idle", "_looks", "_loop", "_seen", "_timer", "_waiting", "over")
+
+    def __init__(self, client: Measured) -> None:
+        self.over = False
+        self._client = client
+        self._seen = client.waiting
+        # They are counted, not timed: a loop that was blocked is no fault of the client's.
+        self._looks = self._idle = 0
+        self._waiting = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(LOOK, self._look)
+
+    def _look(self) -> None:
+        before, self._seen = self._seen, self._client.waiting
+        self._idle = self._idle + 1 if before == self._seen else 0
+        self._looks += 1
+        if self._idle >= MAX_IDLE or self._looks >= MAX_LOOKS:
+            self.end()
+        else:
+            self._timer = self._loop.call_later(LOOK, self._look)
+
+    def end(self) -> None:
+        """Let everybody go on."""
+        self.over = True
+        self._timer.cancel()
+        self._waiting.set()
+
+    async def wait(self) -> None:
+        """Return when it is over."""
+        await self._waiting.wait()
 
 
 class SpaceQueue:

@@ -17,7 +17,8 @@ class BackendStats:
         state: `"connected"`, `"reconnecting"` or `"closed"`.
         since: When that state began, in seconds since 1970.
         error: The most recent error, even if it has been resolved; None if there has been none.
-        gaps: How often the connection was lost and restored.
+        gaps: How many gaps there were: how often the connection was lost and restored, or an event
+            loop was blocked for so long that its clients missed messages.
         lost: Messages that did not reach the broker, or this process's clients, and that no caller
             waited for.
         malformed: Messages that arrived and were neither text nor in a known format.
@@ -81,8 +82,23 @@ class Health:
         self.since = time.time()
         self.error: str | None = None
         self.gaps = 0
-        self.blocked = 0  # messages that a blocked event loop had no space for
+        self.missed = 0  # messages that a blocked event loop had no space for
         self.malformed = 0
+
+    def snapshot(
+        self, *, alive: bool, lost: int, channels: int, waiting: int, refused: int
+    ) -> BackendStats:
+        return BackendStats(
+            state=self.state if alive else "closed",
+            since=self.since,
+            error=self.error,
+            gaps=self.gaps,
+            lost=lost + self.missed,
+            malformed=self.malformed,
+            channels=channels,
+            waiting=waiting,
+            refused=refused,
+        )
 
 
 class Counters:

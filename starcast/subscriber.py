@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Generic, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
-from . import server
+from . import server, watch
 from .event import Event
 from .exceptions import SubscriberLagged, Unsubscribed
 from .gap import Gap
@@ -31,6 +31,7 @@ class Subscription(Generic[Got]):
     state: None = None
     frames: None = None
     id = 0
+    is_stuck = False
 
     def __init__(
         self,
@@ -49,6 +50,13 @@ class Subscription(Generic[Got]):
         self._waiting: asyncio.Future[None] | None = None
         self._ended = False
         self._lagged = False
+        # Of the WebSocket client that the block serves, if that is known.
+        self.transport: Any = None
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that were not read yet."""
+        return self.outbox.size
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
@@ -58,6 +66,7 @@ class Subscription(Generic[Got]):
             await asyncio.sleep(STOPPING_DELAY)
             self.end()
             return self
+        self.transport = getattr(watch.served_protocol(), "transport", None)
         self._counters = await self._join(self)
         server.end_with_server(self)
         return self
@@ -132,6 +141,13 @@ class Subscription(Generic[Got]):
         self._wake()
         return False
 
+    def lose(self, *, drop: bool = False) -> None:
+        """End the iteration: the client that the block serves has left."""
+        self.outbox.clear()
+        self.end()
+        if drop:
+            watch.abort(self.transport)  # a send to it may wait
+
     def end(self) -> None:
         """End the iteration after what is buffered."""
         self._ended = True
@@ -148,7 +164,9 @@ class Subscriber(Subscription[Event]):
 
     Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed,
     when the server begins to shut down or when the block has been left: in the first two cases
-    after what is buffered. A block that is entered while the server shuts down ends at once.
+    after what is buffered. A block that is entered while the server shuts down ends at once. In the
+    handler of a WebSocket client, on uvicorn, it also ends within a second when that client has
+    left; what is buffered is dropped then.
 
     It belongs to the event loop that entered the block; iterate in one task there.
 

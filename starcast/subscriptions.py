@@ -186,18 +186,20 @@ class Subscriptions:
                 if hold.refusal is not None:
                     hold.refusal.pending = False
 
-    async def restore(self, seconds: float) -> None:
+    async def restore(self, seconds: float, heard_at: Callable[[], float]) -> None:
         """Subscribe to everything that is wanted, before the connection counts as open.
 
         Raises:
-            TimeoutError: The broker took longer than so many seconds for a thousand of them.
+            TimeoutError: The broker was silent for so many seconds and had not confirmed a thousand
+                of them: its answers may wait behind what arrives on the channels before. See
+                `Overdue`.
         """
         tried: set[str] = set()
         while not self._host.broken and (missing := self._missing(tried)):
             tried.update(missing)
             for start in range(0, len(missing), AT_ONCE):
                 some = missing[start : start + AT_ONCE]
-                async with Deadline(seconds):
+                async with Deadline(seconds, heard_at):
                     await asyncio.gather(*map(self._subscribe, some))
 
     def _missing(self, tried: set[str]) -> list[str]:

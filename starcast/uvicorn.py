@@ -43,16 +43,15 @@ class Wire:
 
     Attributes:
         setting: What kind of frames the client takes.
-        write: Writes whole frames to the transport. Only while `ready`.
         ready: Whether frames may be written: the connection is open and its buffer not full.
         changed: Called when `ready` may have changed.
     """
 
-    __slots__ = ("_protocol", "_writable", "changed", "closed", "setting", "write")
+    __slots__ = ("_protocol", "_transport", "_writable", "changed", "closed", "setting")
 
     def __init__(self, protocol: BroadcastProtocol) -> None:
         self._protocol = protocol
-        self.write: Callable[[bytes], None] = protocol.transport.write
+        self._transport = protocol.transport
         self.changed: Callable[[], None] | None = None
         self._writable = protocol.writable
         self.closed = protocol.conn.state is not State.OPEN or protocol.transport.is_closing()
@@ -72,6 +71,13 @@ class Wire:
     @property
     def ready(self) -> bool:
         return not self.closed and self._writable.is_set()
+
+    def write(self, frames: bytes) -> None:
+        """Write whole frames to the transport. Only while `ready`."""
+        if self._transport.is_closing():  # a write has failed, and more would be logged
+            self._protocol._close_wire()
+        else:
+            self._transport.write(frames)
 
     async def drain(self) -> bool:
         """Wait until the buffer has room; False if the connection is closing."""

@@ -24,6 +24,10 @@ from starlette.websockets import WebSocket
 # Seconds between two looks at the transports.
 INTERVAL = 0.5
 
+# Seconds that a server whose transports are unknown may take for one send. By default, uvicorn
+# gives a client up after as long: 20 seconds until it is sent a ping, and 20 for the answer.
+SEND_TIMEOUT = 40.0
+
 # Transports that are looked at before other tasks of the loop get their turn.
 SLICE = 1024
 
@@ -57,11 +61,11 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
     to be on the stack of the task itself.
     """
     task = asyncio.current_task()
-    root = _root_frame(task)
+    root = root_frame(task)
     frame = None if root is None else sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and _same(
+        if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and is_same(
             frame.f_locals.get("scope"), websocket.scope
         ):
             return task
@@ -70,15 +74,24 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
     return None
 
 
-def _root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
+def root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
     return None if task is None else getattr(task.get_coro(), "cr_frame", None)
 
 
-def _same(scope: object, other: Scope) -> bool:
+def is_same(scope: object, other: Scope) -> bool:
     """Whether both are the scope of one client: middleware may have made a shallow copy."""
     if scope is other:
         return True
     return isinstance(scope, dict) and scope.get("headers") is other.get("headers", scope)
+
+
+def server_send(websocket: WebSocket) -> Any:
+    """Return the `send` that the server gave to the app; another one if middleware wraps it."""
+    send: Any = getattr(websocket, "_send", None)
+    while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
+        assert send.__closure__ is not None  # it has a variable of that name
+        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
+    return send
 
 
 def find_protocol(websocket: WebSocket) -> Any:
@@ -87,29 +100,31 @@ def find_protocol(websocket: WebSocket) -> Any:
     uvicorn hands the app a bound method of it. In front of that stand the closures of Starlette's
     routing and maybe middleware; past middleware, the task that uvicorn started has it.
     """
-    send: Any = getattr(websocket, "_send", None)
-    while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
-        assert send.__closure__ is not None  # it has a variable of that name
-        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
-    protocol = getattr(send, "__self__", None)
+    protocol = getattr(server_send(websocket), "__self__", None)
     if _is_uvicorns(protocol):
         return protocol
-    root = _root_frame(asyncio.current_task())
+    protocol = served_protocol()
+    return protocol if is_same(getattr(protocol, "scope", None), websocket.scope) else None
+
+
+def served_protocol() -> Any:
+    """Return uvicorn's protocol object of the WebSocket client that this very task serves."""
+    root = root_frame(asyncio.current_task())
     if root is not None and root.f_code.co_name == "run_asgi":
         protocol = root.f_locals["self"]
-        if _is_uvicorns(protocol) and _same(protocol.scope, websocket.scope):
+        if _is_uvicorns(protocol):
             return protocol
     return None
 
 
 def _is_uvicorns(protocol: Any) -> bool:
-    return _comes_from_uvicorn(protocol.__class__)
+    return comes_from(protocol.__class__, "uvicorn.protocols.websockets.")
 
 
 @functools.lru_cache(maxsize=16)
-def _comes_from_uvicorn(cls: type) -> bool:
-    # A subclass, such as BroadcastProtocol, is known by what it comes from.
-    return any(base.__module__.startswith("uvicorn.protocols.") for base in cls.__mro__)
+def comes_from(cls: type, package: str) -> bool:
+    """Whether a class or one of its bases, such as BroadcastProtocol's, is of that package."""
+    return any(base.__module__.startswith(package) for base in cls.__mro__)
 
 
 def check_loop(protocol: Any) -> None:
@@ -125,6 +140,24 @@ def check_loop(protocol: Any) -> None:
         )
 
 
+def has_unsent(transport: Any) -> bool:
+    """Whether there are bytes that the operating system has not taken yet."""
+    try:
+        return bool(transport.get_write_buffer_size())
+    except AttributeError:  # of a TLS connection that is over
+        return False
+
+
+def abort(transport: Any) -> None:
+    """Drop a connection whose client has not read everything.
+
+    A transport that is closed waits until everything is sent: for a client that reads nothing, as
+    long as the TCP connection lasts. A server that shuts down waits for it too.
+    """
+    if has_unsent(transport):  # if not, it may be over, and asyncio's raise AttributeError then
+        transport.abort()
+
+
 class Watched(Protocol):
     """What a watch needs of a connection."""
 
@@ -132,8 +165,12 @@ class Watched(Protocol):
     def transport(self) -> Any:
         """That of the client's socket."""
 
-    def lose(self) -> None:
-        """Forget the client: it has left."""
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the send that is in flight takes too long. It has to be asked now and then."""
+
+    def lose(self, *, drop: bool = False) -> None:
+        """Forget the client: it has left. `drop` its connection if it has not read everything."""
 
 
 class Presence:
@@ -141,13 +178,17 @@ class Presence:
 
     Attributes:
         transport: What a `Watch` looks at; None if the server is not uvicorn.
+        sends: How many sends to the client have begun.
     """
 
-    __slots__ = ("_client", "_task", "transport")
+    __slots__ = ("_client", "_seen", "_since", "_task", "sends", "transport")
 
     def __init__(self, client: Watched, websocket: WebSocket, protocol: Any) -> None:
         self._client = client
-        self.transport = None if protocol is None else protocol.transport
+        self.transport: Any = None if protocol is None else protocol.transport
+        self.sends = 0
+        self._seen = -1  # send that was in flight when it was looked at last,
+        self._since = 0.0  # and when that was first so
         self._task = app_task(websocket) if protocol is None else None
         if self._task is not None:
             self._task.add_done_callback(self._app_ended)
@@ -156,6 +197,23 @@ class Presence:
     def is_over(self) -> bool:
         """Whether the transport is closed or about to be. From any thread."""
         return self.transport is not None and bool(self.transport.is_closing())
+
+    def is_stuck(self, sending: bool) -> bool:
+        """Whether the send that is in flight takes too long. On the loop."""
+        now = asyncio.get_running_loop().time()
+        if not sending or self._seen != self.sends:
+            self._seen, self._since = self.sends, now
+        return now - self._since > SEND_TIMEOUT
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the client has not read everything, as far as it can be known."""
+        return self.transport is not None and has_unsent(self.transport)
+
+    def abort(self) -> None:
+        """Drop the connection if the client has not read everything."""
+        if self.transport is not None:
+            abort(self.transport)
 
     def forget(self) -> None:
         """Do not look at the task any more."""
@@ -196,8 +254,11 @@ class Watch:
         unread: dict[int, Watched] = {}
         for connection in some:
             transport = connection.transport
-            if transport.is_closing():
-                connection.lose()
+            if transport is None:
+                if connection.is_stuck:
+                    connection.lose(drop=True)
+            elif transport.is_closing():
+                connection.lose(drop=_was_failed(transport))
             elif not transport.is_reading() and (fileno := _fileno(transport)) >= 0:
                 # The event loop does not look at it, because the handler has not received what
                 # the client sent before.
@@ -211,6 +272,14 @@ class Watch:
             self._loop.call_soon(self._look, connections)
         else:
             self._loop.call_later(INTERVAL, self._begin)
+
+
+def _was_failed(transport: Any) -> bool:
+    """Whether uvicorn closes the connection of a registered client for a reason of its own.
+
+    That is a client that answers no pings, or one that does not keep to the protocol.
+    """
+    return bool(getattr(transport.get_protocol(), "close_sent", False))
 
 
 def _fileno(transport: Any) -> int:

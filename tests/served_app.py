@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, BroadcastEndpoint, connection
+from starcast import Broadcast, BroadcastEndpoint, connection, watch
 
 connection.CLOSE_TIMEOUT = 0.3
 
@@ -33,6 +35,10 @@ class Chat(BroadcastEndpoint):
         elif command == "own":
             await hub.publish(channel, "before it")
             await websocket.send_text(data)
+        elif command == "patience":
+            watch.SEND_TIMEOUT = float(data.split()[1])
+        elif command == "code":
+            await hub.close(websocket, int(data.split()[1]))
         elif command == "close":
             await hub.publish(channel, "bye")
             await hub.close(websocket, 4000, "enough")
@@ -56,6 +62,7 @@ async def state(websocket: WebSocket) -> None:
                     "here": channels.get(channel, 0),
                     "ended": ended.get(channel, []),
                     "channels": channels,
+                    "behind": hub.stats().buffered > 0,
                 }
             )
 
@@ -66,10 +73,30 @@ async def dies(websocket: WebSocket) -> None:
     await websocket.receive()
 
 
+class Wrapped:
+    """Middleware that wraps `send`, as tracing does."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def wrapped_send(message: Message) -> None:
+            await send(message)
+
+        await self.app(scope, receive, wrapped_send)
+
+
+async def never_joins(websocket: WebSocket) -> None:
+    """Have the hub close a client that it does not know."""
+    await websocket.accept()
+    await hub.close(websocket, int(websocket.path_params["code"]))
+
+
 app = Starlette(
     routes=[
         WebSocketRoute("/ws/{channel}", Chat),
         WebSocketRoute("/dies/{channel}", dies),
+        WebSocketRoute("/never/{code}", never_joins, middleware=[Middleware(Wrapped)]),
         WebSocketRoute("/state", state),
     ],
     lifespan=hub.lifespan,

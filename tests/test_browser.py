@@ -12,6 +12,7 @@ import base64
 import os
 import random
 import re
+import runpy
 import shutil
 import socket
 from pathlib import Path
@@ -28,6 +29,8 @@ from support import DEADLINE, Served, until
 from test_frames import content
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -491,6 +494,10 @@ async def test_a_token_in_the_subprotocol_in_chromium(serve, browser):
                 hub.app(authorize=authorize, subprotocols=["bearer"], heartbeats=heartbeats),
             ),
             Mount("/plain", plain.app(heartbeats=heartbeats)),
+            Mount(
+                "/told",
+                hub.app(authorize=authorize, subprotocols=["bearer"], refuse="close"),
+            ),
         ]
     )
     server = await serve(app)
@@ -510,10 +517,28 @@ async def test_a_token_in_the_subprotocol_in_chromium(serve, browser):
     connect = "url => connect(url[0], url[1])"
     refused = await page.evaluate(connect, [server.url("/live/a"), ["bearer", "another"]])
     assert refused == ["", [], 1006]
+    told = await page.evaluate(connect, [server.url("/told/a"), ["bearer", "another"]])
+    assert told == ["bearer", [], 1008]
     # Without an answer to what it offered, Chromium closes.
     dropped = await page.evaluate(connect, [server.url("/plain/a"), ["bearer", token]])
     assert dropped == ["", [], 1006]
-    assert asked == [["bearer", token], ["bearer", "another"]]
+    assert asked == [["bearer", token], ["bearer", "another"], ["bearer", "another"]]
+
+
+async def test_a_page_tells_a_login_from_a_server_that_is_away(serve, browser):
+    example = runpy.run_path(str(EXAMPLES / "refuse_close.py"))
+    server = await serve(example["app"])
+    context = await browser.new_context()
+    page = await context.new_page()
+    page.set_default_timeout(DEADLINE * 1000)
+    await page.goto(f"http://127.0.0.1:{server.port}/")
+    await page.get_by_text("Please log in (4401: log in)").wait_for()
+    cookie = {"name": "session", "value": "s-ann", "url": f"http://127.0.0.1:{server.port}"}
+    await context.add_cookies([cookie])
+    await page.reload()
+    await page.get_by_text("Connected").wait_for()
+    await server.stop()
+    await page.get_by_text("The server is away").wait_for()
 
 
 async def opens(page, url: str) -> bool:

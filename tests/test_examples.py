@@ -416,6 +416,16 @@ def test_who_may_connect_token(example):
         assert ann.accepted_subprotocol == "bearer"
 
 
+def test_refuse_close(example):
+    client = TestClient(example("refuse_close").app)
+    with client.websocket_connect("/ws") as stranger:
+        assert closed(stranger) == 4401
+    with client.websocket_connect("/ws", headers={"cookie": "session=s-ann"}) as ann:
+        ann.send_text("hello")
+        assert ann.receive_text() == "hello"
+    assert "/ws" in client.get("/").text
+
+
 def test_heartbeats(example):
     with TestClient(example("heartbeats").app) as client:
         with client.websocket_connect("/live/a") as ann:

@@ -67,7 +67,7 @@ PATHS = ["/endpoint", "/serve", "/mount/default"]
 async def test_a_message_too_large_for_the_broker_closes_its_sender_with_1009(serve, caplog):
     with contextlib.closing(NatsServer()) as nats:
         nats.start()
-        async with Broadcast(nats.url) as hub:
+        async with Broadcast(nats.url, max_message=None) as hub:
             codes: list[int] = []
             server = await serve(app_of(hub, codes))
             async with server.connect("/endpoint") as other:

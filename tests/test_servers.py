@@ -17,6 +17,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server_process import ServerProcess
+from starcast import close_codes
+from starcast.daphne import OFFSET
 from support import DEADLINE
 
 pytestmark = pytest.mark.anyio
@@ -33,6 +35,10 @@ TELLS_NO_CODE = {"hypercorn"}  # what a client closes with; the app is told 1006
 SENDS_NO_REASON = {"daphne"}  # of a close
 # From Python 3.12 on, hypercorn 0.18 never ends while a client is there, whatever the app.
 END = [name for name in SERVERS if name != "hypercorn" or sys.version_info < (3, 12)]
+# All that the library itself sends.
+CLOSE_CODES = sorted(
+    code for name, code in vars(close_codes).items() if name.isupper() and code != 1006
+)
 NEVER_SUSPENDS = {"daphne"}  # a send, whoever does not read: it keeps everything itself
 
 
@@ -62,6 +68,17 @@ def server(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[Process
     yield process
     process.kill()
     assert "Traceback" not in process.log, process.log
+
+
+# Of a client that takes one message and no more.
+NOT_READING = {"max_queue": 1, "compression": None, "ping_interval": None}
+
+
+def small_socket(server: Process) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    return sock
 
 
 async def read(client, count: int) -> list[str | bytes]:
@@ -164,12 +181,19 @@ async def test_clients_whose_handlers_end_are_forgotten(server):
     await asyncio.gather(*(client.close() for client in clients))
 
 
+async def test_every_close_code_closes(server):
+    for code in CLOSE_CODES:
+        expected = code + OFFSET if server.name == "daphne" and code > 1000 else code
+        async with server.connect("/ws/codes") as client:
+            await client.send(f"code {code}")
+            assert await read_all(client) == ([], expected, "")
+        async with server.connect(f"/never/{code}") as client:
+            assert await read_all(client) == ([], expected, "")
+    await server.until("codes", here=0, ended=CLOSE_CODES)
+
+
 async def test_a_client_that_does_not_read_delays_nobody(server):
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect(("127.0.0.1", server.port))
-    options = {"max_queue": 1, "compression": None, "ping_interval": None}
-    dead = await server.connect("/ws/slow", sock=sock, **options)
+    dead = await server.connect("/ws/slow", sock=small_socket(server), **NOT_READING)
     async with server.connect("/ws/slow", compression=None) as healthy:
         await server.until("slow", here=2)
         message = "x" * 256 * 1024
@@ -181,6 +205,29 @@ async def test_a_client_that_does_not_read_delays_nobody(server):
     dead.transport.abort()
     await dead.wait_closed()
     await server.until("slow", here=0, channels={})
+
+
+async def test_a_client_that_does_not_read_is_gone_although_its_channel_is_silent(server):
+    """The servers give nobody up who stays; the hub does, after 40 seconds without progress."""
+    if server.name in NEVER_SUSPENDS:
+        pytest.skip("this server keeps everything itself")
+    dead = await server.connect("/ws/silent", sock=small_socket(server), **NOT_READING)
+    async with server.connect("/ws/silent", compression=None) as healthy:
+        await server.until("silent", here=2)
+        async with server.connect("/state") as asking:
+            for _ in range(80):
+                await healthy.send("x" * 128 * 1024)
+                await read(healthy, 1)
+                await asking.send("silent")
+                if json.loads(await asking.recv())["behind"]:
+                    break
+        await healthy.send("patience 0.2")
+        await server.until("silent", here=1, ended=[1006])
+        await healthy.send("patience 40")
+        await healthy.send("still here")
+        assert await read(healthy, 1) == ["still here"]
+    dead.transport.abort()
+    await dead.wait_closed()
 
 
 @pytest.mark.parametrize("name", END)

@@ -73,14 +73,12 @@ def inside(namespace: str, make: Callable[[], socket.socket]) -> socket.socket:
         return pool.submit(enter).result(DEADLINE)
 
 
-@pytest.mark.parametrize("unsent", [False, True])
-async def test_a_client_whose_cable_is_cut(cable, serve, unsent):
+@pytest.mark.parametrize(("ws", "unsent"), [(PROTOCOL, False), (PROTOCOL, True), ("auto", True)])
+async def test_a_client_whose_cable_is_cut(cable, serve, ws, unsent):
     """Nothing comes back from it, not even that its TCP connection is gone."""
     app = App()
     listening = inside(SERVER, lambda: socket.create_server((HOST, 0)))
-    server = await serve(
-        app, sock=listening, ws=PROTOCOL, ws_ping_interval=0.2, ws_ping_timeout=0.2
-    )
+    server = await serve(app, sock=listening, ws=ws, ws_ping_interval=0.2, ws_ping_timeout=0.2)
 
     def connect(namespace: str) -> websockets.connect:
         address = (HOST, server.port)

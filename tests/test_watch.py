@@ -17,7 +17,9 @@ import pytest
 import uvloop
 import websockets
 from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
@@ -342,6 +344,63 @@ async def reading_is_paused(ws: str, how: str) -> None:
     assert read.count("2") == 2 or how == "reset"
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_is_published_to_clients_that_reset_floods_no_log(ws, loop, caplog):
+    """asyncio logs each write to a socket after a few that failed, until the loop has its turn."""
+    main = published_to_clients_that_reset(ws)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
+        runner.run(main)
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+async def published_to_clients_that_reset(ws: str) -> None:
+    hub = Broadcast()
+
+    async def endpoint(websocket: WebSocket):
+        await hub.serve(websocket, "x")
+
+    server = Served(app_of(endpoint), ws=ws)
+    await server.start()
+    clients = [await server.connect("/ws/x", compression=None) for _ in range(5)]
+    await until(lambda: len(hub) == 5)
+    for client in clients:
+        reset(client)
+    await asyncio.sleep(0)  # the clients' sockets are closed, and the server was not told
+    for _ in range(10):
+        for number in range(20):
+            hub.publish_nowait("x", str(number))
+        await hub.publish("x", "the last of a burst")
+    await until(lambda: len(hub) == 0, SOON)
+    await server.stop()
+
+
+async def test_a_handler_that_only_sends_is_told_although_its_sends_never_wait(serve, ws, caplog):
+    """uvicorn's `send` neither raises nor suspends before the loop has had its turn."""
+    hub = Broadcast()
+    go = asyncio.Event()
+    ended: list[str] = []
+
+    async def endpoint(websocket: WebSocket):
+        await hub.connect(websocket)
+        await go.wait()
+        try:
+            for _ in range(1000):
+                await websocket.send_text("tick")
+            ended.append("after all")
+        except WebSocketDisconnect:
+            ended.append("disconnected")
+
+    server = await serve(app_of(endpoint), ws=ws)
+    client = await server.connect("/ws/x")
+    await until(lambda: len(hub) == 1)
+    reset(client)
+    await asyncio.sleep(0)
+    go.set()
+    await until(lambda: ended, SOON)
+    assert ended == ["disconnected"]
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
 async def test_a_helper_task_that_connects_and_ends_loses_nobody(serve, ws):
     hub = Broadcast()
 
@@ -488,3 +547,53 @@ async def test_connect_on_another_loop_than_the_clients_is_refused(serve, ws, ot
         assert await client.recv() == "hello"
         await client.send("the end")
         assert await client.recv() == "still here"
+
+
+# A handler that only forwards what it has subscribed to
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_subscriber_ends_with_the_client_of_its_handler(serve, ws, how, monkeypatch):
+    monkeypatch.setattr(watch, "INTERVAL", 0.05)
+    hub = Broadcast()
+    ended: list[str] = []
+
+    async def endpoint(websocket: WebSocket):
+        await websocket.accept()
+        async with hub.subscribe("x") as subscriber:
+            async for event in subscriber:
+                await websocket.send_text(event.message)
+        ended.append(websocket.path_params["channel"])
+
+    server = await serve(app_of(endpoint, wrapped), ws=ws)
+    async with server.connect("/ws/stays") as stays, hub.subscribe("x") as elsewhere:
+        leaves = await server.connect("/ws/leaves")
+        await until(lambda: hub.stats().subscribers == 3)
+        await leaves.send("nobody reads this,")
+        await leaves.send("nor this")
+        await leave(leaves, how)
+        await until(lambda: ended, SOON)
+        assert ended == ["leaves"]
+        assert hub.stats().subscribers == 2
+        await hub.publish("x", "still here")
+        assert await stays.recv() == "still here"
+        assert (await anext(elsewhere)).message == "still here"
+    await until(lambda: len(ended) == 2, SOON)
+    assert hub.stats().subscribers == 0
+
+
+async def test_a_subscriber_of_an_http_handler_waits_for_its_message(serve):
+    hub = Broadcast()
+
+    async def endpoint(request: Request) -> Response:
+        async with hub.subscribe("x") as subscriber:
+            event = await anext(subscriber)
+        return PlainTextResponse(event.message)
+
+    server = await serve(Starlette(routes=[Route("/", endpoint)]))
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    await until(lambda: hub.stats().subscribers == 1)
+    await hub.publish("x", "hello")
+    assert (await reader.read()).endswith(b"\r\n\r\nhello")
+    writer.close()

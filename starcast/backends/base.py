@@ -58,6 +58,11 @@ class Backend(Protocol):
             spelling and holds no password, such as `Redis at 127.0.0.1:6379, prefix 'starcast:'`.
             Two backends with the same address share their channels. With it, the hub refuses to
             open beside another hub of this process that it would share channels with by accident.
+        heard_at: Optional, a `float`: when a message arrived last, or a part of one, in
+            `time.monotonic()`. A connection that carries messages is not taken for broken, however
+            long one of the hub to itself waits behind them. Without it, whole messages count. If
+            publishing has a connection of its own, and that is silent although an answer is due,
+            it is not later than the beginning of that silence.
         if_silent: What a developer should look for if nothing that is published ever comes back,
             as a part of a sentence. Optional.
     """

@@ -19,23 +19,21 @@ import contextlib
 import inspect
 import itertools
 import re
-import ssl
 from collections.abc import Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
-from urllib.parse import ParseResult
 
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.aio.transport import TcpTransport
+from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost, SubscriptionRevoked
-from .nats_client import RefusalClient, Sink, WildcardSink, refusal, refused_subject
+from .nats_client import RefusalClient, Sink, WildcardSink, Wire, refusal, refused_subject
 from .nats_names import endpoints_of, read, same_servers, tokens
 from .urls import Endpoint
 
@@ -72,62 +70,6 @@ _FIXED: dict[str, Any] = {
 _CREDENTIALS = ("user", "password", "token")
 
 
-class _Wire(TcpTransport):
-    """The transport of nats-py, made to end at once and to insist on TLS for `tls://`."""
-
-    _plain = False  # tls:// was asked for, and there is no TLS yet
-    _login = b""
-
-    def __bool__(self) -> bool:
-        return True  # else nats-py makes a transport of its own
-
-    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
-        self._plain = uri.scheme == "tls"
-        await super().connect(uri, buffer_size, connect_timeout)
-
-    async def connect_tls(
-        self,
-        uri: str | ParseResult,
-        ssl_context: ssl.SSLContext,
-        buffer_size: int,
-        connect_timeout: int,
-    ) -> None:
-        # nats-py's own leaves the streams not knowing of TLS: asyncio logs a warning at the end,
-        # and a reader that is full stops nobody.
-        assert self._io_writer is not None
-        host = uri if isinstance(uri, str) else uri.hostname
-        async with Deadline(connect_timeout):
-            await self._io_writer.start_tls(ssl_context, server_hostname=host)
-        self._plain = False
-
-    def write(self, payload: bytes) -> None:
-        if self._plain:  # this would be the password; nats-py would send it
-            raise nats.errors.SecureConnWantedError
-        if payload.startswith(b"CONNECT "):
-            # It goes with the PING that follows. A server that refuses the login and then finds a
-            # PING unread resets the connection, and its reason may be lost.
-            self._login = payload
-            return
-        self.writelines([self._login, payload])
-        self._login = b""
-
-    def writelines(self, payload: list[bytes]) -> None:
-        assert self._io_writer is not None
-        # On uvloop an error, which would break nats-py's closing. The task that reads sees the end.
-        if not self._io_writer.transport.is_closing():
-            # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
-            super().write(b"".join(payload))
-
-    async def drain(self) -> None:
-        with contextlib.suppress(OSError):  # the same
-            await super().drain()
-
-    def close(self) -> None:
-        # An orderly close waits for a broker that may be frozen, with TLS for 30 seconds.
-        if self._io_writer is not None:
-            self._io_writer.transport.abort()
-
-
 class _Session:
     """One connection, from its start to its end."""
 
@@ -138,7 +80,8 @@ class _Session:
         self._inbox = inbox
         self._name = name
         self._deliver = deliver
-        self._wire = _Wire()
+        self._message_at = 0.0
+        self._wire = Wire()
         self.client._transport = self._wire
         self._subscriptions: dict[str, Subscription] = {}
         self._numbers = itertools.count()
@@ -175,7 +118,8 @@ class _Session:
         answered: asyncio.Future[None] = loop.create_future()
         self._waiters[number] = answered, messages
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
-        overdue = Overdue(ANSWER_TIMEOUT, partial(self._fail, answered, trouble))
+        fail = partial(self._fail, answered, trouble)
+        overdue = Overdue(ANSWER_TIMEOUT, fail, lambda: self.heard_at)
 
         def forget(answered: asyncio.Future[None]) -> None:
             overdue.cancel()
@@ -191,6 +135,16 @@ class _Session:
         return answered
 
     @property
+    def heard_at(self) -> float:
+        """When a message, or a part of one, arrived last. Answers to `hand_over` do not count."""
+        is_partial = self.client._ps.state == AWAITING_MSG_PAYLOAD
+        return self._wire.bytes_at if is_partial else self._message_at
+
+    def _take(self, channel: str, data: bytes) -> None:
+        self._message_at = self._wire.bytes_at
+        self._deliver(channel, data)
+
+    @property
     def unsent(self) -> int:
         """Bytes that the socket has not taken yet."""
         writer = self._wire._io_writer
@@ -198,9 +152,9 @@ class _Session:
 
     async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
         """Subscribe to a subject; with `cut` to a wildcard, see `WildcardSink`."""
-        sink: asyncio.Future[Msg] = Sink(partial(self._deliver, channel))
+        sink: asyncio.Future[Msg] = Sink(partial(self._take, channel))
         if cut is not None:
-            sink = WildcardSink(self._deliver, cut)
+            sink = WildcardSink(self._take, cut)
         subscription = await self.client.subscribe(subject, future=sink)
         self._subscriptions[channel] = subscription
         self._channels[subscription._id] = channel
@@ -393,6 +347,11 @@ class NatsBackend:
                     f"{self._name} takes"
                 )
         return session.hand_over(*((self._subject(channel), data) for channel, data in messages))
+
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        return 0.0 if self._session is None else self._session.heard_at
 
     async def _current_options(self) -> dict[str, Any]:
         options = dict(self._options)

@@ -1,15 +1,22 @@
-"""What stands in for parts of nats-py: where messages go, and what becomes of a refusal."""
+"""What stands in for parts of nats-py: the transport, where messages go, what was refused."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import ssl
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import ParseResult
 
+import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
 
+from ..deadline import Deadline
 from ..exceptions import BackendUnavailable
 from .base import Deliver, MessagesRefused
 from .nats_names import untoken
@@ -62,6 +69,68 @@ class WildcardSink(asyncio.Future[Msg]):
 
     def set_result(self, result: Msg, /) -> None:
         self._deliver(untoken(result.subject[self._cut :]), result.data)
+
+
+class Wire(TcpTransport):
+    """The transport of nats-py, made to end at once and to insist on TLS for `tls://`."""
+
+    _plain = False  # tls:// was asked for, and there is no TLS yet
+    _login = b""
+    bytes_at = 0.0  # when any bytes arrived last, in `time.monotonic()`
+
+    def __bool__(self) -> bool:
+        return True  # else nats-py makes a transport of its own
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
+        self._plain = uri.scheme == "tls"
+        await super().connect(uri, buffer_size, connect_timeout)
+
+    async def connect_tls(
+        self,
+        uri: str | ParseResult,
+        ssl_context: ssl.SSLContext,
+        buffer_size: int,
+        connect_timeout: int,
+    ) -> None:
+        # nats-py's own leaves the streams not knowing of TLS: asyncio logs a warning at the end,
+        # and a reader that is full stops nobody.
+        assert self._io_writer is not None
+        host = uri if isinstance(uri, str) else uri.hostname
+        async with Deadline(connect_timeout):
+            await self._io_writer.start_tls(ssl_context, server_hostname=host)
+        self._plain = False
+
+    def write(self, payload: bytes) -> None:
+        if self._plain:  # this would be the password; nats-py would send it
+            raise nats.errors.SecureConnWantedError
+        if payload.startswith(b"CONNECT "):
+            # It goes with the PING that follows. A server that refuses the login and then finds a
+            # PING unread resets the connection, and its reason may be lost.
+            self._login = payload
+            return
+        self.writelines([self._login, payload])
+        self._login = b""
+
+    def writelines(self, payload: list[bytes]) -> None:
+        assert self._io_writer is not None
+        # On uvloop an error, which would break nats-py's closing. The task that reads sees the end.
+        if not self._io_writer.transport.is_closing():
+            # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
+            super().write(b"".join(payload))
+
+    async def read(self, buffer_size: int) -> bytes:
+        data: bytes = await super().read(buffer_size)
+        self.bytes_at = time.monotonic()
+        return data
+
+    async def drain(self) -> None:
+        with contextlib.suppress(OSError):  # the same
+            await super().drain()
+
+    def close(self) -> None:
+        # An orderly close waits for a broker that may be frozen, with TLS for 30 seconds.
+        if self._io_writer is not None:
+            self._io_writer.transport.abort()
 
 
 def refused_subject(said: str) -> tuple[str, int | None]:

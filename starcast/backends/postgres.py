@@ -6,7 +6,9 @@ import asyncio
 import binascii
 import functools
 import hashlib
+import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,8 +61,11 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
     """
 
     receive: Any = None
+    heard_at = 0.0  # when a notification arrived last, in `time.monotonic()`
+    asked_at = math.inf  # when the NOTIFY was sent that is not answered yet
 
     def _process_notification(self, pid: int, name: str, text: str) -> None:
+        self.heard_at = time.monotonic()
         self.receive(pid, name, text)
 
 
@@ -197,6 +202,13 @@ class PostgresBackend:
                 reasons = dict.fromkeys(range(first, len(messages)), str(error))
                 raise MessagesRefused(str(error), reasons) from error
 
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`. A large message comes in many notifications."""
+        if self._listener is None or self._publisher is None:
+            return 0.0
+        return float(min(self._listener.heard_at, self._publisher.asked_at))
+
     # Inside
 
     def _transactions(
@@ -268,15 +280,19 @@ class PostgresBackend:
             return None
 
     async def _notify(self, rows: dict[tuple[str, str], None]) -> None:
-        if self._publisher is None:
+        publisher = self._publisher
+        if publisher is None:
             raise BackendUnavailable(f"not connected to {self._where}")
+        publisher.asked_at = time.monotonic()
         try:
             if len(rows) == 1:
-                await self._publisher.execute(_NOTIFY_ONE, *next(iter(rows)))
+                await publisher.execute(_NOTIFY_ONE, *next(iter(rows)))
             else:
-                await self._publisher.execute(_NOTIFY, *zip(*rows, strict=True))
+                await publisher.execute(_NOTIFY, *zip(*rows, strict=True))
         except Exception as error:
             raise BackendUnavailable(f"{self._where}: {_reason(error)}") from error
+        finally:
+            publisher.asked_at = math.inf
 
     def _run(self, statement: str) -> asyncio.Future[None]:
         """Have the listener run a statement."""

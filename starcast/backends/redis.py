@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
 from .base import Deliver, LoginRefused, Lost, MessagesRefused
-from .urls import Endpoint, first_of, options_of, refuse_option, same_host
+from .redis_url import pool_of
+from .urls import Endpoint, same_host
 
 Command = tuple[str | bytes, ...]
 
@@ -46,23 +48,6 @@ _SETTINGS: dict[str, Any] = {
     "socket_connect_timeout": None,  # `start` has a deadline, which a blocked loop does not eat
     "health_check_interval": 0,
 }
-
-
-# What to do about options that hosters and other libraries put into a URL.
-_ADVICE = {
-    "family": "it is for ioredis; take it out",
-    "ssl": "write rediss:// for TLS, and take it out",
-    "tls": "write rediss:// for TLS, and take it out",
-    "ssl_cert_reqs": (
-        "it is 'none', 'optional' or 'required', in a URL that begins with rediss:// (or "
-        "valkeys://); Celery's CERT_NONE is 'none' here"
-    ),
-}
-_TAKE_OUT = "redis-py does not know it; take it out"
-_SSL_ONLY = "it is for TLS: write rediss:// in place of redis://"
-
-# The schemes that redis-py does not know, and those that mean the same to it.
-_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
 
 class RedisBackend:
@@ -108,7 +93,7 @@ class RedisBackend:
         self, url: object = None, *, client: Redis | None = None, prefix: str = "starcast:"
     ) -> None:
         if url is not None and client is None:
-            pool = _pool(str(url))
+            pool = pool_of(str(url))
         elif isinstance(client, Redis) and url is None:
             pool = client.connection_pool
         else:
@@ -197,6 +182,14 @@ class RedisBackend:
         commands = [("PUBLISH", self._name(channel), payload) for channel, payload in messages]
         return self._ask(_PUBLISHER, commands)
 
+    @property
+    def heard_at(self) -> float:
+        """See `Backend`."""
+        if not self._pipes:
+            return 0.0
+        listening, publishing = self._pipes
+        return min(listening.message_at, publishing.silent_since)
+
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()
 
@@ -233,6 +226,7 @@ class _Pipe:
     """One connection. Commands go out at once; a task reads the answers, which come in order.
 
     Nobody reads or writes but this, so a call that is cancelled leaves everything in step.
+
     """
 
     def __init__(
@@ -243,9 +237,21 @@ class _Pipe:
     ) -> None:
         # redis-py has no public way to write without waiting, which a cancellation would turn into
         # a broken connection, nor to close without waiting for a server that does not read.
-        writer = connection._writer
+        writer, reader = connection._writer, connection._reader
         assert writer is not None
+        assert reader is not None
         self.connection = connection
+        # In `time.monotonic()`: when any bytes arrived last; of these, those that ended the last
+        # message, and the last message or answer; and when the first open question was asked.
+        self._bytes_at = self._message_at = self._read_at = self._asked_at = 0.0
+        feed = reader.feed_data
+
+        def feed_data(data: bytes) -> None:
+            self._bytes_at = time.monotonic()
+            feed(data)
+
+        # Nothing else shows that a part of a message has come.
+        reader.feed_data = feed_data  # type: ignore[method-assign, assignment]
         self.answer: object = None  # the last one
         self._writer = writer
         self._take = take
@@ -257,6 +263,16 @@ class _Pipe:
         self._refused: dict[int, str] = {}
         self.task = asyncio.create_task(self._read())
 
+    @property
+    def message_at(self) -> float:
+        """When a message, or a part of one, arrived last. Complete answers do not count."""
+        return self._message_at if self._read_at == self._bytes_at else self._bytes_at
+
+    @property
+    def silent_since(self) -> float:
+        """Since when an answer is due and no bytes have come."""
+        return max(self._bytes_at, self._asked_at) if self._asked else math.inf
+
     def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
         """Write the commands; what comes back is done when the last of them is answered.
 
@@ -264,6 +280,8 @@ class _Pipe:
         """
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
+            if not self._asked:
+                self._asked_at = time.monotonic()
             self._writer.writelines(self.connection.pack_commands(commands))
             self._asked.extend([answered] * len(commands))
         else:
@@ -290,8 +308,10 @@ class _Pipe:
                     self._answer(error)
                 else:
                     if isinstance(answer, list) and answer[0] == b"message":
+                        self._message_at = self._read_at = self._bytes_at
                         self._take(answer[1], answer[2])
                     elif isinstance(answer, list) and answer[0] == b"pmessage":
+                        self._message_at = self._read_at = self._bytes_at
                         self._take(answer[2], answer[3])
                     else:
                         self.answer = answer
@@ -303,6 +323,7 @@ class _Pipe:
             self._broken(error)
 
     def _answer(self, refusal: ResponseError | None = None) -> None:
+        self._read_at = self._bytes_at
         answered = self._asked.popleft()
         if refusal is not None:
             self._refused[self._answers] = f"Redis refuses: {_reason(refusal)}"
@@ -316,50 +337,6 @@ class _Pipe:
             answered.set_exception(MessagesRefused(next(iter(refused.values())), refused))
         else:
             answered.set_result(None)
-
-
-def _pool(url: str) -> ConnectionPool:
-    scheme, separator, rest = url.partition("://")
-    url = _SCHEMES.get(scheme, scheme) + separator + rest
-    options: list[tuple[str, str]] = []
-    try:
-        parts = urlsplit(url)
-        if "@" in parts.path + parts.query + parts.fragment:
-            raise ValueError("a password that ends the host's part of the URL")
-        if parts.scheme == "unix" and not _is_path(parts):
-            raise ValueError("what should be a path may be a part of a password")
-        options = options_of(parts.query)
-        pool = ConnectionPool.from_url(url)
-        pool.connection_class(**pool.connection_kwargs)  # looks at the options, and no more
-        return pool
-    except Exception as error:
-        # Nothing of what the error says but the name of an option: it may repeat the password.
-        refused = _refused(dict(options), error)
-    # Not in the block above, where the error would go along as the context of this one.
-    raise refused or ConfigurationError(
-        "not the URL of a Redis server, or its options are not valid; a URL looks like "
-        "redis://user:password@host:6379 or unix://user:password@/path/redis.sock, with %40 for an "
-        "@ in the password or the path, %2F for a / in the password and so on"
-    )
-
-
-def _is_path(parts: SplitResult) -> bool:
-    """Whether a URL of a socket has a path, and nothing but a login before it."""
-    host = parts.netloc.rpartition("@")[2]
-    return parts.path.startswith("/") and not (host or parts.fragment)
-
-
-def _refused(options: dict[str, str], error: Exception) -> ConfigurationError | None:
-    """Return what to say if redis-py complains about an option of the URL."""
-    if isinstance(error, RedisError) and "ssl_cert_reqs" in options:
-        return refuse_option("Redis", "ssl_cert_reqs", _ADVICE["ssl_cert_reqs"])
-    name = first_of(options, str(error))
-    if name is None:
-        return None
-    if isinstance(error, ValueError):
-        return refuse_option("Redis", name, "its value is not valid")
-    otherwise = _SSL_ONLY if name.startswith("ssl_") else _TAKE_OUT
-    return refuse_option("Redis", name, _ADVICE.get(name, otherwise))
 
 
 async def _longest(connection: AbstractConnection) -> int:

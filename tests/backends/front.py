@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import ssl
 from collections.abc import AsyncIterator
+from typing import Any, Self
 
-from support import DEADLINE
+from support import DEADLINE, until
 
 
 @contextlib.asynccontextmanager
@@ -61,3 +63,64 @@ async def front(
         server.close()
         if tasks:
             await asyncio.wait(tasks, timeout=DEADLINE)
+
+
+class SlowLine:
+    """A port of loopback that goes on to a server's; what the server sends comes slowly.
+
+    Args:
+        port: That of the server.
+        rate: Bytes a second that each connection brings from the server; may be changed.
+
+    Attributes:
+        silent: The numbers of the connections that bring nothing now, in the order in which they
+            were made.
+    """
+
+    PIECE = 4096
+
+    def __init__(self, port: int, rate: float = math.inf) -> None:
+        self.port = port
+        self.rate = rate
+        self.silent: set[int] = set()
+        self.passed = 0  # bytes that the server has sent
+        self._there = port
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._made = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=self.PIECE)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        number, self._made = self._made, self._made + 1
+        there, back = await asyncio.open_connection("127.0.0.1", self._there, limit=self.PIECE)
+        try:
+            await asyncio.gather(
+                self._copy(reader, back), self._copy(there, writer, number), return_exceptions=True
+            )
+        finally:
+            writer.transport.abort()
+            back.transport.abort()
+
+    async def _copy(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int | None = None
+    ) -> None:
+        while data := await reader.read(self.PIECE):
+            if number is not None:
+                await asyncio.sleep(len(data) / self.rate)
+                await until(lambda: number not in self.silent)
+                self.passed += len(data)
+            writer.write(data)
+            await writer.drain()
+        writer.transport.abort()

@@ -426,7 +426,7 @@ async def test_a_password_that_is_changed_ends_the_connection(own_server):
     inbox = await Inbox().start(backend)
     server.reload(config.format("q"))
     await until(lambda: inbox.lost)
-    assert "authorization violation" in str(inbox.lost[0]).lower()
+    assert "authorization failed" in str(inbox.lost[0])
     await backend.stop()
 
 

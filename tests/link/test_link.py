@@ -249,25 +249,110 @@ async def test_what_is_neither_text_nor_ours_is_dropped_and_counted(hub, broker)
     await until(lambda: peer.got == ["text"])
 
 
-async def test_a_blocked_event_loop_loses_what_it_has_no_room_for(hub, broker, other, monkeypatch):
-    monkeypatch.setattr("starcast.shard.MAX_PENDING", 100)
-    elsewhere = Peer()
-    await hub.connect()
-    await asyncio.to_thread(other.run, hub.connect(elsewhere.websocket, "room"))
+class Listener:
+    """Reads a channel on a loop of its own, until "end"; gaps are there by their name."""
+
+    def __init__(self, hub: Broadcast, channel: str) -> None:
+        self.got: list[str] = []
+        self.gaps: list[Gap] = []
+        self.ready = threading.Event()
+        self._hub, self._channel = hub, channel
+
+    async def read(self) -> None:
+        async with self._hub.subscribe(self._channel, gaps=True) as subscriber:
+            self.ready.set()
+            async for item in subscriber:
+                if isinstance(item, Gap):
+                    self.gaps.append(item)
+                    self.got.append("GAP")
+                elif item.message == "end":
+                    return
+                else:
+                    self.got.append(item.message.strip())
+
+
+async def blocked_in(loop: asyncio.AbstractEventLoop) -> threading.Event:
+    """Block a loop of another thread until the event is set."""
     go, blocked = threading.Event(), threading.Event()
+    loop.call_soon_threadsafe(lambda: (blocked.set(), go.wait(20)))
+    assert await asyncio.to_thread(blocked.wait, 20)
+    return go
 
-    def block():
-        blocked.set()
-        go.wait(20)
 
-    other.loop.call_soon_threadsafe(block)
-    await asyncio.to_thread(blocked.wait, 20)
+@pytest.mark.parametrize("after_gap", ["carry_on", "close"])
+async def test_a_blocked_event_loop_is_told_of_what_it_misses(
+    broker, other, monkeypatch, caplog, after_gap
+):
+    """At its place, and only who is on that loop and on a channel of which something is missing."""
+    monkeypatch.setattr("starcast.shard.MAX_PENDING", 300)
+    gaps: list[tuple[Gap, asyncio.AbstractEventLoop]] = []
+    hub = Broadcast(
+        backend=Bus(broker),
+        on_gap=lambda gap: gaps.append((gap, asyncio.get_running_loop())),
+        after_gap=after_gap,
+    )
+    here = await joined(hub, "room", "quiet")
+    elsewhere, quiet = Peer(), Peer()
+    await asyncio.to_thread(other.run, hub.connect(elsewhere.websocket, "room"))
+    await asyncio.to_thread(other.run, hub.connect(quiet.websocket, "quiet"))
+    room, silent = Listener(hub, "room"), Listener(hub, "quiet")
+    tasks = [asyncio.run_coroutine_threadsafe(it.read(), other.loop) for it in (room, silent)]
+    await asyncio.to_thread(room.ready.wait, 20)
+    await asyncio.to_thread(silent.ready.wait, 20)
+    for times in (1, 2):
+        go = await blocked_in(other.loop)
+        for message in ("0", "1", "2" * 200, "3"):  # "3" would fit
+            await hub.publish("room", message.ljust(60))
+        assert hub.stats().backend.lost == 2 * times
+        assert len(gaps) == times - 1
+        go.set()
+        await until(lambda: len(gaps) == times)  # noqa: B023  # awaited here
+        await hub.publish("room", "later")
+        await until(lambda: room.got[-1:] == ["later"])
+    for channel in ("room", "quiet"):
+        await hub.publish(channel, "end")
+    for task in tasks:
+        await asyncio.wrap_future(task)
+    assert room.got == ["0", "1", "GAP", "later"] * 2
+    assert silent.got == []
+    assert [gap for gap, _ in gaps] == room.gaps
+    assert {loop for _, loop in gaps} == {asyncio.get_running_loop()}
+    assert room.gaps[0].error == "an event loop was blocked or too slow and missed 2 messages"
+    assert 0 <= room.gaps[0].seconds < 20
+    assert abs(room.gaps[0].since - time.time()) < 60
+    assert hub.stats().backend.gaps == 2
+    assert hub.stats().backend.state == "connected"
+    assert caplog.text.count("missed 2 messages") == 1  # in ten seconds
+    assert len(here.got) == 12
+    assert quiet.got == ["end"]
+    if after_gap == "close":
+        assert elsewhere.closed == 1012
+        assert [message.strip() for message in elsewhere.got] == ["0", "1"]
+    else:
+        assert [message.strip() for message in elsewhere.got][:3] == ["0", "1", "later"]
+    assert quiet.closed is here.closed is None
+    await hub.disconnect()
+
+
+async def test_a_blocked_event_loop_that_ends_is_told_nothing(broker, monkeypatch):
+    monkeypatch.setattr("starcast.shard.MAX_PENDING", 100)
+    gaps: list[Gap] = []
+    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append)
+    await hub.connect()
+    other = OtherLoop()
+    await asyncio.to_thread(other.run, hub.connect(Peer().websocket, "room"))
+    await asyncio.to_thread(other.stop)
     for number in range(3):
         await hub.publish("room", str(number).ljust(60))
     assert hub.stats().backend.lost == 2
-    go.set()
-    await until(lambda: len(elsewhere.got) == 1)
-    await asyncio.to_thread(other.run, hub.disconnect(elsewhere.websocket))
+    assert len(hub._hub.registry._missed) == 1
+    await asyncio.to_thread(other.close)
+    peer = await joined(hub, "room")
+    await hub.publish("room", "later")
+    await until(lambda: peer.got == ["later"])
+    assert not hub._hub.registry._missed
+    assert not gaps
+    await hub.disconnect()
 
 
 # Subscriptions

@@ -20,6 +20,7 @@ from starcast import (
     session,
     subscriptions,
 )
+from starcast.event import OVERHEAD
 from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
 pytestmark = pytest.mark.anyio
@@ -276,10 +277,11 @@ async def _clear(broker):
     broker.open.clear()
 
 
-@pytest.mark.parametrize("early", [0, 10])
-async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, early):
+@pytest.mark.parametrize("space", [100, 3, 0])
+async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, caplog, space):
+    """And what is lost because there was no space for it until then is missing in its place."""
     monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
-    monkeypatch.setattr(session, "MAX_EARLY", early)
+    monkeypatch.setattr(session, "MAX_EARLY", space * (len(b"after 0") + OVERHEAD))
     reached, go = asyncio.Event(), asyncio.Event()
 
     class Slow(Bus):
@@ -296,12 +298,20 @@ async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, early
         broker.kill()
         broker.up = True
         await reached.wait()
-        bus.deliver("a", b"after")  # "a" is subscribed to, "b" not yet
+        after = [f"after {number}" for number in range(5)]
+        for message in after:
+            bus.deliver("a", message.encode())  # "a" is subscribed to, "b" not yet
         go.set()
-        got = [await anext(a) for _ in range(3)]
+        await until(lambda: hub.stats().backend.gaps)
+        await hub.publish("a", "last")
+        kept = min(space, 5) or 1  # a single one may be larger than the space
+        got = [await anext(a) for _ in range(kept + 3)]
+    lost = hub.stats().backend.lost
     await hub.disconnect()
     kinds = [getattr(item, "message", "GAP") for item in got]
-    assert kinds == (["before", "GAP", "after"] if early else ["before", "after", "GAP"])
+    assert kinds == ["before", "GAP", *after[-kept:], "last"]
+    assert lost == 5 - kept
+    assert (f"{lost} messages were lost" in caplog.text) == bool(lost)
 
 
 async def test_a_start_waits_for_the_stop_before_it(broker):

@@ -1,0 +1,53 @@
+"""Missed: what an event loop that is blocked has no space for, of what a broker sends.
+
+Whoever publishes in memory waits for such a loop, or is told. A broker does neither, and the other
+loops must not wait. So the loop misses messages, and its members are told of a gap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from .gap import Gap
+from .group import Member
+from .shard import Shard
+
+
+class Missed:
+    """From the first message that an event loop misses until it goes on. With the hub's lock held.
+
+    It waits for space in the loop's queue, like anybody. Until then the loop gets nothing from the
+    broker, even if it would fit: so what is missing is missing in one place, and there the gap is.
+
+    Args:
+        shard: That of the loop.
+        on_end: Called with this, on the loop, when its queue is empty again.
+    """
+
+    def __init__(self, shard: Shard, on_end: Callable[[Missed], None]) -> None:
+        self.shard = shard
+        self._on_end = on_end
+        self._since = time.time()
+        self._count = 0
+        self._channels: set[str] = set()  # those that have somebody on the loop
+        shard.queue.waiters.add(self)
+
+    def add(self, channel: str) -> None:
+        """Note that a message of this channel is missed."""
+        self._count += 1
+        self._channels.add(channel)
+
+    def set(self) -> None:
+        """Note that everything was taken from the queue. The queue calls this."""
+        self._on_end(self)
+
+    def gap(self) -> Gap:
+        seconds = time.time() - self._since
+        error = f"an event loop was blocked or too slow and missed {self._count} messages"
+        return Gap(self._since, seconds, error)
+
+    def members(self) -> dict[Member, Shard]:
+        """Return who may have missed something."""
+        channels = (self.shard.channels.get(channel, {}) for channel in self._channels)
+        return {member: self.shard for members in channels for member in members}

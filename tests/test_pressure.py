@@ -1,0 +1,195 @@
+"""What clients say waits until their room can take it, and for nobody who does not read."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+
+from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged
+from support import Served, starcast_tasks, until
+
+pytestmark = pytest.mark.anyio
+
+KIB = 1024
+PROTOCOLS = ["auto", "starcast.uvicorn:BroadcastProtocol"]
+
+
+def app_of(hub: Broadcast) -> Starlette:
+    class Chat(BroadcastEndpoint):
+        broadcast = hub
+
+    return Starlette(routes=[WebSocketRoute("/{channel}", Chat)])
+
+
+async def stalled(server: Served, path: str) -> socket.socket:
+    """A client that has shaken hands and reads nothing any more."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, ("127.0.0.1", server.port))
+    await loop.sock_sendall(
+        sock,
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode(),
+    )
+    assert b" 101 " in await loop.sock_recv(sock, 100)
+    return sock
+
+
+async def read(client, count: int) -> list[int]:
+    return [len(await client.recv()) for _ in range(count)]
+
+
+async def flood(client, message: str, count: int) -> None:
+    for _ in range(count):
+        await client.send(message)
+
+
+async def talk(server: Served, senders: int, readers: int, size: int, count: int) -> None:
+    """Let clients of a room say much at once; each of them gets all of it."""
+    said = [server.connect("/room", compression=None) for _ in range(senders + readers)]
+    clients = await asyncio.gather(*said)
+    reading = [asyncio.create_task(read(client, senders * count)) for client in clients]
+    await asyncio.gather(*(flood(client, "x" * size, count) for client in clients[:senders]))
+    for got in await asyncio.wait_for(asyncio.gather(*reading), 30):
+        assert got == [size] * (senders * count)
+    await asyncio.gather(*(client.close() for client in clients))
+
+
+@pytest.mark.parametrize("ws", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("size", "count"), [(100 * KIB, 3), (16 * KIB, 10), (200, 500)], ids=["huge", "large", "small"]
+)
+async def test_no_healthy_reader_is_lost_however_much_its_room_says(serve, ws, size, count):
+    hub = Broadcast(max_buffer=64 * KIB, max_message=None)
+    server = await serve(app_of(hub), ws=ws, send_buffer=16 * KIB)
+    await talk(server, senders=4, readers=2, size=size, count=count)
+    stats = hub.stats()
+    assert (stats.cut_off, stats.dropped) == (0, 0)
+    await until(lambda: not hub.stats().clients)
+    await until(lambda: not starcast_tasks())
+
+
+@pytest.mark.parametrize("ws", PROTOCOLS)
+async def test_a_member_that_does_not_read_is_dropped_and_its_room_goes_on(serve, monkeypatch, ws):
+    monkeypatch.setattr("starcast.space.LOOK", 0.02)
+    monkeypatch.setattr("starcast.connection.CLOSE_TIMEOUT", 0.1)
+    hub = Broadcast(max_buffer=64 * KIB)
+    server = await serve(app_of(hub), ws=ws, send_buffer=16 * KIB)
+    dead = await stalled(server, "/room")
+    async with (
+        server.connect("/room", compression=None) as sender,
+        server.connect("/other", compression=None) as other,
+    ):
+        await until(lambda: len(hub) == 3)
+        sending = asyncio.create_task(flood(sender, "x" * 8 * KIB, 100))
+        reading = asyncio.create_task(read(sender, 100))
+        waited = False
+        for number in range(10_000):  # another room does not wait for it
+            await other.send(str(number))
+            assert await other.recv() == str(number)
+            waited = waited or hub.stats().buffered > 16 * KIB
+            if reading.done():
+                break
+        assert waited
+        assert await asyncio.wait_for(reading, 20) == [8 * KIB] * 100
+        await sending
+        assert hub.stats().cut_off == 1
+        assert hub.channels == {"room": 1, "other": 1}
+    dead.close()
+
+
+async def test_a_member_that_reads_too_little_holds_its_room_up_for_a_while_only(
+    serve, monkeypatch
+):
+    monkeypatch.setattr("starcast.space.LOOK", 0.02)
+    monkeypatch.setattr("starcast.connection.CLOSE_TIMEOUT", 0.1)
+    hub = Broadcast(max_buffer=64 * KIB)
+    server = await serve(app_of(hub), send_buffer=16 * KIB)
+    slow = await stalled(server, "/room")
+
+    async def sip():
+        for _ in range(10_000):
+            if not await asyncio.get_running_loop().sock_recv(slow, 512):
+                break
+            await asyncio.sleep(0.01)
+
+    sipping = asyncio.create_task(sip())
+    async with server.connect("/room", compression=None) as sender:
+        await until(lambda: len(hub) == 2)
+        reading = asyncio.create_task(read(sender, 400))
+        await flood(sender, "x" * 2 * KIB, 400)
+        assert await asyncio.wait_for(reading, 20) == [2 * KIB] * 400
+        assert hub.stats().cut_off == 1
+    slow.close()
+    sipping.cancel()
+    await asyncio.gather(sipping, return_exceptions=True)
+
+
+async def test_a_large_message_gets_through_a_stream_of_small_ones(serve):
+    hub = Broadcast(max_buffer=64 * KIB)
+    server = await serve(app_of(hub))
+
+    async def publish():
+        while True:  # in every turn of the loop
+            hub.publish_nowait("busy", "x")
+            await asyncio.sleep(0)
+
+    async def listen(client):
+        async for _ in client:
+            pass
+
+    async with server.connect("/busy") as listener, server.connect("/room") as sender:
+        await until(lambda: len(hub) == 2)
+        tasks = [asyncio.create_task(publish()), asyncio.create_task(listen(listener))]
+        for _ in range(5):
+            await sender.send("x" * 20 * KIB)
+            assert len(await asyncio.wait_for(sender.recv(), 20)) == 20 * KIB
+        assert hub.stats().cut_off == 0
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest", "latest"])
+async def test_nobody_waits_for_those_whose_policy_drops(serve, monkeypatch, overflow):
+    monkeypatch.setattr("starcast.space.LOOK", 100.0)  # who waited for it would wait too long
+    hub = Broadcast(max_buffer=64 * KIB, overflow=overflow)
+    server = await serve(app_of(hub), send_buffer=16 * KIB)
+    dead = await stalled(server, "/room")
+    async with server.connect("/room", compression=None) as sender:
+        await until(lambda: len(hub) == 2)
+        for _ in range(100):
+            await sender.send("x" * 8 * KIB)
+            assert len(await asyncio.wait_for(sender.recv(), 20)) == 8 * KIB
+        assert hub.stats().dropped > 0
+        assert hub.stats().cut_off == 0
+    linger = struct.pack("ii", 1, 0)
+    dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    dead.close()
+
+
+async def test_a_subscriber_that_reads_is_waited_for_too(serve, monkeypatch):
+    hub = Broadcast(max_buffer=64 * KIB)
+    server = await serve(app_of(hub))
+    async with hub.subscribe("room") as subscriber, server.connect("/room") as sender:
+        flooding = asyncio.create_task(flood(sender, "x" * 8 * KIB, 50))
+        reading = asyncio.create_task(read(sender, 50))
+        for _ in range(50):
+            assert len((await anext(subscriber)).message) == 8 * KIB
+            await asyncio.sleep(0)  # its work
+        await asyncio.gather(flooding, reading)
+    monkeypatch.setattr("starcast.space.LOOK", 0.01)
+    async with hub.subscribe("room") as subscriber, server.connect("/room") as sender:
+        reading = asyncio.create_task(read(sender, 50))
+        await flood(sender, "x" * 8 * KIB, 50)
+        await asyncio.wait_for(reading, 20)
+        with pytest.raises(SubscriberLagged):
+            async for _ in subscriber:
+                pass
