@@ -5,6 +5,7 @@ from __future__ import annotations
 NORMAL = 1000
 GOING_AWAY = 1001
 UNSUPPORTED_DATA = 1003  # a frame of the wrong type
+NO_STATUS = 1005  # never sent: a close frame without a code, or none
 ABNORMAL = 1006
 INVALID_DATA = 1007
 POLICY_VIOLATION = 1008

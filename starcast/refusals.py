@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import PlainTextResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import logs
+from . import daphne, logs
 from .admission import Refuse, Refused
 from .answers import Answered, may_be_denied
 from .close_codes import ABNORMAL
@@ -93,6 +93,7 @@ async def prepare(
     if closes:
         if is_gone(websocket):
             return False
+        daphne.adapt(websocket)
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await websocket.accept(subprotocol=subprotocol)

@@ -13,13 +13,11 @@ see every message, make the hub with `ready_frames=False`.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from websockets.extensions.permessage_deflate import PerMessageDeflate
-from websockets.frames import Frame
 from websockets.protocol import State
 
 from .frames import PLAIN, Setting
@@ -27,15 +25,12 @@ from .frames import PLAIN, Setting
 logger = logging.getLogger("starcast")
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGISendEvent
-    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+    from .hardened import HardenedProtocol
 else:
     try:
-        from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-    except ImportError:
-        from uvicorn.protocols.websockets.auto import (
-            AutoWebSocketsProtocol as WebSocketsSansIOProtocol,
-        )
+        from .hardened import HardenedProtocol
+    except ImportError:  # this uvicorn does not have the protocol that it is made of
+        from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol as HardenedProtocol
 
 
 class Wire:
@@ -75,7 +70,7 @@ class Wire:
     def write(self, frames: bytes) -> None:
         """Write whole frames to the transport. Only while `ready`."""
         if self._transport.is_closing():  # a write has failed, and more would be logged
-            self._protocol._close_wire()
+            self._protocol.stop_frames()
         else:
             self._transport.write(frames)
 
@@ -124,7 +119,7 @@ class _Announcement(dict[str, Any]):
 _complained = False
 
 
-class BroadcastProtocol(WebSocketsSansIOProtocol):
+class BroadcastProtocol(HardenedProtocol):
     """uvicorn's default WebSocket protocol, which lets a hub write frames.
 
     A frame must not follow a close frame, nor go to a buffer that is full. So whatever closes the
@@ -132,24 +127,12 @@ class BroadcastProtocol(WebSocketsSansIOProtocol):
     """
 
     wire: Wire | None = None
-    _deadline: asyncio.TimerHandle | None = None
 
     async def run_asgi(self) -> None:
         """Announce it to the app. uvicorn calls this for each connection."""
         extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
         extensions["starcast"] = _Announcement(self)
-        try:
-            await super().run_asgi()
-        finally:
-            self._close_wire()
-
-    async def send(self, message: ASGISendEvent) -> None:
-        if message["type"] == "websocket.close":
-            await self.writable.wait()  # what was to be written before is written until then
-            self._close_wire()
-            if self.handshake_complete:
-                self._abort_later()
-        await super().send(message)
+        await super().run_asgi()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -159,42 +142,7 @@ class BroadcastProtocol(WebSocketsSansIOProtocol):
         super().resume_writing()
         self._change_wire()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._close_wire()
-        if self._deadline is not None:
-            self._deadline.cancel()
-        super().connection_lost(exc)
-
-    def shutdown(self) -> None:
-        self._close_wire()
-        super().shutdown()
-        self._abort_later()
-
-    def handle_close(self, event: Frame) -> None:
-        self._close_wire()
-        super().handle_close(event)
-
-    def handle_parser_exception(self) -> None:
-        self._close_wire()
-        super().handle_parser_exception()
-
-    def keepalive_timeout(self) -> None:
-        self._close_wire()
-        super().keepalive_timeout()
-        if self.transport.get_write_buffer_size():
-            self.abort()  # nobody is there to take it
-
-    def abort(self) -> None:
-        """Drop the connection at once, with what the socket has not taken."""
-        if not self.disconnected:  # asyncio's transport raises AttributeError once it is over
-            self.transport.abort()
-
-    def _abort_later(self) -> None:
-        """Do not wait for ever until somebody who does not read has read everything."""
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(self.close_timeout, self.abort)
-
-    def _close_wire(self) -> None:
+    def stop_frames(self) -> None:
         if self.wire is not None and not self.wire.closed:
             self.wire.closed = True
             self._change_wire()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -14,6 +16,19 @@ from support import OtherLoop, Peer, Served
 # How long an example takes, by the clock, depends on what else the machine does.
 hypothesis.settings.register_profile("starcast", deadline=None)
 hypothesis.settings.load_profile("starcast")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+# Without a sandbox, because CI runs as root; the rest keeps Chromium from calling home.
+BROWSER_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 # asyncio's debug mode logs each step of a loop that takes more than 0.1 seconds. That tells how
 # busy the machine is, and tests that count log lines are not about that.
@@ -80,3 +95,26 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Both roads to a `Peer`: ASGI messages, and ready-made frames."""
     monkeypatch.setattr(Peer, "frames", request.param == "frames")
     return request.param
+
+
+def missing(reason: str) -> None:
+    if os.environ.get("CI_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"CI_REQUIRE_BROWSER is set and {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+async def browser(anyio_backend):
+    path = os.environ.get("STARCAST_CHROMIUM") or next(
+        filter(None, map(shutil.which, BROWSERS)), None
+    )
+    if path is None:
+        missing(f"none of {', '.join(BROWSERS)} is on the path")
+    try:
+        from playwright.async_api import async_playwright
+    except ImportError:
+        missing("playwright is not installed")
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=path, args=BROWSER_ARGS)
+        yield chromium
+        await chromium.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from starlette.applications import Starlette
+from starlette.exceptions import WebSocketException
 from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -92,11 +93,20 @@ async def never_joins(websocket: WebSocket) -> None:
     await hub.close(websocket, int(websocket.path_params["code"]))
 
 
+class Members(BroadcastEndpoint):
+    broadcast = hub
+    refuse = "close"
+
+    async def on_connect(self, websocket: WebSocket) -> None:
+        raise WebSocketException(1008, "log in")
+
+
 app = Starlette(
     routes=[
         WebSocketRoute("/ws/{channel}", Chat),
         WebSocketRoute("/dies/{channel}", dies),
         WebSocketRoute("/never/{code}", never_joins, middleware=[Middleware(Wrapped)]),
+        WebSocketRoute("/members", Members),
         WebSocketRoute("/state", state),
     ],
     lifespan=hub.lifespan,

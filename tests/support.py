@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def starcast_tasks() -> set[asyncio.Task[Any]]:
     """The tasks of this loop that starcast has made and that have not ended."""
     ours = str(Path(starcast.__file__).parent)
     return {t for t in asyncio.all_tasks() if t.get_coro().cr_code.co_filename.startswith(ours)}
+
+
+def program(path: Path) -> Any:
+    """Run a program, wherever it is, and return its module, which no import finds afterwards."""
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    exec(compile(path.read_text(), path, "exec"), module.__dict__)
+    return module
 
 
 async def by_another(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import runpy
-import shutil
 import socket
 from pathlib import Path
 
@@ -32,19 +31,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-
-# Without a sandbox, because CI runs as root; the rest keeps Chromium from calling home.
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
 ATTACK = "<img src=x onerror=window.hacked=1>"
 TALK = [
     ("Mira", "Morning! The new board is up at the north gate."),
@@ -55,27 +41,6 @@ TALK = [
     ("Mira", f"And {ATTACK} stays what I typed."),
     ("Ada", "Lovely. Let’s show it to the others at noon."),  # noqa: RUF001  # as people type it
 ]
-
-
-def missing(reason: str) -> None:
-    if os.environ.get("CI_REQUIRE_BROWSER") == "1":
-        pytest.fail(f"CI_REQUIRE_BROWSER is set and {reason}")
-    pytest.skip(reason)
-
-
-@pytest.fixture
-async def browser(anyio_backend):
-    path = os.environ.get("STARCAST_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        missing(f"none of {', '.join(NAMES)} is on the path")
-    try:
-        from playwright.async_api import async_playwright
-    except ImportError:
-        missing("playwright is not installed")
-    async with async_playwright() as playwright:
-        chromium = await playwright.chromium.launch(executable_path=path, args=ARGS)
-        yield chromium
-        await chromium.close()
 
 
 async def open_tab(context, server: Served, name: str | None = None, query: str = ""):

@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
-EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+EXAMPLES = sorted(
+    path
+    for path in (DOCS / "examples").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+)
 
 BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.M | re.S)
 TITLE = re.compile(r' title="([^"]+)"')
@@ -87,7 +91,8 @@ def holds(text, part):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_what_a_page_shows_is_in_the_example(path):
     for file, text in shown(path):
-        assert holds((DOCS / "examples" / file).read_text(), text), f"{file} does not have\n{text}"
+        named = [example for example in EXAMPLES if example.name == file]
+        assert any(holds(it.read_text(), text) for it in named), f"{file} does not have\n{text}"
 
 
 def test_holds():
@@ -98,14 +103,16 @@ def test_holds():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_every_example_is_shown_and_tested(path):
-    assert any(file == path.name for page in FILES for file, _ in shown(page))
-    tests = Path(__file__).with_name("test_examples.py").read_text()
-    assert f'"{path.stem}"' in tests
+    blocks = [text for page in FILES for file, text in shown(page) if file == path.name]
+    assert any(holds(path.read_text(), text) for text in blocks)
+    named = path.relative_to(DOCS / "examples")
+    tests = "".join(test.read_text() for test in Path(__file__).parent.glob("test_*.py"))
+    assert any(f'"{each}"' in tests for each in (named, named.with_suffix("")))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_links_lead_to_files(path):
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", path.read_text())):
         if not link.startswith(("https://", "#")):
             assert (path.parent / link.partition("#")[0]).is_file(), link
 

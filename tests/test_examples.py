@@ -9,18 +9,26 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import sys
 import threading
+import time
 import tokenize
+import tomllib
 import types
+from datetime import datetime
 from pathlib import Path
 
 import anyio
 import httpx
+import jwt
 import pytest
+import uvicorn
 import websockets
+import websockets.sync.client as connect_sync
+import yaml
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
@@ -29,6 +37,7 @@ from starlette.websockets import WebSocketDisconnect
 import starcast.testing
 from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
+from server_process import ServerProcess
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import DEADLINE, Broker, Bus, Peer, by_another, until, until_sync
 
@@ -88,7 +97,7 @@ def stalled(server, path):
         yield
 
 
-# The README and the tutorial
+# The README
 
 
 async def test_quickstart(example, serve):
@@ -105,82 +114,12 @@ async def test_quickstart(example, serve):
         assert await eve.recv() == "anybody?"
 
 
-def test_chat_1_endpoint(example):
-    client = TestClient(example("chat_1_endpoint").app)
-    with client.websocket_connect("/ws") as ann, client.websocket_connect("/ws") as ben:
-        ann.send_text("hello")
-        assert ann.receive_text() == "hello"
-        assert ben.receive_text() == "hello"
-
-
-def test_chat_2_rooms(example):
-    module = example("chat_2_rooms")
-    client = TestClient(module.app)
-    with (
-        client.websocket_connect("/ws/tea") as ann,
-        client.websocket_connect("/ws/tea") as ben,
-        client.websocket_connect("/ws/bar") as eve,
-    ):
-        assert module.hub.channels == {"room:tea": 2, "room:bar": 1}
-        ann.send_text("tea?")
-        assert ben.receive_text() == "tea?"
-        eve.send_text("beer?")
-        assert eve.receive_text() == "beer?"
-
-
-def test_chat_3_names(example):
-    client = TestClient(example("chat_3_names").app)
-    assert "<title>Chat</title>" in client.get("/").text
-    with (
-        client.websocket_connect("/ws/tea?name=Ann") as ann,
-        client.websocket_connect("/ws/tea") as ben,
-    ):
-        ann.send_json("hello")
-        assert ann.receive_text() == ben.receive_text() == '{"name":"Ann","text":"hello"}'
-        ben.send_json("hi")
-        assert ann.receive_json() == {"name": "somebody", "text": "hi"}
-        ann.send_json({"name": "Ben", "text": "I am Ben"})
-        assert closed(ann) == 1008
-        assert ben.receive_json() == {"name": "somebody", "text": "hi"}
-        ben.send_text("no JSON")
-        assert closed(ben) == 1007
-
-
-def test_chat_4_here(example):
-    module = example("chat_4_here")
-    client = TestClient(module.app)
-    with client.websocket_connect("/ws/tea?name=Ben") as ben:
-        assert ben.receive_json() == {"here": ["Ben"]}
-        with client.websocket_connect("/ws/tea?name=Ann") as ann:
-            assert ann.receive_json() == ben.receive_json() == {"here": ["Ann", "Ben"]}
-            ann.send_json("hello")
-            assert ben.receive_json() == {"name": "Ann", "text": "hello"}
-        assert ben.receive_json() == {"here": ["Ben"]}
-    until_sync(lambda: not module.names)
-    assert len(module.hub) == 0
-
-
-async def test_chat_5_clock(example, serve):
-    module = example("chat_5_clock")
-    server = await serve(module.app)
-    async with server.connect("/ws/clock?name=Ann") as ann:
-        await ann.send('"hello"')
-        got = [json.loads(await ann.recv()) for _ in range(4)]
-        assert module.hub.channels == {"room:clock": 1, "clock": 1}
-    assert {"here": ["Ann"]} in got
-    assert {"name": "Ann", "text": "hello"} in got
-    first, second = (message["seconds"] for message in got if "seconds" in message)
-    assert second == first + 1
-    await server.stop()
-    assert not module.hub.stats().open
-
-
-def test_chat_page_speaks_what_the_chat_speaks():
-    page = (EXAMPLES / "chat_page.html").read_text()
-    for key in ("here", "seconds", "name", "text"):
-        assert f"message.{key}" in page
-        assert f'"{key}": ' in source("chat_5_clock")
-    assert ".innerHTML" not in page
+def test_main(example):
+    with TestClient(example("main").app) as client:
+        with client.websocket_connect("/live/orders") as ann:
+            assert client.post("/orders/7/paid").status_code == 200
+            assert ann.receive_text() == '{"number":7,"state":"paid"}'
+        assert "new WebSocket(" in client.get("/").text
 
 
 # Starlette and FastAPI
@@ -461,22 +400,6 @@ def test_fastapi_lifespan(example):
         assert response.json() == ["It rains.", "It snows."]
         assert ann.receive_text() == "It snows."
     assert not hasattr(app.state, "headlines")
-
-
-async def test_fastapi_stream(example, serve):
-    module = example("fastapi_stream")
-    server = await serve(module.app)
-    async with (
-        httpx.AsyncClient(trust_env=False) as client,
-        client.stream("GET", f"http://{server.host}:{server.port}/news") as response,
-    ):
-        assert response.headers["content-type"].startswith("text/event-stream")
-        await until(lambda: module.hub.stats().subscribers == 1)
-        await module.hub.publish("news", "It rains.")
-        lines = response.aiter_lines()
-        assert await anext(lines) == "data: It rains."
-        server.server.should_exit = True
-        assert [line async for line in lines] == [""]
 
 
 @pytest.mark.parametrize(
@@ -1086,6 +1009,311 @@ async def test_check_backend(example, check):
     module = example("own_backend")
     assert "test_my_backend" in vars(example("check_backend"))
     await check(module.InProcess)
+
+
+# How-tos
+
+
+SECRETS = {"SESSION_SECRET": "s" * 32, "TOKEN_SECRET": "t" * 32}
+
+
+@pytest.fixture
+def doors(example, monkeypatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    return example("cookies_and_tokens")
+
+
+def token(seconds=60.0, key=SECRETS["TOKEN_SECRET"], **claims):
+    return jwt.encode({"sub": "ann", "exp": time.time() + seconds, **claims}, key, "HS256")
+
+
+def test_cookies(doors):
+    with TestClient(doors.app) as client:
+        assert refused(client, "/me") == 1008
+        assert refused(client, "/me", headers={"cookie": "session=forged"}) == 1008
+        client.post("/login", params={"name": "ann"})
+        with client.websocket_connect("/me") as ann:
+            doors.hub.publish_nowait("user:ann", "hello")
+            assert ann.receive_text() == "hello"
+        headers = {"origin": "https://elsewhere.example"}
+        assert refused(client, "/me", headers=headers) == 1008  # with the cookie
+
+
+@pytest.mark.parametrize("where", ["header", "subprotocols"])
+def test_tokens(where, doors):
+    def given(text):
+        if where == "header":
+            return {"headers": {"authorization": f"Bearer {text}"}}
+        return {"subprotocols": ["bearer", text]}
+
+    with TestClient(doors.app) as client:
+        wrong = ["", "a.b.c", token(-1), token(key="x" * 32)]
+        wrong += [jwt.encode({"sub": "ann"}, SECRETS["TOKEN_SECRET"], "HS256")]  # never expires
+        wrong += [jwt.encode({"sub": "ann", "exp": time.time() + 60}, None, "none")]
+        for text in wrong:
+            assert refused(client, "/api/me", **given(text)) == 1008
+        assert refused(client, "/api/me") == 1008
+        with client.websocket_connect("/api/me", **given(token())) as ann:
+            doors.hub.publish_nowait("user:ann", "hello")
+            assert ann.receive_text() == "hello"
+            assert ann.accepted_subprotocol == (None if where == "header" else "bearer")
+
+
+async def test_tokens_that_expire(doors, serve):
+    server = await serve(doors.app)
+    doors.app.dependency_overrides[doors.claims_of_token] = lambda: {
+        "sub": "ann",
+        "exp": time.time() + 0.3,  # PyJWT itself takes whole seconds
+    }
+    async with server.connect("/api/me") as ann:
+        with pytest.raises(websockets.ConnectionClosed) as info:
+            await ann.recv()
+    assert (info.value.rcvd.code, info.value.rcvd.reason) == (3000, "the token has expired")
+    assert len(doors.hub) == 0
+
+
+def test_pydantic_messages(example):
+    with (
+        TestClient(example("pydantic_messages").app) as client,
+        client.websocket_connect("/ws/tea") as ann,
+        client.websocket_connect("/ws/tea") as ben,
+    ):
+        ann.send_json({"type": "rename", "name": "Ann"})
+        assert ben.receive_json() == {"type": "renamed", "old": "somebody", "new": "Ann"}
+        ann.send_json({"type": "say", "text": "hello"})
+        said = ben.receive_json()
+        assert datetime.fromisoformat(said.pop("at")).tzinfo is not None
+        assert said == {"type": "said", "name": "Ann", "text": "hello"}
+        ann.receive_json(), ann.receive_json()
+        ann.send_json({"type": "say", "text": ""})
+        assert closed(ann) == 1007
+        ben.send_json({"type": "sing"})
+        assert closed(ben) == 1007
+
+
+def test_pydantic_messages_with_an_answer(example):
+    with (
+        TestClient(example("pydantic_messages").app) as client,
+        client.websocket_connect("/patient/tea") as ann,
+        client.websocket_connect("/patient/tea") as ben,
+    ):
+        ann.send_json({"type": "say", "text": "x" * 1001})
+        error = ann.receive_json()
+        assert error["type"] == "error"
+        assert error["problems"][0]["loc"] == ["say", "text"]
+        assert "x" * 1001 not in json.dumps(error)
+        ann.send_text("no JSON")
+        assert ann.receive_json()["problems"][0]["type"] == "json_invalid"
+        ann.send_json({"type": "say", "text": "hello"})
+        assert ann.receive_json()["text"] == ben.receive_json()["text"] == "hello"
+
+
+async def test_sse(example, serve):
+    module = example("sse")
+    server = await serve(module.app)
+    url = f"http://{server.host}:{server.port}"
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        assert "EventSource" in (await client.get("/")).text
+        async with client.stream("GET", "/orders/7/events") as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            assert response.headers["x-accel-buffering"] == "no"
+            lines = response.aiter_lines()
+            assert [await anext(lines), await anext(lines)] == ["retry: 2000", ""]
+            await until(lambda: module.hub.stats().subscribers == 1)
+            await client.post("/orders/8", params={"state": "paid"})
+            await client.post("/orders/7", params={"state": "sent"})
+            assert await anext(lines) == "event: order"
+            assert json.loads((await anext(lines)).removeprefix("data: ")) == {
+                "number": 7,
+                "state": "sent",
+            }
+            server.server.should_exit = True
+            assert [line async for line in lines] == [""]
+    await until(lambda: module.hub.stats().subscribers == 0)
+
+
+async def test_online(example, serve, redis_url):
+    """Two workers, of which one falls silent, as one that was killed."""
+    one, two = example("online"), example("online")
+    assert one.me != two.me
+    for worker in (one, two):
+        worker.EVERY, worker.PAUSE, worker.FORGOTTEN = 0.05, 0.01, 60
+    first, second = await serve(one.app), await serve(two.app)
+    async with httpx.AsyncClient(trust_env=False) as http:
+
+        async def online():
+            both = [f"http://{it.host}:{it.port}/online" for it in (first, second)]
+            return [(await http.get(url)).json() for url in both]
+
+        async with first.connect("/ws/ann"), second.connect("/ws/ben"):
+            await until(lambda: one.online() == two.online() == {"ann", "ben"})
+            assert await online() == [["ann", "ben"]] * 2
+            async with second.connect("/ws/ann"):
+                await until(lambda: two.mine["ann"] == 1)
+            await until(lambda: not two.mine["ann"])
+            assert one.online() == two.online() == {"ann", "ben"}
+            two.EVERY, one.FORGOTTEN = 3600, 0.2
+            await until(lambda: one.online() == {"ann"})
+        await until(lambda: one.online() == set())
+
+
+def test_one_client(example):
+    with (
+        TestClient(example("one_client").app) as client,
+        client.websocket_connect("/ws/tea") as ann,
+    ):
+        assert ann.receive_json() == {"welcome": "tea"}
+        with client.websocket_connect("/ws/tea") as ben:
+            assert ben.receive_json() == {"welcome": "tea"}
+            ben.send_text("/count")
+            assert ben.receive_json() == {"here": 2}
+            ben.send_text("hello")
+            assert ann.receive_json() == {"text": "hello"}
+
+
+def test_diagnose(example):
+    module = example("diagnose")
+    with TestClient(module.app) as client, client.websocket_connect("/ws/tea") as ann:
+        ann.send_text("hello")
+        assert ann.receive_text() == "hello"
+        assert client.get("/debug").json() == {
+            "process": os.getpid(),
+            "hub": f"<Broadcast memory:// 'default' open, 1 client> at {id(module.hub):#x}",
+            "channels": {"tea": 1},
+            "published": 1,
+        }
+
+
+def test_logging_setup(tmp_path):
+    """In a process of its own: a test has handlers already, so `basicConfig` does nothing."""
+    name = "logging_setup"
+    server = ServerProcess(
+        ["uvicorn", f"{name}:app", "--port", "{port}"], tmp_path / "log", EXAMPLES
+    )
+    try:
+        for _ in range(2):
+            with pytest.raises(connect_sync.InvalidStatus):
+                connect_sync.connect(
+                    f"ws://127.0.0.1:{server.port}/live/a",
+                    origin="https://elsewhere.example",
+                    proxy=None,
+                )
+        server.stop()
+        (line,) = [line for line in server.log.splitlines() if "elsewhere" in line]
+        assert re.match(rf"[\d-]+ [\d:,]+ WARNING starcast \[{server.process.pid}\] refused", line)
+        assert "Uvicorn running" in server.log
+        page = (EXAMPLES.parent / "how-to" / "logging.md").read_text()
+        assert line.partition("] ")[2].replace(f":{server.port}", ":8000") in page
+    finally:
+        server.kill()
+
+
+async def test_the_lines_of_a_page_at_debug(caplog):
+    caplog.set_level("DEBUG", "starcast")
+    hub = Broadcast()
+    await hub.connect(Peer().websocket, "tea")
+    for channel in ("tea", "milk"):
+        await hub.publish(channel, "hello")
+    page = (EXAMPLES.parent / "how-to" / "logging.md").read_text()
+    lines = [
+        f"DEBUG starcast {it.getMessage()}" for it in caplog.records if it.levelname == "DEBUG"
+    ]
+    assert "```text\n" + "\n".join(lines) + "\n```" in page
+    await hub.disconnect()
+
+
+def test_type_checking(example):
+    """`mypy`, which CI runs, has it among its files."""
+    with TestClient(example("type_checking").app) as client:
+        assert refused(client, "/me") == 1008
+        with client.websocket_connect("/me?token=sesame"):
+            pass
+        with client.websocket_connect("/ws/tea") as ann:
+            ann.send_json(7)
+            assert ann.receive_json() == {"text": "7"}
+    configuration = tomllib.loads((EXAMPLES.parents[1] / "pyproject.toml").read_text())
+    assert "docs/examples/type_checking.py" in configuration["tool"]["mypy"]["files"]
+
+
+async def test_type_checking_subscriber(example):
+    module = example("type_checking")
+    waiting = asyncio.create_task(module.first("tea"))
+    await until(lambda: module.hub.stats().subscribers)
+    await module.hub.publish("tea", "hello")
+    assert (await waiting).message == "hello"
+
+
+ASKS = """
+async def app(scope, receive, send):
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.accept"})
+        text = str("starcast" in scope["extensions"])
+        await send({"type": "websocket.send", "text": text})
+        await receive()
+        await receive()
+"""
+
+
+async def test_gunicorn_worker(example, tmp_path):
+    shutil.copy(EXAMPLES / "gunicorn_worker.py", tmp_path)
+    tmp_path.joinpath("main.py").write_text(ASKS)
+    worker = f"gunicorn_worker.{example('gunicorn_worker').BroadcastWorker.__name__}"
+    command = ["gunicorn", "main:app", "-k", worker, "-b", "127.0.0.1:{port}"]
+    server = await asyncio.to_thread(ServerProcess, command, tmp_path / "log", tmp_path)
+    try:
+        async with server.connect("/") as client:
+            assert await client.recv() == "True"
+        await asyncio.to_thread(server.stop)
+    finally:
+        server.kill()
+
+
+def test_docker_and_kubernetes(example):
+    """What can be checked without either of them."""
+    lines = (EXAMPLES / "Dockerfile").read_text().splitlines()
+    command = json.loads(lines[-1].removeprefix("CMD "))
+    assert command[:2] == ["uvicorn", "main:app"]
+    assert uvicorn.main.make_context("uvicorn", command[1:]).params["host"] == "0.0.0.0"
+    words = ["FROM", "WORKDIR", "COPY", "RUN", "COPY", "USER", "EXPOSE", "CMD"]
+    assert [line.partition(" ")[0] for line in lines] == words
+
+    spec = yaml.safe_load((EXAMPLES / "deployment.yaml").read_text())["spec"]
+    pod = spec["template"]["spec"]
+    assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+    (container,) = pod["containers"]
+    ready, alive = container["readinessProbe"], container["livenessProbe"]
+    assert ready["timeoutSeconds"] > 2  # which is how long `healthy` may take
+    with TestClient(example("healthz").app) as client:
+        assert client.get(ready["httpGet"]["path"]).status_code == 200
+    assert "httpGet" not in alive
+    before_stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert before_stop + 15 < pod["terminationGracePeriodSeconds"]
+
+
+def knows_both(nodes):
+    return str(nodes).count(" connected") == 2
+
+
+async def test_a_cluster_of_redis_passes_everything_on():
+    """As the page on managed brokers says: the URL of any node will do."""
+    slots = [(0, 8191), (8192, 16383)]
+    with (
+        RedisServer("--cluster-enabled", "yes") as one,
+        RedisServer("--cluster-enabled", "yes") as two,
+    ):
+        for server, of in zip((one, two), slots, strict=True):
+            server.command("CLUSTER", "ADDSLOTSRANGE", *of)
+        one.command("CLUSTER", "MEET", "127.0.0.1", two.port)
+        for server in (one, two):
+            await until(
+                lambda it=server: str(it.command("CLUSTER", "NODES")).count(" connected") > 1
+            )
+        first, second = Broadcast(one.url, name="shop"), Broadcast(two.url, name="shop")
+        async with first, second, second.subscribe("room") as subscriber:
+            await first.publish("room", "hello")
+            async with asyncio.timeout(DEADLINE):
+                assert (await anext(subscriber)).message == "hello"
 
 
 # Reference

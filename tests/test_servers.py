@@ -190,6 +190,9 @@ async def test_every_close_code_closes(server):
         async with server.connect(f"/never/{code}") as client:
             assert await read_all(client) == ([], expected, "")
     await server.until("codes", here=0, ended=CLOSE_CODES)
+    async with server.connect("/members") as client:  # refused with a close frame
+        expected = (4008, "") if server.name == "daphne" else (1008, "log in")
+        assert await read_all(client) == ([], *expected)
 
 
 async def test_a_client_that_does_not_read_delays_nobody(server):

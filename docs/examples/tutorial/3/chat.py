@@ -7,8 +7,9 @@ from starlette.routing import Route, WebSocketRoute
 
 from starcast import Broadcast, BroadcastEndpoint
 
-hub = Broadcast("memory://")
 PAGE = Path(__file__).with_name("chat_page.html")
+
+hub = Broadcast("memory://")
 
 
 class Chat(BroadcastEndpoint):

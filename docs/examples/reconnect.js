@@ -1,0 +1,51 @@
+// Keep a page connected: wait longer after each failure, and keep what cannot be sent yet.
+
+const FINAL = [1003, 1007, 1008, 1009];  // the server does not want what this page sends or is
+const MAX_WAITING = 100;  // messages
+
+export function stayConnected(url, onMessage, onStatus = () => {}) {
+  const waiting = [];
+  let socket, timer, opened, failures = 0, ended = false;
+
+  function connect() {
+    clearTimeout(timer);
+    opened = null;
+    socket = new WebSocket(url);
+    socket.onopen = () => {
+      opened = Date.now();
+      onStatus("open");
+      while (waiting.length) socket.send(waiting.shift());
+    };
+    socket.onmessage = (event) => onMessage(event.data);
+    socket.onclose = (event) => {
+      if (ended || FINAL.includes(event.code)) {
+        ended = true;
+        onStatus("closed", event.code);
+        return;
+      }
+      if (opened !== null && Date.now() - opened > 10_000) failures = 0;
+      const seconds = Math.min(30, 0.5 * 2 ** failures++) * (0.5 + Math.random() / 2);
+      timer = setTimeout(connect, seconds * 1000);
+      onStatus("waiting", seconds);
+    };
+  }
+
+  window.addEventListener("online", () => {
+    if (!ended && socket.readyState === WebSocket.CLOSED) connect();
+  });
+  connect();
+
+  return {
+    send(text) {  // whether it was sent or will be
+      if (socket.readyState === WebSocket.OPEN) socket.send(text);
+      else if (ended || waiting.length === MAX_WAITING) return false;
+      else waiting.push(text);
+      return true;
+    },
+    close() {
+      ended = true;
+      clearTimeout(timer);
+      socket.close();
+    },
+  };
+}
