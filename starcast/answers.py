@@ -10,6 +10,10 @@ where the error only later reaches a route. So an `Answered` error is raised as 
 takes a type that fits at the moment when Starlette asks for it: the first thing that Starlette's
 `wrap_app_handling_exceptions` does with an error is `isinstance(exc, HTTPException)`, and there
 everything is known that decides.
+
+A handler's last words to the others, when its client has left, cannot be answered to anybody. If
+they fail because the broker is away, that is one line in the log, and not a traceback for each
+client that leaves during an outage.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any, ClassVar
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocket, WebSocketState
 
+from . import logs
 from .close_codes import TRY_AGAIN_LATER
 
 _set_class = vars(object)["__class__"].__set__
@@ -83,7 +88,19 @@ def _fitting(exc: Answered, place: dict[str, Any]) -> type[Exception] | None:
     if websocket.application_state is WebSocketState.CONNECTING:
         return HTTPException if may_be_denied(websocket, exc) else WebSocketException
     states = (websocket.application_state, websocket.client_state)
-    return WebSocketException if states == (WebSocketState.CONNECTED,) * 2 else None
+    if states == (WebSocketState.CONNECTED,) * 2:
+        return WebSocketException
+    if exc.code != TRY_AGAIN_LATER:
+        return None
+    logs.seldom(
+        "goodbye", "what was published when a client had left is lost: %s", logs.escape(str(exc))
+    )
+    place["conn"].close = _close_nobody
+    return WebSocketException
+
+
+async def _close_nobody(code: int = TRY_AGAIN_LATER, reason: str | None = None) -> None:
+    """Stands for the `close` of a websocket that is closed, which Starlette calls to answer."""
 
 
 def _in_use(websocket: WebSocket, traceback: TracebackType | None) -> WebSocket:

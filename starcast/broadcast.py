@@ -88,9 +88,9 @@ class Broadcast:
             subscriber does not keep up, on its event loop. It must not block.
         ready_frames: Whether messages may be written as ready-made frames if the server supports
             them (`starcast.uvicorn`). This bypasses ASGI middleware that wraps `send`.
-        on_gap: A plain function that is called with a `Gap` when the broker is back after an outage
-            and when an event loop goes on that was blocked and has missed messages, on the event
-            loop that opened the hub. It must not block.
+        on_gap: A plain function that is called with a `Gap` when the broker is back after an
+            outage, or a channel that it refused, and when an event loop goes on that was blocked
+            and has missed messages, on the event loop that opened the hub. It must not block.
         after_gap: What happens to the clients after a gap. `"carry_on"`, the default: nothing.
             `"close"`: they are closed with 1012 (service restart), so that they reconnect.
         open_timeout: How many seconds a hub that is being opened keeps trying to reach its broker,
@@ -637,6 +637,7 @@ class Broadcast:
         """Whether the hub is open and its broker answers, for a readiness check. From any loop.
 
         With a broker, the hub sends itself a message through the broker and waits up to two seconds
-        for it. A hub that has not been opened is not healthy: give the app `lifespan=hub.lifespan`.
+        for it. It is not healthy either while the broker refuses a channel that somebody has. A hub
+        that has not been opened is not healthy: give the app `lifespan=hub.lifespan`.
         """
         return await self._hub.healthy()

@@ -9,9 +9,9 @@ import dataclasses
 class Gap:
     """Messages before this point may be missing.
 
-    Either the broker was away or did not answer, or an event loop of this process was blocked for
-    so long that more arrived than can wait for it: 16 MiB. In the second case those are told who
-    are on that loop and on a channel of which messages are missing.
+    The broker was away or did not answer; or it refused a channel for a time; or an event loop of
+    this process was blocked for so long that more arrived than can wait for it: 16 MiB. Then those
+    are told who are on that loop and on a channel of which messages are missing.
 
     Attributes:
         since: When the broker was last known to be there, or when the first message was missed, in
@@ -20,8 +20,11 @@ class Gap:
             on. Messages of this time may be missing. The outage itself may have been up to three
             seconds shorter, because the broker is checked that often.
         error: What went wrong.
+        channel: The only channel that it is about: the broker refused it for a time. None if it is
+            about all of them.
     """
 
     since: float
     seconds: float
     error: str
+    channel: str | None = None

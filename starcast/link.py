@@ -116,6 +116,7 @@ class Link:
                 lost=self._sender.lost + self._session.dropped,
                 channels=len(self._subscriptions.holds),
                 waiting=len(self._sender.queue),
+                refused=self._subscriptions.refused,
             )
 
     def publish(self, event: Event, wait: bool, on_lost: OnLost | None = None) -> Taken | None:
@@ -144,8 +145,7 @@ class Link:
 
     def _on_refused(self, why: str) -> None:
         """Say what became of messages that nobody awaits."""
-        with self._lock:
-            self._health.error = why
+        self.note(why)
         if self._limit.allows(why):
             logger.warning("messages did not reach the broker: %s", why)
 
@@ -162,9 +162,12 @@ class Link:
         self._subscriptions.release(channel)
 
     async def healthy(self) -> bool:
-        """Whether a message comes back by way of the broker within two seconds. From any loop."""
+        """Whether a message comes back by way of the broker within two seconds. From any loop.
+
+        It is not while the broker refuses a channel that somebody has.
+        """
         life = self._life
-        if life is None or not self.alive or not self.connected:
+        if life is None or not self.alive or not self.connected or self._subscriptions.refused:
             return False
         answered = Taken()
         self.call(self._answer, life, answered)
@@ -364,6 +367,13 @@ class Link:
 
     def hear(self) -> None:
         self._probe.heard = time.time()
+
+    def note(self, error: str) -> None:
+        with self._lock:
+            self._health.error = error
+
+    def tell_gap(self, gap: Gap) -> None:
+        self._on_gap(gap)
 
     def _tell_gap(self, life: Life, since: float, error: str) -> None:
         self._connected(life)

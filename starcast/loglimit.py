@@ -21,14 +21,15 @@ class LogLimit:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: dict[str, float] = {}
+        self._last: dict[tuple[str, str], float] = {}
 
-    def allows(self, words: str) -> bool:
+    def allows(self, words: str, about: str = "") -> bool:
         """Whether nothing of the kind was logged in the last ten seconds.
 
-        Two errors are of one kind if they differ only in numbers and in what they quote.
+        Two errors are of one kind if they are about the same and differ only in numbers and in what
+        they quote.
         """
-        kind = _DETAILS.sub("", words)
+        kind = (_DETAILS.sub("", words), about)
         now = time.monotonic()
         with self._lock:
             self._last = {k: last for k, last in self._last.items() if now - last < SECONDS}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
+from .loglimit import LogLimit
+
 logger = logging.getLogger("starcast")
 
 # Kinds of lines a process logs. A stranger who causes ever new ones must not fill a disk, and those
@@ -14,6 +16,7 @@ MAX_ALIKE = 20
 
 _said: set[tuple[str, ...]] = set()
 _lock = threading.Lock()
+_limit = LogLimit()
 
 
 def once(kind: tuple[str, ...], message: str, *args: object, level: int = logging.WARNING) -> None:
@@ -33,6 +36,12 @@ def is_debugging() -> bool:
     return logger.isEnabledFor(logging.DEBUG)
 
 
+def seldom(kind: str, message: str, *args: object) -> None:
+    """Log a warning, unless one of this kind was logged in the last ten seconds. Any thread."""
+    if _limit.allows(kind):
+        logger.warning(message, *args)
+
+
 def escape(text: str) -> str:
     """Return the text without what would begin a line, or move a terminal's cursor, or worse."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -40,5 +49,7 @@ def escape(text: str) -> str:
 
 def reset() -> None:
     """Forget what was logged, so that the next test sees it again."""
+    global _limit
     with _lock:
         _said.clear()
+        _limit = LogLimit()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
-from .backends.base import Backend, Deliver, Lost
+from .backends.base import Backend, Deliver, Lost, SubscriptionRevoked
 from .exceptions import ConfigurationError
 
 DEFAULT_NAME = "default"
@@ -52,7 +52,12 @@ class NamedBackend:
             if channel.startswith(prefix):
                 deliver(channel[length:], payload)
 
-        await self._backend.start(deliver_ours, lost)
+        def lost_ours(error: Exception) -> None:
+            if isinstance(error, SubscriptionRevoked):
+                error = SubscriptionRevoked(str(error), error.channel.removeprefix(prefix))
+            lost(error)
+
+        await self._backend.start(deliver_ours, lost_ours)
         self.max_payload = self._backend.max_payload
 
     def stop(self) -> Coroutine[Any, Any, None]:

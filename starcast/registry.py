@@ -169,8 +169,12 @@ class Registry:
         self._wake(wake, connections)
         return connections
 
-    def _members(self) -> Iterator[tuple[Member, Shard]]:
-        return itertools.chain(self.connections.items(), self.subscribers.items())
+    def _members(self, channel: str | None = None) -> Iterator[tuple[Member, Shard]]:
+        """Return who is there, or who is on a channel, and on which loop."""
+        if channel is None:
+            return itertools.chain(self.connections.items(), self.subscribers.items())
+        shards = self.shards.values()
+        return ((member, shard) for shard in shards for member in shard.channels.get(channel, {}))
 
     def _sweep(self) -> None:
         for shard in [shard for shard in self.shards.values() if shard.loop.is_closed()]:
@@ -340,13 +344,14 @@ class Registry:
         Args:
             gap: The gap.
             close: What closes the clients, or None.
-            members: Who is told, and on which loop; everybody if None. These are told with the lock
-                held, and the rest is done in the next turn of this loop.
+            members: Who is told, and on which loop; everybody if None, or all on the gap's channel.
+                These are told with the lock held, and the rest is done in the next turn of this
+                loop.
         """
         told: list[tuple[Item, Member, Shard]] = []
         closed: list[Connection] = []
         with self.lock:
-            told_of = dict(self._members()) if members is None else members
+            told_of = dict(self._members(gap.channel)) if members is None else members
             for member, shard in told_of.items():
                 if isinstance(member, Connection):
                     if close is not None:

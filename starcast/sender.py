@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-from .backends.base import Backend
+from .backends.base import Backend, MessagesRefused
 from .bounded import BoundedQueue, Full
 from .deadline import Deadline, Overdue
 from .event import OVERHEAD
@@ -288,36 +288,45 @@ class Sender:
 
     def _take(self) -> list[Entry]:
         batch: list[Entry] = []
+        too_large: list[Entry] = []  # for the broker that is there now
         size = 0
         with self._lock:
             while self._open and self.queue.entries and len(batch) < BATCH and size < BATCH_BYTES:
                 entry = self.queue.entries[0]
                 self.queue.drop_first(entry.cost)
-                if entry.taken is None or not entry.taken.abandoned:
+                if len(entry.data) > self._backend.max_payload:
+                    too_large.append(entry)
+                elif entry.taken is None or not entry.taken.abandoned:
                     batch.append(entry)
                     size += len(entry.data)
                 if entry.is_probe:
                     break  # what the broker says is then about the probe, and nothing else
             self.queue.tell()
+        self._fail(too_large, f"the broker now takes {self._backend.max_payload} bytes at most")
         return batch
 
     def _sent(self, sending: asyncio.Future[None]) -> None:
-        why = LOST
-        if not sending.cancelled():
-            # If the connection is broken, the backend says so, or the probe finds out.
-            error = sending.exception()
-            why = "" if error is None else str(error) or type(error).__name__
+        # If the connection is broken, the backend says so, or the probe finds out.
+        error = None if sending.cancelled() else sending.exception()
         if sending is not self._sending:
             return  # closed meanwhile
         self._sending = None
-        if why:
-            self._fail_batch(why)
+        if sending.cancelled():
+            self._fail_batch(LOST)
+        elif error is None or isinstance(error, MessagesRefused):
+            self._confirm_batch({} if error is None else error.reasons)
         else:
-            batch, self._batch = self._batch, []
-            for entry in batch:
-                if entry.taken is not None:
-                    entry.taken.set()
+            self._fail_batch(str(error) or type(error).__name__)
         self._send()
+
+    def _confirm_batch(self, refused: dict[int, str]) -> None:
+        """The broker has the batch, without those that it has refused."""
+        batch, self._batch = self._batch, []
+        for number, entry in enumerate(batch):
+            if number in refused:
+                self._fail([entry], refused[number])
+            elif entry.taken is not None:
+                entry.taken.set()
 
     def _fail_batch(self, why: str) -> None:
         batch, self._batch = self._batch, []

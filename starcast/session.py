@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from . import life
-from .backends.base import Backend
+from .backends.base import Backend, SubscriptionRevoked
 from .bounded import BoundedQueue
 from .deadline import Deadline
 from .event import OVERHEAD
@@ -92,7 +92,10 @@ class Session:
                     self._hold_back(self._early, channel, data)
 
         def lost(error: Exception) -> None:
-            self._on_lost(error, generation)
+            if not isinstance(error, SubscriptionRevoked) or error.channel == self._probe.channel:
+                self._on_lost(error, generation)
+            elif generation == self.generation:
+                self._subscriptions.revoke(error.channel, str(error))
 
         self._early = BoundedQueue(contextlib.nullcontext(), MAX_EARLY)  # of this loop only
         try:

@@ -24,6 +24,8 @@ class BackendStats:
         malformed: Messages that arrived and were neither text nor in a known format.
         channels: Channels that this process is subscribed to, or wants to be.
         waiting: Messages that are waiting for the broker.
+        refused: Channels among these that somebody has and that the broker refuses. They are asked
+            for again until they are back; meanwhile the hub is not healthy.
     """
 
     state: str
@@ -34,6 +36,7 @@ class BackendStats:
     malformed: int
     channels: int
     waiting: int
+    refused: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +85,9 @@ class Health:
         self.missed = 0  # messages that a blocked event loop had no space for
         self.malformed = 0
 
-    def snapshot(self, *, alive: bool, lost: int, channels: int, waiting: int) -> BackendStats:
+    def snapshot(
+        self, *, alive: bool, lost: int, channels: int, waiting: int, refused: int
+    ) -> BackendStats:
         return BackendStats(
             state=self.state if alive else "closed",
             since=self.since,
@@ -92,6 +97,7 @@ class Health:
             malformed=self.malformed,
             channels=channels,
             waiting=waiting,
+            refused=refused,
         )
 
 

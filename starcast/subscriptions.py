@@ -3,6 +3,10 @@
 `hold`, `want` and `release` may be called from any thread: they note what is wanted under the lock
 and have the event loop of the connection make both agree. Each channel has a task while its
 subscription changes, so that the changes of one channel happen in turn.
+
+A channel that the broker refuses to those who ask for it is not theirs. One that somebody has
+already, and that is refused after an outage or taken away, is asked for again and again, and when
+it is back there is a gap: of this channel, while the others go on.
 """
 
 from __future__ import annotations
@@ -10,18 +14,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from . import logs
 from .backends.base import Backend
 from .deadline import Deadline
+from .gap import Gap
+from .loglimit import LogLimit
+from .opening import Backoff
 from .sender import Taken
 
 logger = logging.getLogger("starcast")
 
 # Subscriptions that are asked for at the same time when the connection is back.
 AT_ONCE = 1000
+
+# Seconds after which a channel that was refused is asked for again, at most.
+LONGEST_WAIT = 10.0
 
 
 class Host(Protocol):
@@ -52,16 +64,39 @@ class Host(Protocol):
     def hear(self) -> None:
         """Note that the broker has answered."""
 
+    def note(self, error: str) -> None:
+        """Note what the broker has refused."""
+
+    def tell_gap(self, gap: Gap) -> None:
+        """Say that a channel is back that was refused."""
+
+
+class Refusal:
+    """That the broker refuses a channel which somebody has."""
+
+    __slots__ = ("backoff", "pending", "since", "why")
+
+    def __init__(self) -> None:
+        self.why = ""
+        self.since = time.time()
+        self.backoff = Backoff(LONGEST_WAIT)
+        self.pending = False  # the next attempt has its time
+
+    def over(self, channel: str) -> Gap:
+        """Return the gap that it was."""
+        return Gap(self.since, time.time() - self.since, self.why, channel)
+
 
 class Subscription:
     """A channel that somebody wants."""
 
-    __slots__ = ("changing", "count", "subscribed", "waiting")
+    __slots__ = ("changing", "count", "refusal", "subscribed", "waiting")
 
     def __init__(self) -> None:
         self.count = 0
         self.subscribed = False
         self.changing = False
+        self.refusal: Refusal | None = None
         self.waiting: list[Taken] = []
 
 
@@ -77,6 +112,8 @@ class Subscriptions:
         self._backend = backend
         self._lock = lock
         self._host = host
+        # For channels that somebody has, and for those that strangers may ask for without end.
+        self._limits = {True: LogLimit(), False: LogLimit()}
         self._generation = 0  # of the connection: what was asked of an earlier one does not count
 
     # From any thread
@@ -124,6 +161,12 @@ class Subscriptions:
         with self._lock:
             return any(hold.count for hold in self.holds.values())
 
+    @property
+    def refused(self) -> int:
+        """How many channels the broker refuses that somebody has."""
+        with self._lock:
+            return sum(bool(hold.count and hold.refusal) for hold in self.holds.values())
+
     def fail(self, why: str) -> None:
         """Tell everybody who waits that they wait in vain."""
         with self._lock:
@@ -140,6 +183,8 @@ class Subscriptions:
             self.holds = {name: hold for name, hold in self.holds.items() if hold.count}
             for hold in self.holds.values():
                 hold.subscribed = hold.changing = False
+                if hold.refusal is not None:
+                    hold.refusal.pending = False
 
     async def restore(self, seconds: float, heard_at: Callable[[], float]) -> None:
         """Subscribe to everything that is wanted, before the connection counts as open.
@@ -232,6 +277,7 @@ class Subscriptions:
             await self._backend.subscribe(channel)
         except Exception as exc:
             why = str(exc) or type(exc).__name__
+        gap = None
         with self._lock:
             hold = self.holds.get(channel)
             if hold is None or not self._host.is_here or generation != self._generation:
@@ -239,17 +285,65 @@ class Subscriptions:
             if why and self._host.broken:
                 return False  # and nobody is told: it may be back in time
             hold.subscribed = not why
+            had = hold.count > len(hold.waiting)
             if why or self._host.connected:
                 waiting, hold.waiting = hold.waiting, []
+            if not why and hold.refusal is not None:
+                refusal, hold.refusal = hold.refusal, None
+                gap = refusal.over(channel)
         if why:
-            logger.warning(
-                "the broker refused the subscription to the channel %r: %s", channel, why
-            )
+            self._refuse(channel, hold, why, had)
         elif self._host.connected:
             self._host.hear()
+        if gap is not None:
+            self._tell_gap(channel, gap)
         for taken in waiting:
             if why:
                 taken.fail(why)
             else:
                 taken.set()
         return not why
+
+    def _tell_gap(self, channel: str, gap: Gap) -> None:
+        if self._limits[True].allows("back", channel):
+            logger.warning(
+                "subscribed to the channel %r again; messages of the last %.1f seconds "
+                "may be missing",
+                channel,
+                gap.seconds,
+            )
+        self._host.tell_gap(gap)
+
+    def revoke(self, channel: str, why: str) -> None:
+        """The broker has taken a channel away."""
+        with self._lock:
+            hold = self.holds.get(channel)
+            if hold is None or not hold.subscribed or self._host.broken:
+                return
+            hold.subscribed = False
+        self._refuse(channel, hold, why, had=True)
+
+    def _refuse(self, channel: str, hold: Subscription, why: str, had: bool) -> None:
+        """Say that a channel was refused; if somebody has it, ask for it again in a while."""
+        if (hold.refusal is None or not had) and self._limits[had].allows("refused", channel):
+            logger.warning(
+                "the broker refused the subscription to the channel %r%s: %s",
+                channel,
+                ", which is asked for again until it is back" if had else "",
+                logs.escape(why),
+            )
+        if not had:
+            return
+        with self._lock:
+            refusal = hold.refusal = hold.refusal or Refusal()
+        refusal.why = why
+        self._host.note(why)
+        if not refusal.pending:
+            refusal.pending = True
+            loop = asyncio.get_running_loop()
+            loop.call_later(refusal.backoff.next(), self._again, channel, refusal, self._generation)
+
+    def _again(self, channel: str, refusal: Refusal, generation: int) -> None:
+        if generation == self._generation:
+            refusal.pending = False
+            self._change(channel)

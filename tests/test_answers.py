@@ -23,7 +23,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from backends.nats_server import NatsServer
@@ -184,6 +184,16 @@ def fastapi_app(publish: Publish) -> FastAPI:
     @app.websocket("/ws-dependency", dependencies=[Depends(dependency)])
     async def guarded(websocket: WebSocket): ...
 
+    @app.websocket("/ws-bye")
+    async def says_goodbye(websocket: WebSocket):
+        await websocket.accept()
+        if "closed" in websocket.query_params:
+            await websocket.close()
+        try:
+            await websocket.receive_text()
+        finally:
+            await publish()
+
     app.include_router(router)
     app.mount("/mounted", starlette_app(publish))
     return app
@@ -331,12 +341,25 @@ async def test_before_accept_only_what_may_be_tried_again_is_503(
     caplog.clear()  # uvicorn 0.54 complains about every denial response
 
 
-async def test_after_the_client_has_left_it_is_one_error_in_the_log(web, caplog):
-    _, server = await web(raising(BackendUnavailable))
-    async with server.connect("/s/ws-class?bye"):
+async def test_after_the_client_has_left_an_outage_is_one_line_in_the_log(web, caplog):
+    _, server = await web(raising(BackendUnavailable, "at\n192.0.2.1"))
+    for path in ("/s/ws-class?bye", "/f/mounted/ws-class?bye", "/f/ws-bye", "/f/ws-bye?closed"):
+        async with server.connect(path):
+            pass
+    await until(lambda: not server.server.server_state.tasks)
+    lost = [record for record in caplog.records if "is lost" in record.getMessage()]
+    assert [(record.levelname, record.getMessage()) for record in lost] == [
+        ("WARNING", "what was published when a client had left is lost: at\\n192.0.2.1")
+    ]
+    assert errors(caplog) == []
+
+
+async def test_after_the_client_has_left_a_mistake_has_its_traceback(web, caplog):
+    _, server = await web(raising(InvalidChannel))
+    async with server.connect("/f/ws-bye"):
         pass
     await until(lambda: errors(caplog))
-    assert [repr(error) for error in errors(caplog)] == ["BackendUnavailable('at 192.0.2.1')"]
+    assert {type(error) for error in errors(caplog)} == {InvalidChannel, WebSocketDisconnect}
     caplog.clear()
 
 

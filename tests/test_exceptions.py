@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from starcast import exceptions
-from starcast.backends.base import LoginRefused
+from starcast.backends.base import LoginRefused, MessagesRefused, SubscriptionRevoked
 from starcast.bounded import BoundedQueue, Full
 from starcast.exceptions import (
     BackendUnavailable,
@@ -112,7 +112,7 @@ EVERY_ERROR = [
     Full("what was wrong", BoundedQueue(contextlib.nullcontext(), 1)),
     *(
         cls("what was wrong")
-        for cls in [*ERRORS.values(), LoginRefused]
+        for cls in [*ERRORS.values(), LoginRefused, MessagesRefused, SubscriptionRevoked]
         if cls not in (OriginRefused, InvalidMessage, ClientGone)
     ),
 ]

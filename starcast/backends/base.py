@@ -15,6 +15,33 @@ class LoginRefused(BackendUnavailable):
     """The broker has answered, and does not let us in: to try again soon makes no sense."""
 
 
+class MessagesRefused(BackendUnavailable):
+    """The broker has refused some messages of a batch, and has all the others.
+
+    Args:
+        message: What the broker says, of one of them.
+        reasons: By the position in the batch, why that message was refused.
+    """
+
+    # Programs that hand errors on make them of their message alone: so the other one has a default.
+    def __init__(self, message: str, reasons: dict[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = reasons or {}
+
+
+class SubscriptionRevoked(BackendUnavailable):
+    """The broker delivers nothing of one channel any more, and the connection goes on.
+
+    Args:
+        message: What the broker says.
+        channel: The channel.
+    """
+
+    def __init__(self, message: str, channel: str = "") -> None:
+        super().__init__(message)
+        self.channel = channel
+
+
 class Backend(Protocol):
     """A connection to a broker. Implement these five calls and pass it as `Broadcast(backend=...)`.
 
@@ -47,7 +74,9 @@ class Backend(Protocol):
 
         From then on `deliver(channel, payload)` is called for each message on a channel that is
         subscribed to, in order; it returns at once and raises nothing. Call `lost(error)` once, if
-        the connection breaks by itself: `stop` follows.
+        the connection breaks by itself: `stop` follows. If the broker takes away a single channel,
+        call `lost` with a `SubscriptionRevoked`, as often as that happens: nothing is stopped, and
+        the hub subscribes to the channel again when it can.
 
         Raises:
             BackendUnavailable: There is no connection. The message names the host, and no password.
@@ -64,7 +93,7 @@ class Backend(Protocol):
         Several channels may be subscribed to at the same time, one channel only in turn.
 
         Raises:
-            Exception: The connection is broken.
+            Exception: The connection is broken, or the broker refuses the channel.
         """
 
     async def unsubscribe(self, channel: str) -> None:
@@ -77,5 +106,6 @@ class Backend(Protocol):
         may be an `async def`; a plain function that returns a future saves a turn of the loop.
 
         Raises:
+            MessagesRefused: The broker has all of them but these.
             Exception: The connection is broken; the broker has some of them or none.
         """

@@ -4,7 +4,7 @@ nats-py is used without its reconnecting, its queues, its `publish` and its flus
 
 - A subscription of nats-py normally has a queue and a task, which breaks a publisher's order across
   channels and drops what is too much. One with a `future=` hands each message to that future as it
-  is read, so `_Sink`, a future that takes every message, gets them all in the order of the wire.
+  is read, so `Sink`, a future that takes every message, gets them all in the order of the wire.
 - `Client.flush()` writes its PING ahead of the commands that its flusher task still has, and if it
   is cancelled, the PONG ends the task that reads. So we ask the broker by a message to ourselves:
   it handles what one connection sends in turn, and when the message is back, all before it is done.
@@ -19,25 +19,22 @@ import contextlib
 import inspect
 import itertools
 import re
-import ssl
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
-from urllib.parse import ParseResult
 
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.aio.transport import TcpTransport
 from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, LoginRefused, Lost
-from .nats_names import endpoints_of, read, same_servers, tokens, untoken
+from .base import Deliver, LoginRefused, Lost, SubscriptionRevoked
+from .nats_client import RefusalClient, Sink, WildcardSink, Wire, refusal, refused_subject
+from .nats_names import endpoints_of, read, same_servers, tokens
 from .urls import Endpoint
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
@@ -69,93 +66,8 @@ _FIXED: dict[str, Any] = {
     "verbose": False,
 }
 
-
 # Options whose value may be a function that is asked for it, for each connection.
 _CREDENTIALS = ("user", "password", "token")
-
-
-class _Sink(asyncio.Future[Msg]):
-    """Takes every message of one subscription, in the turn in which it was read."""
-
-    def __init__(self, take: Callable[[bytes], None]) -> None:
-        super().__init__()
-        self._take = take
-
-    def set_result(self, result: Msg, /) -> None:
-        self._take(result.data)
-
-
-class _WildcardSink(asyncio.Future[Msg]):
-    """The same for a wildcard. Of the subjects that it brings, so much is the prefix."""
-
-    def __init__(self, deliver: Deliver, cut: int) -> None:
-        super().__init__()
-        self._deliver, self._cut = deliver, cut
-
-    def set_result(self, result: Msg, /) -> None:
-        self._deliver(untoken(result.subject[self._cut :]), result.data)
-
-
-class _Wire(TcpTransport):
-    """The transport of nats-py, made to end at once and to insist on TLS for `tls://`."""
-
-    _plain = False  # tls:// was asked for, and there is no TLS yet
-    _login = b""
-    bytes_at = 0.0  # when any bytes arrived last, in `time.monotonic()`
-
-    def __bool__(self) -> bool:
-        return True  # else nats-py makes a transport of its own
-
-    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
-        self._plain = uri.scheme == "tls"
-        await super().connect(uri, buffer_size, connect_timeout)
-
-    async def connect_tls(
-        self,
-        uri: str | ParseResult,
-        ssl_context: ssl.SSLContext,
-        buffer_size: int,
-        connect_timeout: int,
-    ) -> None:
-        # nats-py's own leaves the streams not knowing of TLS: asyncio logs a warning at the end,
-        # and a reader that is full stops nobody.
-        assert self._io_writer is not None
-        host = uri if isinstance(uri, str) else uri.hostname
-        async with Deadline(connect_timeout):
-            await self._io_writer.start_tls(ssl_context, server_hostname=host)
-        self._plain = False
-
-    def write(self, payload: bytes) -> None:
-        if self._plain:  # this would be the password; nats-py would send it
-            raise nats.errors.SecureConnWantedError
-        if payload.startswith(b"CONNECT "):
-            # It goes with the PING that follows. A server that refuses the login and then finds a
-            # PING unread resets the connection, and its reason may be lost.
-            self._login = payload
-            return
-        self.writelines([self._login, payload])
-        self._login = b""
-
-    def writelines(self, payload: list[bytes]) -> None:
-        assert self._io_writer is not None
-        # On uvloop an error, which would break nats-py's closing. The task that reads sees the end.
-        if not self._io_writer.transport.is_closing():
-            # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
-            super().write(b"".join(payload))
-
-    async def read(self, buffer_size: int) -> bytes:
-        data: bytes = await super().read(buffer_size)
-        self.bytes_at = time.monotonic()
-        return data
-
-    async def drain(self) -> None:
-        with contextlib.suppress(OSError):  # the same
-            await super().drain()
-
-    def close(self) -> None:
-        # An orderly close waits for a broker that may be frozen, with TLS for 30 seconds.
-        if self._io_writer is not None:
-            self._io_writer.transport.abort()
 
 
 class _Session:
@@ -163,18 +75,19 @@ class _Session:
 
     def __init__(self, inbox: str, name: str, deliver: Deliver) -> None:
         self.lost: Lost | None = None  # set when it has started
-        self.client = Client()
+        self.client = RefusalClient(self._on_refused)
         self.trouble: Exception | None = None
         self._inbox = inbox
         self._name = name
         self._deliver = deliver
         self._message_at = 0.0
-        self._wire = _Wire()
+        self._wire = Wire()
         self.client._transport = self._wire
         self._subscriptions: dict[str, Subscription] = {}
         self._numbers = itertools.count()
-        self._waiters: dict[bytes, asyncio.Future[None]] = {}
-        self._refusal = ""
+        self._channels: dict[int, str] = {}  # by the number of the subscription
+        self._waiters: dict[bytes, tuple[asyncio.Future[None], Sequence[tuple[str, bytes]]]] = {}
+        self._refused: dict[str, str] = {}  # by subject, since the last answer: why
         self._connecting = True  # or not even that: there is nothing to be closed yet
         self._ended = asyncio.Event()
 
@@ -192,7 +105,7 @@ class _Session:
             raise asyncio.CancelledError
         if not self.client.is_connected:  # nats-py takes silence for consent
             raise nats.errors.UnexpectedEOF
-        await self.client.subscribe(self._inbox, future=_Sink(self._on_answer))
+        await self.client.subscribe(self._inbox, future=Sink(self._on_answer))
         await self.hand_over()
 
     def hand_over(self, *messages: tuple[str, bytes]) -> asyncio.Future[None]:
@@ -202,7 +115,8 @@ class _Session:
         """
         loop = asyncio.get_running_loop()
         number = b"%d" % next(self._numbers)
-        answered = self._waiters[number] = loop.create_future()
+        answered: asyncio.Future[None] = loop.create_future()
+        self._waiters[number] = answered, messages
         trouble = f"no answer within {ANSWER_TIMEOUT:g} seconds"
         fail = partial(self._fail, answered, trouble)
         overdue = Overdue(ANSWER_TIMEOUT, fail, lambda: self.heard_at)
@@ -237,22 +151,28 @@ class _Session:
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
     async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
-        """Subscribe to a subject; with `cut` to a wildcard, see `_WildcardSink`."""
-        sink: asyncio.Future[Msg] = _Sink(partial(self._take, channel))
+        """Subscribe to a subject; with `cut` to a wildcard, see `WildcardSink`."""
+        sink: asyncio.Future[Msg] = Sink(partial(self._take, channel))
         if cut is not None:
-            sink = _WildcardSink(self._take, cut)
-        self._subscriptions[channel] = await self.client.subscribe(subject, future=sink)
+            sink = WildcardSink(self._take, cut)
+        subscription = await self.client.subscribe(subject, future=sink)
+        self._subscriptions[channel] = subscription
+        self._channels[subscription._id] = channel
         try:
             await self.hand_over()
         except BaseException:
             await self.forget(channel)
             raise
+        if channel not in self._subscriptions:
+            raise BackendUnavailable(f"{self._name}: the subscription was taken away at once")
 
     async def forget(self, channel: str) -> None:
         """Unsubscribe, without waiting for anything."""
         subscription = self._subscriptions.pop(channel, None)
-        if subscription is not None and not self.client.is_closed:
-            await subscription.unsubscribe()
+        if subscription is not None:
+            del self._channels[subscription._id]
+            if not self.client.is_closed:
+                await subscription.unsubscribe()
 
     async def close(self) -> None:
         """End the connection and nats-py's tasks."""
@@ -268,7 +188,7 @@ class _Session:
                 await self._ended.wait()  # it may have been closing by itself already
 
     def _release(self, trouble: str) -> None:
-        for waiter in self._waiters.values():
+        for waiter, _ in self._waiters.values():
             self._fail(waiter, trouble)
 
     def _fail(self, waiter: asyncio.Future[None], trouble: str) -> None:
@@ -276,25 +196,42 @@ class _Session:
             waiter.set_exception(BackendUnavailable(f"{self._name}: {trouble}"))
 
     def _on_answer(self, number: bytes) -> None:
-        # An error that came since the last answer belongs to what was sent since then.
-        refusal, self._refusal = self._refusal, ""
-        waiter = self._waiters.get(number)
-        if waiter is not None and refusal:
-            self._fail(waiter, refusal)
-        elif waiter is not None and not waiter.done():
+        # What was refused since the last answer belongs to what was sent since then.
+        refused, self._refused = self._refused, {}
+        waiter, messages = self._waiters.get(number, (None, ()))
+        if waiter is None or waiter.done():
+            return
+        if refused:
+            waiter.set_exception(refusal(self._name, refused, [subject for subject, _ in messages]))
+        else:
             waiter.set_result(None)
+
+    async def _on_refused(self, said: str) -> None:
+        """The server has refused something, and keeps the connection."""
+        subject, number = refused_subject(said)
+        if self.lost is None or subject == self._inbox:
+            self._release(said)  # no answer would come
+            self._end(said)
+        elif number is None:
+            self._refused[subject] = said
+        elif (channel := self._channels.get(number)) is not None:
+            await self.forget(channel)
+            self.lost(SubscriptionRevoked(f"{self._name}: {said}", channel))
 
     async def _on_error(self, error: Exception) -> None:
         self.trouble = error
-        if "permissions violation" in str(error):  # the only error that a connection survives
-            self._refusal = str(error)
 
     async def _on_closed(self) -> None:
         trouble = f"the connection broke ({self.client.last_error})"
         self._release(trouble)
         self._ended.set()
-        if self.lost is not None:
-            self.lost(BackendUnavailable(f"{self._name}: {trouble}"))
+        self._end(trouble)
+
+    def _end(self, trouble: str) -> None:
+        """Say that the connection is of no use any more, unless that was said."""
+        lost, self.lost = self.lost, None
+        if lost is not None:
+            lost(BackendUnavailable(f"{self._name}: {trouble}"))
 
 
 class NatsBackend:

@@ -16,7 +16,7 @@ import asyncpg
 
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from .base import Deliver, LoginRefused, Lost
+from .base import Deliver, LoginRefused, Lost, MessagesRefused
 from .postgres_url import Server
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # as in a channel's name
@@ -193,21 +193,14 @@ class PostgresBackend:
                 raise PayloadTooLarge(
                     f"a message has {len(payload)} bytes, and {MAX_PAYLOAD} are possible"
                 )
-        rows: dict[tuple[str, str], None] = {}  # in this order, no two of them equal
-        size = 0
-        for number, (channel, payload) in enumerate(messages):
-            size += len(payload)
-            if rows and size > MAX_BATCH:
+        for first, rows in self._transactions(messages):
+            try:
                 await self._notify(rows)
-                rows, size = {}, len(payload)
-            name = self._name(channel)
-            text = self._bare(payload)
-            if text is None or (name, text) in rows:
-                rows |= dict.fromkeys((name, piece) for piece in _cut(number, payload))
-            else:
-                rows[name, text] = None
-        if rows:
-            await self._notify(rows)
+            except BackendUnavailable as error:
+                if not first:
+                    raise
+                reasons = dict.fromkeys(range(first, len(messages)), str(error))
+                raise MessagesRefused(str(error), reasons) from error
 
     @property
     def heard_at(self) -> float:
@@ -217,6 +210,26 @@ class PostgresBackend:
         return float(min(self._listener.heard_at, self._publisher.asked_at))
 
     # Inside
+
+    def _transactions(
+        self, messages: Sequence[tuple[str, bytes]]
+    ) -> Iterator[tuple[int, dict[tuple[str, str], None]]]:
+        """Yield what goes into each transaction, and the position of its first message."""
+        first = size = 0
+        rows: dict[tuple[str, str], None] = {}  # in this order, no two of them equal
+        for number, (channel, payload) in enumerate(messages):
+            size += len(payload)
+            if rows and size > MAX_BATCH:
+                yield first, rows
+                first, rows, size = number, {}, len(payload)
+            name = self._name(channel)
+            text = self._bare(payload)
+            if text is None or (name, text) in rows:
+                rows |= dict.fromkeys((name, piece) for piece in _cut(number, payload))
+            else:
+                rows[name, text] = None
+        if rows:
+            yield first, rows
 
     async def _connect(self, deliver: Deliver) -> Any:
         # A standby server runs neither LISTEN nor NOTIFY.

@@ -9,16 +9,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
-from .base import Deliver, LoginRefused, Lost
-from .urls import Endpoint, first_of, options_of, refuse_option, same_host
+from .base import Deliver, LoginRefused, Lost, MessagesRefused
+from .redis_url import pool_of
+from .urls import Endpoint, same_host
 
 Command = tuple[str | bytes, ...]
 
@@ -48,23 +48,6 @@ _SETTINGS: dict[str, Any] = {
     "socket_connect_timeout": None,  # `start` has a deadline, which a blocked loop does not eat
     "health_check_interval": 0,
 }
-
-
-# What to do about options that hosters and other libraries put into a URL.
-_ADVICE = {
-    "family": "it is for ioredis; take it out",
-    "ssl": "write rediss:// for TLS, and take it out",
-    "tls": "write rediss:// for TLS, and take it out",
-    "ssl_cert_reqs": (
-        "it is 'none', 'optional' or 'required', in a URL that begins with rediss:// (or "
-        "valkeys://); Celery's CERT_NONE is 'none' here"
-    ),
-}
-_TAKE_OUT = "redis-py does not know it; take it out"
-_SSL_ONLY = "it is for TLS: write rediss:// in place of redis://"
-
-# The schemes that redis-py does not know, and those that mean the same to it.
-_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
 
 class RedisBackend:
@@ -110,7 +93,7 @@ class RedisBackend:
         self, url: object = None, *, client: Redis | None = None, prefix: str = "starcast:"
     ) -> None:
         if url is not None and client is None:
-            pool = _pool(str(url))
+            pool = pool_of(str(url))
         elif isinstance(client, Redis) and url is None:
             pool = client.connection_pool
         else:
@@ -275,6 +258,9 @@ class _Pipe:
         self._broken = broken
         # One for each answer to come. As many as there are commands in calls that wait.
         self._asked: deque[asyncio.Future[None]] = deque()
+        # Of the call whose answers are arriving: how many were there, and what was refused.
+        self._answers = 0
+        self._refused: dict[int, str] = {}
         self.task = asyncio.create_task(self._read())
 
     @property
@@ -288,7 +274,10 @@ class _Pipe:
         return max(self._bytes_at, self._asked_at) if self._asked else math.inf
 
     def ask(self, commands: Sequence[Command]) -> asyncio.Future[None]:
-        """Write the commands; what comes back is done when the last of them is answered."""
+        """Write the commands; what comes back is done when the last of them is answered.
+
+        It fails with a `MessagesRefused` if some of them were refused.
+        """
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
             if not self._asked:
@@ -336,56 +325,18 @@ class _Pipe:
     def _answer(self, refusal: ResponseError | None = None) -> None:
         self._read_at = self._bytes_at
         answered = self._asked.popleft()
-        if answered.done():
-            return  # cancelled, or an earlier command of it was refused
         if refusal is not None:
-            answered.set_exception(BackendUnavailable(f"Redis refuses: {_reason(refusal)}"))
-        elif not self._asked or self._asked[0] is not answered:
+            self._refused[self._answers] = f"Redis refuses: {_reason(refusal)}"
+        self._answers += 1
+        if self._asked and self._asked[0] is answered:
+            return
+        refused, self._refused, self._answers = self._refused, {}, 0
+        if answered.done():
+            return  # cancelled
+        if refused:
+            answered.set_exception(MessagesRefused(next(iter(refused.values())), refused))
+        else:
             answered.set_result(None)
-
-
-def _pool(url: str) -> ConnectionPool:
-    scheme, separator, rest = url.partition("://")
-    url = _SCHEMES.get(scheme, scheme) + separator + rest
-    options: list[tuple[str, str]] = []
-    try:
-        parts = urlsplit(url)
-        if "@" in parts.path + parts.query + parts.fragment:
-            raise ValueError("a password that ends the host's part of the URL")
-        if parts.scheme == "unix" and not _is_path(parts):
-            raise ValueError("what should be a path may be a part of a password")
-        options = options_of(parts.query)
-        pool = ConnectionPool.from_url(url)
-        pool.connection_class(**pool.connection_kwargs)  # looks at the options, and no more
-        return pool
-    except Exception as error:
-        # Nothing of what the error says but the name of an option: it may repeat the password.
-        refused = _refused(dict(options), error)
-    # Not in the block above, where the error would go along as the context of this one.
-    raise refused or ConfigurationError(
-        "not the URL of a Redis server, or its options are not valid; a URL looks like "
-        "redis://user:password@host:6379 or unix://user:password@/path/redis.sock, with %40 for an "
-        "@ in the password or the path, %2F for a / in the password and so on"
-    )
-
-
-def _is_path(parts: SplitResult) -> bool:
-    """Whether a URL of a socket has a path, and nothing but a login before it."""
-    host = parts.netloc.rpartition("@")[2]
-    return parts.path.startswith("/") and not (host or parts.fragment)
-
-
-def _refused(options: dict[str, str], error: Exception) -> ConfigurationError | None:
-    """Return what to say if redis-py complains about an option of the URL."""
-    if isinstance(error, RedisError) and "ssl_cert_reqs" in options:
-        return refuse_option("Redis", "ssl_cert_reqs", _ADVICE["ssl_cert_reqs"])
-    name = first_of(options, str(error))
-    if name is None:
-        return None
-    if isinstance(error, ValueError):
-        return refuse_option("Redis", name, "its value is not valid")
-    otherwise = _SSL_ONLY if name.startswith("ssl_") else _TAKE_OUT
-    return refuse_option("Redis", name, _ADVICE.get(name, otherwise))
 
 
 async def _longest(connection: AbstractConnection) -> int:

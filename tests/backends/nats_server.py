@@ -52,6 +52,14 @@ class NatsServer:
         """Give it other lines, which count from the next start."""
         self._config.write_text(config)
 
+    def reload(self, config: str) -> None:
+        """Give it other lines while it runs, and come back when they count."""
+        self.configure(config)
+        assert self._process is not None
+        done = self.log.count("Reloaded server configuration")
+        self._process.send_signal(signal.SIGHUP)
+        until_sync(lambda: self.log.count("Reloaded server configuration") > done)
+
     def start(self) -> None:
         """Start it, and come back when it takes connections."""
         assert self._process is None

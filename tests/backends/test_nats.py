@@ -19,6 +19,7 @@ import trustme
 from backends.nats_server import Flood, NatsServer
 from starcast import Broadcast
 from starcast.backends import nats as module
+from starcast.backends.base import MessagesRefused, SubscriptionRevoked
 from starcast.backends.nats import NatsBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from support import free_port, starcast_tasks, until
@@ -376,12 +377,56 @@ async def test_permissions(own_server):
         *(backend.subscribe(channel) for channel in ["a", "deaf", "b"]), return_exceptions=True
     )
     assert [type(result) for result in results] == [type(None), BackendUnavailable, type(None)]
-    assert 'subscription to "starcast:deaf"' in str(results[1])
-    with pytest.raises(BackendUnavailable, match='publish to "starcast:mute"'):
+    assert 'Subscription to "starcast:deaf"' in str(results[1])
+    with pytest.raises(BackendUnavailable, match='Publish to "starcast:mute"'):
         await backend.publish([("mute", b"x"), ("a", b"1")])
     await backend.publish([("b", b"2")])
     assert inbox.got == [("a", b"1"), ("b", b"2")]
     assert inbox.lost == []
+    await backend.stop()
+
+
+async def test_subjects_that_differ_only_in_case(own_server):
+    """nats-py itself tells of a refusal in lower case."""
+    server = own_server(
+        """authorization: {users: [{user: u, password: p, permissions: {
+            publish: {deny: ["A\\"\\\\room", "none"]}}}]}"""
+    )
+    backend = NatsBackend(server.url.replace("//", "//u:p@"), prefix='A"\\')
+    inbox = await Inbox().start(backend)
+    await backend.subscribe("Room")
+    with pytest.raises(MessagesRefused) as raised:
+        await backend.publish([(name, b"x") for name in ("Room", "room", "Room", "room")])
+    assert raised.value.reasons.keys() == {1, 3}
+    assert all('to "A\\"\\\\room"' in why for why in raised.value.reasons.values())
+    assert inbox.got == [("Room", b"x")] * 2
+    await backend.stop()
+
+
+async def test_a_subscription_that_is_taken_away_as_it_is_granted(connect):
+    backend, inbox = await connect()
+    subscribing = asyncio.create_task(backend.subscribe("room"))
+    session = backend._session
+    while not session._channels:  # noqa: ASYNC110  # not a turn more than it takes
+        await asyncio.sleep(0)
+    (number,) = session._channels
+    said = f'Permissions Violation for Subscription to "starcast:room" (sid "{number}")'
+    for _ in range(2):  # of what is not there any more it is told in vain
+        await session._on_refused(said)
+    with pytest.raises(BackendUnavailable, match="taken away at once"):
+        await subscribing
+    assert [(type(error), error.channel) for error in inbox.lost] == [(SubscriptionRevoked, "room")]
+    assert not session._channels
+
+
+async def test_a_password_that_is_changed_ends_the_connection(own_server):
+    config = "authorization: {{users: [{{user: u, password: {}}}]}}"
+    server = own_server(config.format("p"))
+    backend = NatsBackend(server.url.replace("//", "//u:p@"))
+    inbox = await Inbox().start(backend)
+    server.reload(config.format("q"))
+    await until(lambda: inbox.lost)
+    assert "authorization failed" in str(inbox.lost[0])
     await backend.stop()
 
 
@@ -392,7 +437,7 @@ async def test_no_permission_for_answers(own_server, monkeypatch):
     )
     monkeypatch.setattr(module, "START_TIMEOUT", 0.5)
     text = await refused(NatsBackend(server.url.replace("//", "//u:p@")))
-    assert "permissions violation" in text
+    assert "Permissions Violation" in text
 
 
 async def test_a_slow_loop_loses_nothing_that_the_server_has_sent(server, connect):

@@ -21,6 +21,7 @@ import trustme
 from backends.front import front
 from backends.postgres_server import PASSWORD, QUOTED, USER, PostgresServer
 from starcast.backends import postgres
+from starcast.backends.base import MessagesRefused
 from starcast.backends.postgres import MAX_NOTIFY, MAX_PAYLOAD, PIECE_SIZE, PostgresBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from support import DEADLINE, starcast_tasks, until
@@ -134,6 +135,21 @@ async def test_a_message_arrives_as_it_was(box, payload):
     backend = await box.start("room")
     await backend.publish([("room", payload), ("room", b"after")])
     await box.expect(("room", payload), ("room", b"after"))
+
+
+async def test_a_later_transaction_of_a_batch_is_refused(box, monkeypatch):
+    """What was committed before counts as delivered, and nothing if it is the first one."""
+    monkeypatch.setattr(postgres, "MAX_BATCH", 2)
+    backend = await box.start("a", "b")
+    bad = ("\0", b"4")  # no name of PostgreSQL has that
+    with pytest.raises(MessagesRefused, match="invalid byte sequence") as raised:
+        await backend.publish([("a", b"1"), ("b", b"2"), ("a", b"3"), bad, ("a", b"5")])
+    assert list(raised.value.reasons) == [2, 3, 4]
+    with pytest.raises(BackendUnavailable, match="invalid byte sequence") as first:
+        await backend.publish([bad, ("a", b"5")])
+    assert not isinstance(first.value, MessagesRefused)
+    await backend.publish([("a", b"6")])
+    await box.expect(("a", b"1"), ("b", b"2"), ("a", b"6"))
 
 
 async def test_a_larger_message_is_refused_and_nothing_is_sent(box):

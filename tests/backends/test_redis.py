@@ -19,6 +19,7 @@ from backends.front import front
 from backends.redis_server import RedisServer
 from starcast import Broadcast
 from starcast.backends import redis as module
+from starcast.backends.base import MessagesRefused
 from starcast.backends.redis import RedisBackend
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from support import DEADLINE, starcast_tasks, until
@@ -528,10 +529,12 @@ async def test_what_a_user_may_not_do(server):
         await inbox.backend.subscribe("room")
         with pytest.raises(BackendUnavailable, match=r"(?i)no permission"):
             await inbox.backend.subscribe("other")
-        with pytest.raises(BackendUnavailable, match=r"(?i)no permission"):
+        with pytest.raises(MessagesRefused, match=r"(?i)no permission") as raised:
             await inbox.backend.publish([("room", b"1"), ("other", b"2"), ("room", b"3")])
-        with pytest.raises(BackendUnavailable, match=r"(?i)no permission"):
+        assert list(raised.value.reasons) == [1]
+        with pytest.raises(MessagesRefused, match=r"(?i)no permission") as raised:
             await inbox.backend.publish([("other", b"4"), ("other", b"5")])
+        assert list(raised.value.reasons) == [0, 1]
         await inbox.probe()
         assert not inbox.lost
         server.command("ACL", "DELUSER", "some")

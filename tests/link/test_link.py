@@ -24,7 +24,18 @@ from starcast import (
     session,
     testing,
 )
-from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
+from starcast.backends.base import SubscriptionRevoked
+from support import (
+    DEADLINE,
+    Broker,
+    Bus,
+    OtherLoop,
+    Peer,
+    joined,
+    starcast_tasks,
+    subscribed,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -427,7 +438,7 @@ async def test_a_channel_that_the_broker_refuses(hub, broker, caplog):
     assert hub._hub.link._backend.starts == 1
     broker.refused.clear()
     await hub.connect(peer.websocket, "secret")
-    assert caplog.text.count("refused the subscription to the channel 'secret'") == 2
+    assert caplog.text.count("refused the subscription to the channel 'secret'") == 1
 
 
 async def test_a_channel_that_the_broker_refuses_after_an_outage(hub, broker, caplog):
@@ -439,8 +450,56 @@ async def test_a_channel_that_the_broker_refuses_after_an_outage(hub, broker, ca
     assert subscribed(broker) == {"room"}
     await hub.publish("room", "still there")
     await until(lambda: peer.got == ["still there"])
+    await until(lambda: hub.stats().backend.refused == 1)
+    assert not await hub.healthy()
     await hub.disconnect(peer.websocket)
     await until(lambda: not hub._hub.link._subscriptions.holds)
+    assert hub.stats().backend.refused == 0
+    assert await hub.healthy()
+
+
+async def test_a_channel_that_is_refused_again_and_again_has_one_gap(hub, broker, caplog):
+    async with hub.subscribe("secret", gaps=True) as subscriber:
+        for number in range(2):  # of the second time nothing is logged: it was told just now
+            broker.refused.add("secret")
+            for _ in range(2):
+                gaps = hub.stats().backend.gaps
+                broker.kill()
+                broker.up = True
+                await until(lambda: hub.stats().backend.gaps > gaps)  # noqa: B023  # awaited here
+                await until(lambda: hub.stats().backend.refused)
+                asked = len(broker.calls)
+                await until(
+                    lambda: broker.calls[asked:].count(("subscribe", "secret")) > 1  # noqa: B023
+                )
+            broker.refused.clear()
+            await until(lambda: not hub.stats().backend.refused)
+            await hub.publish("secret", str(number))
+            async with asyncio.timeout(DEADLINE):
+                seen = [await anext(subscriber) for _ in range(4)]
+            assert [isinstance(each, Gap) for each in seen] == [True, True, True, False]
+            assert [each.channel for each in seen[:3]] == [None, None, "secret"]
+            assert seen[0].since < seen[2].since < seen[1].since + seen[1].seconds
+            assert seen[3].message == str(number)
+            assert hub.stats().backend.error == "nobody may have secret"
+    assert caplog.text.count("'secret', which is asked for again until it is back: nobody") == 1
+    assert caplog.text.count("subscribed to the channel 'secret' again") == 1
+
+
+async def test_what_the_broker_takes_away_in_vain(hub, broker):
+    """While the connection breaks, and a channel that nobody has any more."""
+    peer = await joined(hub, "room")
+    backend = hub._hub.link._backend
+    backend.lost(SubscriptionRevoked("nobody may", "unknown"))
+    old = backend.lost
+    broker.kill()
+    backend.lost(SubscriptionRevoked("nobody may", "room"))
+    broker.up = True
+    await until(lambda: hub.stats().backend.gaps)
+    old(SubscriptionRevoked("nobody may", "room"))
+    assert hub.stats().backend.refused == 0
+    await hub.publish("room", "x")
+    await until(lambda: peer.got == ["x"])
 
 
 async def test_who_is_cancelled_while_waiting_holds_nothing(hub, broker):
