@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("starcast")
 
-# Bytes that are parsed before a look at the clock, at first and at most. The smallest frames have
-# six bytes, and 341 of them take some two milliseconds; large ones are cheap.
+# Bytes that are parsed before a look at the clock. The smallest frames have six bytes, and 341 of
+# them take some two milliseconds. The rest of a frame that has begun is cheap, however long it is.
 PIECE = 2 * 1024
-MAX_PIECE = 8 * 1024
 
 # Seconds for which one client's frames are parsed before the event loop does other work.
 SLICE = 0.002
@@ -106,17 +105,29 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
 
     def _parse(self) -> None:
         """Parse what was read, as much as one turn of the event loop may take."""
-        data, done, piece, end = self._unparsed, 0, PIECE, self.loop.time() + SLICE
+        data, done, end = self._unparsed, 0, self.loop.time() + SLICE
         while done < len(data) and not self.transport.is_closing():
+            piece = max(PIECE, self._missing())
             super().data_received(data[done : done + piece])
             done += piece
-            piece = min(2 * piece, MAX_PIECE)
             if self._pongs_wait or self.queue.qsize() >= MAX_QUEUED or self.loop.time() > end:
                 break
         self._unparsed = b"" if self.transport.is_closing() else data[done:]
         if self._unparsed:
             self.transport.pause_reading()
         self._read_on()
+
+    def _missing(self) -> int:
+        """Return how many bytes of a frame that has begun are still to come, as far as is known."""
+        buffer = self.conn.reader.buffer
+        if not buffer:  # most often a frame begins
+            return 0
+        reading: Any = self.conn.parser
+        while reading.gi_yieldfrom is not None:
+            reading = reading.gi_yieldfrom
+        # The innermost generator is `read_exact(n)` of websockets, unless nothing more is parsed.
+        wanted: int = reading.gi_frame.f_locals.get("n", 0)
+        return wanted - len(buffer)
 
     def _read_on(self) -> None:
         """Parse what was read, or else read, unless something stands against it."""

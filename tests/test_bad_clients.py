@@ -378,6 +378,34 @@ async def test_many_small_frames_do_not_stop_the_loop(start, what):
     bad.close()
 
 
+async def test_a_large_message_is_parsed_in_few_pieces(start, monkeypatch):
+    """Small frames cost time, so what is read is parsed in pieces; a large frame need not be."""
+    calls: list[type] = []
+
+    def count(cls: type) -> None:
+        received = vars(cls)["data_received"]
+
+        def data_received(self: Any, data: bytes) -> None:
+            calls.append(cls)
+            received(self, data)
+
+        monkeypatch.setattr(cls, "data_received", data_received)
+
+    app = App()
+    client = await Client.connect(await start(app))
+    await until(lambda: app.websockets)
+    uvicorns = hardened.WebSocketsSansIOProtocol
+    count(hardened.HardenedProtocol)
+    count(uvicorns)
+    sent = masked(b"x" * 400 * KIB, frames.TEXT)
+    await asyncio.get_running_loop().sock_sendall(client.sock, sent)
+    await until(lambda: app.asked)
+    assert app.asked == ["x" * 400 * KIB]
+    pieces = calls.count(uvicorns)
+    assert pieces <= 2 * (len(calls) - pieces)
+    client.close()
+
+
 async def test_a_message_in_many_fragments_with_pings_in_between(start):
     app = App()
     server = await start(app)
