@@ -33,8 +33,8 @@ from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from .base import Deliver, LoginRefused, Lost, SubscriptionRevoked
-from .nats_client import RefusalClient, Sink, WildcardSink, Wire, refusal, refused_subject
-from .nats_names import endpoints_of, read, same_servers, tokens
+from .nats_client import RefusalClient, Sink, Wire, refusal, refused_subject
+from .nats_names import endpoints_of, read, same_servers, tokens, untoken
 from .urls import Endpoint
 
 START_TIMEOUT = 5.0  # seconds to connect, log in and get a first answer
@@ -140,9 +140,12 @@ class _Session:
         is_partial = self.client._ps.state == AWAITING_MSG_PAYLOAD
         return self._wire.bytes_at if is_partial else self._message_at
 
-    def _take(self, channel: str, data: bytes) -> None:
+    def _take(self, channel: str, message: Msg) -> None:
         self._message_at = self._wire.bytes_at
-        self._deliver(channel, data)
+        self._deliver(channel, message.data)
+
+    def _take_any(self, cut: int, message: Msg) -> None:
+        self._take(untoken(message.subject[cut:]), message)
 
     @property
     def unsent(self) -> int:
@@ -151,11 +154,9 @@ class _Session:
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
     async def subscribe(self, channel: str, subject: str, cut: int | None = None) -> None:
-        """Subscribe to a subject; with `cut` to a wildcard, see `WildcardSink`."""
-        sink: asyncio.Future[Msg] = Sink(partial(self._take, channel))
-        if cut is not None:
-            sink = WildcardSink(self._take, cut)
-        subscription = await self.client.subscribe(subject, future=sink)
+        """Subscribe; with `cut` to a wildcard, whose subjects have a prefix as long as that."""
+        take = partial(self._take, channel) if cut is None else partial(self._take_any, cut)
+        subscription = await self.client.subscribe(subject, future=Sink(take))
         self._subscriptions[channel] = subscription
         self._channels[subscription._id] = channel
         try:
@@ -195,10 +196,10 @@ class _Session:
         if not waiter.done():
             waiter.set_exception(BackendUnavailable(f"{self._name}: {trouble}"))
 
-    def _on_answer(self, number: bytes) -> None:
+    def _on_answer(self, message: Msg) -> None:
         # What was refused since the last answer belongs to what was sent since then.
         refused, self._refused = self._refused, {}
-        waiter, messages = self._waiters.get(number, (None, ()))
+        waiter, messages = self._waiters.get(message.data, (None, ()))
         if waiter is None or waiter.done():
             return
         if refused:

@@ -18,8 +18,7 @@ from nats.aio.transport import TcpTransport
 
 from ..deadline import Deadline
 from ..exceptions import BackendUnavailable
-from .base import Deliver, MessagesRefused
-from .nats_names import untoken
+from .base import MessagesRefused
 
 # What a server says, in lower case, when it refuses something and keeps the connection.
 _SURVIVED = ("permissions violation", "maximum subscriptions exceeded")
@@ -52,23 +51,12 @@ class RefusalClient(Client):
 class Sink(asyncio.Future[Msg]):
     """Takes every message of one subscription, in the turn in which it was read."""
 
-    def __init__(self, take: Callable[[bytes], None]) -> None:
+    def __init__(self, take: Callable[[Msg], None]) -> None:
         super().__init__()
         self._take = take
 
     def set_result(self, result: Msg, /) -> None:
-        self._take(result.data)
-
-
-class WildcardSink(asyncio.Future[Msg]):
-    """The same for a wildcard. Of the subjects that it brings, so much is the prefix."""
-
-    def __init__(self, deliver: Deliver, cut: int) -> None:
-        super().__init__()
-        self._deliver, self._cut = deliver, cut
-
-    def set_result(self, result: Msg, /) -> None:
-        self._deliver(untoken(result.subject[self._cut :]), result.data)
+        self._take(result)
 
 
 class Wire(TcpTransport):

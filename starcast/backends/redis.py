@@ -226,7 +226,6 @@ class _Pipe:
     """One connection. Commands go out at once; a task reads the answers, which come in order.
 
     Nobody reads or writes but this, so a call that is cancelled leaves everything in step.
-
     """
 
     def __init__(
@@ -307,12 +306,9 @@ class _Pipe:
                         raise
                     self._answer(error)
                 else:
-                    if isinstance(answer, list) and answer[0] == b"message":
+                    if isinstance(answer, list) and answer[0] in (b"message", b"pmessage"):
                         self._message_at = self._read_at = self._bytes_at
-                        self._take(answer[1], answer[2])
-                    elif isinstance(answer, list) and answer[0] == b"pmessage":
-                        self._message_at = self._read_at = self._bytes_at
-                        self._take(answer[2], answer[3])
+                        self._take(answer[-2], answer[-1])
                     else:
                         self.answer = answer
                         self._answer()
