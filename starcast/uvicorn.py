@@ -13,16 +13,14 @@ see every message, make the hub with `ready_frames=False`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
+from . import logs
 from .frames import PLAIN, Setting
-
-logger = logging.getLogger("starcast")
 
 if TYPE_CHECKING:
     from .hardened import HardenedProtocol
@@ -101,22 +99,17 @@ class _Announcement(dict[str, Any]):
 
     def open(self) -> Wire | None:
         """Return the wire, once the handshake is done; None if this uvicorn is not understood."""
-        global _complained
         try:
             wire = self._protocol.wire = Wire(self._protocol)
         except AttributeError as exc:
-            if not _complained:
-                _complained = True
-                logger.warning(
-                    "this version of uvicorn is not supported (%s): "
-                    "continuing without ready-made frames",
-                    exc,
-                )
+            logs.once(
+                ("uvicorn",),
+                "this version of uvicorn is not supported (%s): continuing without ready-made "
+                "frames",
+                exc,
+            )
             return None
         return wire
-
-
-_complained = False
 
 
 class BroadcastProtocol(HardenedProtocol):

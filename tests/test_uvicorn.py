@@ -948,7 +948,6 @@ async def test_extensions_may_be_missing(start, back, monkeypatch):
 
 @pytest.mark.parametrize("missing", ["conn", "transport"])
 async def test_a_uvicorn_that_is_not_understood(start, back, monkeypatch, caplog, missing):
-    monkeypatch.setattr(starcast.uvicorn, "_complained", False)
     its = starcast.uvicorn._Announcement
 
     def announce(protocol):
