@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from . import logs
 from .backends import Backend
 from .backends.base import LoginRefused
 from .backends.urls import Endpoint
@@ -99,7 +100,7 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
         except TimeoutError:
             why = f"no answer within {seconds:g} seconds"
         except Exception as exc:
-            why = str(exc) or type(exc).__name__
+            why = logs.describe(exc)
             if at == "login" and not isinstance(exc, LoginRefused):
                 at = step_of(why)
         raise _failed(at, why, named.if_silent if at == "delivery" else "")

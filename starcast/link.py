@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any
 
-from . import envelope
+from . import envelope, logs
 from .backends.base import Backend
 from .deadline import Deadline
 from .event import Event
@@ -32,7 +32,7 @@ from .loglimit import LogLimit
 from .opening import CLOSED, OPEN_TIMEOUT, PROBE_INTERVAL, Backoff, keep_trying
 from .probe import PROBE_CHANNEL, Probe
 from .sender import TIMEOUT, OnLost, Sender, Taken
-from .session import Session, words
+from .session import Session
 from .stats import BackendStats, Health, State
 from .subscriptions import Subscriptions
 
@@ -191,7 +191,7 @@ class Link:
             if state != health.state:
                 health.state, health.since = state, time.time()
             if error is not None:
-                health.error = words(error)
+                health.error = logs.describe(error)
 
     # Open and close
 
@@ -318,7 +318,7 @@ class Link:
         life = self._life
         if generation == self._session.generation and life is not None:
             if self.connected:
-                logger.warning("lost the connection to the broker: %s", words(error))
+                logger.warning("lost the connection to the broker: %s", logs.describe(error))
                 self._become("reconnecting", error)
                 self._sender.pause()
             life.broken.set()

@@ -42,6 +42,11 @@ def seldom(kind: str, message: str, *args: object) -> None:
         logger.warning(message, *args)
 
 
+def describe(error: BaseException) -> str:
+    """Return what an error says, or its type if it says nothing."""
+    return str(error) or type(error).__name__
+
+
 def escape(text: str) -> str:
     """Return the text without what would begin a line, or move a terminal's cursor, or worse."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
+from . import logs
 from .backends.base import Backend, MessagesRefused
 from .bounded import BoundedQueue, Full
 from .deadline import Deadline, Overdue
@@ -280,7 +281,7 @@ class Sender:
                     self._backend.publish([(entry.channel, entry.data) for entry in batch])
                 )
             except Exception as exc:
-                self._fail_batch(str(exc) or type(exc).__name__)
+                self._fail_batch(logs.describe(exc))
             else:
                 self._sending.add_done_callback(self._sent)
             finally:
@@ -316,7 +317,7 @@ class Sender:
         elif error is None or isinstance(error, MessagesRefused):
             self._confirm_batch({} if error is None else error.reasons)
         else:
-            self._fail_batch(str(error) or type(error).__name__)
+            self._fail_batch(logs.describe(error))
         self._send()
 
     def _confirm_batch(self, refused: dict[int, str]) -> None:

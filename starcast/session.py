@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from . import life
+from . import life, logs
 from .backends.base import Backend, SubscriptionRevoked
 from .bounded import BoundedQueue
 from .deadline import Deadline
@@ -119,7 +119,7 @@ class Session:
             await self._backend.subscribe(channel)
         except Exception as exc:
             raise BackendUnavailable(
-                f"the hub cannot subscribe to its own channel {channel!r}: {words(exc)}"
+                f"the hub cannot subscribe to its own channel {channel!r}: {logs.describe(exc)}"
                 f"{location(self._backend)}"
             ) from None
 
@@ -160,9 +160,6 @@ class Session:
                 await self._backend.stop()
             self._started = False
         except Exception as exc:
-            logger.warning("the connection to the broker was not closed cleanly: %s", words(exc))
-
-
-def words(error: Exception) -> str:
-    """Say what an error says, or what it is."""
-    return str(error) or type(error).__name__
+            logger.warning(
+                "the connection to the broker was not closed cleanly: %s", logs.describe(exc)
+            )

@@ -276,7 +276,7 @@ class Subscriptions:
         try:
             await self._backend.subscribe(channel)
         except Exception as exc:
-            why = str(exc) or type(exc).__name__
+            why = logs.describe(exc)
         gap = None
         with self._lock:
             hold = self.holds.get(channel)
