@@ -29,7 +29,7 @@ from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from .gap import Gap
 from .life import Life, Stopping
 from .loglimit import LogLimit
-from .opening import CLOSED, OPEN_TIMEOUT, PROBE_INTERVAL, Backoff, keep_trying
+from .opening import CLOSED, Backoff, keep_trying
 from .probe import PROBE_CHANNEL, Probe
 from .sender import TIMEOUT, OnLost, Sender, Taken
 from .session import Session
@@ -61,8 +61,8 @@ class Link:
         lock: AbstractContextManager[object],
         deliver: Callable[[Event], bool],
         on_gap: Callable[[Gap], None],
-        open_timeout: float = OPEN_TIMEOUT,
-        probe_interval: float = PROBE_INTERVAL,
+        open_timeout: float,
+        probe_interval: float,
     ) -> None:
         self.hub = b""  # names this process's hub to itself, anew with each opening
         self._backend = backend

@@ -13,9 +13,9 @@ from .close_codes import SERVICE_RESTART
 from .codec import Dumps
 from .exceptions import ConfigurationError
 from .gap import Gap
-from .opening import OPEN_TIMEOUT, PROBE_INTERVAL, check_timing
+from .opening import check_timing
 from .origins import Origins
-from .outbox import MAX_BUFFER, Close, OnOverflow, Outbox, Overflow
+from .outbox import Close, OnOverflow, Outbox, Overflow
 
 logger = logging.getLogger("starcast")
 
@@ -28,17 +28,17 @@ class Settings:
 
     dumps: Dumps
     origins: Origins
-    max_buffer: int = MAX_BUFFER
-    overflow: Overflow = "disconnect"
-    on_overflow: OnOverflow | None = None
-    ready_frames: bool = True
-    on_gap: Callable[[Gap], None] | None = None
-    after_gap: AfterGap = "carry_on"
-    name: str | None = None
-    open_timeout: float = OPEN_TIMEOUT
-    probe_interval: float = PROBE_INTERVAL
-    max_message: int | None = inbound.MAX_MESSAGE
-    refuse: Refuse = "http"
+    max_buffer: int
+    overflow: Overflow
+    on_overflow: OnOverflow | None
+    max_message: int | None
+    refuse: Refuse
+    ready_frames: bool
+    on_gap: Callable[[Gap], None] | None
+    after_gap: AfterGap
+    name: str | None
+    open_timeout: float
+    probe_interval: float
 
     def __post_init__(self) -> None:
         check_timing(self.open_timeout, self.probe_interval)
