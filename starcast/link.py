@@ -27,13 +27,14 @@ from .deadline import Deadline
 from .event import Event
 from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from .gap import Gap
+from .health import Health
 from .life import Life, Stopping
 from .loglimit import LogLimit
 from .opening import CLOSED, Backoff, keep_trying
 from .probe import PROBE_CHANNEL, Probe
 from .sender import TIMEOUT, OnLost, Sender, Taken
 from .session import Session
-from .stats import BackendStats, Health, State
+from .stats import BackendStats
 from .subscriptions import Subscriptions
 
 logger = logging.getLogger("starcast")
@@ -77,8 +78,8 @@ class Link:
             backend, self._probe, self._subscriptions, self._arrived, self._break
         )
         self._lock = lock
+        self._health = Health(lock)
         # Guarded by the lock:
-        self._health = Health()
         self._life: Life | None = None
         self._stopping: Stopping | None = None
 
@@ -185,14 +186,6 @@ class Link:
         else:
             life.call(function, *arguments)
 
-    def _become(self, state: State, error: Exception | None = None) -> None:
-        with self._lock:
-            health = self._health
-            if state != health.state:
-                health.state, health.since = state, time.time()
-            if error is not None:
-                health.error = logs.describe(error)
-
     # Open and close
 
     async def start(self, patient: bool = True) -> None:
@@ -234,7 +227,7 @@ class Link:
                 await keep_trying(
                     connect,
                     self._timing[0] if patient else 0.0,
-                    lambda error: self._become("closed", error),
+                    lambda error: self._health.become("closed", error),
                     lambda: life.leaving,
                 )
             except BaseException:
@@ -267,7 +260,7 @@ class Link:
             life, self._life = self._life, None
             if life is not None:
                 self._stopping = Stopping(life, self._stop, lambda it: it is self._stopping)
-                self._become("closed")
+                self._health.become("closed")
             stopping = self._stopping
         if stopping is None:
             return
@@ -298,7 +291,7 @@ class Link:
 
     def _connected(self, life: Life) -> None:
         self.hear()
-        self._become("connected")
+        self._health.become("connected")
         self._subscriptions.resume()
         self._sender.open()
         if life.watching is not None:
@@ -319,7 +312,7 @@ class Link:
         if generation == self._session.generation and life is not None:
             if self.connected:
                 logger.warning("lost the connection to the broker: %s", logs.describe(error))
-                self._become("reconnecting", error)
+                self._health.become("reconnecting", error)
                 self._sender.pause()
             life.broken.set()
             self._probe.forget()
@@ -338,7 +331,7 @@ class Link:
             await life.broken.wait()
             if time.monotonic() - since > HELD:
                 backoff = Backoff()
-            self._become("reconnecting")
+            self._health.become("reconnecting")
             self._sender.pause()
             error = self._health.error or ""
             if not self._subscriptions.wanted:
@@ -352,15 +345,14 @@ class Link:
                     life.broken.clear()
                     await self._session.open()
                 except Exception as exc:
-                    self._become("reconnecting", exc)
+                    self._health.become("reconnecting", exc)
                     life.broken.set()
             if not life.leaving:
                 self._tell_gap(life, heard, error)
 
     def report(self, gap: Gap, on_gap: Callable[[Gap], None]) -> None:
         """Count and log a gap that is not the broker's, and call `on_gap` on the link's loop."""
-        with self._lock:
-            self._health.gaps += 1
+        self._health.count(gaps=1)
         if self._limit.allows(gap.error):
             logger.warning("%s; its clients were told of a gap", gap.error)
         self.call(on_gap, gap)
@@ -369,8 +361,7 @@ class Link:
         self._probe.heard = time.time()
 
     def note(self, error: str) -> None:
-        with self._lock:
-            self._health.error = error
+        self._health.note(error)
 
     def tell_gap(self, gap: Gap) -> None:
         self._on_gap(gap)
@@ -378,8 +369,7 @@ class Link:
     def _tell_gap(self, life: Life, since: float, error: str) -> None:
         self._connected(life)
         gap = Gap(since, self._probe.heard - since, error)
-        with self._lock:
-            self._health.gaps += 1
+        self._health.count(gaps=1)
         logger.warning(
             "connected to the broker again; messages of the last %.1f seconds may be missing",
             gap.seconds,
@@ -409,9 +399,7 @@ class Link:
         try:
             event = envelope.unpack(channel, data, self.hub)
         except envelope.Malformed:
-            with self._lock:
-                self._health.malformed += 1
+            self._health.count(malformed=1)
             return
         if not self._deliver(event):
-            with self._lock:
-                self._health.missed += 1
+            self._health.count(missed=1)

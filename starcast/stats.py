@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from typing import Literal
-
-State = Literal["closed", "connected", "reconnecting"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,33 +68,6 @@ class Stats:
     pending: int
     buffered: int
     backend: BackendStats | None = None
-
-
-class Health:
-    """What a connection to a broker counts, and how it is. Guarded by the hub's lock."""
-
-    def __init__(self) -> None:
-        self.state: State = "closed"
-        self.since = time.time()
-        self.error: str | None = None
-        self.gaps = 0
-        self.missed = 0  # messages that a blocked event loop had no space for
-        self.malformed = 0
-
-    def snapshot(
-        self, *, alive: bool, lost: int, channels: int, waiting: int, refused: int
-    ) -> BackendStats:
-        return BackendStats(
-            state=self.state if alive else "closed",
-            since=self.since,
-            error=self.error,
-            gaps=self.gaps,
-            lost=lost + self.missed,
-            malformed=self.malformed,
-            channels=channels,
-            waiting=waiting,
-            refused=refused,
-        )
 
 
 class Counters:
