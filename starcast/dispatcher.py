@@ -7,6 +7,7 @@ of this event loop have the message.
 from __future__ import annotations
 
 import asyncio
+import enum
 import functools
 import logging
 import time
@@ -46,21 +47,26 @@ PUBLISH_TIMEOUT = 2.0
 HandedOver = TypeVar("HandedOver")
 
 
+class State(enum.Enum):
+    """What a hub takes messages for."""
+
+    NEW = enum.auto()  # it was never open; in memory, its first client or message opens it
+    OPEN = enum.auto()
+    CLOSED = enum.auto()
+    INHERITED = enum.auto()  # it is in a child process, and was open in the parent
+
+
 class Dispatcher:
-    """See the module. Made on any thread, closed at first.
+    """See the module. Made on any thread.
 
     Attributes:
-        open: Whether it takes messages. The hub sets this and `closed`.
-        closed: Whether it was open and is not any more.
-        inherited: Whether it is in a child process and was open in the parent.
+        state: Of the hub, which sets it when it closes.
         published: Messages that were handed over.
         failed: Messages that could not be.
     """
 
     def __init__(self, registry: Registry, link: Link | None) -> None:
-        self.open = False
-        self.closed = False
-        self.inherited = False
+        self.state = State.NEW
         self._registry = registry
         self._link = link
         self._lock = registry.lock
@@ -75,22 +81,23 @@ class Dispatcher:
 
     def open_here(self) -> None:
         """Take messages from now on. On the event loop on which the hub is opened."""
-        self.open, self.closed, self._opener = True, False, asyncio.get_running_loop()
+        self.state, self._opener = State.OPEN, asyncio.get_running_loop()
 
     def after_fork(self) -> None:
         """Belong to the parent, if the hub is open there on an event loop that still exists."""
         loop_exists = self._opener is not None and not self._opener.is_closed()
-        if self.open and (loop_exists if self._link is None else self._link.alive):
-            self.open, self.closed, self.inherited = False, True, True
+        in_use = loop_exists if self._link is None else self._link.alive
+        if self.state is State.OPEN and in_use:
+            self.state = State.INHERITED
 
     def check_fork(self) -> None:
         """Raise `ConfigurationError` if the hub is the parent's."""
-        if self.inherited:
+        if self.state is State.INHERITED:
             raise ConfigurationError(forks.INHERITED)
 
     def publish_nowait(self, event: Event) -> None:
         """Hand an event over, or raise at once."""
-        not_open = self._link is not None and not (self.open or self.inherited)
+        not_open = self._link is not None and self.state in (State.NEW, State.CLOSED)
         if not_open and not self.published:
             # A route answers the error with 503, and then nobody would see why.
             logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
@@ -109,8 +116,8 @@ class Dispatcher:
         Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
         taken = None
-        # A hub in memory need not be opened: its first client does that.
-        if self.closed or (self._link is not None and not self.open):
+        # A hub in memory that is new has nobody yet who could miss anything.
+        if self.state is not State.OPEN and (self._link is not None or self.state is not State.NEW):
             self.check_fork()
             raise BackendUnavailable(NOT_OPEN)
         if self._link is not None:

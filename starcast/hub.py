@@ -25,7 +25,7 @@ from .claims import Claim
 from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
-from .dispatcher import Dispatcher
+from .dispatcher import Dispatcher, State
 from .event import Event
 from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
@@ -90,7 +90,7 @@ class Hub:
 
     @property
     def open(self) -> bool:
-        return self.dispatcher.open
+        return self.dispatcher.state is State.OPEN
 
     @property
     def running(self) -> bool:
@@ -133,19 +133,19 @@ class Hub:
 
     async def reopen(self) -> None:
         """Open it at first use, but not again after it was closed."""
-        if not (self.running or self.dispatcher.closed):
+        if not self.running and self.dispatcher.state in (State.NEW, State.OPEN):
             await self.ensure_open()
 
     async def close(self) -> None:
         """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
-        if self.dispatcher.inherited:
+        if self.dispatcher.state is State.INHERITED:
             return  # it is the parent's to close
         connections: list[Connection] = []
         if self.link is not None:
             self.link.stop_opening()
         try:
             async with self.switching:
-                self.dispatcher.open, self.dispatcher.closed = False, True
+                self.dispatcher.state = State.CLOSED
                 self._closings += 1
                 connections = self.registry.dismiss(Close(GOING_AWAY, "going away"))
                 if self.link is not None:

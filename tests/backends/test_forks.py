@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from starcast import Broadcast, ConfigurationError, forks
+from starcast.dispatcher import State
 from support import Bus, joined
 
 pytestmark = pytest.mark.anyio
@@ -107,7 +108,7 @@ async def test_what_a_child_process_is_told(make):
     assert await closed.healthy() is False
     await closed.connect()  # which was not open
     await closed.disconnect()
-    hub._hub.dispatcher.inherited = False
+    hub._hub.dispatcher.state = State.CLOSED
     await hub.disconnect()
 
 
