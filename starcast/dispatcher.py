@@ -24,8 +24,6 @@ from .sender import OnLost, Taken
 from .shard import SLICE
 from .waiter import Waiter
 
-logger = logging.getLogger("starcast")
-
 # Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
 YIELD_AFTER = 64
 
@@ -39,6 +37,10 @@ NOBODY = (
     "clients must be in this process, on this very Broadcast object. To reach those of another "
     "process, give both the URL of a broker; a job without an event loop uses starcast.Publisher"
 )
+
+# What the log says at DEBUG of each message.
+LOCAL = "published %d bytes to %r"
+REMOTE = "published %d bytes to %r through the broker"
 
 # Seconds that `publish` waits for space before it raises PublishQueueFull.
 PUBLISH_TIMEOUT = 2.0
@@ -128,15 +130,8 @@ class Dispatcher:
                 logs.once(("published to nobody",), NOBODY, level=logging.INFO)
         with self._lock:
             self.published += 1
-        if logs.is_debugging():
-            self._log(event)
+        self._registry.journal.message(LOCAL if self._link is None else REMOTE, event)
         return taken
-
-    def _log(self, event: Event) -> None:
-        way = "" if self._link is None else " through the broker"
-        here = self._registry.describe(event.channel)
-        size = len(event.payload)
-        logger.debug("published %d bytes to %r%s: %s", size, event.channel, way, here)
 
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
         """Hand an event over, and wait only as long as there is no space for it.

@@ -71,7 +71,7 @@ class Hub:
             self.link = Link(
                 NamedBackend(backend, name),
                 self.lock,
-                self.registry.bring,
+                self.registry.deliver_remote,
                 self._tell_gap,
                 settings.open_timeout,
                 settings.probe_interval,
@@ -147,7 +147,7 @@ class Hub:
             async with self.switching:
                 self.dispatcher.state = State.CLOSED
                 self._closings += 1
-                connections = self.registry.dismiss(Close(GOING_AWAY, "going away"))
+                connections = self.registry.close_all(Close(GOING_AWAY, "going away"))
                 if self.link is not None:
                     try:
                         await self.link.stop()
@@ -219,7 +219,7 @@ class Hub:
                 closed = self._closings != closings
                 if not closed:
                     registered = self._register(websocket, channel, outbox, protocol)
-            self.registry.tell_log()
+            self.registry.journal.write()
             self._watch()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
@@ -300,7 +300,7 @@ class Hub:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
             counters = self.registry.subscribe(subscriber)
-        self.registry.tell_log()
+        self.registry.journal.write()
         self._watch()
         return counters
 

@@ -9,6 +9,7 @@ from .close_codes import ABNORMAL
 from .connection import Connection, is_gone
 from .exceptions import ClientGone, NotConnected
 from .registry import Registry
+from .space import SpaceQueue
 
 
 async def claim(
@@ -25,11 +26,28 @@ async def claim(
         NotConnected: It is alive and not registered.
     """
     if connection is not None and connection.is_here:
-        await registry.wait_for_space(connection, cost)
+        await _wait_for_space(registry, connection, cost)
         if connection.is_here:
             return connection
     refuse(websocket, connection)
     return None
+
+
+async def _wait_for_space(registry: Registry, connection: Connection, cost: int) -> None:
+    """Wait until a message for this client may be posted, or it is not registered any more."""
+    outbox = connection.outbox
+    if not outbox.space and outbox.has_space(cost):
+        return
+    with registry.lock:
+        if outbox.space is None:
+            outbox.space = SpaceQueue()
+    await outbox.space.wait(
+        lambda: (
+            connection not in registry.connections
+            or not connection.is_here
+            or outbox.has_space(cost)
+        )
+    )
 
 
 def refuse(websocket: WebSocket, connection: Connection | None) -> None:

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from . import logs
 from .bounded import Full
 from .connection import Connection, is_gone
 from .event import Event
 from .gap import Gap
 from .group import Done, Member
+from .journal import Journal
 from .missed import Missed
 from .outbox import Close, Item, Leave
 from .shard import Shard
-from .space import SpaceQueue
 from .stats import Counters
 from .subscriber import Subscription
 from .waiter import Waiter, running_loop
-
-logger = logging.getLogger("starcast")
 
 Target = tuple[Shard, tuple[Member, ...]]
 
@@ -51,8 +47,7 @@ class Registry:
         self.subscribers: dict[Subscription[Any], Shard] = {}
         self._missed: dict[Shard, Missed] = {}  # of loops that are blocked now
         self._retired = Counters()  # of shards that are no more
-        # What the log is told once the lock is released, at DEBUG only: who did what, and where.
-        self._news: list[tuple[str, str]] = []
+        self.journal = Journal(self.lock, self.shards)  # written once the lock is released
 
     # Who is there
 
@@ -76,7 +71,7 @@ class Registry:
                 return False
             connection.channels.add(channel)
             shard.join(connection, channel)
-            self._note("a client joined", channel)
+            self.journal.note("a client joined", channel)
             return True
 
     def leave(self, connection: Connection, channel: str | None = None) -> Waiter | None:
@@ -92,7 +87,7 @@ class Registry:
                 connection.channels.remove(channel)
                 shard.leave(connection, channel)
                 self._release(channel)
-                self._note("a client left", channel)
+                self.journal.note("a client left", channel)
             if channel is not None and connection.channels:
                 return None
             self.remove(connection)
@@ -115,14 +110,14 @@ class Registry:
                 for channel in connection.channels:
                     shard.leave(connection, channel)
                     self._release(channel)
-                    self._note("a client left", channel)
+                    self.journal.note("a client left", channel)
                 connection.channels.clear()
             return shard
 
     def forget(self, connection: Connection) -> None:
         """Forget a client that has ended by itself."""
         self.remove(connection)
-        self.tell_log()
+        self.journal.write()
 
     def end(self, connection: Connection, close: Close) -> bool:
         """Forget a client and close it after what it still has to get; False if it is nobody's."""
@@ -139,12 +134,12 @@ class Registry:
             shard.join(subscriber, subscriber.channel)
             if subscriber.transport is not None:
                 shard.watch.add(subscriber)
-            self._note("a subscriber joined", subscriber.channel)
+            self.journal.note("a subscriber joined", subscriber.channel)
         return shard.counters
 
     def unsubscribe(self, subscriber: Subscription[Any]) -> None:
         self._remove_subscriber(subscriber)
-        self.tell_log()
+        self.journal.write()
 
     def _remove_subscriber(self, subscriber: Subscription[Any]) -> None:
         with self.lock:
@@ -153,9 +148,9 @@ class Registry:
                 shard.watch.discard(subscriber)
                 shard.leave(subscriber, subscriber.channel)
                 self._release(subscriber.channel)
-                self._note("a subscriber left", subscriber.channel)
+                self.journal.note("a subscriber left", subscriber.channel)
 
-    def dismiss(self, close: Close) -> list[Connection]:
+    def close_all(self, close: Close) -> list[Connection]:
         """Close everybody, and return the clients among them."""
         with self.lock:
             self._sweep()
@@ -230,32 +225,6 @@ class Registry:
         with self.lock:
             return sum(member.outbox.size for member, _ in self._members())
 
-    # The log, at DEBUG
-
-    def _note(self, what: str, channel: str) -> None:
-        """Keep something for `tell_log`. With the lock held."""
-        if logs.is_debugging():
-            self._news.append((what, channel))
-
-    def tell_log(self) -> None:
-        """Log what was noted. Without the lock: a log handler may wait for who waits for that."""
-        if self._news:
-            with self.lock:
-                news, self._news = self._news, []
-            for what, channel in news:
-                logger.debug("%s %r: %s", what, channel, self.describe(channel))
-
-    def describe(self, channel: str) -> str:
-        """Return who is on a channel in this process now, in words."""
-        with self.lock:
-            members = sum(len(shard.channels.get(channel, ())) for shard in self.shards.values())
-            subscribers = sum(1 for each in self.subscribers if each.channel == channel)
-        clients = members - subscribers
-        words = "1 client" if clients == 1 else f"{clients} clients"
-        if subscribers:
-            words += f" and {subscribers} subscriber" + "s" * (subscribers > 1)
-        return f"{words} on this hub in this process"
-
     # The way of a message
 
     def deliver(self, event: Event) -> None:
@@ -269,7 +238,7 @@ class Registry:
         if wake:  # only the first message of a turn has somebody to wake
             self._wake(wake)
 
-    def bring(self, event: Event) -> bool:
+    def deliver_remote(self, event: Event) -> bool:
         """The same with what comes from a broker: every loop that has space gets it.
 
         Returns False if some had none. They miss what comes from now on, until they have taken what
@@ -288,9 +257,7 @@ class Registry:
                     self._missed[shard] = Missed(shard, self._end_missed)
                 self._missed[shard].add(event.channel)
         self._wake(wake)
-        if logs.is_debugging():
-            size, here = len(event.payload), self.describe(event.channel)
-            logger.debug("received %d bytes for %r from the broker: %s", size, event.channel, here)
+        self.journal.message("received %d bytes for %r from the broker", event)
         return taken
 
     def _end_missed(self, missed: Missed) -> None:
@@ -319,22 +286,6 @@ class Registry:
             outbox.promised += event.cost
         self._wake(wake)
         return True
-
-    async def wait_for_space(self, connection: Connection, cost: int) -> None:
-        """Wait until a message for this client may be posted, or it is not registered any more."""
-        outbox = connection.outbox
-        if not outbox.space and outbox.has_space(cost):
-            return
-        with self.lock:
-            if outbox.space is None:
-                outbox.space = SpaceQueue()
-        await outbox.space.wait(
-            lambda: (
-                connection not in self.connections
-                or not connection.is_here
-                or outbox.has_space(cost)
-            )
-        )
 
     def tell_gap(
         self, gap: Gap, close: Close | None, members: dict[Member, Shard] | None = None
@@ -402,4 +353,4 @@ class Registry:
         for connection in left:
             if connection.outbox.space is not None:
                 connection.outbox.space.wake()
-        self.tell_log()
+        self.journal.write()

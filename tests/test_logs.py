@@ -202,12 +202,12 @@ async def test_without_debug_nothing_is_noted_or_counted(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "starcast")
     hub = Broadcast()
     registry = hub._hub.registry
-    monkeypatch.setattr(type(registry), "describe", None)
+    monkeypatch.setattr(type(registry.journal), "_describe", None)
     peer = await joined(hub, "room")
     await hub.publish("room", "hello")
     await hub.disconnect(peer.websocket)
     await hub.disconnect()
-    assert (caplog.records, registry._news) == ([], [])
+    assert (caplog.records, registry.journal._noted) == ([], [])
 
 
 # Nobody
