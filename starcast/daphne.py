@@ -16,7 +16,7 @@ from typing import Any
 from starlette.types import Message, Send
 from starlette.websockets import WebSocket
 
-from .watch import comes_from, is_same, root_frame, server_send
+from .served import comes_from, is_same, root_frame, server_send
 
 OFFSET = 3000
 

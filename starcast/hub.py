@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, daphne, personal, server, watch
+from . import backends, codec, daphne, personal, served, server
 from .answers import Answered
 from .arguments import Exclude, check_excluded
 from .backends import Backend
@@ -192,9 +192,9 @@ class Hub:
         headers: Headers | None,
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
-        protocol = watch.find_protocol(websocket)
+        protocol = served.find_protocol(websocket)
         if not self._is_registered(websocket):
-            watch.check_loop(protocol)
+            served.check_loop(protocol)
         if protocol is None:
             daphne.adapt(websocket)
         if websocket.application_state is WebSocketState.CONNECTING:
@@ -244,7 +244,7 @@ class Hub:
                 protocol=protocol,
             )
             websocket.scope.setdefault("starcast", {})[self] = connection
-            watch.add_served(connection.id)
+            served.add_served(connection.id)
         connection.leaving = None
         return self.registry.join(connection, channel)
 

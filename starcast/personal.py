@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.websockets import WebSocket
 
-from . import watch
+from . import served
 from .close_codes import ABNORMAL
 from .connection import Connection, is_gone
 from .exceptions import ClientGone, NotConnected
@@ -68,5 +68,5 @@ def tell_gone(websocket: WebSocket, connection: Connection | None) -> None:
         ClientGone: This task serves it.
     """
     code = ABNORMAL if connection is None or connection.code is None else connection.code
-    if watch.is_served_here(None if connection is None else connection.id, websocket):
+    if served.is_served_here(None if connection is None else connection.id, websocket):
         raise ClientGone(code)

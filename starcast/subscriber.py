@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
-from . import server, watch
+from . import served, server, watch
 from .event import Event
 from .exceptions import SubscriberLagged, Unsubscribed
 from .gap import Gap
@@ -66,7 +66,7 @@ class Subscription(Generic[Got]):
             await asyncio.sleep(STOPPING_DELAY)
             self.end()
             return self
-        self.transport = getattr(watch.served_protocol(), "transport", None)
+        self.transport = getattr(served.served_protocol(), "transport", None)
         self._counters = await self._join(self)
         server.end_with_server(self)
         return self

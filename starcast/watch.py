@@ -9,17 +9,14 @@ runs the ASGI app is what can be seen.
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import select
-import sys
 from collections.abc import Iterator
-from contextvars import ContextVar
-from types import FrameType, FunctionType
 from typing import Any, Protocol
 
-from starlette.types import Scope
 from starlette.websockets import WebSocket
+
+from .served import app_task
 
 # Seconds between two looks at the transports.
 INTERVAL = 0.5
@@ -31,113 +28,10 @@ SEND_TIMEOUT = 40.0
 # Transports that are looked at before other tasks of the loop get their turn.
 SLICE = 1024
 
-# Connections that a task may be known to serve: a handler has one, a load generator more.
-MAX_SERVED = 64
-
-# The connections that this task, or one that started it, has registered. Tasks inherit it.
-_served: ContextVar[tuple[int, ...]] = ContextVar("starcast_served", default=())
-
 # What a socket says when its client has closed it or is gone. Where it cannot be asked (Windows),
 # a client that leaves while reading is paused is noticed at the next message.
 _RESET = getattr(select, "POLLERR", 0) | getattr(select, "POLLHUP", 0)
 _CLOSED = getattr(select, "POLLRDHUP", 0)
-
-
-def add_served(connection_id: int) -> None:
-    """Note that this task serves the connection."""
-    _served.set((*_served.get(), connection_id)[-MAX_SERVED:])
-
-
-def is_served_here(connection_id: int | None, websocket: WebSocket) -> bool:
-    """Whether this task, or one that started it, serves the client."""
-    return connection_id in _served.get() or app_task(websocket) is not None
-
-
-def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
-    """Return this task, if it runs the ASGI app of this client.
-
-    A helper task that registers a client for somebody else must not be taken for it: it ends, and
-    the client goes on living. So a call with the arguments of an ASGI app and this very scope has
-    to be on the stack of the task itself.
-    """
-    task = asyncio.current_task()
-    root = root_frame(task)
-    frame = None if root is None else sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_varnames[: code.co_argcount][-3:] == ("scope", "receive", "send") and is_same(
-            frame.f_locals.get("scope"), websocket.scope
-        ):
-            return task
-        # Not beyond the root: a task that was started eagerly runs on the stack of another one.
-        frame = None if frame is root else frame.f_back
-    return None
-
-
-def root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
-    return None if task is None else getattr(task.get_coro(), "cr_frame", None)
-
-
-def is_same(scope: object, other: Scope) -> bool:
-    """Whether both are the scope of one client: middleware may have made a shallow copy."""
-    if scope is other:
-        return True
-    return isinstance(scope, dict) and scope.get("headers") is other.get("headers", scope)
-
-
-def server_send(websocket: WebSocket) -> Any:
-    """Return the `send` that the server gave to the app; another one if middleware wraps it."""
-    send: Any = getattr(websocket, "_send", None)
-    while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
-        assert send.__closure__ is not None  # it has a variable of that name
-        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
-    return send
-
-
-def find_protocol(websocket: WebSocket) -> Any:
-    """Return uvicorn's protocol object of this client; None on another server.
-
-    uvicorn hands the app a bound method of it. In front of that stand the closures of Starlette's
-    routing and maybe middleware; past middleware, the task that uvicorn started has it.
-    """
-    protocol = getattr(server_send(websocket), "__self__", None)
-    if _is_uvicorns(protocol):
-        return protocol
-    protocol = served_protocol()
-    return protocol if is_same(getattr(protocol, "scope", None), websocket.scope) else None
-
-
-def served_protocol() -> Any:
-    """Return uvicorn's protocol object of the WebSocket client that this very task serves."""
-    root = root_frame(asyncio.current_task())
-    if root is not None and root.f_code.co_name == "run_asgi":
-        protocol = root.f_locals["self"]
-        if _is_uvicorns(protocol):
-            return protocol
-    return None
-
-
-def _is_uvicorns(protocol: Any) -> bool:
-    return comes_from(protocol.__class__, "uvicorn.protocols.websockets.")
-
-
-@functools.lru_cache(maxsize=16)
-def comes_from(cls: type, package: str) -> bool:
-    """Whether a class or one of its bases, such as BroadcastProtocol's, is of that package."""
-    return any(base.__module__.startswith(package) for base in cls.__mro__)
-
-
-def check_loop(protocol: Any) -> None:
-    """Refuse a client of uvicorn that belongs to another event loop.
-
-    Raises:
-        RuntimeError: It does.
-    """
-    if protocol is not None and protocol.loop is not asyncio.get_running_loop():
-        raise RuntimeError(
-            "connect(websocket) was called on another event loop than the client's: call it in"
-            " the WebSocket handler itself, or on that loop with asyncio.run_coroutine_threadsafe"
-        )
 
 
 def has_unsent(transport: Any) -> bool:

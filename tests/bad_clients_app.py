@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, watch
+from starcast import Broadcast, served
 from starcast.uvicorn import BroadcastProtocol
 
 CLOSE_TIMEOUT = 0.3
@@ -29,7 +29,7 @@ class Protocol(BroadcastProtocol):
 
 async def leave_unread(websocket: WebSocket, *, full: bool = False) -> None:
     """Send more than a socket takes: some KiB more, or more than the buffer of the server takes."""
-    protocol = watch.find_protocol(websocket)
+    protocol = served.find_protocol(websocket)
     while not protocol.transport.get_write_buffer_size() or (full and protocol.writable.is_set()):
         await websocket.send_text("x" * 16 * 1024)
 

@@ -23,7 +23,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
-from starcast import Broadcast, ClientGone, ConnectionManager, watch
+from starcast import Broadcast, ClientGone, ConnectionManager, served, watch
 from support import OtherLoop, Peer, Served, by_another, free_port, until, until_sync
 
 pytestmark = pytest.mark.anyio
@@ -218,7 +218,7 @@ async def test_a_task_remembers_a_bounded_number_of_the_clients_that_it_serves()
 
 
 async def _connect_many(hub: Broadcast) -> None:
-    peers = [Peer() for _ in range(watch.MAX_SERVED + 1)]
+    peers = [Peer() for _ in range(served.MAX_SERVED + 1)]
     for peer in peers:
         await hub.connect(peer.websocket)
         await hub.close(peer.websocket)
