@@ -15,11 +15,11 @@ from backends.nats_server import NatsServer
 from backends.postgres_server import PASSWORD, QUOTED
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, cli
-from starcast import check as module
 from starcast.backends import from_url
 from starcast.backends import nats as nats_module
 from starcast.backends import redis as redis_module
 from starcast.backends.redis import RedisBackend
+from starcast.cli import check as module
 from support import Bus, free_port
 
 pytestmark = pytest.mark.anyio

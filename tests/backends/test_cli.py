@@ -27,6 +27,7 @@ from starcast import Broadcast, Event, Gap, __version__, backends, cli
 from starcast.backends.nats import NatsBackend
 from starcast.backends.postgres import PostgresBackend
 from starcast.backends.redis import RedisBackend
+from starcast.cli import common, subscribe
 from support import free_port, until
 
 pytestmark = pytest.mark.anyio
@@ -342,7 +343,7 @@ async def test_subscribe_says_on_a_terminal_what_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "stderr", err)
     with RedisServer() as broker:
         hub = Broadcast(broker.url, name="default")
-        monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
+        monkeypatch.setattr(subscribe, "open_hub", lambda backend, name: hub)
         running = asyncio.create_task(run("subscribe", broker.url, "one", "\u202etwo"))
         await until(lambda: err.getvalue() == "starcast: listening to one, \\u202etwo\n")
         broker.kill()
@@ -372,8 +373,8 @@ def _subscribers(url: str, channel: str, name: str = "default") -> int:
 async def test_follow_in_this_process(redis, capsys, monkeypatch):
     """What the tests above see from outside, and a hub that closes."""
     hub = Broadcast(redis, name="default")
-    monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
-    following = asyncio.create_task(cli._subscribe(None, "default", ["in"], sys.stdout))
+    monkeypatch.setattr(subscribe, "open_hub", lambda backend, name: hub)
+    following = asyncio.create_task(subscribe.subscribe(None, "default", ["in"], sys.stdout))
     await until(lambda: hub.stats().subscribers)
     await hub.publish("in", "hello")
     await until(lambda: hub.stats().delivered)
@@ -390,8 +391,8 @@ async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
             raise BrokenPipeError
 
     hub = Broadcast(redis, name="default")
-    monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
-    following = asyncio.create_task(cli._subscribe(None, "default", ["in"], Closed()))
+    monkeypatch.setattr(subscribe, "open_hub", lambda backend, name: hub)
+    following = asyncio.create_task(subscribe.subscribe(None, "default", ["in"], Closed()))
     await until(lambda: hub.stats().subscribers)
     await hub.publish("in", "hello")
     with pytest.raises(BrokenPipeError):
@@ -400,18 +401,21 @@ async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
 
 def test_what_is_printed():
     gap = Gap(since=1.5, seconds=2.25, error="killed")
-    assert json.loads(cli._for_programs("room", gap)) == {
+    assert json.loads(subscribe._for_programs("room", gap)) == {
         "channel": "room",
         "gap": {"since": 1.5, "seconds": 2.25},
     }
-    assert cli._for_people("room", gap)[9:] == "room -- messages of the last 2.2 s may be missing"
+    assert (
+        subscribe._for_people("room", gap)[9:]
+        == "room -- messages of the last 2.2 s may be missing"
+    )
     binary = Event("a\u202eb", b"\0", b"\0")
-    assert cli._for_people(binary.channel, binary)[9:] == "a\\u202eb: b'\\x00'"
+    assert subscribe._for_people(binary.channel, binary)[9:] == "a\\u202eb: b'\\x00'"
 
 
 def test_what_a_terminal_cannot_show():
     out = io.TextIOWrapper(io.BytesIO(), "latin-1")
-    cli._say("caf\xe9 \N{HOT BEVERAGE}", out)
+    common.say("caf\xe9 \N{HOT BEVERAGE}", out)
     assert out.buffer.getvalue() == b"caf\xe9 \\u2615\n"
 
 
@@ -474,7 +478,7 @@ def test_as_a_module_here(monkeypatch, capsys):
 async def test_subscribe_as_a_command(redis, monkeypatch):
     out = io.StringIO()
     hub = Broadcast(redis, name="default")
-    monkeypatch.setattr(cli, "_hub", lambda backend, name: hub)
+    monkeypatch.setattr(subscribe, "open_hub", lambda backend, name: hub)
     monkeypatch.setattr(sys, "stdout", out)
     running = asyncio.create_task(run("subscribe", redis, "one", "two"))
     await until(lambda: hub.stats().subscribers == 2)
@@ -490,7 +494,7 @@ async def test_a_pipe_that_is_gone(redis, monkeypatch, tmp_path):
     async def gone(backend, name, channels, out):
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "_subscribe", gone)
+    monkeypatch.setattr(subscribe, "subscribe", gone)
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert await run("subscribe", redis, "room") == 1

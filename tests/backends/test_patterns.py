@@ -14,7 +14,8 @@ from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, cli
 from starcast.backends.nats import NatsBackend
 from starcast.backends.redis import RedisBackend
-from starcast.patterns import AllChannels
+from starcast.cli import subscribe
+from starcast.cli.patterns import AllChannels
 from support import until
 
 pytestmark = pytest.mark.anyio
@@ -32,14 +33,14 @@ class Following:
         self._out = io.StringIO()
         self._out.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdout", self._out)
-        made = cli._hub
+        made = subscribe.open_hub
 
         def note(backend, name):
             self.hub = made(backend, name)
             return self.hub
 
         self.hub: Broadcast | None = None
-        monkeypatch.setattr(cli, "_hub", note)
+        monkeypatch.setattr(subscribe, "open_hub", note)
         self._arguments = ["subscribe", *arguments]
 
     async def __aenter__(self) -> Following:
@@ -162,5 +163,6 @@ async def test_its_backend_is_as_good_as_any(url):
     async with Broadcast(backend=backend) as hub, hub.subscribe("room") as subscriber:
         await hub.publish("room", "x")
         assert (await anext(subscriber)).message == "x"
+        assert backend.heard_at > 0
     with pytest.raises(BackendUnavailable):
         await backend.subscribe("default:*")

@@ -7,24 +7,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import contextlib
-import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
 
-from . import __version__, backends
-from .backends import Backend
-from .broadcast import Broadcast
-from .check import check
-from .codec import Encoding
-from .event import Event
-from .exceptions import (
+from .. import __version__, backends
+from ..backends import Backend
+from ..exceptions import (
     BackendUnavailable,
     ConfigurationError,
     EncodingError,
@@ -32,11 +22,10 @@ from .exceptions import (
     PayloadTooLarge,
     SubscriberLagged,
 )
-from .gap import Gap
-from .logs import escape
-from .naming import DEFAULT_NAME, check_name
-from .patterns import ALL, AllChannels, reader
-from .subscriber import GapSubscriber
+from ..logs import escape
+from ..naming import DEFAULT_NAME, check_name
+from . import check, publish, subscribe
+from .common import say
 
 EPILOG = """\
 The broker's URL comes from the environment variable STARCAST_URL. It may be given as the first
@@ -97,18 +86,18 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
         )
         return parser
 
-    publish = add(
+    publishing = add(
         "publish",
         " CHANNEL [MESSAGE]",
         "publish a message",
         "Publish MESSAGE to CHANNEL; standard input if it is - or missing. It is text "
         "if it is UTF-8, without the line break at the end of what was read, and else binary.",
     )
-    form = publish.add_mutually_exclusive_group()
+    form = publishing.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="refuse what is not JSON")
     form.add_argument("--binary", action="store_true", help="a binary message, byte for byte")
-    publish.add_argument("--file", metavar="PATH", help="read the message from this file")
-    publish.add_argument("-q", "--quiet", action="store_true", help="do not say what was done")
+    publishing.add_argument("--file", metavar="PATH", help="read the message from this file")
+    publishing.add_argument("-q", "--quiet", action="store_true", help="do not say what was done")
     add(
         "subscribe",
         " CHANNEL...",
@@ -156,14 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         url = _url(chosen)
         backend, name = _backend(url, chosen.prefix), check_name(chosen.name)
         if command == "publish":
-            work = _publish(backend, name, *_message(chosen, parser), chosen.quiet)
+            channel, *given = _count(chosen, parser, 1, 1 if chosen.file else 2)
+            message, encoding = publish.read_message(chosen, given[0] if given else "-")
+            work = publish.publish(backend, name, channel, message, encoding, chosen.quiet)
         elif command == "subscribe":
             channels = _count(chosen, parser, 1, len(chosen.words))
-            work = _subscribe(backend, name, channels, sys.stdout)
+            work = subscribe.subscribe(backend, name, channels, sys.stdout)
         else:
             _count(chosen, parser, 0, 0)
             tls = url.startswith(("rediss://", "valkeys://", "tls://"))
-            work = check(backend, name, tls, _say)
+            work = check.check(backend, name, tls, say)
         asyncio.run(work)
         sys.stdout.flush()
     except (ConfigurationError, InvalidChannel, EncodingError, PayloadTooLarge) as exc:
@@ -186,13 +177,6 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def _say(line: str, out: TextIO | None = None) -> None:
-    """Print a line at once, whatever the terminal can show of it."""
-    out = sys.stdout if out is None else out
-    encoding = out.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
-
-
 def _url(chosen: argparse.Namespace) -> str:
     """Take the URL out of the words, or out of the environment."""
     if chosen.words and "://" in chosen.words[0]:
@@ -212,11 +196,6 @@ def _backend(url: str, prefix: str | None) -> Backend:
     return backend
 
 
-def _hub(backend: Backend, name: str) -> Broadcast:
-    # A person, or a cron job, learns at once what is wrong, and can try again.
-    return Broadcast(backend=backend, name=name, open_timeout=0)
-
-
 def _count(
     chosen: argparse.Namespace, parser: argparse.ArgumentParser, least: int, most: int
 ) -> list[str]:
@@ -226,129 +205,3 @@ def _count(
     if len(words) > max(least, most):
         parser.error(f"too many arguments: {' '.join(map(escape, words[most:]))}")
     return words
-
-
-# Publish
-
-
-def _message(
-    chosen: argparse.Namespace, parser: argparse.ArgumentParser
-) -> tuple[str, Any, Encoding | None]:
-    """Return the channel, what to publish there, and its encoding if that is not to be seen."""
-    channel, *rest = _count(chosen, parser, 1, 1 if chosen.file else 2)
-    content = _content(chosen.file, rest[0] if rest else "-")
-    if chosen.binary:
-        return channel, content, None
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        if chosen.json:
-            raise ConfigurationError("the message is not JSON: it is not even UTF-8") from None
-        return channel, content, None
-    if chosen.json:
-        return channel, _json(text), "json"
-    if not rest or rest[0] == "-":  # it was read
-        text = text.removesuffix("\n").removesuffix("\r")
-    return channel, text, None
-
-
-def _content(file: str | None, message: str) -> bytes:
-    if file is not None:
-        try:
-            return Path(file).read_bytes()
-        except (OSError, ValueError) as exc:  # a NUL in its name
-            reason = getattr(exc, "strerror", None) or exc
-            raise ConfigurationError(f"{escape(file)} cannot be read: {reason}") from None
-    if message != "-":
-        return os.fsencode(message)
-    if sys.stdin.isatty():
-        print("starcast: reading the message from standard input", file=sys.stderr)
-    return sys.stdin.buffer.read()
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as exc:
-        raise ConfigurationError(f"the message is not JSON: {exc}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is none of its numbers")
-
-
-async def _publish(
-    backend: Backend, name: str, channel: str, message: Any, encoding: Encoding | None, quiet: bool
-) -> None:
-    async with _hub(backend, name) as hub:
-        await hub.publish(channel, message, encoding=encoding)
-        receivers = getattr(backend, "receivers", None)
-    if quiet:
-        return
-    if encoding == "json":
-        what = "JSON"
-    elif isinstance(message, str):
-        what = f"text of {_bytes(len(message.encode()))}"
-    else:
-        what = f"a binary message of {_bytes(len(message))}"
-    heard = "" if receivers is None else f"; {_heard(receivers)}"
-    _say(f"published {what} to {channel!r} of the hub {name!r}{heard}")
-
-
-def _bytes(size: int) -> str:
-    return "1 byte" if size == 1 else f"{size} bytes"
-
-
-def _heard(receivers: int) -> str:
-    if receivers == 0:
-        return "nobody is subscribed to it"
-    return f"{receivers} {'process is' if receivers == 1 else 'processes are'} subscribed to it"
-
-
-# Subscribe
-
-
-async def _subscribe(backend: Backend, name: str, channels: list[str], out: TextIO) -> None:
-    channels = list(dict.fromkeys(channels))
-    wanted, read = channels, None
-    if any("*" in channel for channel in channels):
-        backend, wanted, read = AllChannels(backend), [ALL], reader(channels)
-    show = _for_people if out.isatty() else _for_programs
-
-    async def follow(subscriber: GapSubscriber) -> None:
-        async for item in subscriber:
-            for channel, one in [(subscriber.channel, item)] if read is None else read(item):
-                _say(show(channel, one), out)
-
-    async with _hub(backend, name) as hub, contextlib.AsyncExitStack() as stack:
-        subscribers = [
-            await stack.enter_async_context(hub.subscribe(channel, gaps=True)) for channel in wanted
-        ]
-        if sys.stderr.isatty():
-            names = ", ".join(map(escape, channels))
-            print(f"starcast: listening to {names}", file=sys.stderr, flush=True)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for subscriber in subscribers:
-                    group.create_task(follow(subscriber))
-        except* (BrokenPipeError, SubscriberLagged) as exc:
-            raise exc.exceptions[0] from None
-
-
-def _for_programs(channel: str, item: Event | Gap) -> str:
-    line: dict[str, object] = {"channel": channel}
-    if isinstance(item, Gap):
-        line["gap"] = {"since": item.since, "seconds": item.seconds}
-    elif isinstance(item.message, str):
-        line["text"] = item.message
-    else:
-        line["base64"] = base64.b64encode(item.message).decode()
-    return json.dumps(line)
-
-
-def _for_people(channel: str, item: Event | Gap) -> str:
-    start = f"{time.strftime('%H:%M:%S')} {escape(channel)}"
-    if isinstance(item, Gap):
-        return f"{start} -- messages of the last {item.seconds:.1f} s may be missing"
-    message = item.message if isinstance(item.message, str) else repr(item.message)
-    return f"{start}: {escape(message)}"

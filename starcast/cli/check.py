@@ -16,12 +16,12 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from . import logs
-from .backends import Backend
-from .backends.base import LoginRefused
-from .backends.urls import Endpoint
-from .exceptions import BackendUnavailable, ConfigurationError
-from .naming import NamedBackend
+from .. import logs
+from ..backends import Backend
+from ..backends.base import LoginRefused
+from ..backends.urls import Endpoint
+from ..exceptions import BackendUnavailable, ConfigurationError
+from ..naming import NamedBackend
 
 ROUND_TRIPS = 20
 

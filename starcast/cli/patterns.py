@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import envelope
-from .backends import Backend
-from .backends.base import Deliver, Lost
-from .event import Event
-from .exceptions import ConfigurationError
-from .gap import Gap
-from .probe import PROBE_CHANNEL
+from .. import envelope
+from ..backends import Backend
+from ..backends.base import Deliver, Lost
+from ..event import Event
+from ..exceptions import ConfigurationError
+from ..gap import Gap
+from ..probe import PROBE_CHANNEL
 
 ALL = "*"
 
@@ -26,7 +26,8 @@ ALL = "*"
 class AllChannels:
     """A backend on which the channel `ALL` has the messages of all channels of its hub.
 
-    Each is a binary message that holds the name of its channel: see `reader`.
+    Each is a binary message that holds the name of its channel: see `reader`. Whatever is not
+    defined here is the other backend's.
 
     Args:
         backend: One that has `subscribe_all`.
@@ -41,9 +42,6 @@ class AllChannels:
                 "a * stands for any characters, and this broker has no patterns: name the channels"
             )
         self._backend: Any = backend
-        self.max_payload = backend.max_payload
-        self.if_silent = getattr(backend, "if_silent", "")
-        self.address = getattr(backend, "address", None)
         self._names: set[str] = set()  # what is subscribed to by its own name
         self._all = ""  # what stands for all
 
@@ -58,10 +56,6 @@ class AllChannels:
                 deliver(self._all, _wrap(channel.partition(":")[2], payload))
 
         await self._backend.start(deliver_named, lost)
-        self.max_payload = self._backend.max_payload
-
-    async def stop(self) -> None:
-        await self._backend.stop()
 
     async def subscribe(self, channel: str) -> None:
         hub, _, name = channel.partition(":")
@@ -72,12 +66,8 @@ class AllChannels:
             self._names.add(channel)
             await self._backend.subscribe(channel)
 
-    async def unsubscribe(self, channel: str) -> None:
-        await self._backend.unsubscribe(channel)
-
-    def publish(self, messages: Sequence[tuple[str, bytes]]) -> Awaitable[None]:
-        published: Awaitable[None] = self._backend.publish(messages)
-        return published
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
 def _wrap(channel: str, payload: bytes) -> bytes:
