@@ -163,7 +163,7 @@ class Broadcast:
         `on_startup` and `on_shutdown` run while the hub is open; FastAPI by itself ignores them
         once it has a `lifespan`.
         """
-        return with_handlers(app, self.lifespan, self._hub.lifespan())
+        return with_handlers(app, self.lifespan, self._hub.lifecycle.lifespan())
 
     @overload
     async def connect(self) -> None: ...
@@ -227,7 +227,7 @@ class Broadcast:
                 the hub notice this; on other servers the behaviour is undefined.
         """
         if websocket is OMITTED:
-            await self._hub.ready()
+            await self._hub.lifecycle.ready()
             return
         websocket = check_client(websocket, *arguments.CONNECT)
         async with refusals.prepared(websocket, self._hub.settings.refuse, subprotocol):
@@ -261,7 +261,7 @@ class Broadcast:
             InvalidChannel: The name is not valid.
         """
         if websocket is OMITTED:
-            await self._hub.close()
+            await self._hub.lifecycle.close()
             return
         websocket = check_client(websocket, *arguments.DISCONNECT)
         name = None if channel is None else codec.check_channel(channel)
@@ -383,7 +383,7 @@ class Broadcast:
         catches these errors.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
-        await self._hub.reopen()
+        await self._hub.lifecycle.reopen()
         await self._hub.dispatcher.publish_and_wait(event)
 
     def publish_nowait(
@@ -603,7 +603,7 @@ class Broadcast:
         """Return its kind of backend, its name, whether it is open and its clients; no secrets."""
         number = len(self)
         clients = "1 client" if number == 1 else f"{number} clients"
-        state = "open" if self._hub.open else "closed"
+        state = "open" if self._hub.lifecycle.open else "closed"
         return f"<Broadcast {self._kind} {self.name!r} {state}, {clients}>"
 
     def __len__(self) -> int:

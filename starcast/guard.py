@@ -6,13 +6,12 @@ Otherwise clients that only listen, on the loops that are left, would never hear
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
+from .lifecycle import Lifecycle
 from .link import Link
 from .registry import Registry
 from .shard import Shard
-from .waiter import Lock
 
 # Seconds between two looks at the connection, on each event loop that has somebody.
 GUARD_EVERY = 0.5
@@ -24,17 +23,13 @@ class Guard:
     Args:
         link: The connection.
         registry: Knows the event loops and who is on them.
-        switching: The hub's lock, held while the connection starts or stops.
-        is_open: Whether the hub is open.
+        lifecycle: Knows whether the hub is open.
     """
 
-    def __init__(
-        self, link: Link, registry: Registry, switching: Lock, is_open: Callable[[], bool]
-    ) -> None:
+    def __init__(self, link: Link, registry: Registry, lifecycle: Lifecycle) -> None:
         self._link = link
         self._registry = registry
-        self._switching = switching
-        self._is_open = is_open
+        self._lifecycle = lifecycle
         # The shards that look, and the task of each that moves the connection there.
         self._moves: WeakKeyDictionary[Shard, asyncio.Task[None] | None] = WeakKeyDictionary()
 
@@ -48,7 +43,7 @@ class Guard:
         self._look(shard)
 
     def _look(self, shard: Shard) -> None:
-        if not (self._is_open() and shard.channels):
+        if not (self._lifecycle.open and shard.channels):
             with self._registry.lock:
                 del self._moves[shard]
             return
@@ -58,6 +53,6 @@ class Guard:
         shard.loop.call_later(GUARD_EVERY, self._look, shard)
 
     async def _move(self) -> None:
-        async with self._switching:
-            if self._is_open() and not self._link.alive:
+        async with self._lifecycle.switching:
+            if self._lifecycle.open and not self._link.alive:
                 await self._link.start(patient=False)

@@ -1,35 +1,34 @@
 """Hub: what a `Broadcast` does, behind its signatures.
 
-It opens and closes, registers clients and subscribers, and makes an `Event` of what is published.
-The `Dispatcher` hands that over.
+It registers clients and subscribers, and makes an `Event` of what is published, which the
+`Dispatcher` hands over. The `Lifecycle` opens and closes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import functools
 import itertools
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, daphne, personal, served, server
-from .answers import Answered
+from . import backends, codec, daphne, personal, served
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .claims import Claim
 from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
-from .dispatcher import Dispatcher, State
+from .dispatcher import Dispatcher
 from .event import Event
 from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
 from .guard import Guard
+from .lifecycle import Lifecycle
 from .link import Link
 from .missed import Missed
 from .naming import DEFAULT_NAME, NamedBackend, check_name
@@ -38,17 +37,12 @@ from .registry import Registry
 from .settings import Settings
 from .stats import Counters, Stats
 from .subscriber import Subscription
-from .waiter import Lock, Waiter
+from .waiter import Waiter
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 # Of connections, unique in the process: a task notes which ones it serves, of any hub.
 _ids = itertools.count(1)
-
-
-def _again(exc: Exception) -> Exception:
-    """Return an error for another one to raise. An `Answered` one may be answered differently."""
-    return copy.copy(exc) if isinstance(exc, Answered) else exc.with_traceback(None)
 
 
 class Hub:
@@ -77,96 +71,11 @@ class Hub:
                 settings.probe_interval,
             )
         self.dispatcher = Dispatcher(self.registry, self.link)
-        self.switching = Lock()  # held while the backend starts or stops
-        self._guard = None
-        if self.link is not None:
-            self._guard = Guard(self.link, self.registry, self.switching, lambda: self.open)
-        self._failures = 0
-        self._failure: Exception | None = None  # why it did not start last
-        self._closings = 0
+        self.lifecycle = Lifecycle(self.dispatcher, self.registry, self.link, self.claim)
+        self._guard = None if self.link is None else Guard(self.link, self.registry, self.lifecycle)
         self.lost_last = -math.inf  # when a client's message was lost last
 
-    # Open and close
-
-    @property
-    def open(self) -> bool:
-        return self.dispatcher.state is State.OPEN
-
-    @property
-    def running(self) -> bool:
-        """Whether it is open, and its connection to the broker is looked after."""
-        return self.open and (self.link is None or self.link.alive)
-
-    async def ensure_open(self, patient: bool = False) -> None:
-        """Open it, unless it is open.
-
-        It waits for the broker for `open_timeout`. Not every client has to wait for what somebody
-        has waited for in vain, so after a failure it does that only if `patient`.
-        """
-        if self.running:
-            return
-        self.dispatcher.check_fork()
-        failures = self._failures
-        async with self.switching:
-            if self.running:
-                return
-            if self._failure is not None and self._failures > failures:
-                raise _again(self._failure)  # of the attempt that this one waited for
-            try:
-                if self.link is not None:
-                    with self.claim.taken():
-                        await self.link.start(patient or self._failure is None)
-            except Exception as exc:
-                self._failures += 1
-                self._failure = exc
-                raise
-            self.dispatcher.open_here()
-            self._failure = None
-            if self.link is None:
-                server.warn_of_workers()
-
-    async def ready(self) -> None:
-        """Open it, and wait for a connection that has moved to this loop."""
-        await self.ensure_open(patient=True)
-        if self.link is not None:
-            await self.link.ready()
-
-    async def reopen(self) -> None:
-        """Open it at first use, but not again after it was closed."""
-        if not self.running and self.dispatcher.state in (State.NEW, State.OPEN):
-            await self.ensure_open()
-
-    async def close(self) -> None:
-        """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
-        if self.dispatcher.state is State.INHERITED:
-            return  # it is the parent's to close
-        connections: list[Connection] = []
-        if self.link is not None:
-            self.link.stop_opening()
-        try:
-            async with self.switching:
-                self.dispatcher.state = State.CLOSED
-                self._closings += 1
-                connections = self.registry.close_all(Close(GOING_AWAY, "going away"))
-                if self.link is not None:
-                    try:
-                        await self.link.stop()
-                    finally:
-                        self.claim.release()
-        finally:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT + 1):
-                    for connection in connections:
-                        await connection.wait_ended()
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
-        """Open it for as long as an app runs."""
-        await self.ready()
-        try:
-            yield
-        finally:
-            await self.close()
+    # Gaps
 
     def _tell_gap(self, gap: Gap) -> None:
         """Tell everybody who wants to know. The link calls this."""
@@ -199,8 +108,8 @@ class Hub:
             daphne.adapt(websocket)
         if websocket.application_state is WebSocketState.CONNECTING:
             await self.settings.origins.check(websocket)
-        await self.ensure_open()
-        closings = self._closings
+        await self.lifecycle.ensure_open()
+        closings = self.lifecycle.closings
         registered = False
         if self.link is not None:
             if self._is_on(websocket, channel):
@@ -216,7 +125,7 @@ class Hub:
             if is_gone(websocket) or websocket.application_state is not WebSocketState.CONNECTED:
                 raise ClientGone(ABNORMAL)
             with self.lock:
-                closed = self._closings != closings
+                closed = self.lifecycle.closings != closings
                 if not closed:
                     registered = self._register(websocket, channel, outbox, protocol)
             self.registry.journal.write()
@@ -291,12 +200,12 @@ class Hub:
 
     async def join(self, subscriber: Subscription[Any]) -> Counters:
         """Put a subscriber of this loop on its channel, and return what it counts with."""
-        await self.ensure_open()
-        closings = self._closings
+        await self.lifecycle.ensure_open()
+        closings = self.lifecycle.closings
         if self.link is not None:
             await self.link.hold(subscriber.channel)
         with self.lock:
-            if self.link is not None and self._closings != closings:
+            if self.link is not None and self.lifecycle.closings != closings:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
             counters = self.registry.subscribe(subscriber)
@@ -357,7 +266,7 @@ class Hub:
         with self.lock:
             counters = registry.counters()
             return Stats(
-                open=self.open,
+                open=self.lifecycle.open,
                 clients=len(registry.connections),
                 subscribers=len(registry.subscribers),
                 channels=channels,
@@ -373,4 +282,4 @@ class Hub:
 
     async def healthy(self) -> bool:
         """Whether it is open and its broker answers within two seconds."""
-        return self.open and (self.link is None or await self.link.healthy())
+        return self.lifecycle.open and (self.link is None or await self.link.healthy())

@@ -74,7 +74,7 @@ def make_app(
             refusals.log_http(websocket, exc)
             raise
 
-    return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifespan)
+    return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifecycle.lifespan)
 
 
 def _channel(scope: Scope) -> str:

@@ -105,8 +105,8 @@ class Relay:
         if self._telling is not None and self._telling is not asyncio.current_task():
             await asyncio.wait([self._telling])
         try:
-            if not hub.running:
-                await hub.reopen()
+            if not hub.lifecycle.running:
+                await hub.lifecycle.reopen()
             shard = self._shard
             if shard.queue.size + event.cost > self._unseen or (
                 (behind := shard.not_ready(event.channel)) and pressure.is_on(behind)

@@ -149,7 +149,7 @@ async def test_opening_does_not_wait_for_ever(hub, broker, monkeypatch):
     monkeypatch.setattr(link, "TIMEOUT", 0.05)
     first = await on_another_loop(hub)
     await joined(hub, "room")
-    async with hub._hub.switching:  # or it moves at once
+    async with hub._hub.lifecycle.switching:  # or it moves at once
         await asyncio.to_thread(first.close)
         broker.up = False
     await hub.connect()
@@ -186,7 +186,7 @@ async def test_who_is_excluded_stays_so_after_a_move(hub, broker, monkeypatch):
 async def test_leaving_after_the_loop_has_ended(hub, broker):
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
-    async with hub._hub.switching:  # or it moves at once
+    async with hub._hub.lifecycle.switching:  # or it moves at once
         await asyncio.to_thread(first.close)
         await hub.disconnect(peer.websocket)
         assert hub.stats().backend.channels == 0
@@ -213,7 +213,7 @@ async def test_a_subscriber_whose_loop_was_closed():
 
 async def test_wanting_a_channel_while_there_is_no_loop(hub, broker):
     first = await on_another_loop(hub)
-    async with hub._hub.switching:  # or it moves at once
+    async with hub._hub.lifecycle.switching:  # or it moves at once
         await asyncio.to_thread(first.close)
         with pytest.raises(BackendUnavailable):
             await hub._hub.link.hold("room")

@@ -41,7 +41,7 @@ async def test_two_loops_that_end_together(hub, broker):
     second = OtherLoop()
     await asyncio.to_thread(second.run, joined(hub, "room"))
     peer = await joined(hub, "room")
-    async with hub._hub.switching:
+    async with hub._hub.lifecycle.switching:
         await asyncio.to_thread(first.close)
         await until(lambda: hub._hub._guard._moves[hub._hub.registry.shards[second.loop]])
         await asyncio.to_thread(second.close)
@@ -65,11 +65,11 @@ async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
 async def test_a_hub_that_is_closed_is_not_opened_again(hub, broker):
     first = await on_another_loop(hub)
     await joined(hub, "room")
-    async with hub._hub.switching:
+    async with hub._hub.lifecycle.switching:
         closing = asyncio.create_task(hub.disconnect())
-        await until(lambda: hub._hub.switching._waiting)
+        await until(lambda: hub._hub.lifecycle.switching._waiting)
         await asyncio.to_thread(first.close)
-        await until(lambda: len(hub._hub.switching._waiting) > 1)
+        await until(lambda: len(hub._hub.lifecycle.switching._waiting) > 1)
         moving = hub._hub._guard._moves[hub._hub.registry.here()]
     await closing
     await until(moving.done)

@@ -1,0 +1,131 @@
+"""Lifecycle: opens a hub, by hand, with its app or at first use, and closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+from collections.abc import AsyncIterator
+
+from . import server
+from .answers import Answered
+from .claims import Claim
+from .close_codes import GOING_AWAY
+from .connection import CLOSE_TIMEOUT, Connection
+from .dispatcher import Dispatcher, State
+from .link import Link
+from .outbox import Close
+from .registry import Registry
+from .waiter import Lock
+
+
+def _again(exc: Exception) -> Exception:
+    """Return an error for another one to raise. An `Answered` one may be answered differently."""
+    return copy.copy(exc) if isinstance(exc, Answered) else exc.with_traceback(None)
+
+
+class Lifecycle:
+    """See the module. Made on any thread; the methods may be called on any event loop.
+
+    Args:
+        dispatcher: Has the hub's state.
+        registry: Knows who is to be closed with the hub.
+        link: The connection to the broker; None in memory.
+        claim: On the hub's name, while it is open.
+
+    Attributes:
+        switching: Held while the connection to the broker starts or stops.
+        closings: How often the hub was closed.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, registry: Registry, link: Link | None, claim: Claim
+    ) -> None:
+        self.switching = Lock()
+        self.closings = 0
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._link = link
+        self._claim = claim
+        self._failures = 0
+        self._failure: Exception | None = None  # why it did not start last
+
+    @property
+    def open(self) -> bool:
+        return self._dispatcher.state is State.OPEN
+
+    @property
+    def running(self) -> bool:
+        """Whether it is open, and its connection to the broker is looked after."""
+        return self.open and (self._link is None or self._link.alive)
+
+    async def ensure_open(self, patient: bool = False) -> None:
+        """Open it, unless it is open.
+
+        It waits for the broker for `open_timeout`. Not every client has to wait for what somebody
+        has waited for in vain, so after a failure it does that only if `patient`.
+        """
+        if self.running:
+            return
+        self._dispatcher.check_fork()
+        failures = self._failures
+        async with self.switching:
+            if self.running:
+                return
+            if self._failure is not None and self._failures > failures:
+                raise _again(self._failure)  # of the attempt that this one waited for
+            try:
+                if self._link is not None:
+                    with self._claim.taken():
+                        await self._link.start(patient or self._failure is None)
+            except Exception as exc:
+                self._failures += 1
+                self._failure = exc
+                raise
+            self._dispatcher.open_here()
+            self._failure = None
+            if self._link is None:
+                server.warn_of_workers()
+
+    async def ready(self) -> None:
+        """Open it, and wait for a connection that has moved to this loop."""
+        await self.ensure_open(patient=True)
+        if self._link is not None:
+            await self._link.ready()
+
+    async def reopen(self) -> None:
+        """Open it at first use, but not again after it was closed."""
+        if not self.running and self._dispatcher.state in (State.NEW, State.OPEN):
+            await self.ensure_open()
+
+    async def close(self) -> None:
+        """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
+        if self._dispatcher.state is State.INHERITED:
+            return  # it is the parent's to close
+        connections: list[Connection] = []
+        if self._link is not None:
+            self._link.stop_opening()
+        try:
+            async with self.switching:
+                self._dispatcher.state = State.CLOSED
+                self.closings += 1
+                connections = self._registry.close_all(Close(GOING_AWAY, "going away"))
+                if self._link is not None:
+                    try:
+                        await self._link.stop()
+                    finally:
+                        self._claim.release()
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT + 1):
+                    for connection in connections:
+                        await connection.wait_ended()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """Open it for as long as an app runs."""
+        await self.ready()
+        try:
+            yield
+        finally:
+            await self.close()
