@@ -113,9 +113,9 @@ class Hub:
         registered = False
         if self.link is not None:
             if self._is_on(websocket, channel):
-                self.link.want(channel)
+                self.link.subscriptions.want(channel)
             else:
-                await self.link.hold(channel)
+                await self.link.subscriptions.hold(channel)
         try:
             if websocket.application_state is WebSocketState.CONNECTING:
                 try:
@@ -203,7 +203,7 @@ class Hub:
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
         if self.link is not None:
-            await self.link.hold(subscriber.channel)
+            await self.link.subscriptions.hold(subscriber.channel)
         with self.lock:
             if self.link is not None and self.lifecycle.closings != closings:
                 self._release(subscriber.channel)
@@ -219,7 +219,7 @@ class Hub:
 
     def _release(self, channel: str) -> None:
         if self.link is not None:
-            self.link.release(channel)
+            self.link.subscriptions.release(channel)
 
     # The way of a message
 

@@ -24,7 +24,7 @@ STOP_TIMEOUT = 5.0
 STOP_LOOK = 0.2
 
 # Seconds for which the link is not started again on a loop that has cancelled its tasks: most
-# likely that loop comes to its end, and would not wait for new ones.
+# likely that loop is ending, and would not wait for new ones.
 REST = 1.0
 
 

@@ -1,12 +1,11 @@
 """Link: a hub's connection to a broker, which it keeps, loses and finds again.
 
-It lives on the event loop that started it, for the time of a `Life`; `publish`, `hold` and
-`release` may be called from any thread. What is published is up to a `Sender`, who is subscribed to
-what up to `Subscriptions`, whether the broker is really there up to a `Probe`, and how a connection
-is made up to a `Session`.
+It lives on the event loop that started it, for the time of a `Life`; `publish` may be called from
+any thread. A `Sender` hands over what is published, `Subscriptions` knows what is subscribed to, a
+`Probe` whether the broker is really there, and a `Session` makes a connection.
 
-`_live` makes a new connection whenever one is lost, without end, and says that there was a gap.
-`_watch` looks at the probe. When the loop comes to its end, which cancels the tasks, `_live`
+`_live` makes a new connection whenever one is lost, however long that takes, and says that there
+was a gap. `_watch` looks at the probe. When the loop ends, which cancels the tasks, `_live`
 disconnects there, and the link may be started on another one.
 """
 
@@ -48,12 +47,15 @@ class Link:
 
     Args:
         backend: What talks to the broker.
-        lock: The hub's, for who holds the one may want the other.
+        lock: The hub's: code that holds it may call this, and the other way round.
         deliver: Called with each event that arrives, on the link's loop. Returns whether everybody
             gets it; those who do not are told of a gap: see `report`.
         on_gap: Called after each gap, on the link's loop.
         open_timeout: Seconds for which the first connection is tried to be made.
         probe_interval: Seconds between two messages to itself.
+
+    Attributes:
+        subscriptions: The channels that somebody wants.
     """
 
     def __init__(
@@ -72,10 +74,10 @@ class Link:
         self._timing = (open_timeout, probe_interval)
         self._limit = LogLimit()
         self._sender = Sender(backend, lock, self._on_refused)
-        self._subscriptions = Subscriptions(backend, lock, self)
+        self.subscriptions = Subscriptions(backend, lock, self)
         self._probe = Probe(backend, self._sender)
         self._session = Session(
-            backend, self._probe, self._subscriptions, self._arrived, self._break
+            backend, self._probe, self.subscriptions, self._arrived, self._break
         )
         self._lock = lock
         self._health = Health(lock)
@@ -115,9 +117,9 @@ class Link:
             return self._health.snapshot(
                 alive=self.alive,
                 lost=self._sender.lost + self._session.dropped,
-                channels=len(self._subscriptions.holds),
+                channels=len(self.subscriptions.holds),
                 waiting=len(self._sender.queue),
-                refused=self._subscriptions.refused,
+                refused=self.subscriptions.refused,
             )
 
     def publish(self, event: Event, wait: bool, on_lost: OnLost | None = None) -> Taken | None:
@@ -150,25 +152,13 @@ class Link:
         if self._limit.allows(why):
             logger.warning("messages did not reach the broker: %s", why)
 
-    async def hold(self, channel: str) -> None:
-        """See `Subscriptions`."""
-        await self._subscriptions.hold(channel)
-
-    def want(self, channel: str) -> None:
-        """See `Subscriptions`."""
-        self._subscriptions.want(channel)
-
-    def release(self, channel: str) -> None:
-        """See `Subscriptions`."""
-        self._subscriptions.release(channel)
-
     async def healthy(self) -> bool:
         """Whether a message comes back by way of the broker within two seconds. From any loop.
 
         It is not while the broker refuses a channel that somebody has.
         """
         life = self._life
-        if life is None or not self.alive or not self.connected or self._subscriptions.refused:
+        if life is None or not self.alive or not self.connected or self.subscriptions.refused:
             return False
         answered = Taken()
         self.call(self._answer, life, answered)
@@ -206,8 +196,8 @@ class Link:
             self._stopping = None
         life = self._life
         if self.resting:
-            raise BackendUnavailable("the event loop of the connection comes to its end")
-        moved = life is not None and self._subscriptions.wanted
+            raise BackendUnavailable("the event loop of the connection is ending")
+        moved = life is not None and self.subscriptions.wanted
         if not moved:
             self.hub = os.urandom(8)
             self._probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
@@ -264,7 +254,7 @@ class Link:
             stopping = self._stopping
         if stopping is None:
             return
-        self._subscriptions.fail(CLOSED)
+        self.subscriptions.fail(CLOSED)
         if life is not None:
             stopping.begin()
         await stopping.wait()
@@ -292,7 +282,7 @@ class Link:
     def _connected(self, life: Life) -> None:
         self.hear()
         self._health.become("connected")
-        self._subscriptions.resume()
+        self.subscriptions.resume()
         self._sender.open()
         if life.watching is not None:
             life.tasks.discard(life.watching)
@@ -321,7 +311,7 @@ class Link:
         try:
             await self._keep(life)
         finally:
-            if not life.leaving:  # nobody has stopped it: the loop comes to its end
+            if not life.leaving:  # nobody has stopped it: the loop is ending
                 await self._leave(life)
 
     async def _keep(self, life: Life) -> None:
@@ -334,7 +324,7 @@ class Link:
             self._health.become("reconnecting")
             self._sender.pause()
             error = self._health.error or ""
-            if not self._subscriptions.wanted:
+            if not self.subscriptions.wanted:
                 self.hear()  # nobody was there to miss anything
             heard = self._probe.heard
             while life.broken.is_set() and not life.leaving:
@@ -378,7 +368,7 @@ class Link:
         self._session.catch_up()
 
     async def _watch(self, generation: int) -> None:
-        wrong = await self._probe.watch(self._timing[1], lambda: self._subscriptions.wanted)
+        wrong = await self._probe.watch(self._timing[1], lambda: self.subscriptions.wanted)
         self._break(ConnectionError(wrong), generation)
 
     def _answer(self, life: Life, answered: Taken) -> None:

@@ -205,7 +205,7 @@ class RedisBackend:
         self._broken = True
         reason = self._close(self._pipes, f"is lost: {_reason(error)}")
         if isinstance(error, asyncio.CancelledError):
-            # The loop comes to its end, most likely. If it does not, say it in a moment.
+            # Most likely the loop is ending. If it is not, say so in a moment.
             asyncio.get_running_loop().call_later(AFTER_CANCEL, self._tell, lost, reason)
         else:
             self._tell(lost, reason)

@@ -40,5 +40,5 @@ async def hub(broker: Broker):
     broker.open.set()
     await hub.disconnect()
     await until(lambda: not starcast_tasks())
-    assert not hub._hub.link._subscriptions.holds
+    assert not hub._hub.link.subscriptions.holds
     assert not len(hub._hub.link._sender.queue)

@@ -216,7 +216,7 @@ async def test_wanting_a_channel_while_there_is_no_loop(hub, broker):
     async with hub._hub.lifecycle.switching:  # or it moves at once
         await asyncio.to_thread(first.close)
         with pytest.raises(BackendUnavailable):
-            await hub._hub.link.hold("room")
+            await hub._hub.link.subscriptions.hold("room")
         assert hub.stats().backend.channels == 0
 
 
@@ -352,7 +352,7 @@ async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
                 if how == "guard":
                     await asyncio.sleep(3 * guard.GUARD_EVERY)
                 else:
-                    with pytest.raises(BackendUnavailable, match="comes to its end"):
+                    with pytest.raises(BackendUnavailable, match="is ending"):
                         await hub.publish("room", "bye")
                 await hub.disconnect(peer.websocket)
                 ended.append(True)

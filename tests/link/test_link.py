@@ -414,10 +414,10 @@ async def test_a_broker_that_does_not_confirm(hub, broker):
     assert caught.value.code == 1013
     with pytest.raises(BackendUnavailable):
         await hub.subscribe("room").__aenter__()
-    assert not hub._hub.link._subscriptions.holds["room"].count
-    assert not hub._hub.link._subscriptions.holds["room"].waiting
+    assert not hub._hub.link.subscriptions.holds["room"].count
+    assert not hub._hub.link.subscriptions.holds["room"].waiting
     broker.open.set()
-    await until(lambda: not hub._hub.link._subscriptions.holds)
+    await until(lambda: not hub._hub.link.subscriptions.holds)
     assert not subscribed(broker)
 
 
@@ -432,7 +432,7 @@ async def test_a_channel_that_the_broker_refuses(hub, broker, caplog):
     hub.publish_nowait("secret", "x")
     await until(lambda: hub.stats().backend.lost == 1)
     assert hub.channels == {"room": 1}
-    await until(lambda: list(hub._hub.link._subscriptions.holds) == ["room"])
+    await until(lambda: list(hub._hub.link.subscriptions.holds) == ["room"])
     await hub.publish("room", "still there")
     await until(lambda: peer.got == ["still there"])
     assert hub._hub.link._backend.starts == 1
@@ -453,7 +453,7 @@ async def test_a_channel_that_the_broker_refuses_after_an_outage(hub, broker, ca
     await until(lambda: hub.stats().backend.refused == 1)
     assert not await hub.healthy()
     await hub.disconnect(peer.websocket)
-    await until(lambda: not hub._hub.link._subscriptions.holds)
+    await until(lambda: not hub._hub.link.subscriptions.holds)
     assert hub.stats().backend.refused == 0
     assert await hub.healthy()
 
@@ -511,7 +511,7 @@ async def test_who_is_cancelled_while_waiting_holds_nothing(hub, broker):
     with pytest.raises(asyncio.CancelledError):
         await connecting
     broker.open.set()
-    await until(lambda: not hub._hub.link._subscriptions.holds)
+    await until(lambda: not hub._hub.link.subscriptions.holds)
 
 
 async def test_a_client_that_leaves_while_the_broker_confirms(hub, broker):
@@ -525,7 +525,7 @@ async def test_a_client_that_leaves_while_the_broker_confirms(hub, broker):
     broker.open.set()
     with pytest.raises(ClientGone):
         await connecting
-    await until(lambda: not hub._hub.link._subscriptions.holds)
+    await until(lambda: not hub._hub.link.subscriptions.holds)
 
 
 # Outages
@@ -670,7 +670,7 @@ async def test_who_is_there_already_need_not_wait_for_the_broker(hub, broker):
     await hub.publish("room", "x")
     await until(lambda: peer.got == ["x"])
     await hub.disconnect(peer.websocket)
-    await until(lambda: not hub._hub.link._subscriptions.holds)
+    await until(lambda: not hub._hub.link.subscriptions.holds)
 
 
 async def test_who_comes_during_an_outage_has_no_gap(broker, monkeypatch):
@@ -706,7 +706,7 @@ async def test_who_comes_when_only_its_channel_is_back_has_no_gap(broker, monkey
     broker.kill()
     broker.up = True
     await until(lambda: hub._hub.link._backend.starts == 2)
-    holds = hub._hub.link._subscriptions.holds
+    holds = hub._hub.link.subscriptions.holds
     await until(lambda: holds["room"].subscribed)
     coming = asyncio.create_task(joined(hub, "room"))
     await until(lambda: holds["room"].count == 2)
@@ -801,7 +801,7 @@ async def test_closing_during_an_outage(broker):
     await hub.disconnect()
     assert peer.closed == 1001
     assert not starcast_tasks()
-    assert not hub._hub.link._subscriptions.holds
+    assert not hub._hub.link.subscriptions.holds
 
 
 async def test_closing_while_a_publish_is_under_way(broker):
@@ -916,7 +916,7 @@ async def test_a_subscription_under_way_when_the_connection_breaks(hub, broker, 
     broker.open.set()
     await until(lambda: hub.stats().backend.gaps)
     if leaving:
-        await until(lambda: not hub._hub.link._subscriptions.holds)
+        await until(lambda: not hub._hub.link.subscriptions.holds)
         assert not subscribed(broker)
     else:
         with contextlib.suppress(BackendUnavailable):  # which of both comes first

@@ -235,7 +235,7 @@ async def test_closing_while_a_channel_is_left(broker):
     await hub.disconnect(peer.websocket)
     await until(lambda: broker.stalled)
     await hub.disconnect()
-    assert not hub._hub.link._subscriptions.holds
+    assert not hub._hub.link.subscriptions.holds
     assert hub.stats().backend.channels == 0
 
 
@@ -256,7 +256,7 @@ async def test_subscribing_while_another_loop_closes_the_hub(broker, other):
     with contextlib.suppress(Exception):
         await asyncio.wrap_future(entering)
     assert hub.stats().subscribers == 0
-    assert not hub._hub.link._subscriptions.holds
+    assert not hub._hub.link.subscriptions.holds
 
 
 async def test_healthy_while_the_loop_of_the_connection_ends(broker):
