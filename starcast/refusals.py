@@ -36,23 +36,28 @@ def note(websocket: WebSocket, refuse: Refuse | None) -> None:
         websocket.scope[REFUSE] = refuse
 
 
+def _log_once(exc: Exception, code: int, answer: str, why: str) -> None:
+    logs.once(
+        ("refused", type(exc).__name__, str(code)),
+        "refused a client before it was accepted (%s): %s; "
+        "further refusals of this kind are not logged",
+        answer,
+        why,
+    )
+
+
 def _log(websocket: WebSocket, exc: WebSocketException | Answered, closes: bool) -> None:
     """Say why clients are refused, once for each kind of reason."""
     if isinstance(exc, OriginRefused | InvalidChannel | Refused):
-        return  # whoever checked that has said what would let the client in
+        return  # the check has logged what would let the client in
     if closes:
         answer = f"closed with {exc.code}"
     elif isinstance(exc, Answered) and may_be_denied(websocket, exc):
         answer = f"HTTP {exc.status_code}"
     else:
         answer = "HTTP 403"
-    logs.once(
-        ("refused", type(exc).__name__, str(exc.code)),
-        "refused a client before it was accepted (%s): %s; "
-        "further refusals of this kind are not logged",
-        answer,
-        logs.escape(str(exc)),  # the app may have put something of the client's into it
-    )
+    # The app may have put something of the client's into it.
+    _log_once(exc, exc.code, answer, logs.escape(str(exc)))
 
 
 def log_http(websocket: WebSocket, exc: Exception) -> None:
@@ -61,13 +66,7 @@ def log_http(websocket: WebSocket, exc: Exception) -> None:
     The exception takes its way to the app, which answers it.
     """
     if isinstance(exc, HTTPException) and is_new(websocket):
-        logs.once(
-            ("refused", "HTTPException", str(exc.status_code)),
-            "refused a client before its handshake was answered (HTTP %d), and others of this kind "
-            "without a line of their own: %.200r",
-            exc.status_code,
-            exc.detail,
-        )
+        _log_once(exc, exc.status_code, f"HTTP {exc.status_code}", f"{exc.detail!r:.200}")
 
 
 async def prepare(
@@ -76,7 +75,7 @@ async def prepare(
     refuse: Refuse,
     subprotocol: str | None,
 ) -> bool:
-    """Say why a new client is refused, and accept it if a close frame shall tell it that.
+    """Say why a new client is refused, and accept it if a close frame is to tell it.
 
     Args:
         websocket, exc: The client, and what it is refused for.

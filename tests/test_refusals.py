@@ -210,8 +210,8 @@ async def test_what_the_app_refuses_with_a_status_is_a_line_a_kind(serve, caplog
         path = f"{path_of(door)}?status={status}"
         assert (await refusal(server, path)).status_code == status
     assert warnings_of(caplog) == [
-        f"refused a client before its handshake was answered (HTTP {status}), and others of this "
-        "kind without a line of their own: 'no token\\nINFO:'"
+        f"refused a client before it was accepted (HTTP {status}): 'no token\\nINFO:'; "
+        "further refusals of this kind are not logged"
         for status in (401, 403)
     ]
     if door == "endpoint":
