@@ -133,7 +133,7 @@ class Connection:
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
         self._presence = Presence(self, websocket, protocol)
-        if ready_frames and owner(websocket.send) is websocket:  # of nobody else's making
+        if ready_frames and owner(websocket.send) is websocket:  # no other hub has replaced it
             wire = open_wire(websocket)
             self.frames = None if wire is None else FrameWriter(wire, self)
         self._handler = Handler(self, line.loop)
@@ -147,7 +147,7 @@ class Connection:
 
     @property
     def ended(self) -> bool:
-        """Whether it is let go of."""
+        """Whether the hub is done with the client."""
         return self.state is ENDED
 
     @property
@@ -302,7 +302,7 @@ class Connection:
             waiter.set()
 
     async def wait_ended(self) -> None:
-        """Wait until the connection is let go of. From any loop."""
+        """Wait until the hub is done with the client. From any loop."""
         waiter = Waiter()
         self._waiters.append(waiter)
         if self.state is not ENDED:

@@ -151,9 +151,9 @@ class BroadcastEndpoint(WebSocketEndpoint):
         client with 256 unsent messages is not read from until these have been sent.
 
         Nor is it read from while another client of the channel, on the same event loop and with the
-        policy `disconnect`, has half of its buffer full: until that is empty, so that whoever reads
-        as fast as it can is not lost. A client that takes nothing for 2 seconds, or has not caught
-        up after 10, is waited for no more, and meets its policy.
+        policy `disconnect`, has half of its buffer full: until that is empty, so that a client that
+        reads as fast as it can is not cut off. A client that takes nothing for 2 seconds, or has
+        not caught up after 10, is no longer waited for, and its policy applies.
         """
         channel = self.get_channel(websocket)
         await self._relay.publish(channel, data, self.encoding)

@@ -26,7 +26,7 @@ class Client(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether it is let go of."""
+        """Whether the hub is done with the client."""
 
     @property
     def departed(self) -> bool:

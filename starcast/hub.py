@@ -78,7 +78,7 @@ class Hub:
     # Gaps
 
     def _tell_gap(self, gap: Gap) -> None:
-        """Tell everybody who wants to know. The link calls this."""
+        """Tell the members of the gap's channels, and the hook. The link calls this."""
         self.registry.tell_gap(gap, self.settings.gap_close())
         self.settings.tell_gap(gap)
 
@@ -165,7 +165,7 @@ class Hub:
         return connection is not None and channel in connection.channels
 
     def find(self, websocket: WebSocket) -> Connection | None:
-        """Return what was registered for this websocket last, even if it is no more."""
+        """Return what was registered for this websocket last, even if it has left since."""
         found: Connection | None = websocket.scope.get("starcast", {}).get(self)
         return found
 

@@ -20,7 +20,7 @@ logger = logging.getLogger("starcast")
 # Seconds that a backend, and the tasks of a life, have to stop.
 STOP_TIMEOUT = 5.0
 
-# Seconds after which whoever waits for a stop sees whether its loop is still there.
+# Seconds between two looks, while waiting for a stop, at whether its loop still exists.
 STOP_LOOK = 0.2
 
 # Seconds for which the link is not started again on a loop that has cancelled its tasks: most

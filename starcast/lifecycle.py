@@ -62,8 +62,8 @@ class Lifecycle:
     async def ensure_open(self, patient: bool = False) -> None:
         """Open it, unless it is open.
 
-        It waits for the broker for `open_timeout`. Not every client has to wait for what somebody
-        has waited for in vain, so after a failure it does that only if `patient`.
+        It waits for the broker for `open_timeout`. After a failed attempt it only does so if
+        `patient`: not every client needs to wait as long as the first one did.
         """
         if self.running:
             return

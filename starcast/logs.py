@@ -1,4 +1,4 @@
-"""Log lines: those that a developer needs once, and whether those are wanted that tell it all."""
+"""Log lines: those that a developer needs once or seldom, and what may stand in them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .loglimit import LogLimit
 
 logger = logging.getLogger("starcast")
 
-# Kinds of lines a process logs. A stranger who causes ever new ones must not fill a disk, and those
-# who share the first word of a kind must not use up what the others need.
+# Kinds of lines that a process logs: in all, and with the same first word. Clients may be able to
+# cause new kinds without limit. They must not fill a disk, nor use up what other kinds need.
 MAX_KINDS = 100
 MAX_ALIKE = 20
 

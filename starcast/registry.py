@@ -46,7 +46,7 @@ class Registry:
         self.connections: dict[Connection, Shard] = {}
         self.subscribers: dict[Subscription[Any], Shard] = {}
         self._missed: dict[Shard, Missed] = {}  # of loops that are blocked now
-        self._retired = Counters()  # of shards that are no more
+        self._retired = Counters()  # of shards whose loop has ended
         self.journal = Journal(self.lock, self.shards)  # written once the lock is released
 
     # Who is there
@@ -120,7 +120,7 @@ class Registry:
         self.journal.write()
 
     def end(self, connection: Connection, close: Close) -> bool:
-        """Forget a client and close it after what it still has to get; False if it is nobody's."""
+        """Close a client after what it still has to get, and forget it; False if it is unknown."""
         with self.lock:
             shard = self.remove(connection)
             wake = [shard] if shard is not None and shard.add(close, (connection,)) else []
@@ -158,7 +158,7 @@ class Registry:
             members: dict[Shard, list[Member]] = {}
             for member, shard in self._members():
                 members.setdefault(shard, []).append(member)
-            wake = [shard for shard, its in members.items() if shard.add(close, tuple(its))]
+            wake = [shard for shard, mine in members.items() if shard.add(close, tuple(mine))]
             for connection in connections:
                 self.remove(connection)
         self._wake(wake, connections)
@@ -343,7 +343,7 @@ class Registry:
         return wake
 
     def _wake(self, shards: Iterable[Shard], left: Iterable[Connection] = ()) -> None:
-        """Let the loops deliver, and whoever waits for space at a client that was removed go on."""
+        """Let the loops deliver, and whoever waits for space at a client that has left go on."""
         for shard in shards:
             try:
                 shard.wake()

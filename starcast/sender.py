@@ -172,7 +172,7 @@ class Sender:
 
     def _wake(self, at_once: bool) -> None:
         loop = self._loop
-        assert loop is not None  # who waits has opened the hub
+        assert loop is not None  # only an open hub waits for a message
         if running_loop() is not loop:
             with contextlib.suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(self._send)

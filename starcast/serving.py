@@ -25,7 +25,7 @@ logger = logging.getLogger("starcast")
 
 
 def has_handler(websocket: WebSocket, exc: Exception) -> bool:
-    """Whether the app brings an exception handler for this error, which shall answer the client.
+    """Whether the app has an exception handler for this error, which is to answer the client.
 
     Starlette's own for WebSocketException does not count: it closes at once, on a websocket object
     of its own, and so before what the client still has to get. Nor does one for an error that has

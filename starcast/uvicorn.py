@@ -7,8 +7,8 @@ to it directly. A hub that finds it there makes the frames of a message once for
 what a turn of the event loop published, and writes to the transport, without an ASGI message and
 a coroutine for each client.
 
-What is written this way passes by any ASGI middleware that wraps `send`. If such middleware has to
-see every message, make the hub with `ready_frames=False`.
+What is written this way bypasses ASGI middleware that wraps `send`. If such middleware has to see
+every message, make the hub with `ready_frames=False`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Wire:
             if isinstance(extension, PerMessageDeflate):
                 self.setting = extension.local_max_window_bits
                 # Our frames move the client's window on without the connection's own compressor,
-                # so that must not refer back over one: it starts afresh for each message. The one
-                # that it has kept so far is let go of, with its tens of kilobytes.
+                # so that must not refer back over one: it starts afresh for each message. What it
+                # has kept so far, tens of kilobytes, is freed.
                 extension.local_no_context_takeover = True
                 vars(extension).pop("encoder", None)
         # The handshake is over, and the app has a copy in its scope: some 2 KiB a connection.

@@ -81,8 +81,8 @@ class Presence:
         self._client = client
         self.transport: Any = None if protocol is None else protocol.transport
         self.sends = 0
-        self._seen = -1  # send that was in flight when it was looked at last,
-        self._since = 0.0  # and when that was first so
+        self._seen = -1  # the send that was in flight at the last look
+        self._since = 0.0  # when it was first seen
         self._task = app_task(websocket) if protocol is None else None
         if self._task is not None:
             self._task.add_done_callback(self._app_ended)

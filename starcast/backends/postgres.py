@@ -75,7 +75,7 @@ class PostgresBackend:
     It has two connections, one that listens and one that publishes. LISTEN belongs to a session, so
     through pgbouncer it works with session pooling only. All processes and other programs must use
     the same database, and a URL that names several hosts leads to the primary. Nothing is written
-    to tables, and nothing is kept for who is not listening. All see all messages in one order.
+    to tables, and nothing is kept for those who do not listen. All see all messages in one order.
     PostgreSQL has no rights for NOTIFY channels: whoever may connect to the database can listen to
     all of them.
 
@@ -305,8 +305,8 @@ class PostgresBackend:
         return done
 
     async def _work(self, listener: Any) -> None:
-        # A task of its own, so that who waits for a statement can be cancelled. asyncpg would
-        # interrupt the statement, and with it those of others.
+        # A task of its own, so that a caller who waits for a statement can be cancelled. asyncpg
+        # would interrupt the statement, and with it those of others.
         while self._statements:
             statements, self._statements = self._statements, []
             failure = None

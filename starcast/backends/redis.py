@@ -59,7 +59,7 @@ class RedisBackend:
     URL makes no difference, because Redis has the same channels in all of them: apps and stages
     that share a server need different names for their hubs, or different prefixes.
 
-    Redis forgets a message once it has handed it to who is subscribed, and drops the connection of
+    Redis forgets a message once it has handed it to its subscribers, and drops the connection of
     a subscriber that is behind by more than `client-output-buffer-limit pubsub`, which is 32 MB (or
     8 MB for a minute) by default. Messages are therefore limited to 8 MiB, or to the server's
     `proto-max-bulk-len` if it is less and may be asked for. A user with few rights needs

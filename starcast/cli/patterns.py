@@ -76,7 +76,7 @@ def _wrap(channel: str, payload: bytes) -> bytes:
 
 
 def reader(channels: Sequence[str]) -> Callable[[Event | Gap], list[tuple[str, Event | Gap]]]:
-    """Return what makes of an item of `ALL` pairs of a channel and an item of that one.
+    """Return a function that makes pairs of a channel and its item out of an item of `ALL`.
 
     Args:
         channels: The names that are wanted; a `*` stands for any characters.
@@ -97,7 +97,7 @@ def reader(channels: Sequence[str]) -> Callable[[Event | Gap], list[tuple[str, E
 
 
 def _unwrap(event: Event) -> Event | None:
-    """Return the event that one of `ALL` holds; None if it is a hub's own, or not to be read."""
+    """Return the event in one of `ALL`; None if it is a hub's probe or cannot be read."""
     assert isinstance(event.message, bytes)
     name, _, payload = event.message.partition(b"\n")
     channel = json.loads(name)
