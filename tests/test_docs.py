@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import inspect
+import logging
 import pkgutil
 import re
 import shlex
@@ -61,7 +62,8 @@ def programs():
 
 
 @pytest.mark.parametrize("program", programs())
-def test_programs_run(program):
+def test_programs_run(program, caplog):
+    caplog.set_level(logging.INFO, "starcast")  # and whatever a program sets is undone after it
     exec(compile(program, "<page>", "exec"), {"__name__": "page"})
 
 
