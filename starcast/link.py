@@ -55,7 +55,9 @@ class Link:
         probe_interval: Seconds between two messages to itself.
 
     Attributes:
+        hub: Names this process's hub to itself, anew with each opening.
         subscriptions: The channels that somebody wants.
+        probe: Its messages to itself.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Link:
         open_timeout: float,
         probe_interval: float,
     ) -> None:
-        self.hub = b""  # names this process's hub to itself, anew with each opening
+        self.hub = b""
         self._backend = backend
         self._deliver = deliver
         self._on_gap = on_gap
@@ -75,10 +77,8 @@ class Link:
         self._limit = LogLimit()
         self._sender = Sender(backend, lock, self._on_refused)
         self.subscriptions = Subscriptions(backend, lock, self)
-        self._probe = Probe(backend, self._sender)
-        self._session = Session(
-            backend, self._probe, self.subscriptions, self._arrived, self._break
-        )
+        self.probe = Probe(backend, self._sender)
+        self._session = Session(backend, self.probe, self.subscriptions, self._arrived, self._break)
         self._lock = lock
         self._health = Health(lock)
         # Guarded by the lock:
@@ -200,7 +200,7 @@ class Link:
         moved = life is not None and self.subscriptions.wanted
         if not moved:
             self.hub = os.urandom(8)
-            self._probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
+            self.probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
         life = self._life = Life()
         self._sender.live_here()
         if moved:
@@ -305,7 +305,7 @@ class Link:
                 self._health.become("reconnecting", error)
                 self._sender.pause()
             life.broken.set()
-            self._probe.forget()
+            self.probe.forget()
 
     async def _live(self, life: Life) -> None:
         try:
@@ -326,7 +326,7 @@ class Link:
             error = self._health.error or ""
             if not self.subscriptions.wanted:
                 self.hear()  # nobody was there to miss anything
-            heard = self._probe.heard
+            heard = self.probe.heard
             while life.broken.is_set() and not life.leaving:
                 await self._session.close()
                 self._sender.give_up()
@@ -348,7 +348,7 @@ class Link:
         self.call(on_gap, gap)
 
     def hear(self) -> None:
-        self._probe.heard = time.time()
+        self.probe.heard = time.time()
 
     def note(self, error: str) -> None:
         self._health.note(error)
@@ -358,7 +358,7 @@ class Link:
 
     def _tell_gap(self, life: Life, since: float, error: str) -> None:
         self._connected(life)
-        gap = Gap(since, self._probe.heard - since, error)
+        gap = Gap(since, self.probe.heard - since, error)
         self._health.count(gaps=1)
         logger.warning(
             "connected to the broker again; messages of the last %.1f seconds may be missing",
@@ -368,7 +368,7 @@ class Link:
         self._session.catch_up()
 
     async def _watch(self, generation: int) -> None:
-        wrong = await self._probe.watch(self._timing[1], lambda: self.subscriptions.wanted)
+        wrong = await self.probe.watch(self._timing[1], lambda: self.subscriptions.wanted)
         self._break(ConnectionError(wrong), generation)
 
     def _answer(self, life: Life, answered: Taken) -> None:
@@ -381,7 +381,7 @@ class Link:
                 answered.set()
 
         if life is self._life and self.is_here:
-            self._probe.ask().add_done_callback(tell)
+            self.probe.ask().add_done_callback(tell)
 
     # Receive
 
