@@ -7,7 +7,6 @@ from asyncio import AbstractEventLoop
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-from . import logs
 from .connection import Connection
 from .event import Event
 from .shard import Shard
@@ -32,7 +31,7 @@ class Journal:
 
     def note(self, what: str, channel: str) -> None:
         """Keep something for `write`. With the lock held."""
-        if logs.is_debugging():
+        if logger.isEnabledFor(logging.DEBUG):
             self._noted.append((what, channel))
 
     def write(self) -> None:
@@ -50,7 +49,7 @@ class Journal:
             what: That, with places for the message's size and its channel.
             event: The message.
         """
-        if logs.is_debugging():
+        if logger.isEnabledFor(logging.DEBUG):
             size = len(event.payload)
             logger.debug(what + ": %s", size, event.channel, self._describe(event.channel))
 

@@ -31,11 +31,6 @@ def once(kind: tuple[str, ...], message: str, *args: object, level: int = loggin
     logger.log(level, message, *args)
 
 
-def is_debugging() -> bool:
-    """Whether each join, leave and publish is logged."""
-    return logger.isEnabledFor(logging.DEBUG)
-
-
 def seldom(kind: str, message: str, *args: object) -> None:
     """Log a warning, unless one of this kind was logged in the last ten seconds. Any thread."""
     if _limit.allows(kind):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
 from . import served, server, watch
@@ -71,12 +70,7 @@ class Subscription(Generic[Got]):
         server.end_with_server(self)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         server.forget(self)
         self._leave(self)
         self.outbox.clear()

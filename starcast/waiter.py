@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Generator
-from types import TracebackType
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -59,12 +58,7 @@ class Lock:
                 self._waiting.append(waiter)
             await waiter
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         with self._guard:
             self._held = False
             waiting, self._waiting = self._waiting, []
