@@ -133,6 +133,7 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     async def receive(self) -> ASGIReceiveEvent:
         # As in uvicorn, which would read on even if not everything is parsed.
         message = await self.queue.get()
+        self._heard = True
         if self.read_paused and self.queue.empty():
             self.read_paused = False
             self._read_on()
