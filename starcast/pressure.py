@@ -91,8 +91,7 @@ def _find(shard: Shard, event: Event) -> Draining | None:
 def _begin(members: Iterable[Member]) -> None:
     """Begin to look at everybody who is behind, or they would be waited for one after another."""
     for member in filter(_may_be_waited_for, members):
-        if member.outbox.draining is None:
-            member.outbox.draining = Draining(member)
+        member.outbox.draining = member.outbox.draining or Draining(member)
 
 
 def _may_be_waited_for(member: Member) -> bool:

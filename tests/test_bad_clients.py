@@ -329,9 +329,10 @@ async def test_a_client_whose_messages_are_taken_slowly_keeps_alive_by_them(star
     await until(lambda: app.websockets)
     protocol = protocol_of(server, client)
     protocol.send_keepalive_ping()
-    for number in range(2):
+    for _ in range(2):
         await client.send(b"hello")
-        await until(lambda: len(app.asked) == number + 1)
+        await until(lambda: app.asked == ["hello"])
+        app.asked.clear()
         protocol.pong_timer.cancel()
         protocol.keepalive_timeout()
         assert not protocol.transport.is_closing()
