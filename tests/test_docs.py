@@ -117,6 +117,11 @@ def test_links_lead_to_files(path):
             assert (path.parent / link.partition("#")[0]).is_file(), link
 
 
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_page_has_no_syntax_that_is_not_rendered(path):
+    assert not re.search(r"^: {2,}", path.read_text(), re.M)  # a definition list
+
+
 def test_every_page_is_in_the_menu():
     listed = re.findall(r"- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     assert sorted(listed) == [str(path.relative_to(DOCS)) for path in PAGES]
