@@ -53,6 +53,10 @@ class Link:
         on_gap: Called after each gap, on the link's loop.
         open_timeout: Seconds for which the first connection is tried to be made.
         probe_interval: Seconds between two messages to itself.
+
+    Attributes:
+        hub: Names this process's hub to itself, anew with each opening.
+        probe: Its messages to itself.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Link:
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
     ) -> None:
-        self.hub = b""  # names this process's hub to itself, anew with each opening
+        self.hub = b""
         self._backend = backend
         self._deliver = deliver
         self._on_gap = on_gap
@@ -72,9 +76,9 @@ class Link:
         self._limit = LogLimit()
         self._sender = Sender(backend, lock, self._on_refused)
         self._subscriptions = Subscriptions(backend, lock, self)
-        self._probe = Probe(backend, self._sender)
+        self.probe = Probe(backend, self._sender)
         self._session = Session(
-            backend, self._probe, self._subscriptions, self._arrived, self._break
+            backend, self.probe, self._subscriptions, self._arrived, self._break
         )
         self._lock = lock
         # Guarded by the lock:
@@ -217,7 +221,7 @@ class Link:
         moved = life is not None and self._subscriptions.wanted
         if not moved:
             self.hub = os.urandom(8)
-            self._probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
+            self.probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
         life = self._life = Life()
         self._sender.live_here()
         if moved:
@@ -322,7 +326,7 @@ class Link:
                 self._become("reconnecting", error)
                 self._sender.pause()
             life.broken.set()
-            self._probe.forget()
+            self.probe.forget()
 
     async def _live(self, life: Life) -> None:
         try:
@@ -343,7 +347,7 @@ class Link:
             error = self._health.error or ""
             if not self._subscriptions.wanted:
                 self.hear()  # nobody was there to miss anything
-            heard = self._probe.heard
+            heard = self.probe.heard
             while life.broken.is_set() and not life.leaving:
                 await self._session.close()
                 self._sender.give_up()
@@ -366,7 +370,7 @@ class Link:
         self.call(on_gap, gap)
 
     def hear(self) -> None:
-        self._probe.heard = time.time()
+        self.probe.heard = time.time()
 
     def note(self, error: str) -> None:
         with self._lock:
@@ -377,7 +381,7 @@ class Link:
 
     def _tell_gap(self, life: Life, since: float, error: str) -> None:
         self._connected(life)
-        gap = Gap(since, self._probe.heard - since, error)
+        gap = Gap(since, self.probe.heard - since, error)
         with self._lock:
             self._health.gaps += 1
         logger.warning(
@@ -388,7 +392,7 @@ class Link:
         self._session.catch_up()
 
     async def _watch(self, generation: int) -> None:
-        wrong = await self._probe.watch(self._timing[1], lambda: self._subscriptions.wanted)
+        wrong = await self.probe.watch(self._timing[1], lambda: self._subscriptions.wanted)
         self._break(ConnectionError(wrong), generation)
 
     def _answer(self, life: Life, answered: Taken) -> None:
@@ -401,7 +405,7 @@ class Link:
                 answered.set()
 
         if life is self._life and self.is_here:
-            self._probe.ask().add_done_callback(tell)
+            self.probe.ask().add_done_callback(tell)
 
     # Receive
 

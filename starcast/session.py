@@ -85,7 +85,7 @@ class Session:
             if generation == self.generation:
                 self._probe.message_at = time.monotonic()
                 if channel == self._probe.channel:
-                    self._probe.came()
+                    self._probe.came(data)
                 elif self._early is None:
                     self._on_message(channel, data)
                 else:

@@ -607,8 +607,8 @@ async def test_a_broker_that_says_nothing_any_more_is_noticed(broker, monkeypatc
     hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, probe_interval=0.02)
     await joined(hub, "room")
     assert await hub.healthy()
-    heard = hub._hub.link._probe.heard
-    await until(lambda: hub._hub.link._probe.heard > heard)
+    heard = hub._hub.link.probe.heard
+    await until(lambda: hub._hub.link.probe.heard > heard)
     broker.open.clear()
     assert not await hub.healthy()
     await lost(hub)
