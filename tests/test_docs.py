@@ -120,6 +120,11 @@ def test_links_lead_to_files(path):
             assert (path.parent / link.partition("#")[0]).is_file(), link
 
 
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_page_has_no_syntax_that_is_not_rendered(path):
+    assert not re.search(r"^: {2,}", path.read_text(), re.M)  # a definition list
+
+
 @pytest.mark.parametrize("start", [ROOT / "README.md", DOCS / "index.md"], ids=name)
 def test_every_page_is_found_by_following_links(start):
     """On a forge there is no menu."""
