@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from weakref import WeakKeyDictionary
 
+from .life import REST
 from .lifecycle import Lifecycle
 from .link import Link
 from .registry import Registry
@@ -47,10 +48,13 @@ class Guard:
             with self._registry.lock:
                 del self._moves[shard]
             return
-        move = self._moves[shard]
-        if not (self._link.alive or self._link.resting) and (move is None or move.done()):
+        move, wait = self._moves[shard], GUARD_EVERY
+        if move is not None and move.cancelled():
+            # Most likely this loop is ending too, and would not wait for another task.
+            self._moves[shard], wait = None, REST
+        elif not (self._link.alive or self._link.resting) and (move is None or move.done()):
             self._moves[shard] = shard.loop.create_task(self._move())
-        shard.loop.call_later(GUARD_EVERY, self._look, shard)
+        shard.loop.call_later(wait, self._look, shard)
 
     async def _move(self) -> None:
         async with self._lifecycle.switching:

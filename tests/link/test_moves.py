@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from starcast import Broadcast, Gap, opening
+from starcast import Broadcast, Gap, guard, opening
 from support import Bus, OtherLoop, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -49,6 +49,19 @@ async def test_two_loops_that_end_together(hub, broker):
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
     assert hub._hub.link._life.loop is asyncio.get_running_loop()
+
+
+async def test_a_loop_that_ends_before_it_has_taken_over(hub, broker, monkeypatch):
+    """It cancels its tasks, and waits for no new ones: each would be one line in the log."""
+    monkeypatch.setattr(guard, "GUARD_EVERY", 0.0)
+    first = await on_another_loop(hub)
+    second = OtherLoop()
+    await asyncio.to_thread(second.run, joined(hub, "room"))
+    async with hub._hub.lifecycle.switching:
+        await asyncio.to_thread(first.close)
+        await until(lambda: hub._hub._guard._moves[hub._hub.registry.shards[second.loop]])
+        await asyncio.to_thread(second.close)
+    assert not asyncio.all_tasks(second.loop)
 
 
 async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
