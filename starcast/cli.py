@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +38,12 @@ from .logs import escape
 from .naming import DEFAULT_NAME, check_name
 from .patterns import ALL, AllChannels, reader
 from .subscriber import GapSubscriber
+
+# A URL of a broker that is not quite right, or not where it belongs.
+_LIKE_A_URL = re.compile(rf"(?:{'|'.join(backends.SCHEMES)})(?::/|//|:.*@).*", re.DOTALL)
+
+# What may be one in a sentence.
+_URL = re.compile(r"[^\s']*(?::/|//|@)[^\s']*")
 
 EPILOG = """\
 The broker's URL comes from the environment variable STARCAST_URL. It may be given as the first
@@ -67,9 +74,16 @@ exit codes:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what was not understood, but for URLs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_URL.sub("(a URL)", message))
+
+
 def _parsers() -> dict[str, argparse.ArgumentParser]:
     """Return the parsers of the commands, and the one of all of them under the name ''."""
-    everything = argparse.ArgumentParser(
+    everything = _Parser(
         prog="starcast",
         description="Talk to a broker as starcast does.",
         epilog=EPILOG,
@@ -77,7 +91,7 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
     )
     everything.add_argument("--version", action="version", version=__version__)
     commands = everything.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    found = {"": everything}
+    found: dict[str, argparse.ArgumentParser] = {"": everything}
 
     def add(name: str, words: str, summary: str, description: str) -> argparse.ArgumentParser:
         usage = f"starcast {name} [options] [URL]{words}"
@@ -159,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             work = _publish(backend, name, *_message(chosen, parser), chosen.quiet)
         elif command == "subscribe":
             channels = _count(chosen, parser, 1, len(chosen.words))
+            _check_channels(channels)
             work = _subscribe(backend, name, channels, sys.stdout)
         else:
             _count(chosen, parser, 0, 0)
@@ -197,12 +212,22 @@ def _url(chosen: argparse.Namespace) -> str:
     """Take the URL out of the words, or out of the environment."""
     if chosen.words and "://" in chosen.words[0]:
         return str(chosen.words.pop(0)).strip()
+    _check_channels(chosen.words[:1])
     if url := os.environ.get("STARCAST_URL", "").strip():
         return url
     raise ConfigurationError(
         "which broker? Set the environment variable STARCAST_URL, as in "
         "STARCAST_URL=redis://localhost, or give the URL first"
     )
+
+
+def _check_channels(channels: list[str]) -> None:
+    """Refuse to take a URL for a channel: it may hold a password, and channels are shown."""
+    if any(map(_LIKE_A_URL.match, channels)):
+        raise ConfigurationError(
+            "what stands where a CHANNEL belongs looks like the URL of a broker: the URL comes "
+            "first, and is written as in redis://user:password@host:6379"
+        )
 
 
 def _backend(url: str, prefix: str | None) -> Backend:
@@ -236,6 +261,7 @@ def _message(
 ) -> tuple[str, Any, Encoding | None]:
     """Return the channel, what to publish there, and its encoding if that is not to be seen."""
     channel, *rest = _count(chosen, parser, 1, 1 if chosen.file else 2)
+    _check_channels([channel])
     content = _content(chosen.file, rest[0] if rest else "-")
     if chosen.binary:
         return channel, content, None

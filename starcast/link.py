@@ -31,7 +31,7 @@ from .life import Life, Stopping
 from .loglimit import LogLimit
 from .opening import CLOSED, OPEN_TIMEOUT, PROBE_INTERVAL, Backoff, keep_trying
 from .probe import PROBE_CHANNEL, Probe
-from .sender import TIMEOUT, OnLost, Sender, Taken
+from .sender import LATE, TIMEOUT, OnLost, Sender, Taken
 from .session import Session, words
 from .stats import BackendStats, Health, State
 from .subscriptions import Subscriptions
@@ -164,7 +164,8 @@ class Link:
     async def healthy(self) -> bool:
         """Whether a message comes back by way of the broker within two seconds. From any loop.
 
-        It is not while the broker refuses a channel that somebody has.
+        Others that arrive meanwhile will do: on a slow line it waits behind them. It is not while
+        the broker refuses a channel that somebody has.
         """
         life = self._life
         if life is None or not self.alive or not self.connected or self._subscriptions.refused:
@@ -174,7 +175,8 @@ class Link:
         try:
             await answered.wait()
         except BackendUnavailable:
-            return False
+            heard = self._probe.heard_at() + TIMEOUT > time.monotonic()
+            return answered.failed == LATE and heard
         return True
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:

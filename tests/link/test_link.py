@@ -486,6 +486,26 @@ async def test_a_channel_that_is_refused_again_and_again_has_one_gap(hub, broker
     assert caplog.text.count("subscribed to the channel 'secret' again") == 1
 
 
+async def test_a_message_that_comes_with_the_confirmation_is_behind_the_gap(broker):
+    class Prompt(Bus):
+        async def subscribe(self, channel):
+            await super().subscribe(channel)
+            if channel == "secret" and self.starts == 2:
+                self.deliver("secret", b"after")  # in the same turn, as from the same read
+
+    hub = Broadcast(backend=Prompt(broker))
+    async with hub, hub.subscribe("secret", gaps=True) as subscriber:
+        broker.refused.add("secret")
+        broker.kill()
+        broker.up = True
+        await until(lambda: hub.stats().backend.gaps and hub.stats().backend.refused)
+        broker.refused.clear()
+        async with asyncio.timeout(DEADLINE):
+            seen = [await anext(subscriber) for _ in range(3)]
+    assert [getattr(item, "message", "GAP") for item in seen] == ["GAP", "GAP", "after"]
+    assert seen[1].channel == "secret"
+
+
 async def test_what_the_broker_takes_away_in_vain(hub, broker):
     """While the connection breaks, and a channel that nobody has any more."""
     peer = await joined(hub, "room")

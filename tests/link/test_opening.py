@@ -70,9 +70,14 @@ async def test_clients_that_come_meanwhile_share_the_attempts(broker):
     with pytest.raises(BackendUnavailable):
         await hub.connect(Peer().websocket, "room")  # who comes later does not wait so long again
     assert bus.starts == starts + 1
-    with pytest.raises(BackendUnavailable):
-        await hub.connect()  # but who opens it does
-    assert bus.starts > starts + 2
+    for _ in range(5):  # for on a busy machine one attempt may take all of the time
+        starts = bus.starts
+        with pytest.raises(BackendUnavailable):
+            await hub.connect()  # but who opens it does
+        if bus.starts > starts + 1:
+            break
+    else:
+        pytest.fail("who opens it makes one attempt only")
 
 
 async def test_a_login_that_is_refused_is_final(broker):
