@@ -106,8 +106,8 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
 
     def step_of(why: str) -> str:
         """Return which step of `start` failed: a backend connects and logs in at once."""
-        if "permissions violation" in why:  # NATS has a subject of its own for answers
-            return "subscribe" if "subscription" in why else "publish"
+        if "Permissions Violation" in why:  # NATS has a subject of its own for answers
+            return "subscribe" if "Subscription" in why else "publish"
         for endpoint in endpoints:  # `tls.example.com` is no reason
             why = why.replace(endpoint if isinstance(endpoint, str) else endpoint[0], "")
         # A server without TLS waits for the rest of what it takes for a command.

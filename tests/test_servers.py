@@ -37,7 +37,9 @@ SENDS_NO_REASON = {"daphne"}  # of a close
 END = [name for name in SERVERS if name != "hypercorn" or sys.version_info < (3, 12)]
 # All that the library itself sends.
 CLOSE_CODES = sorted(
-    code for name, code in vars(close_codes).items() if name.isupper() and code != 1006
+    code
+    for name, code in vars(close_codes).items()
+    if name.isupper() and name not in ("NO_STATUS", "ABNORMAL")  # which are never sent
 )
 NEVER_SUSPENDS = {"daphne"}  # a send, whoever does not read: it keeps everything itself
 

@@ -192,7 +192,7 @@ async def test_subscribe_and_publish_on_nats(
     code, went_well, said = await checked(url, "--prefix", "starcast.")
     assert (code, went_well) == (1, STEPS[: STEPS.index(step) if logged_in else 2])
     why = failed(step, said)
-    assert "permissions violation" in why
+    assert "Permissions Violation" in why
     assert f"give the user the right to {step}" in why
 
 

@@ -124,7 +124,7 @@ def test_the_services():
         assert service["volumes"] == [f".:{service['working_dir']}:ro"]
 
 
-async def test_the_command(urls, tmp_path):
+async def test_the_command(urls, tmp_path, monkeypatch):
     url = urls("redis")
     *shell, script = COMPOSE["one"]["command"]
     assert COMPOSE["two"]["command"] == [*shell, script]
@@ -144,12 +144,9 @@ async def test_the_command(urls, tmp_path):
         assert {path.name for path in copy.iterdir()} >= {"setup.cfg", "demo_app.py", "starcast"}
         async with server.connect("/ws") as client:
             await receive(client, "welcome")
-            other_program = shlex.split(
-                shell_line("docs/how-to/other-programs.md", "room:lobby").replace(
-                    "redis://localhost", url
-                )
-            )
+            other_program = shlex.split(shell_line("docs/how-to/other-programs.md", "room:lobby"))
             assert other_program[0] == "starcast"
+            monkeypatch.setenv("STARCAST_URL", url)
             assert await asyncio.to_thread(cli.main, other_program[1:]) == 0
             assert (await receive(client, "message"))["text"] == "the kettle is on"
     assert "Finished server process" in server.log  # it is uvicorn that got the signal
