@@ -48,8 +48,9 @@ class Link:
     Args:
         backend: What talks to the broker.
         lock: The hub's, for who holds the one may want the other.
-        deliver: Called with each event that arrives, on the link's loop. Returns whether everybody
-            gets it; those who do not are told of a gap: see `report`.
+        deliver: Called with each event that arrives, on the link's loop, and with the time before
+            which nothing is missing, in seconds since 1970. Returns whether everybody gets it;
+            those who do not are told of a gap: see `report`.
         on_gap: Called after each gap, on the link's loop.
         open_timeout: Seconds for which the first connection is tried to be made.
         probe_interval: Seconds between two messages to itself.
@@ -59,7 +60,7 @@ class Link:
         self,
         backend: Backend,
         lock: AbstractContextManager[object],
-        deliver: Callable[[Event], bool],
+        deliver: Callable[[Event, float], bool],
         on_gap: Callable[[Gap], None],
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
@@ -237,7 +238,7 @@ class Link:
                     connect,
                     self._timing[0] if patient else 0.0,
                     lambda error: self._become("closed", error),
-                    lambda: life.leaving,
+                    lambda: life.last_attempt,
                 )
             except BaseException:
                 self._life = None
@@ -249,8 +250,8 @@ class Link:
     def stop_opening(self) -> None:
         """Make no further attempt at a first connection: the hub is to be closed. Any thread."""
         life = self._life
-        if life is not None and life.living is None:
-            life.leaving = True
+        if life is not None:
+            life.last_attempt = True  # one that succeeds is stopped like any other connection
 
     async def ready(self) -> None:
         """Wait, for two seconds at most, until a connection that has moved here is there."""
@@ -299,7 +300,6 @@ class Link:
                 self._sender.give_up()
 
     def _connected(self, life: Life) -> None:
-        self.hear()
         self._become("connected")
         self._subscriptions.resume()
         self._sender.open()
@@ -344,7 +344,7 @@ class Link:
             self._sender.pause()
             error = self._health.error or ""
             if not self._subscriptions.wanted:
-                self.hear()  # nobody was there to miss anything
+                self.hear(time.time())  # nobody was there to miss anything
             heard = self._probe.heard
             while life.broken.is_set() and not life.leaving:
                 await self._session.close()
@@ -367,8 +367,12 @@ class Link:
             logger.warning("%s; its clients were told of a gap", gap.error)
         self.call(on_gap, gap)
 
-    def hear(self) -> None:
-        self._probe.heard = time.time()
+    @property
+    def heard(self) -> float:
+        return self._probe.heard
+
+    def hear(self, asked: float) -> None:
+        self._probe.heard = asked
 
     def note(self, error: str) -> None:
         with self._lock:
@@ -379,7 +383,7 @@ class Link:
 
     def _tell_gap(self, life: Life, since: float, error: str) -> None:
         self._connected(life)
-        gap = Gap(since, self._probe.heard - since, error)
+        gap = Gap(since, time.time() - since, error)
         with self._lock:
             self._health.gaps += 1
         logger.warning(
@@ -414,6 +418,6 @@ class Link:
             with self._lock:
                 self._health.malformed += 1
             return
-        if not self._deliver(event):
+        if not self._deliver(event, self._probe.heard):
             with self._lock:
                 self._health.missed += 1

@@ -61,8 +61,12 @@ class Host(Protocol):
     def run(self, work: Coroutine[Any, Any, None]) -> object:
         """Have a task for it, on this loop, which ends with the connection."""
 
-    def hear(self) -> None:
-        """Note that the broker has answered."""
+    @property
+    def heard(self) -> float:
+        """When something was asked that the broker has answered, in seconds since 1970."""
+
+    def hear(self, asked: float) -> None:
+        """Note that the broker has answered what was asked then."""
 
     def note(self, error: str) -> None:
         """Note what the broker has refused."""
@@ -76,9 +80,9 @@ class Refusal:
 
     __slots__ = ("backoff", "pending", "since", "why")
 
-    def __init__(self) -> None:
+    def __init__(self, since: float) -> None:
         self.why = ""
-        self.since = time.time()
+        self.since = since
         self.backoff = Backoff(LONGEST_WAIT)
         self.pending = False  # the next attempt has its time
 
@@ -276,6 +280,7 @@ class Subscriptions:
     async def _subscribe(self, channel: str) -> bool:
         """Subscribe, and tell whoever waits for it, if it is connected; False if it was refused."""
         generation = self._generation
+        asked = time.time()
         why = ""
         waiting: list[Taken] = []
         try:
@@ -296,7 +301,7 @@ class Subscriptions:
             self._refuse(channel, why, had)
         else:
             if self._host.connected:
-                self._host.hear()
+                self._host.hear(asked)
             self.come_back(channel)
         for taken in waiting:
             if why:
@@ -348,7 +353,7 @@ class Subscriptions:
         if not had:
             return
         with self._lock:
-            refusal = self.refusals.setdefault(channel, Refusal())
+            refusal = self.refusals.setdefault(channel, Refusal(self._host.heard))
         refusal.why = why
         self._host.note(why)
         if not refusal.pending:

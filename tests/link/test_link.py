@@ -639,6 +639,24 @@ async def test_a_broker_that_says_nothing_any_more_is_noticed(broker, monkeypatc
     await hub.disconnect()
 
 
+async def test_a_gap_begins_when_what_was_answered_last_was_asked(broker):
+    """And not when the answer came: others may have been sent after the answer, and lie behind it."""
+    gaps: list[Gap] = []
+    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, probe_interval=0.1)
+    async with hub, hub.subscribe("room"):
+        heard = hub._hub.link._probe.heard
+        broker.open.clear()
+        await until(lambda: broker.stalled)
+        asked_by = time.time()
+        await asyncio.sleep(0.02)
+        broker.open.set()
+        await until(lambda: hub._hub.link._probe.heard > heard)
+        broker.kill()
+        broker.up = True
+        await until(lambda: gaps)
+    assert heard < gaps[0].since <= asked_by
+
+
 async def test_a_loop_that_is_blocked_is_no_outage(broker, monkeypatch):
     monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.2)
     hub = Broadcast(backend=Bus(broker), probe_interval=0.01)
