@@ -640,7 +640,7 @@ async def test_a_broker_that_says_nothing_any_more_is_noticed(broker, monkeypatc
 
 
 async def test_a_gap_begins_when_what_was_answered_last_was_asked(broker):
-    """And not when the answer came: others may have been sent after the answer, and lie behind it."""
+    """And not when the answer came: what was sent after the answer may have been behind it."""
     gaps: list[Gap] = []
     hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, probe_interval=0.1)
     async with hub, hub.subscribe("room"):
