@@ -119,6 +119,7 @@ class Subscriptions:
         self._host = host
         # For channels that somebody has, and for those that strangers may ask for without end.
         self._limits = {True: LogLimit(), False: LogLimit()}
+        self._back_limit = LogLimit()
         self._generation = 0  # of the connection: what was asked of an earlier one does not count
 
     # From any thread
@@ -321,7 +322,7 @@ class Subscriptions:
         if refusal is None:
             return
         gap = refusal.over(channel)
-        if self._limits[True].allows("back", channel):
+        if self._back_limit.allows("back", channel):
             logger.warning(
                 "subscribed to the channel %r again; messages of the last %.1f seconds "
                 "may be missing",

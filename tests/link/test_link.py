@@ -506,6 +506,19 @@ async def test_a_message_that_comes_with_the_confirmation_is_behind_the_gap(brok
     assert seen[1].channel == "secret"
 
 
+async def test_many_refused_channels_are_some_lines(hub, broker, caplog):
+    names = [f"secret {number}" for number in range(50)]
+    await joined(hub, *names)
+    broker.refused.update(names)
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.refused == 50)
+    broker.refused.clear()
+    await until(lambda: not hub.stats().backend.refused)
+    assert 0 < caplog.text.count("which is asked for again") < 50
+    assert 0 < caplog.text.count("subscribed to the channel") < 50
+
+
 async def test_what_the_broker_takes_away_in_vain(hub, broker):
     """While the connection breaks, and a channel that nobody has any more."""
     peer = await joined(hub, "room")
