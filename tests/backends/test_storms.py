@@ -316,6 +316,15 @@ class Storm:
             await asyncio.sleep(self.choose.choice([0, 0.1]))
             self.run_on(loop, self.open(name))
 
+    async def moved(self) -> None:
+        """The event loop of a connection ends, and another one takes over."""
+        name = self.choose.choice(list(self.hubs))
+        await self.run_on(self.loops[name], self.hubs[name].disconnect())
+        brief = OtherLoop()
+        await self.run_on(brief.loop, self.open(name))
+        await asyncio.sleep(self.choose.choice([0, 0.1, 0.3]))
+        await asyncio.to_thread(brief.close)
+
     async def open(self, name: str) -> None:
         with contextlib.suppress(BackendUnavailable):
             await self.hubs[name].connect()
@@ -342,6 +351,7 @@ class Storm:
             self.silent,
             self.blocked,
             self.reopened,
+            self.moved,
             self.come_and_go,
         ]
         left = troubles
