@@ -167,13 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.setFormatter(logging.Formatter("starcast: %(message)s"))
     logging.getLogger("starcast").addHandler(log)
     try:
-        url = _url(chosen)
+        url = _url(chosen, command)
         backend, name = _backend(url, chosen.prefix), check_name(chosen.name)
         if command == "publish":
             work = _publish(backend, name, *_message(chosen, parser), chosen.quiet)
         elif command == "subscribe":
             channels = _count(chosen, parser, 1, len(chosen.words))
-            _check_channels(channels)
             work = _subscribe(backend, name, channels, sys.stdout)
         else:
             _count(chosen, parser, 0, 0)
@@ -208,26 +207,21 @@ def _say(line: str, out: TextIO | None = None) -> None:
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
 
 
-def _url(chosen: argparse.Namespace) -> str:
+def _url(chosen: argparse.Namespace, command: str) -> str:
     """Take the URL out of the words, or out of the environment."""
-    if chosen.words and "://" in chosen.words[0]:
-        return str(chosen.words.pop(0)).strip()
-    _check_channels(chosen.words[:1])
-    if url := os.environ.get("STARCAST_URL", "").strip():
+    url = str(chosen.words.pop(0)) if chosen.words and "://" in chosen.words[0] else ""
+    # Channels are shown, and a URL among them may hold a password; a message may be anything.
+    if any(map(_LIKE_A_URL.match, chosen.words[:1] if command == "publish" else chosen.words)):
+        raise ConfigurationError(
+            "what stands where a CHANNEL belongs looks like the URL of a broker: the URL comes "
+            "first, and is written as in redis://user:password@host:6379"
+        )
+    if url := (url or os.environ.get("STARCAST_URL", "")).strip():
         return url
     raise ConfigurationError(
         "which broker? Set the environment variable STARCAST_URL, as in "
         "STARCAST_URL=redis://localhost, or give the URL first"
     )
-
-
-def _check_channels(channels: list[str]) -> None:
-    """Refuse to take a URL for a channel: it may hold a password, and channels are shown."""
-    if any(map(_LIKE_A_URL.match, channels)):
-        raise ConfigurationError(
-            "what stands where a CHANNEL belongs looks like the URL of a broker: the URL comes "
-            "first, and is written as in redis://user:password@host:6379"
-        )
 
 
 def _backend(url: str, prefix: str | None) -> Backend:
@@ -261,7 +255,6 @@ def _message(
 ) -> tuple[str, Any, Encoding | None]:
     """Return the channel, what to publish there, and its encoding if that is not to be seen."""
     channel, *rest = _count(chosen, parser, 1, 1 if chosen.file else 2)
-    _check_channels([channel])
     content = _content(chosen.file, rest[0] if rest else "-")
     if chosen.binary:
         return channel, content, None

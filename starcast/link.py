@@ -176,8 +176,7 @@ class Link:
         try:
             await answered.wait()
         except BackendUnavailable:
-            heard = self._probe.heard_at() + TIMEOUT > time.monotonic()
-            return answered.failed == LATE and heard
+            return answered.failed == LATE and self._probe.heard_at() + TIMEOUT > time.monotonic()
         return True
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
@@ -343,9 +342,8 @@ class Link:
             self._become("reconnecting")
             self._sender.pause()
             error = self._health.error or ""
-            if not self._subscriptions.wanted:
-                self.hear(time.time())  # nobody was there to miss anything
-            heard = self._probe.heard
+            # While nobody is there, nobody misses anything.
+            heard = self._probe.heard if self._subscriptions.wanted else time.time()
             while life.broken.is_set() and not life.leaving:
                 await self._session.close()
                 self._sender.give_up()
