@@ -9,11 +9,12 @@ in a background task, Starlette raises a second error for any type that it has a
 where the error only later reaches a route. So an `Answered` error is raised as what it is, and
 takes a type that fits at the moment when Starlette asks for it: the first thing that Starlette's
 `wrap_app_handling_exceptions` does with an error is `isinstance(exc, HTTPException)`, and there
-everything is known that decides.
+everything is known that decides. That is what `Adaptable` is for.
 
 A handler's last words to the others, when its client has left, cannot be answered to anybody. If
 they fail because the broker is away, that is one line in the log, and not a traceback for each
-client that leaves during an outage.
+client that leaves during an outage. That the client has left, as such, is not even that line:
+clients leave at any time, in the middle of a handshake too, and could fill the log.
 """
 
 from __future__ import annotations
@@ -31,20 +32,8 @@ from .close_codes import TRY_AGAIN_LATER
 _set_class = vars(object)["__class__"].__set__
 
 
-class Answered(Exception):
-    """An error that has an answer for HTTP and one for WebSocket.
-
-    Attributes:
-        status_code, detail, headers: Of the HTTP response. None of them tells strangers what the
-            message of the error tells the log.
-        code, reason: Of the close frame.
-    """
-
-    status_code: ClassVar[int]
-    detail: ClassVar[str]
-    headers: ClassVar[dict[str, str] | None] = None
-    code: ClassVar[int]
-    reason: ClassVar[str]
+class Adaptable(Exception):
+    """An error that takes the type that fits when Starlette looks for the answer to it."""
 
     # Those of HTTPException and WebSocketException show the answer and hide the message.
     __str__ = Exception.__str__
@@ -68,7 +57,23 @@ class Answered(Exception):
         return vars(cls).get("_public", cls), self.args, vars(self)
 
 
-def _answer(cls: type[Answered], base: type[Exception]) -> type[Answered]:
+class Answered(Adaptable):
+    """An error that has an answer for HTTP and one for WebSocket.
+
+    Attributes:
+        status_code, detail, headers: Of the HTTP response. None of them tells strangers what the
+            message of the error tells the log.
+        code, reason: Of the close frame.
+    """
+
+    status_code: ClassVar[int]
+    detail: ClassVar[str]
+    headers: ClassVar[dict[str, str] | None] = None
+    code: ClassVar[int]
+    reason: ClassVar[str]
+
+
+def _answer(cls: type[Adaptable], base: type[Exception]) -> type[Adaptable]:
     """Return the class that is also a `base`. It looks like the one that people know."""
     public = vars(cls).get("_public", cls)
     members = {
@@ -80,10 +85,14 @@ def _answer(cls: type[Answered], base: type[Exception]) -> type[Answered]:
     return type(public.__name__, (public, base), members)
 
 
-def _fitting(exc: Answered, place: dict[str, Any]) -> type[Exception] | None:
+def _fitting(exc: Adaptable, place: dict[str, Any]) -> type[Exception] | None:
     """Return the type that Starlette can answer here; None if there is nothing to be answered."""
     if not isinstance(place.get("conn"), WebSocket):
-        return HTTPException if place.get("response_started") is False else None
+        answerable = isinstance(exc, Answered) and place.get("response_started") is False
+        return HTTPException if answerable else None
+    if not isinstance(exc, Answered):  # it says that there is nobody
+        place["conn"].close = _close_nobody
+        return WebSocketException
     websocket = _in_use(place["conn"], exc.__traceback__)
     if websocket.application_state is WebSocketState.CONNECTING:
         return HTTPException if may_be_denied(websocket, exc) else WebSocketException

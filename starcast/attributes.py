@@ -27,7 +27,7 @@ def check(cls: type, base: type) -> None:
     """Check what a subclass of `base`, the endpoint, sets.
 
     Raises:
-        TypeError: `broadcast` is something else than a hub, such as a URL.
+        TypeError: `broadcast` is not a hub but, say, a URL, or `get_channel` is async.
         ConfigurationError: `encoding` is none.
     """
     hub = inspect.getattr_static(cls, "broadcast")
@@ -36,6 +36,11 @@ def check(cls: type, base: type) -> None:
         raise TypeError(
             f"{cls.__name__}.broadcast needs a Broadcast, not {kind}: write "
             "broadcast = Broadcast(url)"
+        )
+    if inspect.iscoroutinefunction(inspect.getattr_static(cls, "get_channel")):
+        raise TypeError(
+            f"{cls.__name__}.get_channel is not awaited: write def, and look up what it needs in "
+            "on_connect, before super().on_connect(websocket)"
         )
     encoding = inspect.getattr_static(cls, "encoding")
     if not hasattr(type(encoding), "__get__"):

@@ -84,6 +84,7 @@ class Broadcast:
             client is accepted and then closed, so that the page sees the close code and the reason:
             1008 for an origin, an `authorize` or the name of a channel that does not let it in,
             1013 if the broker is away, or the code of the `WebSocketException` that was raised.
+            What a FastAPI dependency raises never reaches the hub, and is answered with 403.
         on_overflow: A plain function that is called with an `Overflowed` each time a client or a
             subscriber does not keep up, on its event loop. It must not block.
         ready_frames: Whether messages may be written as ready-made frames if the server supports

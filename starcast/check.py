@@ -41,8 +41,8 @@ ADVICE = {
     "unix socket": "check that the broker is running with this socket, and who may write to it",
     "TLS": (
         "check whether the broker speaks TLS on this port (rediss://, tls:// and sslmode=require "
-        "ask for it), whether its certificate is for this host, and whether this machine trusts "
-        "the authority that signed it"
+        "ask for it), whether its certificate is for this host, whether this machine trusts the "
+        "authority that signed it, and whether the files that the URL names exist"
     ),
     "login": (
         "check the user, the password and the database in the URL, and that the scheme is that of "
@@ -110,8 +110,10 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
             return "subscribe" if "Subscription" in why else "publish"
         for endpoint in endpoints:  # `tls.example.com` is no reason
             why = why.replace(endpoint if isinstance(endpoint, str) else endpoint[0], "")
-        # A server without TLS waits for the rest of what it takes for a command.
-        return "TLS" if _TLS.search(why) or (tls and "no answer" in why) else "login"
+        # A server without TLS waits for the rest of what it takes for a command. A file is that of
+        # a certificate: of a socket it was seen before that it is there.
+        is_tls = tls and ("no answer" in why or "No such file" in why)
+        return "TLS" if is_tls or _TLS.search(why) else "login"
 
     async def there_and_back() -> None:
         await named.publish([(channel, b"again")])

@@ -21,8 +21,9 @@ The client gets them if nothing catches the error, in Starlette and in FastAPI:
   comes with `Retry-After`, and the body does not repeat the message. `def` routes are no exception.
 - **In a WebSocket route**, the client is closed with the code. If it has not been accepted yet, it
   gets HTTP 403; instead of 1013 it gets HTTP 503, if the server supports that.
-- **In a WebSocket route whose client has left**, nobody is answered: what has 1013 is one line in
-  the log, at most every ten seconds. Anything else is a mistake, and has its traceback there.
+- **In a WebSocket route whose client has left**, nobody is answered: `ClientGone` is silent, and
+  what has 1013 is one line in the log, at most every ten seconds. Anything else is a mistake, and
+  has its traceback there.
 - **Where no answer is possible**, it is an ordinary exception, and the server's log has its
   traceback: in a background task, in a stream that has begun, in a task that no route awaits, and
   in middleware, which is outside Starlette's error handling.
@@ -42,7 +43,7 @@ from typing import ClassVar
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
-from .answers import Answered
+from .answers import Adaptable, Answered
 from .close_codes import NORMAL, POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER
 
 # Seconds after which a client may try again what could not be published: about as long as the link
@@ -110,12 +111,13 @@ class OriginRefused(StarcastError, WebSocketException):
         return self.message
 
 
-class ClientGone(StarcastError, WebSocketDisconnect):
+class ClientGone(StarcastError, Adaptable, WebSocketDisconnect):
     """The client had left before `connect` was called for it, or a message was addressed to it.
 
     For a message, it is only raised in the code that serves the client: see `Broadcast.send`. It is
-    a `WebSocketDisconnect`, so a handler that catches that needs nothing more. `code` is 1006
-    (closed abnormally), unless the hub knows the actual code.
+    a `WebSocketDisconnect`, so a handler that catches that needs nothing more. If nothing catches
+    it, the handler ends, and nothing is logged. `code` is 1006 (closed abnormally), unless the hub
+    knows the actual code.
     """
 
     def __init__(self, code: int = NORMAL, reason: str | None = None) -> None:

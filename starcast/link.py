@@ -54,6 +54,10 @@ class Link:
         on_gap: Called after each gap, on the link's loop.
         open_timeout: Seconds for which the first connection is tried to be made.
         probe_interval: Seconds between two messages to itself.
+
+    Attributes:
+        hub: Names this process's hub to itself, anew with each opening.
+        probe: Its messages to itself.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Link:
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
     ) -> None:
-        self.hub = b""  # names this process's hub to itself, anew with each opening
+        self.hub = b""
         self._backend = backend
         self._deliver = deliver
         self._on_gap = on_gap
@@ -73,9 +77,9 @@ class Link:
         self._limit = LogLimit()
         self._sender = Sender(backend, lock, self._on_refused)
         self._subscriptions = Subscriptions(backend, lock, self)
-        self._probe = Probe(backend, self._sender)
+        self.probe = Probe(backend, self._sender)
         self._session = Session(
-            backend, self._probe, self._subscriptions, self._arrived, self._break
+            backend, self.probe, self._subscriptions, self._arrived, self._break
         )
         self._lock = lock
         # Guarded by the lock:
@@ -176,7 +180,7 @@ class Link:
         try:
             await answered.wait()
         except BackendUnavailable:
-            return answered.failed == LATE and self._probe.heard_at() + TIMEOUT > time.monotonic()
+            return answered.failed == LATE and self.probe.heard_at() + TIMEOUT > time.monotonic()
         return True
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
@@ -219,7 +223,7 @@ class Link:
         moved = life is not None and self._subscriptions.wanted
         if not moved:
             self.hub = os.urandom(8)
-            self._probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
+            self.probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
         life = self._life = Life()
         self._sender.live_here()
         if moved:
@@ -283,7 +287,8 @@ class Link:
             if life.loop is asyncio.get_running_loop():
                 await self._sender.drain()
         finally:
-            self._sender.close(CLOSED)
+            if self._life is None:  # else it has been started anew, elsewhere
+                self._sender.close(CLOSED)
             await self._leave(life)
 
     async def _leave(self, life: Life) -> None:
@@ -323,7 +328,7 @@ class Link:
                 self._become("reconnecting", error)
                 self._sender.pause()
             life.broken.set()
-            self._probe.forget()
+            self.probe.forget()
 
     async def _live(self, life: Life) -> None:
         try:
@@ -343,7 +348,7 @@ class Link:
             self._sender.pause()
             error = self._health.error or ""
             # While nobody is there, nobody misses anything.
-            heard = self._probe.heard if self._subscriptions.wanted else time.time()
+            heard = self.probe.heard if self._subscriptions.wanted else time.time()
             while life.broken.is_set() and not life.leaving:
                 await self._session.close()
                 self._sender.give_up()
@@ -367,10 +372,10 @@ class Link:
 
     @property
     def heard(self) -> float:
-        return self._probe.heard
+        return self.probe.heard
 
     def hear(self, asked: float) -> None:
-        self._probe.heard = asked
+        self.probe.heard = asked
 
     def note(self, error: str) -> None:
         with self._lock:
@@ -392,7 +397,7 @@ class Link:
         self._session.catch_up()
 
     async def _watch(self, generation: int) -> None:
-        wrong = await self._probe.watch(self._timing[1], lambda: self._subscriptions.wanted)
+        wrong = await self.probe.watch(self._timing[1], lambda: self._subscriptions.wanted)
         self._break(ConnectionError(wrong), generation)
 
     def _answer(self, life: Life, answered: Taken) -> None:
@@ -405,7 +410,7 @@ class Link:
                 answered.set()
 
         if life is self._life and self.is_here:
-            self._probe.ask().add_done_callback(tell)
+            self.probe.ask().add_done_callback(tell)
 
     # Receive
 
@@ -416,6 +421,6 @@ class Link:
             with self._lock:
                 self._health.malformed += 1
             return
-        if not self._deliver(event, self._probe.heard):
+        if not self._deliver(event, self.probe.heard):
             with self._lock:
                 self._health.missed += 1

@@ -42,6 +42,15 @@ def is_on(members: Iterable[Member]) -> bool:
     return False
 
 
+def is_on_the_way(hub: Hub, event: Event) -> bool:
+    """Whether the broker has so much of this hub that is not back yet. If so, `wait`."""
+    link = hub.link
+    if link is None or not link.connected:
+        return False
+    cost = link.probe.on_their_way()
+    return cost > 0 and cost + event.cost > unseen(hub)
+
+
 async def wait(hub: Hub, shard: Shard, event: Event) -> None:
     """Wait until the event may be handed over: at once, before the loop does anything else."""
     while True:
@@ -49,7 +58,7 @@ async def wait(hub: Hub, shard: Shard, event: Event) -> None:
             with hub.lock:
                 turn = _turns.setdefault(shard, asyncio.Lock())
             async with turn:  # or several would find the same space, and all of them use it
-                await _settle(hub, shard)
+                await _settle(hub, shard, event)
                 draining = _find(shard, event)
         else:
             draining = _find(shard, event)
@@ -58,8 +67,10 @@ async def wait(hub: Hub, shard: Shard, event: Event) -> None:
         await draining.wait()
 
 
-async def _settle(hub: Hub, shard: Shard) -> None:
+async def _settle(hub: Hub, shard: Shard, event: Event) -> None:
     """Bring what is on its way to the buffers, as far as others do not always add to it."""
+    if hub.link is not None and is_on_the_way(hub, event):
+        await hub.link.probe.round_trip()
     for _ in range(MAX_TRIES):
         await hub.dispatcher.settled()
         if not shard.awake:
@@ -68,7 +79,7 @@ async def _settle(hub: Hub, shard: Shard) -> None:
 
 def _is_much(hub: Hub, shard: Shard, event: Event) -> bool:
     """Whether so much is on its way to the buffers that these do not yet say what they can take."""
-    return shard.queue.size + event.cost > unseen(hub)
+    return shard.queue.size + event.cost > unseen(hub) or is_on_the_way(hub, event)
 
 
 def _find(shard: Shard, event: Event) -> Draining | None:

@@ -7,18 +7,23 @@ All of this happens on the event loop of the connection.
 
 On a line that is slow a message to ourselves waits behind the others, for seconds or more. Whatever
 arrives meanwhile is a sign of life, so the line is dead only when nothing has come for a while.
+
+The same way shows what has come back of what was published here: everything that was sent before a
+message to ourselves, for a broker keeps the order of what one connection publishes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 
 from .backends.base import Backend
 from .deadline import Deadline
-from .exceptions import BackendUnavailable
-from .sender import LOST, Sender
+from .event import OVERHEAD
+from .exceptions import BackendUnavailable, PublishQueueFull
+from .sender import LOST, Sender, Taken
 from .waiter import running_loop
 
 # How the names of the channels begin that probes are sent to.
@@ -60,6 +65,8 @@ class Probe:
         # Done with "" when the message has come back, or with the reason why it will not. Everybody
         # who asks meanwhile waits for the same one: many health checks make one message.
         self._pending: asyncio.Future[str] | None = None
+        self._marks: dict[bytes, Taken] = {}  # messages whose return somebody waits for
+        self._returned = 0  # of `Sender.published_cost`
 
     def ask(self) -> asyncio.Future[str]:
         """Send a message to ourselves. What comes back must not be cancelled."""
@@ -69,10 +76,13 @@ class Probe:
             self._sender.probe(self.channel, self._end)
         return pending
 
-    def came(self) -> None:
+    def came(self, mark: bytes) -> None:
         """Call this when a message on `channel` has arrived."""
-        self.heard = self._asked
-        self._end("")
+        if not mark:
+            self.heard = self._asked
+            self._end("")
+        elif mark in self._marks:
+            self._marks[mark].set()
 
     def heard_at(self) -> float:
         """Return when there was a sign of life last, in `time.monotonic()`.
@@ -85,6 +95,31 @@ class Probe:
     def forget(self) -> None:
         """Call this when the connection that should bring the message back is gone."""
         self._end(LOST)
+        for back in list(self._marks.values()):
+            back.fail(LOST)
+
+    def on_their_way(self) -> int:
+        """Return what messages cost that were published and may not be back. From any thread."""
+        return self._sender.published_cost - self._returned
+
+    async def round_trip(self) -> None:
+        """Wait until what was published until now is back, or is given up. From any loop.
+
+        The broker has two seconds to take a message to ourselves, and two to bring it.
+        """
+        mark, back = os.urandom(8), Taken()
+        before = self._sender.published_cost
+        self._marks[mark] = back
+        try:
+            taken = self._sender.put(self.channel, mark, wait=True)
+            assert taken is not None
+            await taken.wait()
+            await back.wait()
+        except (BackendUnavailable, PublishQueueFull):
+            pass  # whoever publishes next will be told
+        finally:
+            del self._marks[mark]
+        self._returned = max(self._returned, before + len(mark) + OVERHEAD)
 
     async def prove(self, seconds: float) -> None:
         """Send the first message of a new connection, on which nothing else is sent yet.

@@ -108,8 +108,10 @@ class Relay:
             if not hub.running:
                 await hub.reopen()
             shard = self._shard
-            if shard.queue.size + event.cost > self._unseen or (
-                (behind := shard.not_ready(event.channel)) and pressure.is_on(behind)
+            if (
+                shard.queue.size + event.cost > self._unseen
+                or ((behind := shard.not_ready(event.channel)) and pressure.is_on(behind))
+                or (hub.link is not None and pressure.is_on_the_way(hub, event))
             ):
                 await pressure.wait(hub, shard, event)
             if hub.find(self._websocket) is None or self._must_wait(event):

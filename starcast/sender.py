@@ -128,7 +128,8 @@ class Sender:
         self._lock = lock
         # Guarded by the lock:
         self.lost = 0
-        self.published = 0  # messages that were ever put here
+        self.published = 0  # messages that were ever put here,
+        self.published_cost = 0  # and what they cost
         self._open = False
         self._closed = ""  # why nobody has to wait
         self.queue = BoundedQueue[Entry](lock, MAX_WAITING)
@@ -164,6 +165,7 @@ class Sender:
                 wake = not self.queue or not (wait or self._open or self._expiry)
                 self.queue.append(entry, entry.cost)
                 self.published += 1
+                self.published_cost += entry.cost
         if closed:
             self._fail([entry], closed)
         elif wake:

@@ -86,7 +86,7 @@ class Session:
             if generation == self.generation:
                 self._probe.message_at = time.monotonic()
                 if channel == self._probe.channel:
-                    self._probe.came()
+                    self._probe.came(data)
                 elif self._early is not None:
                     self._hold_back(self._early, channel, data)
                 else:

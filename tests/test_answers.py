@@ -9,6 +9,7 @@ import pickle
 from collections.abc import AsyncIterable, Awaitable, Callable
 from typing import Annotated
 
+import anyio
 import anyio.lowlevel
 import httpx
 import pytest
@@ -32,6 +33,7 @@ from backends.redis_server import RedisServer
 from starcast import (
     BackendUnavailable,
     Broadcast,
+    ClientGone,
     InvalidChannel,
     PayloadTooLarge,
     PublishQueueFull,
@@ -361,6 +363,47 @@ async def test_after_the_client_has_left_a_mistake_has_its_traceback(web, caplog
     await until(lambda: errors(caplog))
     assert {type(error) for error in errors(caplog)} == {InvalidChannel, WebSocketDisconnect}
     caplog.clear()
+
+
+@pytest.mark.parametrize("app", [Starlette(), FastAPI()], ids=["starlette", "fastapi"])
+@pytest.mark.parametrize("ws", ["auto", "starcast.uvicorn:BroadcastProtocol"])
+async def test_a_handler_that_finds_its_client_gone_ends_without_a_word(serve, caplog, app, ws):
+    hub, ended = Broadcast(), []
+
+    async def route(websocket: WebSocket) -> None:
+        try:
+            if "slow" in websocket.query_params:  # it has left before it is accepted
+                await anyio.sleep(0.1)
+            await hub.connect(websocket)
+            while True:
+                await hub.send("tick", to=websocket)
+                await anyio.sleep(0.01)
+        except ClientGone as exc:
+            ended.append(str(exc))
+            raise
+
+    app.router.routes[:] = [WebSocketRoute("/ws", route)]
+    server = await serve(app, ws=ws)
+    handshake = (
+        "GET /ws{} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    for number, query in enumerate(["", "?slow"], 1):
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(handshake.format(query).encode())
+        if not query:
+            await reader.readuntil(b"tick")
+        writer.transport.abort()
+        await until(lambda: len(ended) == number)  # noqa: B023
+    await until(lambda: not server.server.server_state.tasks)
+    assert [record.levelname for record in caplog.records if record.levelname == "ERROR"] == []
+    await until(lambda: len(hub) == 0)
+    assert ended == ["the client has left (1006)"] * 2
+
+
+async def test_of_another_client_in_a_request_it_is_an_error_like_any_other():
+    with pytest.raises(ClientGone):
+        await answer(ClientGone(1006))
 
 
 @pytest.mark.parametrize("path", ["/s/route", "/f/def"])

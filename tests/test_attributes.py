@@ -46,6 +46,13 @@ def test_a_misspelt_attribute_is_in_the_log_once(caplog, attributes, line):
     assert line in record.getMessage()
 
 
+async def test_an_async_get_channel_is_refused():
+    async def get_channel(self, websocket): ...
+
+    with pytest.raises(TypeError, match=r"^Chat\.get_channel is not awaited: write def"):
+        define(get_channel=get_channel)
+
+
 @pytest.mark.parametrize(
     "attributes",
     [

@@ -133,6 +133,8 @@ async def test_a_closed_hub_says_so_to_all_who_publish_until_a_client_opens_it()
     for publish in (hub.publish, hub.send):
         with pytest.raises(BackendUnavailable, match=r"await hub\.connect\(\)"):
             await publish(*(["room", "x"] if publish == hub.publish else ["x"]))
+    with pytest.raises(BackendUnavailable, match=r"await hub\.connect\(\)"):
+        hub.publish_nowait("room", "x")
     assert hub.stats().published == before
     peer = await joined(hub)
     hub.publish_nowait("default", "again")

@@ -104,7 +104,9 @@ async def test_three_tabs_see_every_message_as_it_was_typed(serve, browser):
 
     await tabs["Mira"].press("#text", "a")
     await wait_for(
-        tabs["Ada"], "document.querySelector('#typing').textContent === 'Mira is typing'"
+        tabs["Ada"],
+        # The name is isolated: one that is written from right to left turns nothing else around.
+        "document.querySelector('#typing').textContent === '\\u2068Mira\\u2069 is typing'",
     )
     assert await tabs["Mira"].text_content("#typing") == ""
     if folder:
@@ -277,6 +279,12 @@ async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser):
     context = await browser.new_context(viewport={"width": 360, "height": 640})
     page = await open_tab(context, server, "W" * demo_app.MAX_NAME, "?room=" + "w" * 60)
     await say(page, "w" * demo_app.MAX_TEXT)
+    height = "document.querySelector('aside').offsetHeight"
+    header = await page.evaluate(height)
+    assert header < 180  # whatever the room is called
+    await page.evaluate("document.querySelector('#worker').textContent = 'worker 4194304'")
+    await page.evaluate("document.querySelector('#status').textContent = 'Broker away'")
+    assert await page.evaluate(height) == header  # nothing moves when the broker goes away
     last = {"type": "message", "id": "x", "author": "W" * 24, "text": "last"}
     for number in range(250):
         await demo_app.hub.publish("room:" + "w" * 40, {**last, "text": f"line {number}"})
@@ -314,6 +322,64 @@ async def test_a_new_tab_has_a_name_of_its_own_until_one_is_chosen(serve, browse
     second = await open_tab(context, server)
     assert await second.input_value("#name") == "Mira"
     await asyncio.gather(first.close(), second.close())
+
+
+@pytest.mark.parametrize("storage", ["null", "(() => { throw new DOMException('no') })()"])
+async def test_a_page_works_where_storage_is_switched_off(serve, browser, storage):
+    server = await serve(demo_app.app)
+    context = await browser.new_context()
+    for name in ("localStorage", "sessionStorage"):
+        await context.add_init_script(
+            f"Object.defineProperty(window, '{name}', {{ get: () => {storage} }})"
+        )
+    page = await open_tab(context, server, "Mira")
+    await say(page, "hello")
+    await wait_for_texts(page, ["hello"])
+    assert await page.input_value("#name") == "Mira"
+
+
+# The contrast of each text with what is behind it, as WCAG computes it: [contrast, text] of the
+# ones below 4.5, which is level AA.
+PALE = """() => {
+  const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true })
+  const rgba = color => {
+    context.clearRect(0, 0, 1, 1), context.fillStyle = color, context.fillRect(0, 0, 1, 1)
+    return [...context.getImageData(0, 0, 1, 1).data]
+  }
+  const luminance = color => color.slice(0, 3).map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0)
+  function contrast(element, color) {
+    let back = element, opacity = 1
+    while (rgba(getComputedStyle(back).backgroundColor)[3] < 255) back = back.parentElement
+    for (let e = element; e; e = e.parentElement) opacity *= getComputedStyle(e).opacity
+    back = rgba(getComputedStyle(back).backgroundColor)
+    color = rgba(color).map((value, i) => value * opacity + back[i] * (1 - opacity))
+    const [light, dark] = [luminance(color), luminance(back)].sort((a, b) => b - a)
+    return (light + 0.05) / (dark + 0.05)
+  }
+  const texts = [...document.querySelectorAll("body :not(style, script, input)")]
+    .filter(e => [...e.childNodes].some(node => node.nodeType === 3 && node.data.trim()))
+    .map(e => [contrast(e, getComputedStyle(e).color), e.textContent])
+  const inputs = [...document.querySelectorAll("input")].map(e =>
+    [contrast(e, getComputedStyle(e, e.placeholder ? "::placeholder" : "").color), e.id])
+  return [...texts, ...inputs].filter(([value]) => value < 4.5)
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_every_text_has_enough_contrast(serve, browser, scheme):
+    server = await serve(demo_app.app)
+    page = await open_tab(await browser.new_context(color_scheme=scheme), server, "Mira")
+    await say(page, "hello")
+    for name in map(str, range(11)):  # each has a colour of its own
+        message = {"type": "message", "id": name, "author": name, "text": name}
+        await demo_app.hub.publish("room:lobby", message)
+    await wait_for(page, "document.querySelectorAll('article').length === 12")
+    await page.evaluate("document.querySelector('#empty').hidden = false")
+    for off in ("remove", "add"):
+        await page.evaluate(f"document.querySelector('#ticker').classList.{off}('off')")
+        assert await page.evaluate(PALE) == []
 
 
 # Ready-made frames, compressed: Chromium inflates with one context for the whole connection, so

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import inspect
+import logging
 import pkgutil
 import re
 import shlex
@@ -61,7 +62,8 @@ def programs():
 
 
 @pytest.mark.parametrize("program", programs())
-def test_programs_run(program):
+def test_programs_run(program, caplog):
+    caplog.set_level(logging.INFO, "starcast")  # and whatever a program sets is undone after it
     exec(compile(program, "<page>", "exec"), {"__name__": "page"})
 
 
@@ -90,6 +92,7 @@ def holds(text, part):
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_what_a_page_shows_is_in_the_example(path):
+    assert "--8<--" not in path.read_text()  # a forge would show the mark and not the program
     for file, text in shown(path):
         named = [example for example in EXAMPLES if example.name == file]
         assert any(holds(it.read_text(), text) for it in named), f"{file} does not have\n{text}"
@@ -115,6 +118,25 @@ def test_links_lead_to_files(path):
     for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", path.read_text())):
         if not link.startswith(("https://", "#")):
             assert (path.parent / link.partition("#")[0]).is_file(), link
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_page_has_no_syntax_that_is_not_rendered(path):
+    assert not re.search(r"^: {2,}", path.read_text(), re.M)  # a definition list
+
+
+@pytest.mark.parametrize("start", [ROOT / "README.md", DOCS / "index.md"], ids=name)
+def test_every_page_is_found_by_following_links(start):
+    """On a forge there is no menu."""
+    found, new = {start}, [start]
+    while new:
+        page = new.pop()
+        links = re.findall(r"\]\(([^)#\s]+\.md)", BLOCK.sub("", page.read_text()))
+        for link in {(page.parent / link).resolve() for link in links if "://" not in link}:
+            if link not in found:
+                found.add(link)
+                new.append(link)
+    assert {page for page in PAGES if page.name != "index.md"} <= found
 
 
 def test_every_page_is_in_the_menu():

@@ -365,6 +365,15 @@ def test_refuse_close(example):
     assert "/ws" in client.get("/").text
 
 
+def test_refuse_close_depends(example):
+    client = TestClient(example("refuse_close_depends").app)
+    with client.websocket_connect("/ws") as stranger:
+        assert closed(stranger) == 4401
+    with client.websocket_connect("/ws", headers={"cookie": "session=s-ann"}) as ann:
+        ann.send_text("hello")
+        assert ann.receive_text() == "hello"
+
+
 def test_heartbeats(example):
     with TestClient(example("heartbeats").app) as client:
         with client.websocket_connect("/live/a") as ann:
@@ -1170,6 +1179,10 @@ def test_one_client(example):
             assert ben.receive_json() == {"here": 2}
             ben.send_text("hello")
             assert ann.receive_json() == {"text": "hello"}
+        with client.websocket_connect("/orders/7") as page:
+            assert page.receive_json() == {"number": 7, "state": "placed"}
+            client.put("/orders/7/paid")
+            assert page.receive_json() == {"number": 7, "state": "paid"}
 
 
 def test_diagnose(example):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+from fastapi import FastAPI, WebSocket
 from starlette.applications import Starlette
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import ConnectionClosed
@@ -103,13 +104,28 @@ async def test_a_bound_of_the_hub_and_one_instead(serve, of_the_hub, of_the_door
                 assert (await closing(client))[0] == 1009
 
 
-async def test_by_default_it_is_a_quarter_of_the_default_buffer(serve):
-    server = await serve(app_of(Broadcast(), []))
-    async with server.connect("/serve") as client:
-        await client.send("x" * 256 * 1024)
-        assert len(await client.recv()) == 256 * 1024
-        await client.send("x" * (256 * 1024 + 1))
-        assert await closing(client) == (1009, "longer than 262144 bytes")
+@pytest.mark.parametrize("ws", PROTOCOLS)
+async def test_by_default_it_is_a_quarter_of_the_default_buffer_everywhere(serve, ws):
+    hub = Broadcast()
+    app = FastAPI()
+    app.mount("/starlette", app_of(hub, []))
+    app.mount("/live", hub.app(publish=True))
+
+    @app.websocket("/class")
+    class Chat(BroadcastEndpoint):
+        broadcast = hub
+
+    @app.websocket("/function")
+    async def function(websocket: WebSocket):
+        await hub.serve(websocket)
+
+    server = await serve(app, ws=ws)
+    for path in [*(f"/starlette{path}" for path in PATHS), "/live/default", "/class", "/function"]:
+        async with server.connect(path, compression=None) as client:
+            await client.send("x" * 256 * 1024)
+            assert len(await client.recv()) == 256 * 1024
+            await client.send("x" * (256 * 1024 + 1))
+            assert await closing(client) == (1009, "longer than 262144 bytes")
 
 
 async def test_a_json_message_of_16_mib_is_not_even_looked_at(serve):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException
 from starlette.routing import Mount, WebSocketRoute
@@ -121,6 +121,21 @@ async def test_what_the_app_does_not_let_in_or_refuses_with_a_code_of_its_own(se
         await client.close()
     assert "(closed with 4401): 4401: log in; " in caplog.text
     assert not any(record.exc_info for record in caplog.records)
+
+
+async def test_what_a_dependency_of_fastapi_refuses_is_not_the_hubs_to_answer(serve):
+    """As `who-may-connect.md` says."""
+    app = FastAPI()
+
+    def log_in():
+        raise WebSocketException(4401, "log in")
+
+    @app.websocket("/ws", dependencies=[Depends(log_in)])
+    class Chat(BroadcastEndpoint):
+        refuse = "close"
+
+    server = await serve(app)
+    assert await answer(server, "/ws") == 403
 
 
 @pytest.mark.parametrize("of", [BroadcastProtocol, BroadcastProtocol.__base__])

@@ -61,6 +61,20 @@ def test_the_description_says_what_is_required():
     assert min(map(version, pythons)) == floor["python"]
 
 
+def test_the_readme_says_it_in_its_first_lines():
+    first = (ROOT / "README.md").read_text().partition("```")[0]
+    said = re.findall(r"(Python|Starlette) ([\d.]+\d)", first)
+    floor = required()
+    assert {name.lower(): version(number) for name, number in said} == {
+        name: floor[name] for name in ("python", "starlette")
+    }
+
+
+def test_the_demo_has_a_fastapi_that_takes_starlette_1():
+    """0.130 to 0.132 need a Starlette below 1, and pip would try them one after another."""
+    assert floors(config()["options.extras_require"]["demo"])["fastapi"] >= (0, 133)
+
+
 def test_the_tests_run_on_what_is_required_or_newer():
     test = floors(config()["options.extras_require"]["test"])
     for name, floor in required().items():

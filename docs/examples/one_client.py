@@ -4,6 +4,7 @@ from starcast import Broadcast
 
 hub = Broadcast("memory://")
 app = FastAPI(lifespan=hub.lifespan)
+orders = {7: {"number": 7, "state": "placed"}}
 
 
 @app.websocket("/ws/{room}")
@@ -21,3 +22,17 @@ async def chat(websocket: WebSocket, room: str):
         pass
     finally:
         await hub.disconnect(websocket)
+
+
+@app.websocket("/orders/{number}")
+async def order(websocket: WebSocket, number: int):
+    channel = f"order:{number}"
+    await hub.connect(websocket, channel)  # first, so that no change in between is missed
+    await hub.send(orders[number], to=websocket)
+    await hub.serve(websocket, channel, publish=False)
+
+
+@app.put("/orders/{number}/{state}")
+async def change(number: int, state: str):
+    orders[number]["state"] = state
+    await hub.publish(f"order:{number}", orders[number])

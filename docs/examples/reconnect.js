@@ -1,6 +1,6 @@
 // Keep a page connected: wait longer after each failure, and keep what cannot be sent yet.
 
-const FINAL = [1003, 1007, 1008, 1009];  // the server does not want what this page sends or is
+const FINAL = [1003, 1007, 1008, 1009];  // the server refuses this page, or what it sends
 const MAX_WAITING = 100;  // messages
 
 export function stayConnected(url, onMessage, onStatus = () => {}) {

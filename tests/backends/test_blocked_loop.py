@@ -59,10 +59,10 @@ async def test_opening_and_probing(url, monkeypatch):
     await blocked(hub.connect, 0.3)
     async with hub.subscribe("room"):
         for _ in range(5):
-            heard = hub._hub.link._probe.heard
-            await until(lambda: hub._hub.link._probe._pending)
+            heard = hub._hub.link.probe.heard
+            await until(lambda: hub._hub.link.probe._pending)
             time.sleep(0.3)  # noqa: ASYNC251  # that is the point
-            await until(lambda: hub._hub.link._probe.heard > heard)  # noqa: B023  # awaited here
+            await until(lambda: hub._hub.link.probe.heard > heard)  # noqa: B023  # awaited here
     assert hub.stats().backend.gaps == 0
     assert hub.stats().backend.error is None
     await hub.disconnect()

@@ -148,6 +148,13 @@ async def test_tls_with_a_certificate_that_nobody_knows(urls, checked, tmp_path)
         assert "certificate" in failed("TLS", said).partition(" -> ")[0]
 
 
+async def test_tls_with_a_file_that_is_not_there(urls, checked):
+    url = urls("redis").replace("redis://", "rediss://") + "?ssl_ca_certs=/no/such.pem"
+    code, went_well, said = await checked(url)
+    assert (code, went_well) == (1, STEPS[:2])
+    assert "whether the files that the URL names exist" in failed("TLS", said)
+
+
 async def test_login(urls, checked, own_nats):
     with RedisServer("--requirepass", "right") as redis:
         nats = own_nats('authorization: {user: app, password: "right"}')

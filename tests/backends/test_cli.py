@@ -292,6 +292,10 @@ def test_the_help_names_the_environment_first(capsys):
     assert cli.EPILOG.startswith("The broker's URL comes from the environment variable STARCAST_")
     examples = [line for line in cli.EPILOG.splitlines() if line.startswith("  starcast p")]
     assert not [line for line in examples if "://" in line]
+    for command in ("publish", "subscribe", "check"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert "STARCAST_URL" in capsys.readouterr().out
 
 
 async def test_the_prefix_of_the_names_on_the_broker(url):

@@ -25,6 +25,8 @@ from starcast import (
     link,
     opening,
     probe,
+    session,
+    subscriptions,
 )
 from support import Peer, free_port, starcast_tasks, until
 
@@ -291,3 +293,44 @@ async def test_row_27_an_unknown_host(url, all_back):
     with pytest.raises(BackendUnavailable, match=r"starcast\.invalid") as caught:
         await hub.connect()
     assert "secret" not in str(caught.value)
+
+
+async def test_row_33_more_comes_than_is_held_until_everything_is_back(
+    server, all_back, monkeypatch, caplog
+):
+    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
+    monkeypatch.setattr(session, "MAX_EARLY", 10_000)
+    async with (
+        Broadcast(server.url, name="both") as hub,
+        Broadcast(server.url, name="both") as near,
+        hub.subscribe("first", gaps=True) as first,
+        hub.subscribe("second"),
+    ):
+        backend = hub._hub.link._backend
+        subscribe, reached, go = backend.subscribe, asyncio.Event(), asyncio.Event()
+
+        async def slow(channel: str) -> None:
+            if channel == "second":
+                reached.set()
+                await go.wait()
+            await subscribe(channel)
+
+        monkeypatch.setattr(backend, "subscribe", slow)
+        await hub.publish("first", "before")
+        await asyncio.to_thread(server.empty)
+        await asyncio.wait_for(reached.wait(), 20)
+        await until(hub_is_back(near))
+        for number in range(300):
+            near.publish_nowait("first", str(number))
+        await near.publish("first", "300")
+        await until(lambda: hub._hub.link._session._excess)
+        go.set()
+        async with asyncio.timeout(10):
+            assert (await anext(first)).message == "before"
+            assert isinstance(await anext(first), Gap)
+            got = [int((await anext(first)).message)]
+            while got[-1] != 300:
+                got.append(int((await anext(first)).message))
+        lost = hub.stats().backend.lost
+        assert got == list(range(lost, 301))
+        assert f"{lost} messages were lost" in caplog.text

@@ -100,7 +100,7 @@ async def test_answers_are_no_messages(line, url):
     """A broker that confirms whatever it is asked, and delivers nothing any more."""
     async with by(line, url) as hub:
         await hub.connect(Peer().websocket, "quiet")
-        await hub._hub.link._backend.unsubscribe(hub._hub.link._probe.channel)
+        await hub._hub.link._backend.unsubscribe(hub._hub.link.probe.channel)
         busy = asyncio.create_task(_come_and_go(hub))
         await until(lambda: hub.stats().backend.gaps)
         busy.cancel()

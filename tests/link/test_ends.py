@@ -82,8 +82,8 @@ async def test_a_loop_that_ends_while_it_connects(broker):
     broker.up = True
     await asyncio.to_thread(first.close)
     await until(lambda: hub.stats().backend.gaps)
-    heard = hub._hub.link._probe.heard
-    await until(lambda: hub._hub.link._probe.heard > heard)  # it is being watched
+    heard = hub._hub.link.probe.heard
+    await until(lambda: hub._hub.link.probe.heard > heard)  # it is being watched
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
@@ -104,8 +104,8 @@ async def test_nothing_is_called_from_another_loop(broker, which):
         first.loop.call_soon_threadsafe(task.cancel)
     await until(lambda: hub.stats().backend.gaps)
     await until(lambda: not asyncio.all_tasks(first.loop))
-    heard = hub._hub.link._probe.heard
-    await until(lambda: hub._hub.link._probe.heard > heard)
+    heard = hub._hub.link.probe.heard
+    await until(lambda: hub._hub.link.probe.heard > heard)
     await hub.disconnect()
     await asyncio.to_thread(first.close)
     assert not backend.wrong
@@ -285,6 +285,18 @@ async def test_a_closing_that_comes_late(broker, other, monkeypatch):
     await hub.publish("room", "2")
     await until(lambda: peer.got == ["1", "2"])
     assert hub.stats().backend.state == "connected"
+    await hub.disconnect()
+
+
+async def test_a_closing_that_ends_when_the_hub_is_open_again(broker, other):
+    """Its loop has ended as well, so that what was left of it was to be done here."""
+    hub = Broadcast(backend=Bus(broker))
+    await asyncio.to_thread(other.run, hub.connect())
+    asyncio.get_running_loop().call_soon(other.close)  # this loop is blocked until then
+    await hub.disconnect()
+    peer = await joined(hub, "room")
+    await hub.publish("room", "1")
+    await until(lambda: peer.got == ["1"])
     await hub.disconnect()
 
 
@@ -529,18 +541,18 @@ async def test_health_checks_at_the_wrong_moment(broker, monkeypatch):
     monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.2)
     hub = Broadcast(backend=Bus(broker), probe_interval=0.05)
     await joined(hub, "room")
-    real, times = hub._hub.link._probe.came, []
+    real, times = hub._hub.link.probe.came, []
 
-    def came():
+    def came(mark):
         if len(times) < 2:
-            times.append(asyncio.get_running_loop().call_soon(hub._hub.link._probe.ask))
-        real()
+            times.append(asyncio.get_running_loop().call_soon(hub._hub.link.probe.ask))
+        real(mark)
 
-    monkeypatch.setattr(hub._hub.link._probe, "came", came)
+    monkeypatch.setattr(hub._hub.link.probe, "came", came)
     heard = 0
     for _ in range(4):
-        await until(lambda heard=heard: hub._hub.link._probe.heard > heard)
-        heard = hub._hub.link._probe.heard
+        await until(lambda heard=heard: hub._hub.link.probe.heard > heard)
+        heard = hub._hub.link.probe.heard
     assert len(times) == 2
     assert hub.stats().backend.error is None
     await hub.disconnect()
@@ -616,8 +628,8 @@ async def test_a_large_message_over_a_thin_line(broker, monkeypatch):
     peer = await joined(hub, "room")
     hub.publish_nowait("room", "x" * 10_000)
     await until(lambda: peer.got)
-    heard = hub._hub.link._probe.heard
-    await until(lambda: hub._hub.link._probe.heard > heard)
+    heard = hub._hub.link.probe.heard
+    await until(lambda: hub._hub.link.probe.heard > heard)
     assert hub.stats().backend.gaps == 0
     await hub.disconnect()
 

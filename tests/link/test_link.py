@@ -640,8 +640,8 @@ async def test_a_broker_that_says_nothing_any_more_is_noticed(broker, monkeypatc
     hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, probe_interval=0.02)
     await joined(hub, "room")
     assert await hub.healthy()
-    heard = hub._hub.link._probe.heard
-    await until(lambda: hub._hub.link._probe.heard > heard)
+    heard = hub._hub.link.probe.heard
+    await until(lambda: hub._hub.link.probe.heard > heard)
     broker.open.clear()
     assert not await hub.healthy()
     await lost(hub)
@@ -657,13 +657,13 @@ async def test_a_gap_begins_when_what_was_answered_last_was_asked(broker):
     gaps: list[Gap] = []
     hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, probe_interval=0.1)
     async with hub, hub.subscribe("room"):
-        heard = hub._hub.link._probe.heard
+        heard = hub._hub.link.probe.heard
         broker.open.clear()
         await until(lambda: broker.stalled)
         asked_by = time.time()
         await asyncio.sleep(0.02)
         broker.open.set()
-        await until(lambda: hub._hub.link._probe.heard > heard)
+        await until(lambda: hub._hub.link.probe.heard > heard)
         broker.kill()
         broker.up = True
         await until(lambda: gaps)

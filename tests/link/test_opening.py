@@ -206,7 +206,7 @@ async def test_a_probe_that_is_refused_is_no_silence(broker, caplog):
     bus = Bus(broker)
     hub = Broadcast(backend=bus, probe_interval=0.02)
     await joined(hub, "room")
-    own = hub._hub.link._probe.channel
+    own = hub._hub.link.probe.channel
     broker.refused.add(own)
     await until(lambda: hub.stats().backend.state == "reconnecting")
     assert f"nobody may have {own}" in hub.stats().backend.error
@@ -219,7 +219,7 @@ async def test_a_probe_that_is_refused_is_no_silence(broker, caplog):
 
 async def test_a_health_check_that_the_broker_refuses(hub, broker):
     await hub.connect()
-    broker.refused.add(hub._hub.link._probe.channel)
+    broker.refused.add(hub._hub.link.probe.channel)
     assert not await hub.healthy()
 
 
