@@ -42,9 +42,6 @@ from .subscriber import GapSubscriber
 # A URL of a broker that is not quite right, or not where it belongs.
 _LIKE_A_URL = re.compile(rf"(?:{'|'.join(backends.SCHEMES)})(?::/|//|:.*@).*", re.DOTALL)
 
-# What may be one in a sentence.
-_URL = re.compile(r"[^\s']*(?::/|//|@)[^\s']*")
-
 EPILOG = """\
 The broker's URL comes from the environment variable STARCAST_URL. It may be given as the first
 argument too, but then everybody who can list the processes of this machine can read it, with its
@@ -78,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what was not understood, but for URLs."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(_URL.sub("(a URL)", message))
+        super().error(re.sub(r"[^\s']*(?::/|//|@)[^\s']*", "(a URL)", message))
 
 
 def _parsers() -> dict[str, argparse.ArgumentParser]:
@@ -95,9 +92,9 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
 
     def add(name: str, words: str, summary: str, description: str) -> argparse.ArgumentParser:
         usage = f"starcast {name} [options] [URL]{words}"
-        where = "Without a URL, the environment variable STARCAST_URL has it: see starcast --help."
-        parser = commands.add_parser(
-            name, usage=usage, help=summary, description=description, epilog=where
+        parser = commands.add_parser(name, usage=usage, help=summary, description=description)
+        parser.epilog = (
+            "Without a URL, the environment variable STARCAST_URL has it: see starcast --help."
         )
         found[name] = parser
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
@@ -216,8 +213,7 @@ def _url(chosen: argparse.Namespace, command: str) -> str:
     # Channels are shown, and a URL among them may hold a password; a message may be anything.
     if any(map(_LIKE_A_URL.match, chosen.words[:1] if command == "publish" else chosen.words)):
         raise ConfigurationError(
-            "what stands where a CHANNEL belongs looks like the URL of a broker: the URL comes "
-            "first, and is written as in redis://user:password@host:6379"
+            "a CHANNEL looks like a URL, which comes first: redis://user:password@host:6379"
         )
     if url := (url or os.environ.get("STARCAST_URL", "")).strip():
         return url

@@ -261,7 +261,7 @@ def test_a_url_is_not_taken_for_a_channel(monkeypatch, capsys, command, url):
         assert cli.main([command, "redis://127.0.0.1:1", url, "x"]) == 2
     output = capsys.readouterr()
     assert "secret" not in output.out + output.err
-    assert "looks like the URL of a broker" in output.err
+    assert "a CHANNEL looks like a URL" in output.err
 
 
 def test_a_url_is_not_taken_for_a_command(capsys):
