@@ -93,9 +93,7 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
     def add(name: str, words: str, summary: str, description: str) -> argparse.ArgumentParser:
         usage = f"starcast {name} [options] [URL]{words}"
         parser = commands.add_parser(name, usage=usage, help=summary, description=description)
-        parser.epilog = (
-            "Without a URL, the environment variable STARCAST_URL has it: see starcast --help."
-        )
+        parser.epilog = "Without a URL, the variable STARCAST_URL has it: see starcast --help."
         found[name] = parser
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         parser.add_argument(
