@@ -14,11 +14,12 @@ class Gap:
     are told who are on that loop and on a channel of which messages are missing.
 
     Attributes:
-        since: When the broker was last known to be there, or when the first message was missed, in
-            seconds since 1970.
+        since: When the broker was last known to be there, in seconds since 1970: nothing is missing
+            of what was published before.
         seconds: The time from then until all channels were subscribed again, or until the loop went
             on. Messages of this time may be missing. The outage itself may have been up to three
-            seconds shorter, because the broker is checked that often.
+            seconds shorter, because the broker is asked that often; or by more, where its answer
+            came late.
         error: What went wrong.
         channel: The only channel that it is about: the broker refused it for a time. None if it is
             about all of them.

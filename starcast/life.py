@@ -38,6 +38,7 @@ class Life:
         tasks: What ends with this life.
         watching: The one of them that looks at the probe.
         living: The one that looks after the connection, whose end is the end.
+        last_attempt: Whether no further attempt at a first connection shall be made.
         leaving: Whether it is coming to its end in good order.
         ended: When `living` had ended, in `time.monotonic()`; 0 if it has not.
     """
@@ -49,6 +50,7 @@ class Life:
         self.tasks: set[asyncio.Task[None]] = set()
         self.watching: asyncio.Task[None] | None = None
         self.living: asyncio.Task[None] | None = None
+        self.last_attempt = False
         self.leaving = False
         self.ended = 0.0
 

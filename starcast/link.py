@@ -31,7 +31,7 @@ from .life import Life, Stopping
 from .loglimit import LogLimit
 from .opening import CLOSED, Backoff, keep_trying
 from .probe import PROBE_CHANNEL, Probe
-from .sender import TIMEOUT, OnLost, Sender, Taken
+from .sender import LATE, TIMEOUT, OnLost, Sender, Taken
 from .session import Session
 from .stats import BackendStats
 from .subscriptions import Subscriptions
@@ -48,8 +48,9 @@ class Link:
     Args:
         backend: What talks to the broker.
         lock: The hub's: code that holds it may call this, and the other way round.
-        deliver: Called with each event that arrives, on the link's loop. Returns whether everybody
-            gets it; those who do not are told of a gap: see `report`.
+        deliver: Called with each event that arrives, on the link's loop, and with the time before
+            which nothing is missing, in seconds since 1970. Returns whether everybody gets it;
+            those who do not are told of a gap: see `report`.
         on_gap: Called after each gap, on the link's loop.
         open_timeout: Seconds for which the first connection is tried to be made.
         probe_interval: Seconds between two messages to itself.
@@ -64,7 +65,7 @@ class Link:
         self,
         backend: Backend,
         lock: AbstractContextManager[object],
-        deliver: Callable[[Event], bool],
+        deliver: Callable[[Event, float], bool],
         on_gap: Callable[[Gap], None],
         open_timeout: float,
         probe_interval: float,
@@ -155,7 +156,8 @@ class Link:
     async def healthy(self) -> bool:
         """Whether a message comes back by way of the broker within two seconds. From any loop.
 
-        It is not while the broker refuses a channel that somebody has.
+        Others that arrive meanwhile will do: on a slow line it waits behind them. It is not while
+        the broker refuses a channel that somebody has.
         """
         life = self._life
         if life is None or not self.alive or not self.connected or self.subscriptions.refused:
@@ -165,7 +167,7 @@ class Link:
         try:
             await answered.wait()
         except BackendUnavailable:
-            return False
+            return answered.failed == LATE and self.probe.heard_at() + TIMEOUT > time.monotonic()
         return True
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
@@ -218,7 +220,7 @@ class Link:
                     connect,
                     self._timing[0] if patient else 0.0,
                     lambda error: self._health.become("closed", error),
-                    lambda: life.leaving,
+                    lambda: life.last_attempt,
                 )
             except BaseException:
                 self._life = None
@@ -230,8 +232,8 @@ class Link:
     def stop_opening(self) -> None:
         """Make no further attempt at a first connection: the hub is to be closed. Any thread."""
         life = self._life
-        if life is not None and life.living is None:
-            life.leaving = True
+        if life is not None:
+            life.last_attempt = True  # one that succeeds is stopped like any other connection
 
     async def ready(self) -> None:
         """Wait, for two seconds at most, until a connection that has moved here is there."""
@@ -264,7 +266,8 @@ class Link:
             if life.loop is asyncio.get_running_loop():
                 await self._sender.drain()
         finally:
-            self._sender.close(CLOSED)
+            if self._life is None:  # else it has been started anew, elsewhere
+                self._sender.close(CLOSED)
             await self._leave(life)
 
     async def _leave(self, life: Life) -> None:
@@ -280,7 +283,6 @@ class Link:
                 self._sender.give_up()
 
     def _connected(self, life: Life) -> None:
-        self.hear()
         self._health.become("connected")
         self.subscriptions.resume()
         self._sender.open()
@@ -324,9 +326,8 @@ class Link:
             self._health.become("reconnecting")
             self._sender.pause()
             error = self._health.error or ""
-            if not self.subscriptions.wanted:
-                self.hear()  # nobody was there to miss anything
-            heard = self.probe.heard
+            # While nobody is there, nobody misses anything.
+            heard = self.probe.heard if self.subscriptions.wanted else time.time()
             while life.broken.is_set() and not life.leaving:
                 await self._session.close()
                 self._sender.give_up()
@@ -347,8 +348,12 @@ class Link:
             logger.warning("%s; its clients were told of a gap", gap.error)
         self.call(on_gap, gap)
 
-    def hear(self) -> None:
-        self.probe.heard = time.time()
+    @property
+    def heard(self) -> float:
+        return self.probe.heard
+
+    def hear(self, asked: float) -> None:
+        self.probe.heard = asked
 
     def note(self, error: str) -> None:
         self._health.note(error)
@@ -358,7 +363,7 @@ class Link:
 
     def _tell_gap(self, life: Life, since: float, error: str) -> None:
         self._connected(life)
-        gap = Gap(since, self.probe.heard - since, error)
+        gap = Gap(since, time.time() - since, error)
         self._health.count(gaps=1)
         logger.warning(
             "connected to the broker again; messages of the last %.1f seconds may be missing",
@@ -391,5 +396,5 @@ class Link:
         except envelope.Malformed:
             self._health.count(malformed=1)
             return
-        if not self._deliver(event):
+        if not self._deliver(event, self.probe.heard):
             self._health.count(missed=1)

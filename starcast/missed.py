@@ -22,13 +22,14 @@ class Missed:
 
     Args:
         shard: That of the loop.
+        since: The time before which nothing is missing, in seconds since 1970.
         on_end: Called with this, on the loop, when its queue is empty again.
     """
 
-    def __init__(self, shard: Shard, on_end: Callable[[Missed], None]) -> None:
+    def __init__(self, shard: Shard, since: float, on_end: Callable[[Missed], None]) -> None:
         self.shard = shard
         self._on_end = on_end
-        self._since = time.time()
+        self._since = since
         self._count = 0
         self._channels: set[str] = set()  # those that have somebody on the loop
         shard.queue.waiters.add(self)

@@ -49,13 +49,16 @@ class Probe:
 
     Attributes:
         channel: Where the messages go; nobody else subscribes to it.
-        heard: When the broker was known to be there last, in seconds since 1970.
+        heard: When something was asked that the broker has answered, in seconds since 1970: what it
+            had for us before that has arrived. The answer itself may have waited for long, on a
+            slow line or for a blocked event loop, and with it what came behind it.
         message_at: When a message arrived last, in `time.monotonic()`.
     """
 
     def __init__(self, backend: Backend, sender: Sender) -> None:
         self.channel = ""
         self.heard = 0.0
+        self._asked = 0.0  # when the last message was sent
         self.message_at = 0.0
         self._backend = backend
         self._sender = sender
@@ -75,8 +78,8 @@ class Probe:
 
     def came(self, mark: bytes) -> None:
         """Call this when a message on `channel` has arrived."""
-        self.heard = time.time()
         if not mark:
+            self.heard = self._asked
             self._end("")
         elif mark in self._marks:
             self._marks[mark].set()
@@ -171,6 +174,7 @@ class Probe:
                 return f"the hub cannot publish to its own channel {self.channel!r}: {lost}"
 
     def _expect(self) -> asyncio.Future[str]:
+        self._asked = time.time()
         self._pending = asyncio.get_running_loop().create_future()
         return self._pending
 

@@ -238,11 +238,11 @@ class Registry:
         if wake:  # only the first message of a turn has somebody to wake
             self._wake(wake)
 
-    def deliver_remote(self, event: Event) -> bool:
+    def deliver_remote(self, event: Event, since: float) -> bool:
         """The same with what comes from a broker: every loop that has space gets it.
 
         Returns False if some had none. They miss what comes from now on, until they have taken what
-        they have, and are told then.
+        they have, and are told then. `since` is the time before which nothing is missing.
         """
         wake = []
         taken = True
@@ -254,7 +254,7 @@ class Registry:
                     continue
                 taken = False
                 if shard not in self._missed:
-                    self._missed[shard] = Missed(shard, self._end_missed)
+                    self._missed[shard] = Missed(shard, since, self._end_missed)
                 self._missed[shard].add(event.channel)
         self._wake(wake)
         self.journal.message("received %d bytes for %r from the broker", event)

@@ -37,6 +37,7 @@ BATCH = 1000
 BATCH_BYTES = 1024 * 1024
 
 LOST = "the connection to the broker was lost"
+LATE = "the broker did not answer in time"
 EXPIRED = "the broker was away for too long"
 
 OnLost = Callable[[str], object]
@@ -76,7 +77,7 @@ class Taken(Waiter):
 
     def _give_up(self) -> None:
         if not self._future.done():
-            self.fail("the broker did not answer in time")
+            self.fail(LATE)
 
 
 class Entry:

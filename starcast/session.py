@@ -45,7 +45,8 @@ class Session:
     Attributes:
         generation: Of the connection: what an earlier one brings does not count.
         dropped: Messages that were lost because there was no space for them before everything was
-            subscribed to. They were the oldest ones, so they belong to the gap before the others.
+            subscribed to, or because it never was. They were the oldest ones, so they belong to the
+            gap before the others.
     """
 
     def __init__(
@@ -86,10 +87,12 @@ class Session:
                 self._probe.message_at = time.monotonic()
                 if channel == self._probe.channel:
                     self._probe.came(data)
-                elif self._early is None:
-                    self._on_message(channel, data)
-                else:
+                elif self._early is not None:
                     self._hold_back(self._early, channel, data)
+                else:
+                    if channel in self._subscriptions.refusals:
+                        self._subscriptions.come_back(channel)
+                    self._on_message(channel, data)
 
         def lost(error: Exception) -> None:
             if not isinstance(error, SubscriptionRevoked) or error.channel == self._probe.channel:
@@ -140,7 +143,7 @@ class Session:
             self.dropped += excess
             logger.warning(
                 "%d messages were lost that arrived before all channels were subscribed to again: "
-                "they were more than %d bytes",
+                "of the last attempt only %d bytes are kept",
                 excess,
                 MAX_EARLY,
             )
@@ -151,6 +154,9 @@ class Session:
     async def close(self) -> None:
         """Disconnect, if there is something to disconnect."""
         self.generation += 1
+        if self._early is not None:
+            self._excess += len(self._early)
+            self._early = None
         self._subscriptions.lose()
         self._probe.forget()
         if not self._started:

@@ -61,8 +61,12 @@ class Host(Protocol):
     def run(self, work: Coroutine[Any, Any, None]) -> object:
         """Have a task for it, on this loop, which ends with the connection."""
 
-    def hear(self) -> None:
-        """Note that the broker has answered."""
+    @property
+    def heard(self) -> float:
+        """When something was asked that the broker has answered, in seconds since 1970."""
+
+    def hear(self, asked: float) -> None:
+        """Note that the broker has answered what was asked then."""
 
     def note(self, error: str) -> None:
         """Note what the broker has refused."""
@@ -76,9 +80,9 @@ class Refusal:
 
     __slots__ = ("backoff", "pending", "since", "why")
 
-    def __init__(self) -> None:
+    def __init__(self, since: float) -> None:
         self.why = ""
-        self.since = time.time()
+        self.since = since
         self.backoff = Backoff(LONGEST_WAIT)
         self.pending = False  # the next attempt has its time
 
@@ -90,13 +94,12 @@ class Refusal:
 class Subscription:
     """A channel that somebody wants."""
 
-    __slots__ = ("changing", "count", "refusal", "subscribed", "waiting")
+    __slots__ = ("changing", "count", "subscribed", "waiting")
 
     def __init__(self) -> None:
         self.count = 0
         self.subscribed = False
         self.changing = False
-        self.refusal: Refusal | None = None
         self.waiting: list[Taken] = []
 
 
@@ -105,15 +108,18 @@ class Subscriptions:
 
     Attributes:
         holds: The channels, guarded by the lock.
+        refusals: Those of them that the broker refuses and somebody has, guarded by the lock.
     """
 
     def __init__(self, backend: Backend, lock: AbstractContextManager[object], host: Host) -> None:
         self.holds: dict[str, Subscription] = {}
+        self.refusals: dict[str, Refusal] = {}
         self._backend = backend
         self._lock = lock
         self._host = host
         # For channels that somebody has, and for those that strangers may ask for without end.
         self._limits = {True: LogLimit(), False: LogLimit()}
+        self._back_limit = LogLimit()
         self._generation = 0  # of the connection: what was asked of an earlier one does not count
 
     # From any thread
@@ -165,7 +171,9 @@ class Subscriptions:
     def refused(self) -> int:
         """How many channels the broker refuses that somebody has."""
         with self._lock:
-            return sum(bool(hold.count and hold.refusal) for hold in self.holds.values())
+            return sum(
+                bool(hold.count) for name, hold in self.holds.items() if name in self.refusals
+            )
 
     def fail(self, why: str) -> None:
         """Tell everybody who waits that they wait in vain."""
@@ -183,8 +191,9 @@ class Subscriptions:
             self.holds = {name: hold for name, hold in self.holds.items() if hold.count}
             for hold in self.holds.values():
                 hold.subscribed = hold.changing = False
-                if hold.refusal is not None:
-                    hold.refusal.pending = False
+            self.refusals = {name: it for name, it in self.refusals.items() if name in self.holds}
+            for refusal in self.refusals.values():
+                refusal.pending = False
 
     async def restore(self, seconds: float, heard_at: Callable[[], float]) -> None:
         """Subscribe to everything that is wanted, before the connection counts as open.
@@ -243,6 +252,7 @@ class Subscriptions:
                 return
             if not hold.count and not (hold.subscribed and host.alive):
                 del self.holds[channel]
+                self.refusals.pop(channel, None)
                 return
             if not (host.is_here and host.connected):
                 return  # whoever connects next will do it
@@ -271,13 +281,13 @@ class Subscriptions:
     async def _subscribe(self, channel: str) -> bool:
         """Subscribe, and tell whoever waits for it, if it is connected; False if it was refused."""
         generation = self._generation
+        asked = time.time()
         why = ""
         waiting: list[Taken] = []
         try:
             await self._backend.subscribe(channel)
         except Exception as exc:
             why = logs.describe(exc)
-        gap = None
         with self._lock:
             hold = self.holds.get(channel)
             if hold is None or not self._host.is_here or generation != self._generation:
@@ -288,15 +298,12 @@ class Subscriptions:
             had = hold.count > len(hold.waiting)
             if why or self._host.connected:
                 waiting, hold.waiting = hold.waiting, []
-            if not why and hold.refusal is not None:
-                refusal, hold.refusal = hold.refusal, None
-                gap = refusal.over(channel)
         if why:
-            self._refuse(channel, hold, why, had)
-        elif self._host.connected:
-            self._host.hear()
-        if gap is not None:
-            self._tell_gap(channel, gap)
+            self._refuse(channel, why, had)
+        else:
+            if self._host.connected:
+                self._host.hear(asked)
+            self.come_back(channel)
         for taken in waiting:
             if why:
                 taken.fail(why)
@@ -304,8 +311,18 @@ class Subscriptions:
                 taken.set()
         return not why
 
-    def _tell_gap(self, channel: str, gap: Gap) -> None:
-        if self._limits[True].allows("back", channel):
+    def come_back(self, channel: str) -> None:
+        """If a channel was refused, say that it is back.
+
+        Its first message may come in the same turn as the confirmation, which the task that waits
+        for it sees only in the next one: the gap goes before that message.
+        """
+        with self._lock:
+            refusal = self.refusals.pop(channel, None)
+        if refusal is None:
+            return
+        gap = refusal.over(channel)
+        if self._back_limit.allows("back", channel):
             logger.warning(
                 "subscribed to the channel %r again; messages of the last %.1f seconds "
                 "may be missing",
@@ -321,11 +338,13 @@ class Subscriptions:
             if hold is None or not hold.subscribed or self._host.broken:
                 return
             hold.subscribed = False
-        self._refuse(channel, hold, why, had=True)
+        self._refuse(channel, why, had=True)
 
-    def _refuse(self, channel: str, hold: Subscription, why: str, had: bool) -> None:
+    def _refuse(self, channel: str, why: str, had: bool) -> None:
         """Say that a channel was refused; if somebody has it, ask for it again in a while."""
-        if (hold.refusal is None or not had) and self._limits[had].allows("refused", channel):
+        if (channel not in self.refusals or not had) and self._limits[had].allows(
+            "refused", channel
+        ):
             logger.warning(
                 "the broker refused the subscription to the channel %r%s: %s",
                 channel,
@@ -335,7 +354,7 @@ class Subscriptions:
         if not had:
             return
         with self._lock:
-            refusal = hold.refusal = hold.refusal or Refusal()
+            refusal = self.refusals.setdefault(channel, Refusal(self._host.heard))
         refusal.why = why
         self._host.note(why)
         if not refusal.pending:

@@ -62,7 +62,7 @@ class Backend(Protocol):
             `time.monotonic()`. A connection that carries messages is not taken for broken, however
             long one of the hub to itself waits behind them. Without it, whole messages count. If
             publishing has a connection of its own, and that is silent although an answer is due,
-            it is not later than the beginning of that silence.
+            it is not later than the beginning of that silence. From any thread.
         if_silent: What a developer should look for if nothing that is published ever comes back,
             as a part of a sentence. Optional.
     """

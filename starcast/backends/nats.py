@@ -352,7 +352,8 @@ class NatsBackend:
     @property
     def heard_at(self) -> float:
         """See `Backend`."""
-        return 0.0 if self._session is None else self._session.heard_at
+        session = self._session
+        return 0.0 if session is None else session.heard_at
 
     async def _current_options(self) -> dict[str, Any]:
         options = dict(self._options)

@@ -205,9 +205,10 @@ class PostgresBackend:
     @property
     def heard_at(self) -> float:
         """See `Backend`. A large message comes in many notifications."""
-        if self._listener is None or self._publisher is None:
+        listener, publisher = self._listener, self._publisher
+        if listener is None or publisher is None:
             return 0.0
-        return float(min(self._listener.heard_at, self._publisher.asked_at))
+        return float(min(listener.heard_at, publisher.asked_at))
 
     # Inside
 

@@ -185,9 +185,10 @@ class RedisBackend:
     @property
     def heard_at(self) -> float:
         """See `Backend`."""
-        if not self._pipes:
+        pipes = self._pipes  # which another thread may not change meanwhile
+        if not pipes:
             return 0.0
-        listening, publishing = self._pipes
+        listening, publishing = pipes
         return min(listening.message_at, publishing.silent_since)
 
     def _name(self, channel: str) -> bytes:

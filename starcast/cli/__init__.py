@@ -9,8 +9,10 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__, backends
 from ..backends import Backend
@@ -26,6 +28,9 @@ from ..logs import escape
 from ..naming import DEFAULT_NAME, check_name
 from . import check, publish, subscribe
 from .common import say
+
+# A URL of a broker that is not quite right, or not where it belongs.
+_LIKE_A_URL = re.compile(rf"(?:{'|'.join(backends.SCHEMES)})(?::/|//|:.*@).*", re.DOTALL)
 
 EPILOG = """\
 The broker's URL comes from the environment variable STARCAST_URL. It may be given as the first
@@ -56,9 +61,16 @@ exit codes:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what was not understood, but for URLs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"[^\s']*(?::/|//|@)[^\s']*", "(a URL)", message))
+
+
 def _parsers() -> dict[str, argparse.ArgumentParser]:
     """Return the parsers of the commands, and the one of all of them under the name ''."""
-    everything = argparse.ArgumentParser(
+    everything = _Parser(
         prog="starcast",
         description="Talk to a broker as starcast does.",
         epilog=EPILOG,
@@ -66,14 +78,12 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
     )
     everything.add_argument("--version", action="version", version=__version__)
     commands = everything.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    found = {"": everything}
+    found: dict[str, argparse.ArgumentParser] = {"": everything}
 
     def add(name: str, words: str, summary: str, description: str) -> argparse.ArgumentParser:
         usage = f"starcast {name} [options] [URL]{words}"
-        where = "Without a URL, the environment variable STARCAST_URL has it: see starcast --help."
-        parser = commands.add_parser(
-            name, usage=usage, help=summary, description=description, epilog=where
-        )
+        parser = commands.add_parser(name, usage=usage, help=summary, description=description)
+        parser.epilog = "Without a URL, the variable STARCAST_URL has it: see starcast --help."
         found[name] = parser
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         parser.add_argument(
@@ -145,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.setFormatter(logging.Formatter("starcast: %(message)s"))
     logging.getLogger("starcast").addHandler(log)
     try:
-        url = _url(chosen)
+        url = _url(chosen, command)
         backend, name = _backend(url, chosen.prefix), check_name(chosen.name)
         if command == "publish":
             channel, *given = _count(chosen, parser, 1, 1 if chosen.file else 2)
@@ -180,11 +190,15 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def _url(chosen: argparse.Namespace) -> str:
+def _url(chosen: argparse.Namespace, command: str) -> str:
     """Take the URL out of the words, or out of the environment."""
-    if chosen.words and "://" in chosen.words[0]:
-        return str(chosen.words.pop(0)).strip()
-    if url := os.environ.get("STARCAST_URL", "").strip():
+    url = str(chosen.words.pop(0)) if chosen.words and "://" in chosen.words[0] else ""
+    # Channels are shown, and a URL among them may hold a password; a message may be anything.
+    if any(map(_LIKE_A_URL.match, chosen.words[:1] if command == "publish" else chosen.words)):
+        raise ConfigurationError(
+            "a CHANNEL looks like a URL, which comes first: redis://user:password@host:6379"
+        )
+    if url := (url or os.environ.get("STARCAST_URL", "")).strip():
         return url
     raise ConfigurationError(
         "which broker? Set the environment variable STARCAST_URL, as in "

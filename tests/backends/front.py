@@ -75,6 +75,7 @@ class SlowLine:
     Attributes:
         silent: The numbers of the connections that bring nothing now, in the order in which they
             were made.
+        made: How many connections there were.
     """
 
     PIECE = 4096
@@ -86,7 +87,7 @@ class SlowLine:
         self.passed = 0  # bytes that the server has sent
         self._there = port
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._made = 0
+        self.made = 0
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=self.PIECE)
@@ -103,15 +104,19 @@ class SlowLine:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        number, self._made = self._made, self._made + 1
-        there, back = await asyncio.open_connection("127.0.0.1", self._there, limit=self.PIECE)
+        number, self.made = self.made, self.made + 1
         try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._there, limit=self.PIECE)
+        except OSError:  # the server is down
+            writer.transport.abort()
+            return
+        # Python 3.11 logs an error of a task like this one that was cancelled.
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(
                 self._copy(reader, back), self._copy(there, writer, number), return_exceptions=True
             )
-        finally:
-            writer.transport.abort()
-            back.transport.abort()
+        writer.transport.abort()
+        back.transport.abort()
 
     async def _copy(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int | None = None

@@ -221,6 +221,8 @@ async def test_what_cannot_be_published(redis, capsys, arguments, said):
         (["publish", "URL"], "a CHANNEL is missing"),
         (["publish", "URL", "room", "a", "b\n"], "too many arguments: b\\n"),
         (["publish", "URL", "room", "a", "--file", "x"], "too many arguments: a"),
+        (["publish", "URL", "room", "a", "URL"], "too many arguments: (a URL)\n"),
+        (["publish", "--URL"], "unrecognized arguments: (a URL)\n"),
         (["publish", "URL", "room", "--json", "--binary"], "not allowed with argument"),
         (["subscribe", "URL"], "a CHANNEL is missing"),
         (["check", "URL", "room"], "too many arguments: room"),
@@ -229,7 +231,7 @@ async def test_what_cannot_be_published(redis, capsys, arguments, said):
 )
 def test_what_is_not_understood_of_a_command(capsys, arguments, said):
     with pytest.raises(SystemExit) as caught:
-        cli.main([each.replace("URL", "redis://secret@127.0.0.1:1") for each in arguments])
+        cli.main([each.replace("URL", "redis://u:secret@127.0.0.1:1") for each in arguments])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert said in error
@@ -246,6 +248,28 @@ async def test_the_url_may_come_from_the_environment(redis, monkeypatch, capsys)
         assert await run("publish", "room", "hello") == 0
         assert (await anext(subscriber)).message == "hello"
     assert await run("check") == 0
+
+
+@pytest.mark.parametrize("command", ["publish", "subscribe", "check"])
+@pytest.mark.parametrize(
+    "url", ["redis:/u:secret@h", "redis//u:secret@h", "nats:u:secret@h", "unix:/secret"]
+)
+def test_a_url_is_not_taken_for_a_channel(monkeypatch, capsys, command, url):
+    """Which would be shown, with its password."""
+    monkeypatch.setenv("STARCAST_URL", "redis://127.0.0.1:1")
+    assert cli.main([command, url, "x"]) == 2
+    if command != "check":
+        assert cli.main([command, "redis://127.0.0.1:1", url, "x"]) == 2
+    output = capsys.readouterr()
+    assert "secret" not in output.out + output.err
+    assert "a CHANNEL looks like a URL" in output.err
+
+
+def test_a_url_is_not_taken_for_a_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["redis://u:secret@h", "publish", "room"])
+    error = capsys.readouterr().err
+    assert "invalid choice: '(a URL)' (choose from" in error
 
 
 async def test_a_url_that_is_given_goes_before_the_environment(redis, monkeypatch):

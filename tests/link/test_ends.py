@@ -288,6 +288,18 @@ async def test_a_closing_that_comes_late(broker, other, monkeypatch):
     await hub.disconnect()
 
 
+async def test_a_closing_that_ends_when_the_hub_is_open_again(broker, other):
+    """Its loop has ended as well, so that what was left of it was to be done here."""
+    hub = Broadcast(backend=Bus(broker))
+    await asyncio.to_thread(other.run, hub.connect())
+    asyncio.get_running_loop().call_soon(other.close)  # this loop is blocked until then
+    await hub.disconnect()
+    peer = await joined(hub, "room")
+    await hub.publish("room", "1")
+    await until(lambda: peer.got == ["1"])
+    await hub.disconnect()
+
+
 @pytest.mark.parametrize("where", ["the same loop", "another loop"])
 async def test_a_closing_that_is_cut_off_by_the_end_of_its_loop(broker, where):
     class Stuck(Bus):

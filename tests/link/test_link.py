@@ -486,6 +486,39 @@ async def test_a_channel_that_is_refused_again_and_again_has_one_gap(hub, broker
     assert caplog.text.count("subscribed to the channel 'secret' again") == 1
 
 
+async def test_a_message_that_comes_with_the_confirmation_is_behind_the_gap(broker):
+    class Prompt(Bus):
+        async def subscribe(self, channel):
+            await super().subscribe(channel)
+            if channel == "secret" and self.starts == 2:
+                self.deliver("secret", b"after")  # in the same turn, as from the same read
+
+    hub = Broadcast(backend=Prompt(broker))
+    async with hub, hub.subscribe("secret", gaps=True) as subscriber:
+        broker.refused.add("secret")
+        broker.kill()
+        broker.up = True
+        await until(lambda: hub.stats().backend.gaps and hub.stats().backend.refused)
+        broker.refused.clear()
+        async with asyncio.timeout(DEADLINE):
+            seen = [await anext(subscriber) for _ in range(3)]
+    assert [getattr(item, "message", "GAP") for item in seen] == ["GAP", "GAP", "after"]
+    assert seen[1].channel == "secret"
+
+
+async def test_many_refused_channels_are_some_lines(hub, broker, caplog):
+    names = [f"secret {number}" for number in range(50)]
+    await joined(hub, *names)
+    broker.refused.update(names)
+    broker.kill()
+    broker.up = True
+    await until(lambda: hub.stats().backend.refused == 50)
+    broker.refused.clear()
+    await until(lambda: not hub.stats().backend.refused)
+    assert 0 < caplog.text.count("which is asked for again") < 50
+    assert 0 < caplog.text.count("subscribed to the channel") < 50
+
+
 async def test_what_the_broker_takes_away_in_vain(hub, broker):
     """While the connection breaks, and a channel that nobody has any more."""
     peer = await joined(hub, "room")
@@ -617,6 +650,24 @@ async def test_a_broker_that_says_nothing_any_more_is_noticed(broker, monkeypatc
     await until(lambda: gaps)
     assert await hub.healthy()
     await hub.disconnect()
+
+
+async def test_a_gap_begins_when_what_was_answered_last_was_asked(broker):
+    """And not when the answer came: what was sent after the answer may have been behind it."""
+    gaps: list[Gap] = []
+    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, probe_interval=0.1)
+    async with hub, hub.subscribe("room"):
+        heard = hub._hub.link.probe.heard
+        broker.open.clear()
+        await until(lambda: broker.stalled)
+        asked_by = time.time()
+        await asyncio.sleep(0.02)
+        broker.open.set()
+        await until(lambda: hub._hub.link.probe.heard > heard)
+        broker.kill()
+        broker.up = True
+        await until(lambda: gaps)
+    assert heard < gaps[0].since <= asked_by
 
 
 async def test_a_loop_that_is_blocked_is_no_outage(broker, monkeypatch):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 
 import pytest
 
 from starcast import BackendUnavailable, Broadcast, ConfigurationError, opening, probe
 from starcast.backends.base import LoginRefused
-from support import Bus, Peer, joined, until
+from support import Bus, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -70,9 +71,14 @@ async def test_clients_that_come_meanwhile_share_the_attempts(broker):
     with pytest.raises(BackendUnavailable):
         await hub.connect(Peer().websocket, "room")  # who comes later does not wait so long again
     assert bus.starts == starts + 1
-    with pytest.raises(BackendUnavailable):
-        await hub.connect()  # but who opens it does
-    assert bus.starts > starts + 2
+    for _ in range(5):  # for on a busy machine one attempt may take all of the time
+        starts = bus.starts
+        with pytest.raises(BackendUnavailable):
+            await hub.connect()  # but who opens it does
+        if bus.starts > starts + 1:
+            break
+    else:
+        pytest.fail("who opens it makes one attempt only")
 
 
 async def test_a_login_that_is_refused_is_final(broker):
@@ -108,6 +114,28 @@ async def test_closing_ends_the_attempts(broker):
     await hub.disconnect()
     with pytest.raises(BackendUnavailable, match="closed"):
         await opening
+
+
+async def test_closing_during_an_attempt_that_succeeds(hub, broker, other):
+    """From another loop, which comes to it late."""
+    broker.open.clear()
+    opening = asyncio.create_task(hub.connect())
+    await until(lambda: broker.stalled)
+    closing = asyncio.run_coroutine_threadsafe(hub.disconnect(), other.loop)
+    waiting = hub._hub.lifecycle.switching._waiting
+    await until(lambda: waiting)
+    go = threading.Event()
+    other.loop.call_soon_threadsafe(go.wait, 20)
+    broker.open.set()
+    await opening
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await hub.connect()
+    assert hub._hub.link._backend.starts == 1
+    go.set()
+    await asyncio.wrap_future(closing)
+    await until(lambda: not starcast_tasks())
+    assert not broker.buses
 
 
 async def test_a_broker_that_delivers_nothing(broker, monkeypatch):

@@ -314,6 +314,27 @@ async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, caplo
     assert (f"{lost} messages were lost" in caplog.text) == bool(lost)
 
 
+async def test_what_arrives_in_an_attempt_that_fails_is_counted_as_lost(broker, caplog):
+    class Fragile(Bus):
+        async def subscribe(self, channel):
+            await super().subscribe(channel)
+            if channel == "room" and self.starts in (2, 3):
+                self.deliver("room", b"early")
+                broker.kill()
+                broker.up = True
+
+    hub = Broadcast(backend=Fragile(broker))
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
+        broker.kill()
+        broker.up = True
+        await until(lambda: hub.stats().backend.gaps)
+        await hub.publish("room", "last")
+        seen = [await anext(subscriber) for _ in range(2)]
+        assert [getattr(item, "message", "GAP") for item in seen] == ["GAP", "last"]
+        assert hub.stats().backend.lost == 2
+    assert "2 messages were lost" in caplog.text
+
+
 async def test_a_start_waits_for_the_stop_before_it(broker):
     stopping, go = asyncio.Event(), asyncio.Event()
 
