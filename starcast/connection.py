@@ -168,6 +168,11 @@ class Connection:
         return self.code is not None or self._presence.is_over
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the hub has closed it, or will when it has got what it still had to get."""
+        return self.code is not None and (self.state is not ENDED or self._handler.over)
+
+    @property
     def is_here(self) -> bool:
         """Whether it is registered and has not left. From any thread."""
         return self.leaving is None and not self.departed

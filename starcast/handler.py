@@ -171,6 +171,12 @@ class Handler:
                 self.limit()
             try:
                 message = await self._receive()
+                while (
+                    client.code is not None
+                    and not client.ended
+                    and message["type"] == "websocket.receive"
+                ):  # it is being closed: one that does not read could go on talking meanwhile
+                    message = await self._receive()
                 if message["type"] == "websocket.disconnect":
                     self._told = True
                     client.lose(message.get("code") or ABNORMAL)

@@ -54,6 +54,7 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     _unparsed = b""  # what was read and is not parsed yet; nothing more is read meanwhile
     _pongs_wait = False  # the client does not read them; nothing more is read meanwhile
     _unsent = 0  # bytes that the client had not read when the last ping was sent
+    _heard = False  # whether something of the client was taken since
 
     def stop_frames(self) -> None:
         """Write no more frames: the connection is about to be closed. For a subclass."""
@@ -92,6 +93,7 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     # What is received
 
     def data_received(self, data: bytes) -> None:
+        self._heard = True
         if self._unparsed or (len(data) > PIECE and self.handshake_initiated):
             self._unparsed += data
             self._parse()
@@ -106,6 +108,7 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
 
     def _parse(self) -> None:
         """Parse what was read, as much as one turn of the event loop may take."""
+        self._heard = True
         data, done, piece, end = self._unparsed, 0, PIECE, self.loop.time() + SLICE
         while done < len(data) and not self.transport.is_closing():
             super().data_received(data[done : done + piece])
@@ -130,6 +133,7 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     async def receive(self) -> ASGIReceiveEvent:
         # As in uvicorn, which would read on even if not everything is parsed.
         message = await self.queue.get()
+        self._heard = True
         if self.read_paused and self.queue.empty():
             self.read_paused = False
             self._read_on()
@@ -208,13 +212,15 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
 
     def send_keepalive_ping(self) -> None:
         super().send_keepalive_ping()
-        self._unsent = self.transport.get_write_buffer_size()
+        self._unsent, self._heard = self.transport.get_write_buffer_size(), False
 
     def keepalive_timeout(self) -> None:
         unsent = self.transport.get_write_buffer_size()
-        if self._pongs_wait and unsent < self._unsent and self.ping_timeout is not None:
-            # The pong may be among what is not read. The client reads, if slowly: it is alive.
-            self._unsent = unsent
+        is_alive = self._heard or (self._pongs_wait and unsent < self._unsent)
+        if is_alive and self.ping_timeout is not None:
+            # The pong may stand behind what is not read of the client yet, because its room or its
+            # app takes no more, or because it reads its own pongs slowly.
+            self._unsent, self._heard = unsent, False
             self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
             return
         self.stop_frames()

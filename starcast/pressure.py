@@ -83,15 +83,28 @@ def _is_much(hub: Hub, shard: Shard, event: Event) -> bool:
 
 
 def _find(shard: Shard, event: Event) -> Draining | None:
-    """Return what the event has to wait for, at one of those who will get it.
-
-    A policy that drops messages says that nobody has to wait.
-    """
-    for member in shard.not_ready(event.channel):
+    """Return what the event has to wait for, at one of those who will get it."""
+    members = shard.not_ready(event.channel)
+    for member in filter(_may_be_waited_for, members):
         outbox = member.outbox
-        if outbox.size and outbox.overflow == "disconnect":
-            if outbox.draining is None and not outbox.has_space(event.cost):
-                outbox.draining = Draining(member)
-            if outbox.draining is not None and not outbox.draining.over:
-                return outbox.draining
+        draining = outbox.draining
+        if (draining is None or not draining.full) and not outbox.has_space(event.cost):
+            if draining is None:
+                _begin(members)
+                draining = outbox.draining
+            assert draining is not None
+            draining.full = True
+        if draining is not None and draining.full and not draining.over:
+            return draining
     return None
+
+
+def _begin(members: Iterable[Member]) -> None:
+    """Begin to look at everybody who is behind, or they would be waited for one after another."""
+    for member in filter(_may_be_waited_for, members):
+        member.outbox.draining = member.outbox.draining or Draining(member)
+
+
+def _may_be_waited_for(member: Member) -> bool:
+    """Whether it is behind. A policy that drops messages says that nobody has to wait."""
+    return member.outbox.size > 0 and member.outbox.overflow == "disconnect"

@@ -114,7 +114,10 @@ class Relay:
                 or (hub.link is not None and pressure.is_on_the_way(hub, event))
             ):
                 await pressure.wait(hub, shard, event)
-            if hub.find(self._websocket) is None or self._must_wait(event):
+            connection = hub.find(self._websocket)
+            if connection is not None and connection.is_closed:
+                return  # while the message waited
+            if connection is None or self._must_wait(event):
                 await hub.dispatcher.publish_and_wait(event)
             elif hub.link is None:
                 await hub.dispatcher.publish_soon(event)

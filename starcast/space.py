@@ -42,18 +42,31 @@ class Draining:
 
     They wait until it is empty, not until there is space for one message more. A client that reads
     as fast as it can gets there soon. One that takes nothing for 2 seconds, or has not caught up
-    after 10, is waited for no more until it has, so that it cannot hold its room up at will.
+    after 10, is waited for no more until it has, so that it cannot hold its room up at will. Nor
+    can many of them one after another: who still has space is looked at meanwhile too.
 
     Args:
         client: Whose buffer it is.
 
     Attributes:
+        full: Whether there was no space, so that they wait.
         over: Whether nobody waits any more.
     """
 
-    __slots__ = ("_client", "_idle", "_looks", "_loop", "_seen", "_timer", "_waiting", "over")
+    __slots__ = (
+        "_client",
+        "_idle",
+        "_looks",
+        "_loop",
+        "_seen",
+        "_timer",
+        "_waiting",
+        "full",
+        "over",
+    )
 
     def __init__(self, client: Measured) -> None:
+        self.full = False
         self.over = False
         self._client = client
         self._seen = client.waiting
@@ -66,7 +79,7 @@ class Draining:
     def _look(self) -> None:
         before, self._seen = self._seen, self._client.waiting
         self._idle = self._idle + 1 if before == self._seen else 0
-        self._looks += 1
+        self._looks += self.full
         if self._idle >= MAX_IDLE or self._looks >= MAX_LOOKS:
             self.end()
         else:

@@ -321,6 +321,28 @@ async def test_a_client_whose_pongs_wait_keeps_alive_by_reading(start):
         await until(lambda: not server.server.server_state.connections)
 
 
+async def test_a_client_whose_messages_are_taken_slowly_keeps_alive_by_them(start):
+    """Its answer to the server's ping stands behind messages for which its room has no space."""
+    app = App()
+    server = await start(app, ws_ping_interval=1000, ws_ping_timeout=1000)
+    client = await Client.connect(server)
+    await until(lambda: app.websockets)
+    protocol = protocol_of(server, client)
+    protocol.send_keepalive_ping()
+    for _ in range(2):
+        await client.send(b"hello")
+        await until(lambda: app.asked == ["hello"])
+        app.asked.clear()
+        protocol.pong_timer.cancel()
+        protocol.keepalive_timeout()
+        assert not protocol.transport.is_closing()
+    protocol.pong_timer.cancel()
+    protocol.keepalive_timeout()  # nothing more has come
+    assert protocol.transport.is_closing()
+    await until(lambda: not server.server.server_state.connections)
+    client.close()
+
+
 async def test_a_client_that_does_not_read_messages_is_heard_all_the_same(start):
     """Else a client that sends all it has before it reads would wait for ever."""
     app = App()

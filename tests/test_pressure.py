@@ -10,8 +10,10 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
-from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged
+from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged, space
+from starcast.frames import TEXT
 from support import Served, starcast_tasks, until
+from test_uvicorn import masked
 
 pytestmark = pytest.mark.anyio
 
@@ -193,3 +195,80 @@ async def test_a_subscriber_that_reads_is_waited_for_too(serve, monkeypatch):
         with pytest.raises(SubscriberLagged):
             async for _ in subscriber:
                 pass
+
+
+async def test_members_that_stall_one_after_another_are_not_waited_for_in_turn(serve, monkeypatch):
+    """A Wi-Fi that fails leaves many of them, and each has its buffer half full a little later."""
+    monkeypatch.setattr("starcast.space.LOOK", 0.05)
+    waits = 0
+    wait = space.Draining.wait
+
+    async def counting(draining: space.Draining) -> None:
+        nonlocal waits
+        waits += 1
+        await wait(draining)
+
+    monkeypatch.setattr("starcast.space.Draining.wait", counting)
+    hub = Broadcast(max_buffer=64 * KIB)
+    server = await serve(app_of(hub), send_buffer=16 * KIB)
+    dead = [await stalled(server, "/room") for _ in range(5)]
+    await until(lambda: len(hub) == 5)
+    for number, websocket in enumerate(hub.clients()):
+        before = hub.stats().buffered
+        while hub.stats().buffered < before + (number + 1) * 4 * KIB:
+            await hub.send("x" * KIB, to=websocket)
+    async with server.connect("/room", compression=None) as sender:
+        await until(lambda: len(hub) == 6)
+        for _ in range(40):
+            await sender.send("x" * KIB)
+            assert len(await asyncio.wait_for(sender.recv(), 20)) == KIB
+    assert 1 <= waits <= 2
+    for sock in dead:
+        sock.close()
+
+
+async def test_what_waits_is_not_said_by_a_client_that_is_closed_meanwhile(serve, monkeypatch):
+    waiting = asyncio.Event()
+    wait = space.Draining.wait
+
+    async def noting(draining: space.Draining) -> None:
+        waiting.set()
+        await wait(draining)
+
+    monkeypatch.setattr("starcast.space.Draining.wait", noting)
+    hub = Broadcast(max_buffer=64 * KIB)
+    server = await serve(app_of(hub), send_buffer=16 * KIB)
+    dead = await stalled(server, "/room")
+    async with server.connect("/room") as sender, server.connect("/room") as listener:
+        await until(lambda: len(hub) == 3)
+        websockets = hub.clients()
+        while hub.stats().buffered < 30 * KIB:
+            await hub.send("x" * KIB, to=websockets[0])
+        await sender.send("x" * 4 * KIB)
+        await waiting.wait()
+        await hub.close(websockets[1], 4003)
+        dead.close()
+        await until(lambda: not starcast_tasks() and len(hub) == 1)
+        await hub.publish("room", "the end")
+        assert await listener.recv() == "the end"
+        await sender.wait_closed()
+        assert sender.close_code == 4003
+
+
+async def test_a_client_that_is_closed_and_does_not_read_says_nothing_more(serve, monkeypatch):
+    monkeypatch.setattr("starcast.connection.CLOSE_TIMEOUT", 0.5)
+    hub = Broadcast()
+    server = await serve(app_of(hub), send_buffer=16 * KIB)
+    dead = await stalled(server, "/room")
+    async with server.connect("/room", compression=None) as listener:
+        await until(lambda: len(hub) == 2)
+        websocket = hub.clients()[0]
+        while hub.stats().buffered < 16 * KIB:
+            await hub.send("x" * KIB, to=websocket)
+        closing = asyncio.create_task(hub.close(websocket, 4003))
+        await until(lambda: len(hub) == 1)
+        await asyncio.get_running_loop().sock_sendall(dead, masked(b"still here", TEXT))
+        await closing
+        await hub.publish("room", "the end")
+        assert await listener.recv() == "the end"
+    dead.close()
