@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import PlainTextResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import daphne, logs
+from . import daphne, logs, served, watch
 from .admission import Refuse, Refused
 from .answers import Answered, may_be_denied
 from .close_codes import ABNORMAL
@@ -98,6 +100,7 @@ async def prepare(
                 await websocket.accept(subprotocol=subprotocol)
         except (WebSocketDisconnect, OSError, TimeoutError):
             return False
+        _abort_later(websocket)
     return True
 
 
@@ -129,3 +132,16 @@ async def answer(websocket: WebSocket, exc: WebSocketException | Answered) -> No
                 )
             else:
                 await websocket.close(exc.code, exc.reason)
+
+
+def _abort_later(websocket: WebSocket) -> None:
+    """Drop a client that is to be closed and keeps the server from that by reading nothing."""
+    protocol = served.find_protocol(websocket)
+    if protocol is not None:
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, _abort, weakref.ref(protocol))
+
+
+def _abort(reference: weakref.ref[Any]) -> None:
+    protocol = reference()  # most often gone by now, and not kept for this
+    if protocol is not None:
+        watch.abort(protocol.transport)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException
 from starlette.routing import Mount, WebSocketRoute
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidStatus
 
-from starcast import Broadcast, BroadcastEndpoint, ClientGone, ConfigurationError
+from starcast import Broadcast, BroadcastEndpoint, ClientGone, ConfigurationError, refusals
 from starcast.uvicorn import BroadcastProtocol
 from support import Broker, Bus, Peer, starcast_tasks, until
 from test_refusals import DOORS, app_of, path_of, warnings_of
@@ -19,6 +21,11 @@ from test_refusals import DOORS, app_of, path_of, warnings_of
 pytestmark = pytest.mark.anyio
 
 EVIL = "https://evil.example"
+HANDSHAKE = (
+    b"GET /endpoint HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
+    b"Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    b"Sec-WebSocket-Version: 13\r\nOrigin: https://evil.example\r\n\r\n"
+)
 
 
 async def closing(server, path: str, **options) -> tuple[int, str]:
@@ -138,7 +145,7 @@ async def test_what_a_dependency_of_fastapi_refuses_is_not_the_hubs_to_answer(se
     assert await answer(server, "/ws") == 403
 
 
-@pytest.mark.parametrize("of", [BroadcastProtocol, BroadcastProtocol.__base__])
+@pytest.mark.parametrize("of", [BroadcastProtocol, WebSocketsSansIOProtocol])
 async def test_a_client_that_never_answers_the_close_is_dropped(serve, of):
     class Soon(of):
         def __init__(self, *args, **options):
@@ -148,11 +155,7 @@ async def test_a_client_that_never_answers_the_close_is_dropped(serve, of):
     hub = Broadcast(refuse="close")
     server = await serve(app_of(hub), ws=Soon)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(
-        b"GET /endpoint HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
-        b"Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-        b"Sec-WebSocket-Version: 13\r\nOrigin: https://evil.example\r\n\r\n"
-    )
+    writer.write(HANDSHAKE)
     answered = await asyncio.wait_for(reader.read(), 20)  # until the server ends the connection
     assert b" 101 " in answered
     assert answered.endswith(b"\x88\x14\x03\xf0origin not allowed")
@@ -160,6 +163,26 @@ async def test_a_client_that_never_answers_the_close_is_dropped(serve, of):
     assert len(hub) == 0
     writer.close()
     await until(lambda: not starcast_tasks())
+
+
+async def ping_without_end(sock):
+    loop, ping = asyncio.get_running_loop(), b"\x89\xfd\0\0\0\0" + bytes(125)
+    await loop.sock_sendall(sock, HANDSHAKE)
+    await loop.sock_recv(sock, 1)
+    while True:
+        await loop.sock_sendall(sock, ping * 100)
+
+
+async def test_a_client_that_asks_for_pongs_and_reads_none_is_dropped(serve, monkeypatch):
+    monkeypatch.setattr(refusals, "CLOSE_TIMEOUT", 0.3)
+    server = await serve(app_of(Broadcast(refuse="close")))
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port))
+        sock.setblocking(False)
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(ping_without_end(sock), 15)
+        await until(lambda: not server.server.server_state.connections)
 
 
 @pytest.mark.parametrize("says", ["nothing", "that it has left"])
