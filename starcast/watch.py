@@ -42,6 +42,11 @@ def has_unsent(transport: Any) -> bool:
         return False
 
 
+def is_there(transport: Any) -> bool:
+    """Whether it can be aborted: it is open, or is closing and has bytes to send until then."""
+    return not transport.is_closing() or has_unsent(transport)
+
+
 def abort(transport: Any) -> None:
     """Drop a connection whose client has not read everything.
 

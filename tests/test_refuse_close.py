@@ -176,6 +176,7 @@ async def ping_without_end(sock):
 async def test_a_client_that_asks_for_pongs_and_reads_none_is_dropped(serve, monkeypatch):
     monkeypatch.setattr(refusals, "CLOSE_TIMEOUT", 0.3)
     server = await serve(app_of(Broadcast(refuse="close")))
+    assert await closing(server, "/endpoint", origin=EVIL) == (1008, "origin not allowed")
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", server.port))
