@@ -398,3 +398,19 @@ async def joined(hub: starcast.Broadcast, *channels: str) -> Peer:
 def subscribed(broker: Broker) -> set[str]:
     names = set().union(*broker.buses.values())
     return {name for name in names if not name.startswith("starcast-probe")}
+
+
+async def stalled(server: Served, path: str) -> socket.socket:
+    """A client that has shaken hands and reads nothing any more."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, ("127.0.0.1", server.port))
+    await loop.sock_sendall(
+        sock,
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode(),
+    )
+    assert b" 101 " in await loop.sock_recv(sock, 100)
+    return sock

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import socket
 import tracemalloc
 
 import pytest
@@ -21,7 +20,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from starcast import Broadcast, BroadcastEndpoint, ConnectionManager, InvalidChannel, connection
-from support import Bus, Peer, Served, starcast_tasks, until
+from support import Bus, Peer, stalled, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -40,22 +39,6 @@ async def all_back(anyio_backend):
     gc.collect()
     await until(lambda: not starcast_tasks())
     await until(lambda: descriptors() <= before)
-
-
-async def stalled(server: Served, path: str) -> socket.socket:
-    """A client that has shaken hands and reads nothing any more."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
-    sock.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(sock, ("127.0.0.1", server.port))
-    await loop.sock_sendall(
-        sock,
-        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode(),
-    )
-    assert b" 101 " in await loop.sock_recv(sock, 100)
-    return sock
 
 
 async def read(client, count: int) -> list[str]:

@@ -12,7 +12,7 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged, space
 from starcast.frames import TEXT
-from support import Served, starcast_tasks, until
+from support import Served, stalled, starcast_tasks, until
 from test_uvicorn import masked
 
 pytestmark = pytest.mark.anyio
@@ -26,22 +26,6 @@ def app_of(hub: Broadcast) -> Starlette:
         broadcast = hub
 
     return Starlette(routes=[WebSocketRoute("/{channel}", Chat)])
-
-
-async def stalled(server: Served, path: str) -> socket.socket:
-    """A client that has shaken hands and reads nothing any more."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
-    sock.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(sock, ("127.0.0.1", server.port))
-    await loop.sock_sendall(
-        sock,
-        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode(),
-    )
-    assert b" 101 " in await loop.sock_recv(sock, 100)
-    return sock
 
 
 async def read(client, count: int) -> list[int]:
