@@ -394,7 +394,7 @@ async def test_a_handler_that_finds_its_client_gone_ends_without_a_word(serve, c
         if not query:
             await reader.readuntil(b"tick")
         writer.transport.abort()
-        await until(lambda: len(ended) == number)  # noqa: B023
+        await until(lambda: len(ended) == number)  # noqa: B023  # awaited here
     await until(lambda: not server.server.server_state.tasks)
     assert [record.levelname for record in caplog.records if record.levelname == "ERROR"] == []
     await until(lambda: len(hub) == 0)

@@ -250,8 +250,8 @@ class _Pipe:
             self._bytes_at = time.monotonic()
             feed(data)
 
-        # Nothing else shows that a part of a message has come.
-        reader.feed_data = feed_data  # type: ignore[method-assign, assignment]
+        # Nothing else shows that a part of a message has come, so this one reader is patched.
+        reader.feed_data = feed_data  # type: ignore[method-assign, assignment]  # on purpose
         self.answer: object = None  # the last one
         self._writer = writer
         self._take = take

@@ -470,7 +470,7 @@ async def test_a_channel_that_is_refused_again_and_again_has_one_gap(hub, broker
                 await until(lambda: hub.stats().backend.refused)
                 asked = len(broker.calls)
                 await until(
-                    lambda: broker.calls[asked:].count(("subscribe", "secret")) > 1  # noqa: B023
+                    lambda: broker.calls[asked:].count(("subscribe", "secret")) > 1  # noqa: B023  # awaited here
                 )
             broker.refused.clear()
             await until(lambda: not hub.stats().backend.refused)
