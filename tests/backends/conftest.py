@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from backends.nats_server import NatsServer
 from starcast.backends import Backend, from_url
 from support import Broker, Bus
 
@@ -67,3 +68,18 @@ def server(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A server of each kind that the test may kill."""
     with running(request.param) as server:
         yield server
+
+
+@pytest.fixture
+def own_nats() -> Iterator[Callable[..., NatsServer]]:
+    """`own_nats("max_subscriptions: 4")` starts a server of NATS with lines of configuration."""
+    servers: list[NatsServer] = []
+
+    def start(config: str = "") -> NatsServer:
+        servers.append(NatsServer(config))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

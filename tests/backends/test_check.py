@@ -11,7 +11,6 @@ import pytest
 import trustme
 
 from backends.front import front
-from backends.nats_server import NatsServer
 from backends.postgres_server import PASSWORD, QUOTED
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, cli
@@ -38,21 +37,6 @@ def checked(capsys):
         return code, [line.partition(":")[0] for line in output.out.splitlines()], output.err
 
     return run
-
-
-@pytest.fixture
-def own_nats():
-    """Starts a server of NATS with lines of configuration."""
-    servers = []
-
-    def start(config: str = "") -> NatsServer:
-        servers.append(NatsServer(config))
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def failed(step: str, error: str) -> str:

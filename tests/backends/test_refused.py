@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -83,20 +83,6 @@ def user(request: pytest.FixtureRequest) -> Iterator[RedisUser | NatsUser]:
     user.allow(*CHANNELS)
     yield user
     user.server.close()
-
-
-@pytest.fixture
-def nats() -> Iterator[Callable[[str], NatsServer]]:
-    servers: list[NatsServer] = []
-
-    def start(config: str) -> NatsServer:
-        servers.append(NatsServer(config))
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def lines(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
@@ -201,11 +187,11 @@ async def test_a_refused_channel_that_nobody_wants_any_more(all_back):
         user.server.close()
 
 
-async def test_the_hubs_own_channels_are_taken_away(nats, all_back):
+async def test_the_hubs_own_channels_are_taken_away(own_nats, all_back):
     config = """authorization: {{users: [{{user: u, password: p, permissions: {{
         publish: {{allow: ">", deny: "{}"}}, subscribe: {{allow: ">", deny: "{}"}}}}}}]}}"""
     free = config.format("none", "none")
-    server = nats(free)
+    server = own_nats(free)
     backend = NatsBackend(server.url.replace("//", "//u:p@"), prefix="app.")
     hub = Broadcast(backend=backend, probe_interval=0.1)
     async with hub, hub.subscribe("room"):
@@ -218,8 +204,8 @@ async def test_the_hubs_own_channels_are_taken_away(nats, all_back):
         assert await hub.healthy()
 
 
-async def test_one_subscription_too_many_is_an_error_for_who_asks(nats, all_back, caplog):
-    server = nats("max_subscriptions: 4")  # two of them are the hub's own
+async def test_one_subscription_too_many_is_an_error_for_who_asks(own_nats, all_back, caplog):
+    server = own_nats("max_subscriptions: 4")  # two of them are the hub's own
     async with Broadcast(server.url) as hub:
         peers = {name: Peer() for name in ("a", "b", "c", "d")}
         for name in "ab":
@@ -240,8 +226,8 @@ async def test_one_subscription_too_many_is_an_error_for_who_asks(nats, all_back
     assert len(lines(caplog, "refused the subscription")) == 2
 
 
-async def test_too_few_subscriptions_for_the_hub_itself(nats, all_back):
-    server = nats("max_subscriptions: 1")
+async def test_too_few_subscriptions_for_the_hub_itself(own_nats, all_back):
+    server = own_nats("max_subscriptions: 1")
     with pytest.raises(BackendUnavailable, match="maximum subscriptions exceeded"):
         await Broadcast(server.url, open_timeout=0).connect()
 
@@ -298,8 +284,8 @@ async def test_only_the_message_that_is_refused_fails(user, all_back):
         assert (stats.backend.lost, stats.failed) == (3, 2)
 
 
-async def test_a_message_too_large_for_the_broker_that_came_back(nats, all_back):
-    server = nats("")
+async def test_a_message_too_large_for_the_broker_that_came_back(own_nats, all_back):
+    server = own_nats("")
     async with Broadcast(server.url) as hub, hub.subscribe("news") as news:
         server.kill()
         await until(lambda: hub.stats().backend.state == "reconnecting")
