@@ -15,11 +15,14 @@ from typing import Any, Literal, Self, overload
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from . import arguments, backends, codec, refusals, serving
-from . import subprotocols as _subprotocols
-from .admission import Refuse
+from . import arguments, backends, codec, serving
+from .admission import refusals
+from .admission import subprotocols as _subprotocols
+from .admission.hooks import Refuse
+from .admission.origins import Allowed, Origins
 from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client, check_close
 from .backends import Backend
+from .broker.opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .close_codes import NORMAL
 from .codec import Channel, Dumps, Encoding
 from .gap import Gap
@@ -28,8 +31,6 @@ from .hub import Headers, Hub
 from .inbound import MAX_MESSAGE
 from .lifespan import with_handlers
 from .mount import Authorize, make_app
-from .opening import OPEN_TIMEOUT, PROBE_INTERVAL
-from .origins import Allowed, Origins
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .relay import OnPublishError
 from .settings import AfterGap, Settings

@@ -36,10 +36,10 @@ from .close_codes import ABNORMAL, TRY_AGAIN_LATER
 from .event import Event
 from .handler import Handler, owner
 from .outbox import Close, Item, Leave, Outbox, OutboxFull, Turn
+from .servers.watch import Presence
+from .servers.wire import FrameWriter, open_wire
 from .stats import Counters
-from .waiter import Waiter
-from .watch import Presence
-from .wire import FrameWriter, open_wire
+from .sync.waiter import Waiter
 
 # Seconds that a client has for what it still has to get and for the close frame. After that the
 # send that is stuck ends, the hub's or the handler's: a client that reads nothing would hold it for

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from . import forks, logs
-from .bounded import Full
+from .broker.link import Link
+from .broker.sender import OnLost, Taken
 from .event import Event
 from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
-from .link import Link
 from .registry import Registry
-from .sender import OnLost, Taken
 from .shard import SLICE
-from .waiter import Waiter
+from .sync.bounded import Full
+from .sync.waiter import Waiter
 
 # Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
 YIELD_AFTER = 64

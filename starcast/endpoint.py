@@ -13,8 +13,9 @@ from starlette.exceptions import WebSocketException
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import attributes, codec, heartbeats, inbound, refusals, serving, subprotocols
-from .admission import Refuse, check_refuse
+from . import attributes, codec, heartbeats, inbound, serving
+from .admission import refusals, subprotocols
+from .admission.hooks import Refuse, check_refuse
 from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
 from .close_codes import ABNORMAL, INTERNAL_ERROR

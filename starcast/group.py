@@ -9,8 +9,8 @@ from .connection import Connection
 from .event import Event
 from .frames import Setting
 from .outbox import Item
+from .servers.wire import MAX_JOIN
 from .subscriber import Subscription
-from .wire import MAX_JOIN
 
 Member = Connection | Subscription[Any]
 Write = Callable[[bytes], None]

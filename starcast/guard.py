@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 from weakref import WeakKeyDictionary
 
-from .life import REST
+from .broker.life import REST
+from .broker.link import Link
 from .lifecycle import Lifecycle
-from .link import Link
 from .registry import Registry
 from .shard import Shard
 

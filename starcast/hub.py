@@ -16,10 +16,12 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, daphne, personal, served
+from . import backends, codec, personal
 from .arguments import Exclude, check_excluded
 from .backends import Backend
-from .claims import Claim
+from .broker.claims import Claim
+from .broker.link import Link
+from .broker.naming import DEFAULT_NAME, NamedBackend, check_name
 from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
 from .connection import CLOSE_TIMEOUT, Connection, is_gone
@@ -29,15 +31,14 @@ from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
 from .guard import Guard
 from .lifecycle import Lifecycle
-from .link import Link
 from .missed import Missed
-from .naming import DEFAULT_NAME, NamedBackend, check_name
 from .outbox import Close, Outbox
 from .registry import Registry
+from .servers import daphne, served
 from .settings import Settings
 from .stats import Counters, Stats
 from .subscriber import Subscription
-from .waiter import Waiter
+from .sync.waiter import Waiter
 
 Headers = Iterable[tuple[bytes, bytes]]
 

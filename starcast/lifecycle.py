@@ -7,16 +7,16 @@ import contextlib
 import copy
 from collections.abc import AsyncIterator
 
-from . import server
 from .answers import Answered
-from .claims import Claim
+from .broker.claims import Claim
+from .broker.link import Link
 from .close_codes import GOING_AWAY
 from .connection import CLOSE_TIMEOUT, Connection
 from .dispatcher import Dispatcher, State
-from .link import Link
 from .outbox import Close
 from .registry import Registry
-from .waiter import Lock
+from .servers import server
+from .sync.waiter import Lock
 
 
 def _again(exc: Exception) -> Exception:

@@ -10,10 +10,12 @@ from starlette.routing import Router, WebSocketRoute
 from starlette.types import Scope
 from starlette.websockets import WebSocket
 
-from . import admission, codec, inbound, refusals
+from . import codec, inbound
 from . import heartbeats as _heartbeats
-from . import subprotocols as _subprotocols
-from .admission import Refuse, check_refuse
+from .admission import hooks as admission
+from .admission import refusals
+from .admission import subprotocols as _subprotocols
+from .admission.hooks import Refuse, check_refuse
 from .answers import Answered
 from .arguments import check_channel
 from .codec import Encoding

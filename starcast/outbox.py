@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 from .event import Event
 from .exceptions import ConfigurationError
 from .gap import Gap
-from .space import Draining, SpaceQueue
-from .waiter import Waiter
+from .sync.space import Draining, SpaceQueue
+from .sync.waiter import Waiter
 
 logger = logging.getLogger("starcast")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from starlette.websockets import WebSocket
 
-from . import served
 from .close_codes import ABNORMAL
 from .connection import Connection, is_gone
 from .exceptions import ClientGone, NotConnected
 from .registry import Registry
-from .space import SpaceQueue
+from .servers import served
+from .sync.space import SpaceQueue
 
 
 async def claim(

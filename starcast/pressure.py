@@ -15,7 +15,7 @@ from .event import Event
 from .group import Member
 from .hub import Hub
 from .shard import Shard
-from .space import Draining
+from .sync.space import Draining
 
 # What may be on its way to the buffers, as a part of one, without being looked at. As much again is
 # perhaps being delivered in this moment. What clients say fills half of a buffer; so this, and a

@@ -24,11 +24,11 @@ from typing import Any, Self
 from . import codec
 from .backends import Backend
 from .broadcast import Broadcast
+from .broker.opening import Backoff
 from .codec import Channel, Dumps, Encoding
 from .exceptions import BackendUnavailable, ConfigurationError, StarcastError
-from .opening import Backoff
 from .stats import BackendStats
-from .waiter import running_loop
+from .sync.waiter import running_loop
 
 # Seconds that `publish` waits for the broker, and after which an idle connection is closed.
 TIMEOUT = 5.0

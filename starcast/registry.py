@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .bounded import Full
 from .connection import Connection, is_gone
 from .event import Event
 from .gap import Gap
@@ -24,7 +23,8 @@ from .outbox import Close, Item, Leave
 from .shard import Shard
 from .stats import Counters
 from .subscriber import Subscription
-from .waiter import Waiter, running_loop
+from .sync.bounded import Full
+from .sync.waiter import Waiter, running_loop
 
 Target = tuple[Shard, tuple[Member, ...]]
 

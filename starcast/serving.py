@@ -11,8 +11,9 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import codec, inbound, logs, refusals
+from . import codec, inbound, logs
 from . import heartbeats as _heartbeats
+from .admission import refusals
 from .answers import Answered
 from .close_codes import INVALID_DATA, NORMAL, POLICY_VIOLATION
 from .codec import Channel, Encoding

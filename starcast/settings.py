@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Literal
 
 from . import inbound
-from .admission import Refuse, check_refuse
+from .admission.hooks import Refuse, check_refuse
+from .admission.origins import Origins
+from .broker.opening import check_timing
 from .close_codes import SERVICE_RESTART
 from .codec import Dumps
 from .exceptions import ConfigurationError
 from .gap import Gap
-from .opening import check_timing
-from .origins import Origins
 from .outbox import Close, OnOverflow, Outbox, Overflow
 
 logger = logging.getLogger("starcast")

@@ -20,15 +20,15 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from .bounded import BoundedQueue
 from .connection import AFTER_CANCEL, IDLE, Connection
 from .event import Event
 from .frames import Setting
 from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Turn
+from .servers.watch import Watch
 from .stats import Counters
-from .waiter import running_loop
-from .watch import Watch
+from .sync.bounded import BoundedQueue
+from .sync.waiter import running_loop
 
 logger = logging.getLogger("starcast")
 

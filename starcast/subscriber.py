@@ -7,11 +7,11 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Self, TypeVar, cast
 
-from . import served, server, watch
 from .event import Event
 from .exceptions import SubscriberLagged, Unsubscribed
 from .gap import Gap
 from .outbox import Close, Item, Outbox, OutboxFull
+from .servers import served, server, watch
 from .stats import Counters
 
 Got = TypeVar("Got")

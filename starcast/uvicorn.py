@@ -23,10 +23,10 @@ from . import logs
 from .frames import PLAIN, Setting
 
 if TYPE_CHECKING:
-    from .hardened import HardenedProtocol
+    from .servers.hardened import HardenedProtocol
 else:
     try:
-        from .hardened import HardenedProtocol
+        from .servers.hardened import HardenedProtocol
     except ImportError:  # this uvicorn does not have the protocol that it is made of
         from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol as HardenedProtocol
 

@@ -13,7 +13,8 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, served
+from starcast import Broadcast
+from starcast.servers import served
 from starcast.uvicorn import BroadcastProtocol
 
 CLOSE_TIMEOUT = 0.3

@@ -11,7 +11,8 @@ from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, BroadcastEndpoint, connection, watch
+from starcast import Broadcast, BroadcastEndpoint, connection
+from starcast.servers import watch
 
 connection.CLOSE_TIMEOUT = 0.3
 

@@ -29,7 +29,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server_process import ServerProcess
-from starcast import Broadcast, frames, hardened
+from starcast import Broadcast, frames
+from starcast.servers import hardened
 from support import DEADLINE, starcast_tasks, until
 from test_frames import CLOSE, CONTINUATION, PING, PONG
 from test_uvicorn import KIB, PROTOCOL, App, Client, certificate, masked, read, read_all

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from starcast import PublishQueueFull
-from starcast.bounded import BoundedQueue, Full
+from starcast.sync.bounded import BoundedQueue, Full
 from support import until
 
 pytestmark = pytest.mark.anyio

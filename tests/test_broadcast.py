@@ -34,8 +34,8 @@ from starcast import (
     SubscriberLagged,
     shard,
 )
-from starcast.bounded import Full
 from starcast.relay import Relay, close_sender
+from starcast.sync.bounded import Full
 from support import Bus, Peer, by_another, until, until_sync
 
 pytestmark = pytest.mark.anyio

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, ConfigurationError, claims
+from starcast import BackendUnavailable, Broadcast, ConfigurationError
+from starcast.broker import claims
 from support import Broker, Bus, OtherLoop, joined, until
 
 pytestmark = pytest.mark.anyio
@@ -174,7 +175,8 @@ def test_two_threads_that_open_at_the_same_time():
 
 FORK = """
 import asyncio, os, sys
-from starcast import Broadcast, claims
+from starcast import Broadcast
+from starcast.broker import claims
 from support import Bus, OtherLoop
 
 class Placed(Bus):

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from starcast import Event
-from starcast.envelope import Malformed, pack, unpack
+from starcast.broker.envelope import Malformed, pack, unpack
 
 US, THEM = b"12345678", b"87654321"
 IDS = st.frozensets(st.integers(0, 2**64 - 1), max_size=20)

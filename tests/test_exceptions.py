@@ -15,7 +15,6 @@ from starlette.websockets import WebSocketDisconnect
 
 from starcast import exceptions
 from starcast.backends.base import LoginRefused, MessagesRefused, SubscriptionRevoked
-from starcast.bounded import BoundedQueue, Full
 from starcast.exceptions import (
     BackendUnavailable,
     ClientGone,
@@ -30,6 +29,7 @@ from starcast.exceptions import (
     StarcastError,
     SubscriberLagged,
 )
+from starcast.sync.bounded import BoundedQueue, Full
 
 ERRORS = {
     name: cls

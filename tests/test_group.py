@@ -11,7 +11,7 @@ from starcast.event import OVERHEAD, Event
 from starcast.frames import PLAIN
 from starcast.group import Group, grouped
 from starcast.outbox import Close, Leave
-from starcast.wire import MAX_JOIN
+from starcast.servers.wire import MAX_JOIN
 from test_frames import Reader
 
 

@@ -10,8 +10,8 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from starcast import Broadcast, ConfigurationError, OriginRefused
+from starcast.admission.origins import Origins
 from starcast.logs import MAX_ALIKE, MAX_KINDS, once
-from starcast.origins import Origins
 from support import Peer
 
 pytestmark = pytest.mark.anyio

@@ -13,9 +13,10 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, ClientGone, ConnectionManager, NotConnected, space
+from starcast import Broadcast, ClientGone, ConnectionManager, NotConnected
 from starcast.event import OVERHEAD
 from starcast.outbox import MAX_BUFFER, OVERFLOWS
+from starcast.sync import space
 from support import (
     DEADLINE,
     Broker,

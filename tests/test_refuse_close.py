@@ -13,7 +13,8 @@ from starlette.routing import Mount, WebSocketRoute
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidStatus
 
-from starcast import Broadcast, BroadcastEndpoint, ClientGone, ConfigurationError, refusals
+from starcast import Broadcast, BroadcastEndpoint, ClientGone, ConfigurationError
+from starcast.admission import refusals
 from starcast.uvicorn import BroadcastProtocol
 from support import Broker, Bus, Peer, starcast_tasks, until
 from test_refusals import DOORS, app_of, path_of, warnings_of

@@ -138,7 +138,8 @@ async def test_what_the_broker_refuses_of_clients_is_one_warning_with_its_words(
 async def test_what_is_said_during_a_short_outage_arrives_in_order(
     serve, broker, caplog, monkeypatch
 ):
-    monkeypatch.setattr("starcast.sender.TIMEOUT", 20)  # a busy machine starts brokers slowly
+    # A busy machine starts brokers slowly.
+    monkeypatch.setattr("starcast.broker.sender.TIMEOUT", 20)
     with contextlib.closing(broker()) as server_of_broker:
         server_of_broker.start()
         async with Broadcast(server_of_broker.url) as hub:

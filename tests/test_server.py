@@ -15,7 +15,8 @@ import pytest
 import uvicorn
 
 import streams_app
-from starcast import Broadcast, server
+from starcast import Broadcast
+from starcast.servers import server
 from support import DEADLINE, Broker, Bus, OtherLoop, Served, until
 
 pytestmark = pytest.mark.anyio

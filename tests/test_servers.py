@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server_process import ServerProcess
 from starcast import close_codes
-from starcast.daphne import OFFSET
+from starcast.servers.daphne import OFFSET
 from support import DEADLINE
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ import pytest
 
 from starcast import Broadcast, shard
 from starcast.connection import Connection
-from starcast.waiter import Waiter
+from starcast.sync.waiter import Waiter
 from support import Peer, starcast_tasks, until, until_sync
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("road")]

@@ -19,7 +19,7 @@ import pytest
 import uvicorn.config
 
 from server_process import HERE, ServerProcess
-from starcast import server
+from starcast.servers import server
 from support import DEADLINE, until
 
 pytestmark = pytest.mark.anyio

@@ -17,7 +17,8 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, BroadcastEndpoint, connection, watch
+from starcast import Broadcast, BroadcastEndpoint, connection
+from starcast.servers import watch
 from support import Served, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio

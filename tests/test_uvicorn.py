@@ -973,7 +973,7 @@ async def test_a_uvicorn_that_is_not_understood(start, back, monkeypatch, caplog
 async def test_a_uvicorn_without_that_protocol(serve, back, monkeypatch, caplog):
     """Its default is taken then; here the one on wsproto, which has no such insides."""
     monkeypatch.setitem(sys.modules, sansio.__name__, None)
-    monkeypatch.delitem(sys.modules, "starcast.hardened")
+    monkeypatch.delitem(sys.modules, "starcast.servers.hardened")
     monkeypatch.setattr(uvicorn.protocols.websockets.auto, "AutoWebSocketsProtocol", WSProtocol)
     spec = importlib.util.spec_from_file_location("starcast._old", starcast.uvicorn.__file__)
     old = importlib.util.module_from_spec(spec)

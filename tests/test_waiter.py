@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from starcast.waiter import Lock, Waiter, running_loop
+from starcast.sync.waiter import Lock, Waiter, running_loop
 from support import DEADLINE, until
 
 pytestmark = pytest.mark.anyio

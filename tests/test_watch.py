@@ -23,7 +23,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
-from starcast import Broadcast, ClientGone, ConnectionManager, served, watch
+from starcast import Broadcast, ClientGone, ConnectionManager
+from starcast.servers import served, watch
 from support import OtherLoop, Peer, Served, by_another, free_port, until, until_sync
 
 pytestmark = pytest.mark.anyio

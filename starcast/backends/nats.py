@@ -30,8 +30,8 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 
-from ..deadline import Deadline, Overdue
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
+from ..sync.deadline import Deadline, Overdue
 from .base import Deliver, LoginRefused, Lost, SubscriptionRevoked
 from .nats_client import RefusalClient, Sink, Wire, refusal, refused_subject
 from .nats_names import endpoints_of, read, same_servers, tokens, untoken

@@ -16,8 +16,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 
-from ..deadline import Deadline
 from ..exceptions import BackendUnavailable
+from ..sync.deadline import Deadline
 from .base import MessagesRefused
 
 # What a server says, in lower case, when it refuses something and keeps the connection.

@@ -14,8 +14,8 @@ from typing import Any
 
 import asyncpg
 
-from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
+from ..sync.deadline import Deadline
 from .base import Deliver, LoginRefused, Lost, MessagesRefused
 from .postgres_url import Server
 

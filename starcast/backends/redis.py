@@ -14,8 +14,8 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from ..deadline import Deadline
 from ..exceptions import BackendUnavailable, ConfigurationError
+from ..sync.deadline import Deadline
 from .base import Deliver, LoginRefused, Lost, MessagesRefused
 from .redis_url import pool_of
 from .urls import Endpoint, same_host

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from .. import __version__, backends
 from ..backends import Backend
+from ..broker.naming import DEFAULT_NAME, check_name
 from ..exceptions import (
     BackendUnavailable,
     ConfigurationError,
@@ -25,7 +26,6 @@ from ..exceptions import (
     SubscriberLagged,
 )
 from ..logs import escape
-from ..naming import DEFAULT_NAME, check_name
 from . import check, publish, subscribe
 from .common import say
 

@@ -20,8 +20,8 @@ from .. import logs
 from ..backends import Backend
 from ..backends.base import LoginRefused
 from ..backends.urls import Endpoint
+from ..broker.naming import NamedBackend
 from ..exceptions import BackendUnavailable, ConfigurationError
-from ..naming import NamedBackend
 
 ROUND_TRIPS = 20
 

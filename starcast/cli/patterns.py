@@ -12,13 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import envelope
 from ..backends import Backend
 from ..backends.base import Deliver, Lost
+from ..broker import envelope
+from ..broker.probe import PROBE_CHANNEL
 from ..event import Event
 from ..exceptions import ConfigurationError
 from ..gap import Gap
-from ..probe import PROBE_CHANNEL
 
 ALL = "*"
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, probe, sender
-from starcast.deadline import Deadline
+from starcast import BackendUnavailable, Broadcast
+from starcast.broker import probe, sender
+from starcast.sync.deadline import Deadline
 from support import Peer, until
 
 pytestmark = pytest.mark.anyio

@@ -15,19 +15,8 @@ from backends.front import front
 from backends.nats_server import Flood, NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import (
-    BackendUnavailable,
-    Broadcast,
-    Gap,
-    PayloadTooLarge,
-    backends,
-    life,
-    link,
-    opening,
-    probe,
-    session,
-    subscriptions,
-)
+from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, backends
+from starcast.broker import life, link, opening, probe, session, subscriptions
 from support import Peer, free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio

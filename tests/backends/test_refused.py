@@ -23,9 +23,9 @@ from starcast import (
     Gap,
     GapSubscriber,
     Subscriber,
-    sender,
 )
 from starcast.backends.nats import NatsBackend
+from starcast.broker import sender
 from support import DEADLINE, Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio

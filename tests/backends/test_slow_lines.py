@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from backends.front import SlowLine
-from starcast import BackendUnavailable, Broadcast, Gap, link, probe, sender
+from starcast import BackendUnavailable, Broadcast, Gap
 from starcast.backends import from_url
+from starcast.broker import link, probe, sender
 from support import Peer, until
 
 pytestmark = pytest.mark.anyio

@@ -29,18 +29,8 @@ from backends.front import SlowLine
 from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import (
-    BackendUnavailable,
-    Broadcast,
-    Event,
-    Gap,
-    opening,
-    probe,
-    sender,
-    session,
-    shard,
-    subscriptions,
-)
+from starcast import BackendUnavailable, Broadcast, Event, Gap, shard
+from starcast.broker import opening, probe, sender, session, subscriptions
 from support import OtherLoop, starcast_tasks, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1200)]

@@ -16,12 +16,13 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import PlainTextResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import daphne, logs, served, watch
-from .admission import Refuse, Refused
-from .answers import Answered, may_be_denied
-from .close_codes import ABNORMAL
-from .connection import CLOSE_TIMEOUT, is_gone
-from .exceptions import ClientGone, InvalidChannel, OriginRefused
+from .. import logs
+from ..answers import Answered, may_be_denied
+from ..close_codes import ABNORMAL
+from ..connection import CLOSE_TIMEOUT, is_gone
+from ..exceptions import ClientGone, InvalidChannel, OriginRefused
+from ..servers import daphne, served, watch
+from .hooks import Refuse, Refused
 
 # Where a mount or an endpoint that refuses in another way than its hub notes that in the scope.
 REFUSE = "starcast.refuse"

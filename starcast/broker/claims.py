@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 
-from .exceptions import ConfigurationError
+from ..exceptions import ConfigurationError
 
 _lock = threading.Lock()
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, ConfigurationError, opening, probe
+from starcast import BackendUnavailable, Broadcast, ConfigurationError
 from starcast.backends.base import LoginRefused
+from starcast.broker import opening, probe
 from support import Bus, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio

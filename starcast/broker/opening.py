@@ -8,8 +8,8 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-from .backends.base import LoginRefused
-from .exceptions import BackendUnavailable, ConfigurationError
+from ..backends.base import LoginRefused
+from ..exceptions import BackendUnavailable, ConfigurationError
 
 logger = logging.getLogger("starcast")
 

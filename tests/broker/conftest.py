@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from starcast import Broadcast, guard, life, link, opening, sender
+from starcast import Broadcast, guard
+from starcast.broker import life, link, opening, sender
 from support import Broker, Bus, starcast_tasks, until
 
 

@@ -11,9 +11,9 @@ from typing import Protocol
 
 from starlette.websockets import WebSocket
 
-from .event import Event
-from .frames import Setting
-from .outbox import Outbox
+from ..event import Event
+from ..frames import Setting
+from ..outbox import Outbox
 
 # Bytes of frames that are joined for one write.
 MAX_JOIN = 64 * 1024

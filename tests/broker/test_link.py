@@ -18,13 +18,10 @@ from starcast import (
     PayloadTooLarge,
     PublishQueueFull,
     dispatcher,
-    life,
-    probe,
-    sender,
-    session,
     testing,
 )
 from starcast.backends.base import SubscriptionRevoked
+from starcast.broker import life, probe, sender, session
 from support import (
     DEADLINE,
     Broker,

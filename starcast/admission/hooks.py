@@ -15,9 +15,9 @@ from typing import Literal
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import WebSocketException
 
-from . import logs
-from .close_codes import POLICY_VIOLATION
-from .exceptions import ConfigurationError
+from .. import logs
+from ..close_codes import POLICY_VIOLATION
+from ..exceptions import ConfigurationError
 
 Refuse = Literal["http", "close"]
 

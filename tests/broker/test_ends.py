@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, dispatcher, guard, life, link, probe, sender
-from starcast.waiter import Lock, running_loop
+from starcast import BackendUnavailable, Broadcast, dispatcher, guard
+from starcast.broker import life, link, probe, sender
+from starcast.sync.waiter import Lock, running_loop
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio

@@ -19,12 +19,12 @@ import os
 import time
 from collections.abc import Callable
 
-from .backends.base import Backend
-from .deadline import Deadline
-from .event import OVERHEAD
-from .exceptions import BackendUnavailable, PublishQueueFull
+from ..backends.base import Backend
+from ..event import OVERHEAD
+from ..exceptions import BackendUnavailable, PublishQueueFull
+from ..sync.deadline import Deadline
+from ..sync.waiter import running_loop
 from .sender import LOST, Sender, Taken
-from .waiter import running_loop
 
 # How the names of the channels begin that probes are sent to.
 PROBE_CHANNEL = "starcast-probe-"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
-from .backends.base import Backend, Deliver, Lost, SubscriptionRevoked
-from .exceptions import ConfigurationError
+from ..backends.base import Backend, Deliver, Lost, SubscriptionRevoked
+from ..exceptions import ConfigurationError
 
 DEFAULT_NAME = "default"
 

@@ -12,12 +12,13 @@ import logging
 import time
 from collections.abc import Callable
 
-from . import life, logs
-from .backends.base import Backend, SubscriptionRevoked
-from .bounded import BoundedQueue
-from .deadline import Deadline
-from .event import OVERHEAD
-from .exceptions import BackendUnavailable
+from .. import logs
+from ..backends.base import Backend, SubscriptionRevoked
+from ..event import OVERHEAD
+from ..exceptions import BackendUnavailable
+from ..sync.bounded import BoundedQueue
+from ..sync.deadline import Deadline
+from . import life
 from .probe import Probe, location
 from .subscriptions import Subscriptions
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from .waiter import Waiter, running_loop
+from ..sync.waiter import Waiter, running_loop
 
 logger = logging.getLogger("starcast")
 

@@ -19,11 +19,11 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from . import logs
-from .backends.base import Backend
-from .deadline import Deadline
-from .gap import Gap
-from .loglimit import LogLimit
+from .. import logs
+from ..backends.base import Backend
+from ..gap import Gap
+from ..loglimit import LogLimit
+from ..sync.deadline import Deadline
 from .opening import Backoff
 from .sender import Taken
 

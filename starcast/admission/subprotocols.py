@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from starlette.websockets import WebSocket
 
-from .exceptions import ConfigurationError
+from ..exceptions import ConfigurationError
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, PublishQueueFull, loglimit, sender
+from starcast import BackendUnavailable, Broadcast, PublishQueueFull, loglimit
+from starcast.broker import sender
 from starcast.event import Event
 from starcast.loglimit import LogLimit
 from support import Broker, Bus, Peer, joined, until

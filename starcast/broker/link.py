@@ -20,20 +20,21 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any
 
-from . import envelope, logs
-from .backends.base import Backend
-from .deadline import Deadline
-from .event import Event
-from .exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
-from .gap import Gap
+from .. import logs
+from ..backends.base import Backend
+from ..event import Event
+from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
+from ..gap import Gap
+from ..loglimit import LogLimit
+from ..stats import BackendStats
+from ..sync.deadline import Deadline
+from . import envelope
 from .health import Health
 from .life import Life, Stopping
-from .loglimit import LogLimit
 from .opening import CLOSED, Backoff, keep_trying
 from .probe import PROBE_CHANNEL, Probe
 from .sender import LATE, TIMEOUT, OnLost, Sender, Taken
 from .session import Session
-from .stats import BackendStats
 from .subscriptions import Subscriptions
 
 logger = logging.getLogger("starcast")

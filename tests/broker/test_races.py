@@ -10,16 +10,8 @@ import time
 
 import pytest
 
-from starcast import (
-    BackendUnavailable,
-    Broadcast,
-    PublishQueueFull,
-    link,
-    opening,
-    sender,
-    session,
-    subscriptions,
-)
+from starcast import BackendUnavailable, Broadcast, PublishQueueFull
+from starcast.broker import link, opening, sender, session, subscriptions
 from starcast.event import OVERHEAD
 from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 

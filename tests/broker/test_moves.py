@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from starcast import Broadcast, Gap, guard, opening
+from starcast import Broadcast, Gap, guard
+from starcast.broker import opening
 from support import Bus, OtherLoop, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio

@@ -16,8 +16,8 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
-from . import logs
-from .close_codes import ABNORMAL, INVALID_DATA, NO_STATUS, POLICY_VIOLATION
+from .. import logs
+from ..close_codes import ABNORMAL, INVALID_DATA, NO_STATUS, POLICY_VIOLATION
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from starlette.websockets import WebSocket
 
-from . import admission, logs
-from .exceptions import ConfigurationError, OriginRefused
+from .. import logs
+from ..exceptions import ConfigurationError, OriginRefused
+from . import hooks as admission
 
 Decide = Callable[[str, WebSocket], Awaitable[bool] | bool]
 Allowed = Iterable[str] | str | Decide | None

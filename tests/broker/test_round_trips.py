@@ -44,7 +44,7 @@ async def test_what_never_comes_back_is_not_waited_for_long(broker, room):
 
 async def test_a_connection_that_breaks_brings_nothing_back(broker, room, monkeypatch):
     hub, peer = room
-    monkeypatch.setattr("starcast.sender.TIMEOUT", 1000.0)
+    monkeypatch.setattr("starcast.broker.sender.TIMEOUT", 1000.0)
     channels = next(iter(broker.buses.values()))
     channels.discard(hub._hub.link.probe.channel)
     calls = len(broker.calls)

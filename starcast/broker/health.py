@@ -6,8 +6,8 @@ import time
 from contextlib import AbstractContextManager
 from typing import Literal
 
-from . import logs
-from .stats import BackendStats
+from .. import logs
+from ..stats import BackendStats
 
 State = Literal["closed", "connected", "reconnecting"]
 

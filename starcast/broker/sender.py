@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-from . import logs
-from .backends.base import Backend, MessagesRefused
-from .bounded import BoundedQueue, Full
-from .deadline import Deadline, Overdue
-from .event import OVERHEAD
-from .exceptions import BackendUnavailable
-from .waiter import Waiter, running_loop
+from .. import logs
+from ..backends.base import Backend, MessagesRefused
+from ..event import OVERHEAD
+from ..exceptions import BackendUnavailable
+from ..sync.bounded import BoundedQueue, Full
+from ..sync.deadline import Deadline, Overdue
+from ..sync.waiter import Waiter, running_loop
 
 # Seconds that `publish` and `connect` wait for the broker, and a message that nobody awaits.
 TIMEOUT = 2.0

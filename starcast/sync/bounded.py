@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Protocol, TypeVar
 
+from ..exceptions import PublishQueueFull
 from .deadline import Deadline
-from .exceptions import PublishQueueFull
 from .waiter import Waiter
 
 Entry = TypeVar("Entry")

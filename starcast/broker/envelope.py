@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 
-from .event import Event
+from ..event import Event
 
 _MARK = b"\xff\x01"
 _BINARY = 1
