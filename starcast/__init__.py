@@ -24,6 +24,7 @@ from .outbox import Overflowed
 from .publisher import Publisher
 from .stats import BackendStats, Stats
 from .subscriber import GapSubscriber, Subscriber
+from .tuning import Tuning
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "Stats",
     "Subscriber",
     "SubscriberLagged",
+    "Tuning",
     "Unsubscribed",
     "__version__",
 ]

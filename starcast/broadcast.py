@@ -36,6 +36,7 @@ from .relay import OnPublishError
 from .settings import AfterGap, Settings
 from .stats import Stats
 from .subscriber import GapSubscriber, Subscriber
+from .tuning import Tuning
 
 DEFAULT_CHANNEL = "default"
 
@@ -93,7 +94,7 @@ class Broadcast:
         on_gap: A plain function that is called with a `Gap` when the broker is back after an
             outage, or a channel that it refused, and when an event loop goes on that was blocked
             and has missed messages, on the event loop that opened the hub. It must not block.
-        after_gap: What happens to the clients after a gap. `"carry_on"`, the default: nothing.
+        after_gap: What happens to the clients after a gap. `"keep"`, the default: nothing.
             `"close"`: they are closed with 1012 (service restart), so that they reconnect.
         open_timeout: How many seconds a hub that is being opened keeps trying to reach its broker,
             with a log line for each failed attempt: 10 by default, enough for a broker that starts
@@ -104,6 +105,7 @@ class Broadcast:
             broker, to notice when the broker stops answering: 3 by default, more than 0. Noticing
             may take 5 seconds longer. None are sent while no channel is in use and nothing is
             published.
+        tuning: Timings and bounds that few programs have to change: see `Tuning`.
 
     Raises:
         ConfigurationError: An argument is not valid.
@@ -124,9 +126,10 @@ class Broadcast:
         refuse: Refuse = "http",
         ready_frames: bool = True,
         on_gap: Callable[[Gap], None] | None = None,
-        after_gap: AfterGap = "carry_on",
+        after_gap: AfterGap = "keep",
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
+        tuning: Tuning | None = None,
     ) -> None:
         settings = Settings(
             dumps=codec.dumps if dumps is None else dumps,
@@ -142,6 +145,7 @@ class Broadcast:
             name=name,
             open_timeout=open_timeout,
             probe_interval=probe_interval,
+            tuning=Tuning() if tuning is None else tuning,
         )
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
         scheme = str(url).strip().partition("://")[0]

@@ -32,12 +32,13 @@ from typing import Any, Final, Protocol
 
 from starlette.websockets import WebSocket, WebSocketState
 
+from . import fastpath
 from .close_codes import ABNORMAL, TRY_AGAIN_LATER
 from .event import Event
 from .handler import Handler, owner
 from .outbox import Close, Item, Leave, Outbox, OutboxFull, Turn
 from .servers.watch import Presence
-from .servers.wire import FrameWriter, open_wire
+from .servers.wire import FrameWriter, Wire
 from .stats import Counters
 from .sync.waiter import Waiter
 
@@ -95,6 +96,7 @@ class Connection:
         "_presence",
         "_waiters",
         "_writer",
+        "asgi_reason",
         "channels",
         "code",
         "frames",
@@ -133,9 +135,13 @@ class Connection:
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
         self._presence = Presence(self, websocket, protocol)
-        if ready_frames and owner(websocket.send) is websocket:  # no other hub has replaced it
-            wire = open_wire(websocket)
-            self.frames = None if wire is None else FrameWriter(wire, self)
+        wire: Wire | str = fastpath.READY_FRAMES
+        if ready_frames:
+            is_ours = owner(websocket.send) is websocket
+            wire = fastpath.open_wire(websocket, protocol) if is_ours else fastpath.OTHER_HUB
+        self.asgi_reason = wire if isinstance(wire, str) else None
+        if not isinstance(wire, str):
+            self.frames = FrameWriter(wire, self)
         self._handler = Handler(self, line.loop)
         if self.frames is not None:
             self.frames.resume()

@@ -16,10 +16,11 @@ from .codec import Dumps
 from .exceptions import ConfigurationError
 from .gap import Gap
 from .outbox import Close, OnOverflow, Outbox, Overflow
+from .tuning import Tuning
 
 logger = logging.getLogger("starcast")
 
-AfterGap = Literal["carry_on", "close"]
+AfterGap = Literal["keep", "close"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,11 +40,14 @@ class Settings:
     name: str | None
     open_timeout: float
     probe_interval: float
+    tuning: Tuning
 
     def __post_init__(self) -> None:
         check_timing(self.open_timeout, self.probe_interval)
-        if self.after_gap not in ("carry_on", "close"):
-            raise ConfigurationError(f"after_gap must be carry_on or close, not {self.after_gap!r}")
+        if self.after_gap not in ("keep", "close"):
+            raise ConfigurationError(f"after_gap must be keep or close, not {self.after_gap!r}")
+        if not isinstance(self.tuning, Tuning):
+            raise ConfigurationError(f"tuning must be a Tuning, not {self.tuning!r}")
         inbound.check(self.max_message)
         check_refuse(self.refuse)
         self.outbox()  # refuses settings that make no sense

@@ -40,14 +40,14 @@ class Wire:
         changed: Called when `ready` may have changed.
     """
 
-    __slots__ = ("_protocol", "_transport", "_writable", "changed", "closed", "setting")
+    __slots__ = ("_conn", "_protocol", "_transport", "_writable", "changed", "setting")
 
     def __init__(self, protocol: BroadcastProtocol) -> None:
         self._protocol = protocol
+        self._conn = protocol.conn
         self._transport = protocol.transport
         self.changed: Callable[[], None] | None = None
         self._writable = protocol.writable
-        self.closed = protocol.conn.state is not State.OPEN or protocol.transport.is_closing()
         self.setting: Setting = PLAIN
         for extension in protocol.conn.extensions:
             if isinstance(extension, PerMessageDeflate):
@@ -62,15 +62,20 @@ class Wire:
         protocol.response.headers.clear()
 
     @property
+    def closed(self) -> bool:
+        """Whether nothing may follow what was written: a close frame, or the end."""
+        return self._conn.state is not State.OPEN or self._transport.is_closing()
+
+    @property
     def ready(self) -> bool:
         return not self.closed and self._writable.is_set()
 
     def write(self, frames: bytes) -> None:
-        """Write whole frames to the transport. Only while `ready`."""
-        if self._transport.is_closing():  # a write has failed, and more would be logged
-            self._protocol.stop_frames()
-        else:
+        """Write whole frames to the transport, unless it is closed. Only while `ready`."""
+        if self._conn.state is State.OPEN and not self._transport.is_closing():
             self._transport.write(frames)
+        elif self.changed is not None:
+            self.changed()
 
     async def drain(self) -> bool:
         """Wait until the buffer has room; False if the connection is closing."""
@@ -99,25 +104,11 @@ class _Announcement(dict[str, Any]):
 
     def open(self) -> Wire | None:
         """Return the wire, once the handshake is done; None if this uvicorn is not understood."""
-        try:
-            wire = self._protocol.wire = Wire(self._protocol)
-        except AttributeError as exc:
-            logs.once(
-                ("uvicorn",),
-                "this version of uvicorn is not supported (%s): continuing without ready-made "
-                "frames",
-                exc,
-            )
-            return None
-        return wire
+        return _open(self._protocol)
 
 
 class BroadcastProtocol(HardenedProtocol):
-    """uvicorn's default WebSocket protocol, which lets a hub write frames.
-
-    A frame must not follow a close frame, nor go to a buffer that is full. So whatever closes the
-    connection or fills its buffer tells the wire first.
-    """
+    """uvicorn's default WebSocket protocol, which lets a hub write frames."""
 
     wire: Wire | None = None
 
@@ -135,11 +126,44 @@ class BroadcastProtocol(HardenedProtocol):
         super().resume_writing()
         self._change_wire()
 
-    def stop_frames(self) -> None:
-        if self.wire is not None and not self.wire.closed:
-            self.wire.closed = True
-            self._change_wire()
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._change_wire()
 
     def _change_wire(self) -> None:
         if self.wire is not None and self.wire.changed is not None:
             self.wire.changed()
+
+
+def adopt(protocol: Any) -> Wire | None:
+    """Make uvicorn's own protocol object one of `BroadcastProtocol`, and return its wire.
+
+    It may be in the middle of anything but its handshake: it keeps all that it has, and what was
+    about to call its old methods calls the new ones. On the event loop of the client.
+
+    Returns:
+        None if this uvicorn is not understood. The object is as it was then.
+    """
+    own = protocol.__class__
+    try:
+        protocol.__class__ = BroadcastProtocol
+        wire = _open(protocol)
+        if wire is not None:
+            protocol.take_over()
+    finally:
+        if protocol.wire is None:
+            protocol.__class__ = own
+    return wire
+
+
+def _open(protocol: BroadcastProtocol) -> Wire | None:
+    try:
+        wire = protocol.wire = Wire(protocol)
+    except AttributeError as exc:
+        logs.once(
+            ("uvicorn",),
+            "this version of uvicorn is not supported (%s): continuing without ready-made frames",
+            exc,
+        )
+        return None
+    return wire

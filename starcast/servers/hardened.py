@@ -18,6 +18,7 @@ from websockets.frames import Frame
 
 from .. import logs
 from ..close_codes import ABNORMAL, INVALID_DATA, NO_STATUS, POLICY_VIOLATION
+from . import served
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
@@ -55,22 +56,32 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     _unsent = 0  # bytes that the client had not read when the last ping was sent
     _heard = False  # whether something of the client was taken since
 
-    def stop_frames(self) -> None:
-        """Write no more frames: the connection is about to be closed. For a subclass."""
-
     async def run_asgi(self) -> None:
         try:
             await super().run_asgi()
         finally:
-            self._leave()
+            self._abort_later()
+
+    def take_over(self) -> None:
+        """Begin in the middle of a connection, whose object was one of uvicorn's class until now.
+
+        The transport and the timers of the event loop may hold methods of that class.
+        """
+        self.transport.set_protocol(self)
+        if self.ping_timer is not None:
+            self.ping_timer.cancel()
+            self.ping_timer = self.loop.call_at(self.ping_timer.when(), self.send_keepalive_ping)
+        if self.pong_timer is not None:
+            self.pong_timer.cancel()
+            self.pong_timer = self.loop.call_at(self.pong_timer.when(), self.keepalive_timeout)
+        task = served.task_of(self)
+        if task is not None:
+            task.add_done_callback(lambda _: self._abort_later())
 
     # What is sent
 
     async def send(self, message: ASGISendEvent) -> None:
-        if message["type"] == "websocket.close":
-            await self.writable.wait()  # what was to be written before is written until then
-            self.stop_frames()
-        elif not self.handshake_complete and self.transport.is_closing():
+        if not self.handshake_complete and self.transport.is_closing():
             raise ClientDisconnected  # uvicorn would accept in silence, and then take no message
         paused = self.read_paused
         await super().send(message)
@@ -184,7 +195,6 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     # How it ends
 
     def handle_close(self, event: Frame) -> None:
-        self.stop_frames()
         if self.close_sent:  # the client's answer
             self._close_transport()
         else:
@@ -196,10 +206,9 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         self.stop_keepalive()
         code = NO_STATUS if self.handshake_complete else ABNORMAL
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
-        self._leave()
+        self._abort_later()
 
     def handle_parser_exception(self) -> None:
-        self.stop_frames()
         closed = self.conn.close_sent
         if closed is None:  # before the handshake is over, no close frame can be sent
             self.queue.put_nowait({"type": "websocket.disconnect", "code": ABNORMAL})
@@ -234,14 +243,12 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
             self._unsent, self._heard = unsent, False
             self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
             return
-        self.stop_frames()
         super().keepalive_timeout()
         if unsent:
             self.abort()  # nobody is there to take it
         self._abort_later()
 
     def shutdown(self) -> None:
-        self.stop_frames()
         if self.close_sent or self.transport.is_closing():
             # uvicorn would send a second close frame to some of them, which is an error that ends
             # the whole server.
@@ -252,7 +259,6 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         self._abort_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.stop_frames()
         if self._deadline is not None:
             self._deadline.cancel()
         self._unparsed = b""
@@ -263,10 +269,6 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         """Drop the connection at once, with what the socket has not taken."""
         if not self.disconnected:  # asyncio's transport raises AttributeError once it is over
             self.transport.abort()
-
-    def _leave(self) -> None:
-        self.stop_frames()
-        self._abort_later()
 
     def _close_transport(self) -> None:
         # After a second `close`, asyncio's TLS transport can no longer be aborted.

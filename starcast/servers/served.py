@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import sys
 from contextvars import ContextVar
-from types import FrameType, FunctionType
+from types import CellType, FrameType, FunctionType
 from typing import Any
 
-from starlette.types import Scope
+from starlette.types import Scope, Send
 from starlette.websockets import WebSocket
 
 # Connections that a task may be known to serve: a handler has one, a load generator more.
@@ -65,13 +66,37 @@ def is_same(scope: object, other: Scope) -> bool:
     return isinstance(scope, dict) and scope.get("headers") is other.get("headers", scope)
 
 
+# Modules of Starlette whose functions wrap `send` and look at nothing that follows the handshake:
+# one for each level of routing, and the one that sets the cookie of a session.
+_WRAPPERS = ("starlette._exception_handler", "starlette.middleware.sessions")
+
+
+def unwrap(websocket: WebSocket) -> tuple[Any, FunctionType | None]:
+    """Return the `send` behind Starlette's own wrappers, and the wrapper that calls it, if any.
+
+    It is the server's, unless other middleware wraps it.
+    """
+    send: Any = getattr(websocket, "_send", None)
+    wrapper = None
+    while isinstance(send, FunctionType) and send.__module__ in _WRAPPERS:
+        wrapper = send
+        send = _wrapped(wrapper).cell_contents
+    return send, wrapper
+
+
+def rewrap(wrapper: FunctionType, send: Send) -> None:
+    """Have a wrapper call this `send`."""
+    _wrapped(wrapper).cell_contents = send
+
+
+def _wrapped(wrapper: FunctionType) -> CellType:
+    assert wrapper.__closure__ is not None  # it has a variable of that name
+    return wrapper.__closure__[wrapper.__code__.co_freevars.index("send")]
+
+
 def server_send(websocket: WebSocket) -> Any:
     """Return the `send` that the server gave to the app; another one if middleware wraps it."""
-    send: Any = getattr(websocket, "_send", None)
-    while isinstance(send, FunctionType) and send.__module__ == "starlette._exception_handler":
-        assert send.__closure__ is not None  # it has a variable of that name
-        send = send.__closure__[send.__code__.co_freevars.index("send")].cell_contents
-    return send
+    return unwrap(websocket)[0]
 
 
 def find_protocol(websocket: WebSocket) -> Any:
@@ -94,6 +119,17 @@ def served_protocol() -> Any:
         protocol = root.f_locals["self"]
         if _is_uvicorns(protocol):
             return protocol
+    return None
+
+
+def task_of(protocol: Any) -> asyncio.Task[Any] | None:
+    """Return the task that runs the app of one of uvicorn's clients, if there is one."""
+    current = asyncio.current_task()
+    tasks: list[asyncio.Task[Any]] = list(protocol.tasks)
+    for task in itertools.chain([] if current is None else [current], tasks):
+        root = root_frame(task)
+        if root is not None and root.f_locals.get("self") is protocol:
+            return task
     return None
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from starlette.websockets import WebSocket
-
 from ..event import Event
 from ..frames import Setting
 from ..outbox import Outbox
@@ -23,12 +21,18 @@ class Wire(Protocol):
     """A way to the socket around ASGI; `starcast.uvicorn` has one."""
 
     setting: Setting
-    write: Callable[[bytes], None]  # only while it is ready
     changed: Callable[[], None] | None  # called when `ready` may have changed
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing may be written any more."""
 
     @property
     def ready(self) -> bool:
         """Whether whole frames may be written now."""
+
+    def write(self, frames: bytes) -> None:
+        """Write whole frames. Only while it is ready."""
 
     async def drain(self) -> bool:
         """Wait until it may be possible again; False if it never will be."""
@@ -58,6 +62,9 @@ class Client(Protocol):
     def outbox(self) -> Outbox:
         """What waits for the client."""
 
+    def failed(self) -> None:
+        """Let go of the client: its connection is closed."""
+
 
 class FrameWriter:
     """Writes frames to one client. It belongs to the event loop of the client.
@@ -79,7 +86,10 @@ class FrameWriter:
 
     def _look(self) -> None:
         if self._client.idle:
-            self.resume()
+            if self.wire.closed:
+                self._client.failed()
+            else:
+                self.resume()
 
     def resume(self) -> None:
         """Let frames be written at once if the wire takes them. Only while the client is idle."""
@@ -117,12 +127,3 @@ class FrameWriter:
             outbox.take()
         self.wire.write(b"".join(frames))
         return len(frames)
-
-
-def open_wire(websocket: WebSocket) -> Wire | None:
-    """Return the way around ASGI, if the server has announced one."""
-    announced = (websocket.scope.get("extensions") or {}).get("starcast")
-    if announced is None:
-        return None
-    wire: Wire | None = announced.open()
-    return wire

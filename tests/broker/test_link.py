@@ -276,7 +276,7 @@ async def blocked_in(loop: asyncio.AbstractEventLoop) -> threading.Event:
     return go
 
 
-@pytest.mark.parametrize("after_gap", ["carry_on", "close"])
+@pytest.mark.parametrize("after_gap", ["keep", "close"])
 async def test_a_blocked_event_loop_is_told_of_what_it_misses(
     broker, other, monkeypatch, caplog, after_gap
 ):
