@@ -215,6 +215,16 @@ def test_the_faults_are_numbered():
     assert numbers == list(range(1, 35))
 
 
+# The way of a message
+
+
+@pytest.mark.parametrize("file", ["how-a-message-travels.md", "img/way.svg"])
+def test_the_way_of_a_message_names_files_that_exist(file):
+    named = re.findall(r"[`>]((?:\w+/)*\w+\.py|\w+/)[`<]", (DOCS / file).read_text())
+    assert len(named) > 5
+    assert [each for each in named if not (ROOT / "starcast" / each).exists()] == []
+
+
 # The commands of the README
 
 
