@@ -25,7 +25,7 @@ def payment(number: int):
 
 
 def watch(read, stop):
-    """Publish what a sensor says until somebody sets `stop`."""
+    """Publish a sensor's readings until `stop` is set."""
     while not stop.is_set():
         hub.publish_nowait("sensor", read())
         stop.wait(0.2)
