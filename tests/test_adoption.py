@@ -18,6 +18,7 @@ import websockets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -25,7 +26,7 @@ from starcast import Broadcast, frames
 from starcast.exceptions import ClientGone
 from support import Served, starcast_tasks, until
 from test_frames import CLOSE, CONTINUATION, PING, PONG, WINDOWS
-from test_uvicorn import KIB, Client, any_window, message, read
+from test_uvicorn import KIB, Client, any_window, masked, message, read
 
 pytestmark = pytest.mark.anyio
 __all__ = ["any_window"]  # a fixture
@@ -44,6 +45,8 @@ class Late:
         self.connected = asyncio.Event()
         self.got: list[str | bytes] = []
         self.ended: list[int] = []
+        self.reads = asyncio.Event()  # reads while that is set
+        self.reads.set()
         self.after: asyncio.Event | None = None  # sends by itself while that is set, and then ends
         self.starlette = Starlette(routes=[WebSocketRoute("/ws", self._endpoint)])
 
@@ -55,6 +58,7 @@ class Late:
             await self.hub.connect(websocket)
             self.connected.set()
             while True:
+                await self.reads.wait()
                 received = await websocket.receive()
                 if received["type"] == "websocket.disconnect":
                     raise WebSocketDisconnect(received["code"])
@@ -311,14 +315,23 @@ async def test_an_error_handler_that_closes_behind_the_hubs_back(serve, app, cap
     async def endpoint(websocket: WebSocket):
         await hub.connect(websocket)
         await websocket.receive_text()
-        raise ValueError("of the app")
+
+    def failing(inner):
+        async def middleware(scope, receive, send):
+            await inner(scope, receive, send)
+            if scope["type"] == "websocket":
+                raise ValueError("of the app")
+
+        return middleware
 
     async def on_error(websocket: WebSocket, exc: Exception):
         handled.append(exc)
         await websocket.close(4002)
 
     starlette = Starlette(
-        routes=[WebSocketRoute("/ws", endpoint)], exception_handlers={ValueError: on_error}
+        routes=[WebSocketRoute("/ws", endpoint)],
+        middleware=[Middleware(failing)],
+        exception_handlers={ValueError: on_error},
     )
     server = await serve(starlette)
     client = await Client.connect(server, "/ws")
@@ -336,7 +349,7 @@ async def test_an_error_handler_that_closes_behind_the_hubs_back(serve, app, cap
 # At any moment
 
 SIZES = [0, 1, 126, 1000, 5000, 70_000]
-ACTIONS = ["own", "said", "begin", "continue", "end", "ping", "turn"]
+ACTIONS = ["own", "hub", "said", "begin", "continue", "end", "ping", "turn"]
 STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.sampled_from(SIZES)), max_size=25)
 
 
@@ -352,10 +365,10 @@ class Talk:
 
     async def step(self, action: str, size: int, adopted: bool) -> None:
         text = message(size, str, len(self.said) + len(self.heard))
-        if action == "own" and adopted:
+        if action == "hub" and adopted:
             self.heard.append(text)
             await self.app.hub.send(text)
-        elif action == "own":
+        elif action in ("own", "hub"):
             self.heard.append(text)
             await self.app.websocket.send_text(text)
         elif action == "said" and self.part is None:
@@ -419,6 +432,32 @@ def test_whatever_is_under_way(any_window, loop):
             runner.run(adopt_amid(steps, then, window, send_buffer))
 
         check()
+
+
+@pytest.mark.parametrize("loop", [None, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_what_is_read_from_then_on_has_a_bound(loop):
+    """The event loop itself may hold a method of the class that the object had before."""
+
+    async def flood() -> None:
+        app = Late()
+        server = Served(app.starlette)
+        await server.start()
+        client = await connected(server, app)
+        protocol = protocol_of(server)
+        await app.adopt()
+        app.reads.clear()
+        await client.send(b"the first")
+        many = masked(b"x", frames.TEXT) * 2000
+        await asyncio.get_running_loop().sock_sendall(client.sock, many)
+        await until(lambda: protocol.queue.qsize() >= 256)
+        assert protocol.queue.qsize() < 2000
+        app.reads.set()
+        await until(lambda: len(app.got) == 2001)
+        client.close()
+        await server.stop()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(flood())
 
 
 async def test_a_clients_own_compression_goes_on(serve, app):
