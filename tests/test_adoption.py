@@ -308,37 +308,31 @@ async def test_a_reader_that_waits_already(serve, app):
         await until(lambda: got == [f"{number}" * 3000 for number in range(5)])
 
 
-async def test_an_error_handler_that_closes_behind_the_hubs_back(serve, app, caplog):
-    """Starlette's own `send`, from above its wrappers, is uvicorn's as it was."""
-    hub, handled = app.hub, []
+async def test_middleware_that_closes_behind_the_hubs_back(serve, app):
+    """What it was given as `send` is uvicorn's own still. Nothing may follow the close frame."""
+    hub, closed = app.hub, asyncio.Event()
 
     async def endpoint(websocket: WebSocket):
         await hub.connect(websocket)
         await websocket.receive_text()
 
-    def failing(inner):
+    def closing(inner):
         async def middleware(scope, receive, send):
             await inner(scope, receive, send)
             if scope["type"] == "websocket":
-                raise ValueError("of the app")
+                await send({"type": "websocket.close", "code": 4002})
+                await hub.send("too late")
+                closed.set()
 
         return middleware
 
-    async def on_error(websocket: WebSocket, exc: Exception):
-        handled.append(exc)
-        await websocket.close(4002)
-
-    starlette = Starlette(
-        routes=[WebSocketRoute("/ws", endpoint)],
-        middleware=[Middleware(failing)],
-        exception_handlers={ValueError: on_error},
-    )
-    server = await serve(starlette)
+    routes = [WebSocketRoute("/ws", endpoint)]
+    server = await serve(Starlette(routes=routes, middleware=[Middleware(closing)]))
     client = await Client.connect(server, "/ws")
     await until(lambda: len(hub) == 1)
     await client.send(b"now")
-    await until(lambda: handled)
-    await hub.send("too late")  # nothing may follow the close frame
+    await closed.wait()
+    await client.send(struct.pack("!H", 4002), CLOSE)
     rest = await client.rest()
     assert [frame.opcode for frame in rest] == [CLOSE]
     assert rest[0].payload[:2] == struct.pack("!H", 4002)
