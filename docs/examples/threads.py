@@ -38,7 +38,7 @@ def start_watching(read):
 
 
 def run_a_job():
-    """A job with an event loop of its own, in a thread of its own."""
+    """A job with its own event loop, in its own thread."""
 
     async def job():
         for percent in (0, 50, 100):
