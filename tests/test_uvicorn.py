@@ -1014,6 +1014,8 @@ async def test_nothing_is_written_after_a_close_frame(serve, back):
     await until(lambda: app.ended)
     assert not wire.ready
     assert not await wire.drain()
+    wire.changed = None
+    wire.write(frames.make(frames.TEXT, b"too late"))
     assert [frame.opcode for frame in await client.rest()] == [CLOSE]
     client.close()
 
