@@ -17,7 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 
 from .. import logs
-from ..close_codes import ABNORMAL, INVALID_DATA, NO_STATUS, POLICY_VIOLATION
+from ..close_codes import ABNORMAL, INVALID_DATA, NO_STATUS
 from . import served
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SLICE = 0.002
 # Messages of one client that may wait for the app. While there are more, parsing pauses.
 MAX_QUEUED = 256
 
-# Fragments of one message. `--ws-max-size` does not bound their number, because they may be empty.
+# Fragments of one message that are kept apart, then joined. `--ws-max-size` bounds their size only.
 MAX_FRAGMENTS = 4096
 
 
@@ -171,10 +171,9 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     def handle_cont(self, event: Frame) -> None:
         if self.close_sent:
             return  # the message is discarded
-        if len(self.frames) < MAX_FRAGMENTS:
-            super().handle_cont(event)
-        else:
-            self._fail(POLICY_VIOLATION, "too many fragments")
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.frames = [b"".join(self.frames)]
+        super().handle_cont(event)
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type != "text" or self.close_sent:
