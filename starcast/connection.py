@@ -365,7 +365,7 @@ class Connection:
 
     def _cut_off(self, item: Item) -> None:
         dropped = [*self._discard(), item]
-        self.line.counters.cut_off += 1
+        self.line.counters.slow_clients += 1
         self.put(Close(TRY_AGAIN_LATER, "too slow"))
         self._on_end(self)
         self._report([event for event in dropped if isinstance(event, Event)])

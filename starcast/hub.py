@@ -275,7 +275,7 @@ class Hub:
                 failed=self.dispatcher.failed,
                 delivered=counters.delivered,
                 dropped=counters.dropped,
-                cut_off=counters.cut_off,
+                slow_clients=counters.slow_clients,
                 pending=registry.pending,
                 buffered=registry.buffered,
                 backend=None if self.link is None else self.link.stats(),
