@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import ConnectionClosed
 
-from starcast import Broadcast, BroadcastEndpoint, ConfigurationError
+from starcast import Broadcast, BroadcastEndpoint, ConfigurationError, Tuning
 from support import DEADLINE, Peer, until
 
 pytestmark = pytest.mark.anyio
@@ -219,9 +219,8 @@ async def test_an_answer_that_fails_does_not_hide_what_the_client_closed_with():
     assert await serving == 4001
 
 
-async def test_a_heartbeat_for_which_the_loop_has_no_room_is_not_answered(monkeypatch):
-    monkeypatch.setattr("starcast.shard.MAX_PENDING", 100)
-    hub = Broadcast()
+async def test_a_heartbeat_for_which_the_loop_has_no_room_is_not_answered():
+    hub = Broadcast(tuning=Tuning(max_pending=100))
     peer = Peer()
     serving = asyncio.create_task(hub.serve(peer.websocket, heartbeats={"ping": "pong"}))
     await until(lambda: len(hub) == 1)

@@ -13,10 +13,9 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, ClientGone, ConnectionManager, NotConnected
+from starcast import Broadcast, ClientGone, ConnectionManager, NotConnected, Tuning
 from starcast.event import OVERHEAD
 from starcast.outbox import MAX_BUFFER, OVERFLOWS
-from starcast.sync import space
 from support import (
     DEADLINE,
     Broker,
@@ -175,16 +174,14 @@ async def test_a_message_larger_than_the_buffer_waits_until_nothing_is_ahead_of_
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
-async def test_after_ten_seconds_without_space_the_policy_applies(road, overflow, monkeypatch):
-    assert space.TIMEOUT == 10.0
-    monkeypatch.setattr(space, "TIMEOUT", 0.05)
-    hub = Broadcast(max_buffer=2 * ONE)
+async def test_after_ten_seconds_without_space_the_policy_applies(road, overflow):
+    hub = Broadcast(max_buffer=2 * ONE, tuning=Tuning(space_timeout=0.05))
     peer = await joined(hub, overflow=overflow)
     await behind(hub, peer)
     began = time.monotonic()
     tasks = [sending(hub, peer, str(number)) for number in range(1, 6)]
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert time.monotonic() - began < 5 * space.TIMEOUT + 1
+    assert time.monotonic() - began < 5 * 0.05 + 1
     assert senders(hub, peer) == 0
     peer.open.set()
     if overflow == "disconnect":
@@ -197,9 +194,8 @@ async def test_after_ten_seconds_without_space_the_policy_applies(road, overflow
     await hub.disconnect()
 
 
-async def test_a_client_that_takes_something_now_and_then_is_waited_for(road, monkeypatch):
-    monkeypatch.setattr(space, "TIMEOUT", 0.5)
-    hub = Broadcast(max_buffer=4 * ONE)
+async def test_a_client_that_takes_something_now_and_then_is_waited_for(road):
+    hub = Broadcast(max_buffer=4 * ONE, tuning=Tuning(space_timeout=0.5))
     peer = await joined(hub)
     await behind(hub, peer, 2)
     task = sending(hub, peer, "y" * 200)  # more than the buffer: everything has to go first
