@@ -28,7 +28,7 @@ logger = logging.getLogger("starcast")
 CONNECT_TIMEOUT = 10.0
 
 # Bytes of messages that wait until everything is subscribed to, and so stand behind the gap; each
-# counts `event.OVERHEAD` more. Half of what may wait for an event loop (`shard.MAX_PENDING`), for
+# counts `event.OVERHEAD` more. Half of what may wait for an event loop (`Tuning.max_pending`), for
 # they are handed over in one turn of it.
 MAX_EARLY = 8 * 1024 * 1024
 
