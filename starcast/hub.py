@@ -263,8 +263,9 @@ class Hub:
     def stats(self) -> Stats:
         """Return a snapshot of counters and health."""
         registry = self.registry
-        channels = registry.channels()
+        channels, buffered = registry.channels(), registry.buffered
         with self.lock:
+            asgi = registry.asgi()
             counters = registry.counters()
             return Stats(
                 open=self.lifecycle.open,
@@ -277,7 +278,9 @@ class Hub:
                 dropped=counters.dropped,
                 slow_clients=counters.slow_clients,
                 pending=registry.pending,
-                buffered=registry.buffered,
+                buffered=buffered,
+                fast_path=len(registry.connections) - sum(asgi.values()),
+                asgi=asgi,
                 backend=None if self.link is None else self.link.stats(),
             )
 
