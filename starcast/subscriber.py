@@ -11,7 +11,7 @@ from .event import Event
 from .exceptions import SubscriberLagged, Unsubscribed
 from .gap import Gap
 from .outbox import Close, Item, Outbox, OutboxFull
-from .servers import served, server, watch
+from .servers import served, stopping, watch
 from .stats import Counters
 
 Got = TypeVar("Got")
@@ -61,17 +61,17 @@ class Subscription(Generic[Got]):
         if self._loop is not None:
             raise RuntimeError("a Subscriber can be entered once; call subscribe() again")
         self._loop = asyncio.get_running_loop()
-        if server.is_stopping():
+        if stopping.is_stopping():
             await asyncio.sleep(STOPPING_DELAY)
             self.end()
             return self
         self.transport = getattr(served.served_protocol(), "transport", None)
         self._counters = await self._join(self)
-        server.end_with_server(self)
+        stopping.end_with_server(self)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        server.forget(self)
+        stopping.forget(self)
         self._leave(self)
         self.outbox.clear()
         self.end()
