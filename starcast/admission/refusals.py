@@ -144,5 +144,5 @@ def _abort_later(websocket: WebSocket) -> None:
 
 def _abort(reference: weakref.ref[Any]) -> None:
     protocol = reference()  # most often gone by now, and not kept for this
-    if protocol is not None and watch.is_there(protocol.transport):
+    if protocol is not None and watch.can_abort(protocol.transport):
         protocol.transport.abort()
