@@ -198,7 +198,7 @@ async def test_nothing_is_said(redis, capsys):
     ("arguments", "said"),
     [
         (["--json", "{"], "the message is not JSON: "),
-        (["--json", "NaN"], "the message is not JSON: NaN is none of its numbers"),
+        (["--json", "NaN"], "the message is not JSON: NaN is not JSON"),
         (["--json", "[" * 100_000], "the message is not JSON: "),
         (["--json", "1e999"], ""),
         (["--json", "\udcff"], "the message is not JSON: it is not even UTF-8"),
