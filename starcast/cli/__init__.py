@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(re.sub(r"[^\s']*(?::/|//|@)[^\s']*", "(a URL)", message))
 
 
-def _make_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def make_parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """Return the parser of the whole command line, and the parser of each command."""
     parser = _Parser(
         prog="starcast",
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments of the command line. Default: `sys.argv[1:]`.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    everything, parsers = _make_parsers()
+    everything, parsers = make_parsers()
     command = arguments[0] if arguments else ""
     if command not in parsers:
         everything.parse_args(arguments)  # exits: the version, the help or an error

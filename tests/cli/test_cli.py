@@ -560,7 +560,7 @@ async def test_the_commands_of_the_page(redis, monkeypatch, tmp_path, capsys):
         for line in shown:
             command, *arguments = shlex.split(line.partition(" | ")[0])
             if command == "subscribe":
-                cli._parsers()[command].parse_args(arguments)
+                cli.make_parsers()[1][command].parse_args(arguments)
                 continue
             if command == "publish" and arguments == ["room"]:
                 standard_input(monkeypatch, b"Thu Nov 26\n")
