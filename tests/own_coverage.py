@@ -1,8 +1,8 @@
 """Which lines its own tests leave out, of each module: `python tests/own_coverage.py`.
 
-Reads `.coverage`, as `pytest --cov --cov-context test` leaves it. `starcast/x/y.py` has its tests in
-`tests/x/test_y.py`; `OWN` names further ones. A module is well tested if somebody who changes it
-finds everything that can break in one place.
+Reads `.coverage`, as `pytest --cov --cov-context test` leaves it. `tests/x/test_y.py` is about
+`starcast/x/y.py`, and `OWN` names what else is. Somebody who changes a module finds in its own tests
+what can break.
 """
 
 from __future__ import annotations
