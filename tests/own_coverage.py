@@ -1,8 +1,8 @@
 """Which lines its own tests leave out, of each module: `python tests/own_coverage.py`.
 
 Reads `.coverage`, as `pytest --cov --cov-context test` leaves it. `tests/x/test_y.py` is about
-`starcast/x/y.py`, and `OWN` names what else is. Somebody who changes a module finds in its own tests
-what can break.
+`starcast/x/y.py`, and `OWN` names what else is. A module that is tested in one place can be changed
+in one place.
 """
 
 from __future__ import annotations
