@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Self, TypeVar, cast
 
 from .event import Event
@@ -27,7 +27,6 @@ class Subscription(Generic[Got]):
     gaps = False  # whether it gets any
 
     # What a shard looks at in any member: nothing is written here, and nobody excludes it.
-    state: None = None
     frames: None = None
     id = 0
     is_stuck = False
@@ -99,7 +98,7 @@ class Subscription(Generic[Got]):
             self._waiting = self._loop.create_future()
             await self._waiting
         self._counters.delivered += isinstance(item, Event)
-        return cast(Got, item)  # `put` lets nothing else in
+        return cast(Got, item)  # `offer` lets nothing else in
 
     async def get(self) -> Got:
         """Return the next event; what iteration does, one at a time.
@@ -113,27 +112,30 @@ class Subscription(Generic[Got]):
         except StopAsyncIteration:
             raise Unsubscribed(f"the subscription to {self.channel!r} has ended") from None
 
-    def put(self, item: Item) -> bool:
-        """Take an item from the shard, on the loop of the block. Nothing is left to be written."""
-        if self._ended:
-            return False
-        if isinstance(item, Close):
-            self.end()
-        elif isinstance(item, (Event, Gap)):
-            try:
-                dropped = self.outbox.offer(item)
-            except OutboxFull:
-                assert isinstance(item, Event)  # a gap weighs nothing
-                dropped = [item]
-                self._counters.cut_off += 1
-                self._lagged = True
-                self._leave(self)
+    def offer(self, items: Sequence[Item]) -> None:
+        """Take items from the shard, on the loop of the block."""
+        for item in items:
+            if self._ended:
+                return
+            if isinstance(item, Close):
                 self.end()
-            if dropped:
-                self._counters.dropped += len(dropped)
-                self.outbox.tell_dropped(self, dropped)
+            elif isinstance(item, (Event, Gap)):
+                self._queue(item)
         self._wake()
-        return False
+
+    def _queue(self, item: Event | Gap) -> None:
+        try:
+            dropped = self.outbox.offer(item)
+        except OutboxFull:
+            assert isinstance(item, Event)  # a gap weighs nothing
+            dropped = [item]
+            self._counters.cut_off += 1
+            self._lagged = True
+            self._leave(self)
+            self.end()
+        if dropped:
+            self._counters.dropped += len(dropped)
+            self.outbox.tell_dropped(self, dropped)
 
     def lose(self, *, drop: bool = False) -> None:
         """End the iteration: the client that the block serves has left."""
