@@ -398,7 +398,7 @@ class Connection:
 
     def _cut_off(self, item: Item) -> None:
         dropped = [*self._discard_waiting(), item]
-        self.shard.counters.cut_off += 1
+        self.shard.counters.slow_clients += 1
         self.offer([Close(TRY_AGAIN_LATER, "too slow")])
         self.shard.forget(self)
         self._report([event for event in dropped if isinstance(event, Event)])

@@ -262,8 +262,9 @@ class Hub:
     def stats(self) -> Stats:
         """Return a snapshot of counters and health."""
         registry = self.registry
-        channels = registry.channels()
+        channels, buffered = registry.channels(), registry.buffered
         with self.lock:
+            asgi = registry.asgi()
             counters = registry.counters()
             return Stats(
                 open=self.lifecycle.open,
@@ -274,9 +275,11 @@ class Hub:
                 failed=self.dispatcher.failed,
                 delivered=counters.delivered,
                 dropped=counters.dropped,
-                cut_off=counters.cut_off,
+                slow_clients=counters.slow_clients,
                 pending=registry.pending,
-                buffered=registry.buffered,
+                buffered=buffered,
+                fast_path=len(registry.connections) - sum(asgi.values()),
+                asgi=asgi,
                 backend=None if self.link is None else self.link.stats(),
             )
 

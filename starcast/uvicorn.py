@@ -1,42 +1,36 @@
-"""A WebSocket protocol for uvicorn that writes ready-made frames.
+"""uvicorn's WebSocket protocol, which takes ready-made frames.
+
+A hub makes the frames of a message once for all clients, joins what was published in one turn of
+the event loop, and writes to the transport, without an ASGI message and a coroutine for each
+client. A client whose connection is uvicorn's own is adopted when it connects to the hub: see
+`starcast.fastpath`. Nothing has to be configured for that.
 
     uvicorn main:app --ws starcast.uvicorn:BroadcastProtocol
 
-It is uvicorn's own protocol, and says in `scope["extensions"]["starcast"]` that frames may be given
-to it directly. A hub that finds it there makes the frames of a message once for all clients, joins
-what a turn of the event loop published, and writes to the transport, without an ASGI message and
-a coroutine for each client.
-
-What is written this way bypasses ASGI middleware that wraps `send`. If such middleware has to see
-every message, make the hub with `ready_frames=False`.
+gives every connection the protocol from the beginning. It is announced to the app in
+`scope["extensions"]["starcast"]`, and then also bypasses middleware that wraps `send`, unless the
+hub is made with `ready_frames=False`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
 from . import logs
 from .frames import PLAIN, Setting
-
-if TYPE_CHECKING:
-    from .servers.hardened import HardenedProtocol
-else:
-    try:
-        from .servers.hardened import HardenedProtocol
-    except ImportError:  # this uvicorn does not have the protocol that it is made of
-        from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol as HardenedProtocol
+from .servers.hardened import HardenedProtocol
 
 
 class Wire:
-    """The way around ASGI to one client's socket. It belongs to the event loop of the server.
+    """Writes frames to one client's transport, bypassing ASGI. Use it on the server's event loop.
 
     Attributes:
-        setting: What kind of frames the client takes.
-        ready: Whether frames may be written: the connection is open and its buffer not full.
+        setting: The wire format of the frames that the client takes.
+        ready: Whether frames may be written: the connection is open and its buffer is not full.
         changed: Called when `ready` may have changed.
     """
 
@@ -52,18 +46,18 @@ class Wire:
         for extension in protocol.conn.extensions:
             if isinstance(extension, PerMessageDeflate):
                 self.setting = extension.local_max_window_bits
-                # Our frames move the client's window on without the connection's own compressor,
-                # so that must not refer back over one: it starts afresh for each message. What it
-                # has kept so far, tens of kilobytes, is freed.
+                # The connection's own compressor does not see our frames, which move the client's
+                # window on. So it must never refer back: it starts afresh with each message. Its
+                # state so far, tens of kilobytes, is freed.
                 extension.local_no_context_takeover = True
                 vars(extension).pop("encoder", None)
-        # The handshake is over, and the app has a copy in its scope: some 2 KiB a connection.
+        # The handshake is over, and the scope has a copy of these: about 2 KiB a connection.
         protocol.request.headers.clear()
         protocol.response.headers.clear()
 
     @property
     def closed(self) -> bool:
-        """Whether nothing may follow what was written: a close frame, or the end."""
+        """Whether nothing more may be written: a close frame was, or the connection is lost."""
         return self._conn.state is not State.OPEN or self._transport.is_closing()
 
     @property
@@ -78,22 +72,22 @@ class Wire:
             self.changed()
 
     async def drain(self) -> bool:
-        """Wait until the buffer has room; False if the connection is closing."""
+        """Wait until the buffer has space; return False if the connection is closing."""
         await self._writable.wait()
         return not self.closed
 
     def abort(self) -> None:
-        """Drop the connection at once, with what the socket has not taken."""
+        """Drop the connection at once, together with what is still unsent."""
         self._protocol.abort()
 
     @property
     def buffered(self) -> int:
-        """Bytes that the socket has not taken yet."""
+        """Bytes in the transport's buffer, which the socket has not taken yet."""
         return self._protocol.transport.get_write_buffer_size()
 
 
 class _Announcement(dict[str, Any]):
-    """What stands in the scope: an ASGI extension is a dict. `open()` returns the wire."""
+    """The ASGI extension in the scope, which has to be a dict. `open()` returns the wire."""
 
     __slots__ = ("_protocol",)
     version = 1
@@ -103,7 +97,7 @@ class _Announcement(dict[str, Any]):
         self._protocol = protocol
 
     def open(self) -> Wire | None:
-        """Return the wire, once the handshake is done; None if this uvicorn is not understood."""
+        """Return the wire, after the handshake; None if this version of uvicorn is unknown."""
         return _open(self._protocol)
 
 
@@ -113,7 +107,7 @@ class BroadcastProtocol(HardenedProtocol):
     wire: Wire | None = None
 
     async def run_asgi(self) -> None:
-        """Announce it to the app. uvicorn calls this for each connection."""
+        """Announce the protocol to the app. uvicorn calls this for each connection."""
         extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
         extensions["starcast"] = _Announcement(self)
         await super().run_asgi()
@@ -138,32 +132,46 @@ class BroadcastProtocol(HardenedProtocol):
 def adopt(protocol: Any) -> Wire | None:
     """Make uvicorn's own protocol object one of `BroadcastProtocol`, and return its wire.
 
-    It may be in the middle of anything but its handshake: it keeps all that it has, and what was
-    about to call its old methods calls the new ones. On the event loop of the client.
+    The connection may be in the middle of anything but its handshake. It keeps all that it has.
+    Call this on its event loop.
 
     Returns:
-        None if this uvicorn is not understood. The object is as it was then.
+        None if this version of uvicorn is not supported. The object is left as it was.
     """
-    own = protocol.__class__
-    try:
-        protocol.__class__ = BroadcastProtocol
-        wire = _open(protocol)
-        if wire is not None:
-            protocol.take_over()
-    finally:
-        if protocol.wire is None:
-            protocol.__class__ = own
-    return wire
+    if isinstance(protocol, BroadcastProtocol):  # a hub had the client before
+        return _open(protocol)
+    missing = [name for name in _NEEDED if not hasattr(protocol, name)]
+    if missing:
+        _not_supported(", ".join(missing))
+        return None
+    protocol.__class__ = BroadcastProtocol
+    protocol.take_over()
+    return _open(protocol)
+
+
+# What `HardenedProtocol` and `Wire` use of uvicorn's class, and what they override there.
+_NEEDED = """
+    client close_sent close_timeout close_timer conn curr_msg_data_type disconnected frames
+    handshake_complete handshake_initiated loop ping_timeout ping_timer pong_timer queue
+    read_paused request response stop_keepalive tasks transport writable
+    connection_lost data_received eof_received handle_close handle_cont handle_parser_exception
+    handle_ping keepalive_timeout pause_writing receive resume_writing run_asgi send
+    send_500_response send_keepalive_ping send_receive_event_to_app shutdown
+""".split()  # noqa: SIM905  # a list would take a line for each
 
 
 def _open(protocol: BroadcastProtocol) -> Wire | None:
     try:
         wire = protocol.wire = Wire(protocol)
     except AttributeError as exc:
-        logs.once(
-            ("uvicorn",),
-            "this version of uvicorn is not supported (%s): continuing without ready-made frames",
-            exc,
-        )
+        _not_supported(str(exc))
         return None
     return wire
+
+
+def _not_supported(why: str) -> None:
+    logs.once(
+        ("uvicorn",),
+        "this version of uvicorn is not supported (%s): continuing without the fast path",
+        why,
+    )

@@ -1289,7 +1289,7 @@ async def test_the_clients_and_subscribers_that_are_gone_are_not_counted():
         assert (await anext(subscriber)).message == "1"
         with pytest.raises(SubscriberLagged):
             await anext(subscriber)
-    assert hub.stats().cut_off == 1
+    assert hub.stats().slow_clients == 1
 
 
 async def test_stats_is_a_snapshot():
@@ -1305,7 +1305,7 @@ async def test_stats_is_a_snapshot():
     assert (stats.clients, stats.subscribers) == (1, 1)
     assert stats.channels == {"room": 1}
     assert (stats.published, stats.delivered, stats.failed) == (1, 2, 0)
-    assert (stats.dropped, stats.cut_off, stats.pending) == (0, 0, 0)
+    assert (stats.dropped, stats.slow_clients, stats.pending) == (0, 0, 0)
     assert stats.buffered == 0
     assert buffered == 5 + 64
     with pytest.raises(AttributeError):

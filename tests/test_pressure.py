@@ -58,7 +58,7 @@ async def test_no_healthy_reader_is_lost_however_much_its_room_says(serve, ws, s
     server = await serve(app_of(hub), ws=ws, send_buffer=16 * KIB)
     await talk(server, senders=4, readers=2, size=size, count=count)
     stats = hub.stats()
-    assert (stats.cut_off, stats.dropped) == (0, 0)
+    assert (stats.slow_clients, stats.dropped) == (0, 0)
     await until(lambda: not hub.stats().clients)
     await until(lambda: not starcast_tasks())
 
@@ -85,7 +85,7 @@ async def test_a_member_that_does_not_read_is_dropped_and_its_room_goes_on(serve
         assert waited
         assert await asyncio.wait_for(reading, 20) == [8 * KIB] * 100
         await sending
-        assert hub.stats().cut_off == 1
+        assert hub.stats().slow_clients == 1
         assert hub.channels == {"room": 1, "other": 1}
     dead.close()
 
@@ -107,7 +107,7 @@ async def test_a_member_that_reads_too_little_holds_its_room_up_for_a_while_only
         reading = asyncio.create_task(read(sender, 400))
         await flood(sender, "x" * 2 * KIB, 400)
         assert await asyncio.wait_for(reading, 20) == [2 * KIB] * 400
-        assert hub.stats().cut_off == 1
+        assert hub.stats().slow_clients == 1
     slow.close()
     sipping.cancel()
     await asyncio.gather(sipping, return_exceptions=True)
@@ -132,7 +132,7 @@ async def test_a_large_message_gets_through_a_stream_of_small_ones(serve):
         for _ in range(5):
             await sender.send("x" * 20 * KIB)
             assert len(await asyncio.wait_for(sender.recv(), 20)) == 20 * KIB
-        assert hub.stats().cut_off == 0
+        assert hub.stats().slow_clients == 0
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -149,7 +149,7 @@ async def test_nobody_waits_for_those_whose_policy_drops(serve, overflow):
             await sender.send("x" * 8 * KIB)
             assert len(await asyncio.wait_for(sender.recv(), 20)) == 8 * KIB
         assert hub.stats().dropped > 0
-        assert hub.stats().cut_off == 0
+        assert hub.stats().slow_clients == 0
     linger = struct.pack("ii", 1, 0)
     dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     dead.close()

@@ -152,7 +152,7 @@ async def test_what_is_said_during_a_short_outage_arrives_in_order(
             for number in range(100):
                 for name, client in enumerate(clients):
                     await client.send(f"{name} {number}")
-            await until(lambda: hub.stats().backend.waiting == 300)
+            await until(lambda: hub.stats().backend.queued == 300)
             await asyncio.to_thread(server_of_broker.start)
             for listener in clients:
                 async with asyncio.timeout(30):

@@ -53,7 +53,7 @@ class Health:
             self._malformed += malformed
 
     def snapshot(
-        self, *, alive: bool, lost: int, channels: int, waiting: int, refused: int
+        self, *, alive: bool, lost: int, channels: int, queued: int, refused: int
     ) -> BackendStats:
         """Return it with what others know."""
         with self._lock:
@@ -65,6 +65,6 @@ class Health:
                 lost=lost + self._missed,
                 malformed=self._malformed,
                 channels=channels,
-                waiting=waiting,
+                queued=queued,
                 refused=refused,
             )

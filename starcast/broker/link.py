@@ -120,7 +120,7 @@ class Link:
                 alive=self.alive,
                 lost=self._sender.lost + self._session.dropped,
                 channels=len(self.subscriptions.holds),
-                waiting=len(self._sender.queue),
+                queued=len(self._sender.queue),
                 refused=self.subscriptions.refused,
             )
 

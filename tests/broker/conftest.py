@@ -13,7 +13,8 @@ from support import Broker, Bus, starcast_tasks, until
 def no_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the backends of these tests see channels as an app calls them.
 
-    That the hub's name goes before them is the matter of `test_naming.py` and `test_rooms.py`.
+    That the hub's name goes before them is the matter of `test_naming.py` and
+    `scenarios/test_two_hubs.py`.
     """
     monkeypatch.setattr("starcast.hub.NamedBackend", lambda backend, name: backend)
 

@@ -1,6 +1,6 @@
-"""Rows 11 to 13 of FAULTS.md as they are written: no constant is patched, and a minute is a minute.
+"""Faults 11 to 13 of docs/reference/faults.md, unabridged: a minute is a minute.
 
-Too long for every run, so its name keeps it out: `pytest tests/backends/slow_outages.py` runs it
+Too long for every run, so its name keeps it out: `pytest tests/scenarios/slow_outages.py` runs it
 and prints how many seconds each took. `.ci/slow` does that.
 """
 
@@ -151,7 +151,7 @@ async def test_row_12_away_for_a_minute(server, all_back, tell):
                 for _ in range(100):
                     hub.publish_nowait("room", "x" * 1000 + str(handed))
                     handed += 1
-                most_waiting = max(most_waiting, hub.stats().backend.waiting)
+                most_waiting = max(most_waiting, hub.stats().backend.queued)
                 await asyncio.sleep(0.01)
 
         raised = []
