@@ -186,7 +186,7 @@ class Connection:
     @property
     def is_here(self) -> bool:
         """Whether it is registered and has not left. From any thread."""
-        return self.leaving is None and not self.departed
+        return self.state is State.OPEN and not self._presence.is_over
 
     @property
     def is_stuck(self) -> bool:

@@ -673,6 +673,19 @@ async def test_leaving_a_client_that_reads_nothing_gives_the_socket_back():
     assert peer.got == ["own"]
 
 
+async def test_leaving_does_not_stop_a_send_that_the_handler_waits_for():
+    hub = Broadcast(tuning=Tuning(close_timeout=0.05))
+    peer = await joined(hub)
+    behind(peer)
+    own = asyncio.create_task(peer.websocket.send_text("own"))
+    await until(lambda: peer.stalled)
+    await hub.disconnect(peer.websocket)
+    assert not own.done()
+    peer.open.set()
+    await own
+    assert peer.got == ["own"]
+
+
 async def test_coming_back_in_time_is_not_undone_by_the_end_of_leaving():
     hub = Broadcast(tuning=Tuning(close_timeout=0.02))
     peer = await joined(hub)

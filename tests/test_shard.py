@@ -92,6 +92,14 @@ async def test_many_deliveries_leave_turns_to_other_tasks(monkeypatch):
     assert all(peer.got == ["hello"] for peer in peers)
 
 
+async def test_very_many_get_what_one_of_them_does_not():
+    hub = Broadcast()
+    peers = await joined(hub, 300)
+    await hub.send("hello", exclude=peers[150].websocket)
+    assert [index for index, peer in enumerate(peers) if peer.got != ["hello"]] == [150]
+    assert hub.stats().delivered == 299
+
+
 async def test_exclude_and_the_handlers_own_turn():
     hub = Broadcast()
     peers = await joined(hub, 2)
