@@ -15,7 +15,7 @@ from .connection import Connection
 from .dispatcher import Dispatcher, State
 from .outbox import Close
 from .registry import Registry
-from .servers import server
+from .servers import workers
 from .sync.waiter import Lock
 
 
@@ -85,7 +85,7 @@ class Lifecycle:
             self._dispatcher.open_here()
             self._failure = None
             if self._link is None:
-                server.warn_of_workers()
+                workers.warn_of_workers()
 
     async def ready(self) -> None:
         """Open it, and wait for a connection that has moved to this loop."""

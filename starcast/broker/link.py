@@ -25,7 +25,7 @@ from ..backends.base import Backend
 from ..event import Event
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from ..gap import Gap
-from ..loglimit import LogLimit
+from ..logs import LogLimit
 from ..stats import BackendStats
 from ..sync.deadline import Deadline
 from . import envelope

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from .. import logs
 from ..backends.base import Backend
 from ..gap import Gap
-from ..loglimit import LogLimit
+from ..logs import LogLimit
 from ..sync.deadline import Deadline
 from .opening import Backoff
 from .sender import Taken
