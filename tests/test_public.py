@@ -126,7 +126,7 @@ def test_what_is_looked_at_above_is_not_nothing():
         "BroadcastEndpoint.on_receive",
         "ConnectionManager.active_connections",
         "Event.json",
-        "Subscriber.put",
+        "Subscriber.get",
     } <= found
 
 
