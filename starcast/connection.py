@@ -40,7 +40,7 @@ from . import fastpath
 from .close_codes import ABNORMAL, NORMAL, TRY_AGAIN_LATER
 from .event import Event
 from .handler import Handler, owner
-from .outbox import Close, Item, Leave, Outbox, OutboxFull, Send
+from .outbox import Close, Item, Leave, Outbox, OutboxFull, Send, discard
 from .servers.watch import Presence
 from .servers.wire import FrameWriter, Wire
 from .stats import Counters
@@ -89,21 +89,8 @@ class Connection:
 
     # Slots take less memory, and a fan-out finds little of it in any cache.
     __slots__ = (
-        "_deadline",
-        "_ended",
-        "_handler",
-        "_presence",
-        "_task",
-        "_waiters",
-        "asgi_reason",
-        "channels",
-        "code",
-        "frames",
-        "id",
-        "leaving",
-        "outbox",
-        "shard",
-        "websocket",
+        *("_deadline", "_ended", "_handler", "_presence", "_task", "_waiters", "asgi_reason"),
+        *("channels", "code", "frames", "id", "leaving", "outbox", "shard", "websocket"),
     )
 
     def __init__(
@@ -210,7 +197,7 @@ class Connection:
 
     def _queue(self, item: Item) -> None:
         if self._ended or self.code is not None:
-            _discard(item)
+            discard(item)
             return
         if isinstance(item, Leave):
             if self.outbox.in_flight is None:
@@ -269,7 +256,7 @@ class Connection:
             self._task = None
             unsent, outbox.in_flight = outbox.in_flight, None
             if unsent is not None:
-                _discard(unsent[0])
+                discard(unsent[0])
             elif self.frames is not None and not self._ended:
                 self.frames.resume()
 
@@ -362,7 +349,7 @@ class Connection:
         if self._deadline is not None:
             self._deadline.cancel()
         self._presence.forget()
-        self._discard_waiting()
+        self.outbox.clear()
         self.shard.forget(self)
         if self.code is not None:
             self._handler.limit()
@@ -378,9 +365,11 @@ class Connection:
         if not self._ended:
             await waiter
 
-    def call_after_close_timeout(self, callback: Callable[[], None]) -> asyncio.TimerHandle:
+    def call_after_close_timeout(
+        self, callback: Callable[..., None], *args: object
+    ) -> asyncio.TimerHandle:
         """Call it when the client has had time for what was sent to it and for a close frame."""
-        return self.shard.loop.call_later(self.shard.tuning.close_timeout, callback)
+        return self.shard.loop.call_later(self.shard.tuning.close_timeout, callback, *args)
 
     def _leave(self, leave: Leave) -> None:
         if leave is self.leaving:  # otherwise the handler has come back
@@ -390,14 +379,14 @@ class Connection:
     def _leave_now(self, leave: Leave) -> None:
         """Leave although not everything has been sent."""
         if leave is self.leaving:
-            own = self._own_send
+            own = self.outbox.own_send
             if own is None or own.sent.done():  # the handler does not wait for it
                 self._stop_sending()
             self.end()
         leave.reached()
 
     def _cut_off(self, item: Item) -> None:
-        dropped = [*self._discard_waiting(), item]
+        dropped = [*self.outbox.clear(), item]
         self.shard.counters.slow_clients += 1
         self.offer([Close(TRY_AGAIN_LATER, "too slow")])
         self.shard.forget(self)
@@ -411,8 +400,7 @@ class Connection:
     def _set_deadline(self, callback: Callable[..., None], *args: object) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        timeout = self.shard.tuning.close_timeout
-        self._deadline = self.shard.loop.call_later(timeout, callback, *args)
+        self._deadline = self.call_after_close_timeout(callback, *args)
 
     def _stop_sending(self) -> bool:
         """Cancel the send that is in flight, and return whether there was one."""
@@ -421,15 +409,9 @@ class Connection:
             return False
         self._task = None
         task.cancel()
-        if self._own_send is not None:
-            self._own_send.finish(False)
+        if self.outbox.own_send is not None:
+            self.outbox.own_send.finish(False)
         return True
-
-    @property
-    def _own_send(self) -> Send | None:
-        """The send of the handler's that is in flight, if any."""
-        in_flight = self.outbox.in_flight
-        return in_flight[0] if in_flight and isinstance(in_flight[0], Send) else None
 
     def _keep_receivable(self) -> None:
         # In the state that Starlette sets when a send has failed or was a close, the handler's
@@ -440,16 +422,3 @@ class Connection:
         if dropped:
             self.shard.counters.dropped += len(dropped)
             self.outbox.tell_dropped(self.websocket, dropped)
-
-    def _discard_waiting(self) -> list[Item]:
-        items = self.outbox.clear()
-        for item in items:
-            _discard(item)
-        return items
-
-
-def _discard(item: Item) -> None:
-    if isinstance(item, Send):
-        item.finish(False)
-    elif isinstance(item, Leave):
-        item.reached()

@@ -111,6 +111,14 @@ class OutboxFull(Exception):
     """The policy is `disconnect` and the buffer has no space."""
 
 
+def discard(item: Item) -> None:
+    """Let go of an item that will not be sent, and tell whoever waits for it."""
+    if isinstance(item, Send):
+        item.finish(False)
+    elif isinstance(item, Leave):
+        item.reached()
+
+
 class LatestQueue:
     """What waits if of each channel only the newest event does: a deque that finds it by channel.
 
@@ -257,11 +265,19 @@ class Outbox:
         return item if isinstance(item, Event) else None
 
     def clear(self) -> list[Item]:
-        """Remove and return everything."""
+        """Discard everything that waits, and return it."""
         items, self.items = list(self.items or ()), None
         self.size = 0
+        for item in items:
+            discard(item)
         self._progress()
         return items
+
+    @property
+    def own_send(self) -> Send | None:
+        """The handler's own send, if it is what is in flight."""
+        first = self.in_flight[0] if self.in_flight else None
+        return first if isinstance(first, Send) else None
 
     def _progress(self) -> None:
         if self.space is not None:
