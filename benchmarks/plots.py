@@ -22,14 +22,12 @@ TITLES = {
 
 OURS, OTHERS, FLOOR = "#3949ab", "#757575", "#2e7d32"
 COLOURS = {
-    "starcast_frames": OURS,
-    "starcast": "#9fa8da",
+    "starcast": OURS,
     "connection_manager": OTHERS,
     "floor": FLOOR,
 }
 NAMES = {
-    "starcast_frames": "starcast, its protocol",
-    "starcast": "starcast, plain uvicorn",
+    "starcast": "starcast",
     "connection_manager": "ConnectionManager",
     "broadcaster": "encode/broadcaster",
     "litestar_channels": "Litestar channels",

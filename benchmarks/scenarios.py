@@ -8,9 +8,14 @@ from typing import Any
 from .servers import BROKERS, SERVERS, Server
 
 WRAPPED = ("starcast_wrapped", "connection_manager_wrapped")
-EVERYBODY = tuple(name for name, server in SERVERS.items() if server.path and name not in WRAPPED)
+EVERYBODY = tuple(
+    name
+    for name, server in SERVERS.items()
+    if server.path and name not in (*WRAPPED, "starcast_fastapi")
+)
+PLAIN = ("starcast", "starcast_fastapi", *EVERYBODY[1:])
 TRIPS = tuple(name for name, server in SERVERS.items() if not server.path)
-OURS = ("starcast_frames", "starcast", "connection_manager")
+OURS = ("starcast", "connection_manager")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +69,19 @@ SCENARIOS = {
         Scenario(
             "A",
             "300 clients, 128 bytes, one message at a time",
-            EVERYBODY,
+            PLAIN,
             {"": {"clients": 300}},
         ),
         Scenario(
             "B",
             "300 clients, 128 bytes, 32 messages in flight",
-            EVERYBODY,
+            PLAIN,
             {"": {"clients": 300, "batch": 32}},
         ),
         Scenario(
             "C",
             "300 clients, 1 KiB of JSON, permessage-deflate, one message at a time",
-            EVERYBODY,
+            PLAIN,
             {"": {"clients": 300, "size": 1024, **_DEFLATE}},
         ),
         Scenario(
@@ -88,7 +93,7 @@ SCENARIOS = {
         Scenario(
             "E",
             "1,000 rooms of 10 clients, 128 bytes, published to in turn, 40 rooms in flight",
-            ("starcast_frames", "floor"),
+            ("starcast", "floor"),
             {"": {"kind": "rooms", "clients": 10_000, "rooms": 1000, "in_flight": 40}},
         ),
         Scenario(
@@ -128,7 +133,7 @@ SCENARIOS = {
         Scenario(
             "J",
             "over a broker: 300 clients, 128 bytes, 32 messages in flight",
-            ("starcast_frames", "broadcaster"),
+            ("starcast", "broadcaster"),
             {
                 "memory": {"clients": 300, "batch": 32},
                 **{name: {"clients": 300, "batch": 32, "broker": name} for name in BROKERS},
@@ -137,7 +142,7 @@ SCENARIOS = {
         Scenario(
             "K",
             "one worker and two: 300 clients, 128 bytes, 32 messages in flight",
-            ("starcast_frames", "starcast"),
+            ("starcast",),
             {
                 workers_of(name, count): {
                     "clients": 300,

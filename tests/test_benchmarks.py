@@ -136,7 +136,7 @@ def run(name, **settings):
 # With `verify` the load fails unless every client got exactly what was sent, in order.
 
 
-@pytest.mark.parametrize("name", ["starcast_frames", "floor"])
+@pytest.mark.parametrize("name", ["starcast", "floor"])
 def test_every_client_gets_every_message(name):
     result = run(name, clients=7, batch=5)
     assert result["clients"] == 7
@@ -151,14 +151,14 @@ def test_rooms():
 
 
 def test_deflated():
-    result = run("starcast_frames", clients=5, deflate=True, payload="json", size=1024, pings=True)
+    result = run("starcast", clients=5, deflate=True, payload="json", size=1024, pings=True)
     assert result["deflate_agreed"]
     assert 50 < result["bytes_per_delivery"] < 1024
 
 
 @pytest.mark.parametrize("broker", BROKERS)
 def test_two_workers_over_a_broker(broker):
-    result = run("starcast_frames", clients=6, batch=5, broker=broker, workers=2)
+    result = run("starcast", clients=6, batch=5, broker=broker, workers=2)
     assert result["deliveries"] == result["rounds"] * 5 * 6 > 0
 
 
@@ -191,7 +191,7 @@ def test_no_broker_is_left_behind():
 def results(**more):
     runs = [
         {"scenario": "A", "variant": "", "server": server, "repeat": repeat, "cpu_us": cpu}
-        for server, cpus in {"starcast_frames": (4, 6, 5), "floor": (4, 4, 10)}.items()
+        for server, cpus in {"starcast": (4, 6, 5), "floor": (4, 4, 10)}.items()
         for repeat, cpu in enumerate(cpus)
     ]
     runs.append(
@@ -243,7 +243,7 @@ def test_a_machine_with_few_cores_says_nothing_about_two_workers():
         {
             "scenario": "K",
             "variant": f"redis, {workers}",
-            "server": "starcast_frames",
+            "server": "starcast",
             "repeat": 0,
             "cpu_us": 1.0,
             "deliveries_per_second": rate,

@@ -40,18 +40,17 @@ SERVERS = {
     server.name: server
     for server in (
         Server(
-            "starcast_frames",
-            "starcast, `--ws starcast.uvicorn:BroadcastProtocol`",
+            "starcast",
+            "starcast, uvicorn",
             ("starcast", "starlette", *_UVICORN, *_CLIENTS),
             "/ws/{room}",
             brokers=_BROKERS,
         ),
         Server(
-            "starcast",
-            "starcast, uvicorn as it comes",
-            ("starcast", "starlette", *_UVICORN, *_CLIENTS),
+            "starcast_fastapi",
+            "starcast, `fastapi run`",
+            ("starcast", "fastapi", "starlette", *_UVICORN),
             "/ws/{room}",
-            brokers=_BROKERS,
         ),
         Server(
             "connection_manager",
