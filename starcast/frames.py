@@ -16,7 +16,6 @@ _RSV1 = 0x40  # the message is compressed, RFC 7692 section 6
 
 # The wire format of a client: 0 without compression, else the base-two logarithm of the window.
 WireFormat = int
-Setting = WireFormat
 PLAIN: WireFormat = 0
 
 # Smaller payloads are not compressed, in bytes. A short JSON object would hardly become shorter,

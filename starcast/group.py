@@ -7,7 +7,7 @@ from typing import Any
 
 from .connection import Connection
 from .event import Event
-from .frames import Setting
+from .frames import WireFormat
 from .outbox import Item
 from .servers.wire import MAX_JOIN
 from .subscriber import Subscription
@@ -26,13 +26,13 @@ class Snapshot(tuple[Member, ...]):
     """Who is on a channel, and how frames are written to those who take them, looked up once.
 
     Attributes:
-        writers: By wire setting: the calls that write, and whose each is.
+        writers: By wire format: the calls that write, and whose each is.
         others: Everybody else.
         version: Of the shard, when these were right; it changes whenever a client's state does.
     """
 
     version = -1
-    writers: dict[Setting, tuple[list[Write], list[Member]]]
+    writers: dict[WireFormat, tuple[list[Write], list[Member]]]
     others: list[Member]
 
     def look(self, version: int) -> None:
@@ -47,7 +47,7 @@ class Snapshot(tuple[Member, ...]):
             if frames is None or frames.direct is None:
                 self.others.append(member)
             else:
-                writes, whose = self.writers.setdefault(frames.setting, ([], []))
+                writes, whose = self.writers.setdefault(frames.wire_format, ([], []))
                 writes.append(frames.direct)
                 whose.append(member)
 
@@ -66,7 +66,7 @@ class Group:
         self.done: list[Done] = []
         self.exclude: frozenset[int] | None = None  # None: it takes no further event
         self._size = 0
-        self._joined: dict[Setting, bytes] = {}
+        self._joined: dict[WireFormat, bytes] = {}
         if isinstance(item, Event):
             self.exclude = item.exclude
             self._size = item.cost
@@ -81,12 +81,12 @@ class Group:
                 return True
         return False
 
-    def joined(self, setting: Setting) -> bytes:
-        """Return the frames of all events for a wire setting, made once."""
-        joined = self._joined.get(setting)
+    def joined(self, wire_format: WireFormat) -> bytes:
+        """Return the frames of all events for a wire format, made once."""
+        joined = self._joined.get(wire_format)
         if joined is None:
-            frames = [item.frame(setting) for item in self.items if isinstance(item, Event)]
-            joined = self._joined[setting] = frames[0] if len(frames) == 1 else b"".join(frames)
+            frames = [item.frame(wire_format) for item in self.items if isinstance(item, Event)]
+            joined = self._joined[wire_format] = frames[0] if len(frames) == 1 else b"".join(frames)
         return joined
 
 

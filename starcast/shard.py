@@ -24,7 +24,7 @@ from typing import Any
 
 from .connection import Connection
 from .event import Event
-from .frames import Setting
+from .frames import WireFormat
 from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Send
 from .servers.watch import Watch
@@ -236,8 +236,8 @@ class Shard:
     ) -> Generator[None, None, list[Member]]:
         """Write to those who take frames now, and return the others."""
         others: list[Member] = []
-        setting: Setting | None = None
-        joined = b""  # for this setting
+        wire_format: WireFormat | None = None
+        joined = b""  # in this wire format
         for start in range(0, len(members), STEP):
             if start:
                 yield
@@ -248,9 +248,9 @@ class Shard:
                 if frames is None or frames.direct is None:
                     others.append(member)
                     continue
-                if frames.setting != setting:
-                    setting = frames.setting
-                    joined = group.joined(setting)
+                if frames.wire_format != wire_format:
+                    wire_format = frames.wire_format
+                    joined = group.joined(wire_format)
                 frames.direct(joined)
             self.counters.delivered += len(group.items) * (len(step) - len(others) + before)
         return others
@@ -268,8 +268,8 @@ class Shard:
                     return snapshot
                 snapshot.add(snapshot[start : start + STEP])
         others = snapshot.others
-        for setting, (writes, members) in snapshot.writers.items():
-            joined = group.joined(setting)
+        for wire_format, (writes, members) in snapshot.writers.items():
+            joined = group.joined(wire_format)
             for start in range(0, len(writes), STEP):
                 if self.version != version:
                     others = others + members[start:]

@@ -21,7 +21,7 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
 from . import logs
-from .frames import PLAIN, Setting
+from .frames import PLAIN, WireFormat
 from .servers.hardened import HardenedProtocol
 
 
@@ -29,12 +29,12 @@ class Wire:
     """Writes frames to one client's transport, bypassing ASGI. Use it on the server's event loop.
 
     Attributes:
-        setting: The wire format of the frames that the client takes.
+        wire_format: The wire format of the frames that the client takes.
         ready: Whether frames may be written: the connection is open and its buffer is not full.
         changed: Called when `ready` may have changed.
     """
 
-    __slots__ = ("_conn", "_protocol", "_transport", "_writable", "changed", "setting")
+    __slots__ = ("_conn", "_protocol", "_transport", "_writable", "changed", "wire_format")
 
     def __init__(self, protocol: BroadcastProtocol) -> None:
         self._protocol = protocol
@@ -42,10 +42,10 @@ class Wire:
         self._transport = protocol.transport
         self.changed: Callable[[], None] | None = None
         self._writable = protocol.writable
-        self.setting: Setting = PLAIN
+        self.wire_format: WireFormat = PLAIN
         for extension in protocol.conn.extensions:
             if isinstance(extension, PerMessageDeflate):
-                self.setting = extension.local_max_window_bits
+                self.wire_format = extension.local_max_window_bits
                 # The connection's own compressor does not see our frames, which move the client's
                 # window on. So it must never refer back: it starts afresh with each message. Its
                 # state so far, tens of kilobytes, is freed.

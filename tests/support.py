@@ -134,7 +134,7 @@ def read_frames(data: bytes) -> list[str | bytes]:
 class PeerWire(dict[str, Any]):
     """What `starcast.uvicorn` announces, for a `Peer`."""
 
-    setting = 0
+    wire_format = 0
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer

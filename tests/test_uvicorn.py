@@ -970,7 +970,7 @@ async def test_a_wire_knows_what_is_buffered_and_when_it_is_over(serve, back):
     await until(lambda: app.websockets)
     wire = app.websockets[0].scope["extensions"]["starcast"].open()
     assert isinstance(wire, Wire)
-    assert wire.setting == 0
+    assert wire.wire_format == 0
     assert wire.buffered == 0
     assert await wire.drain()
     frame = frames.make(frames.BINARY, bytes(64 * KIB))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ..event import Event
-from ..frames import Setting
+from ..frames import WireFormat
 from ..outbox import Item, Outbox
 
 # Bytes of frames that are joined for one write.
@@ -21,7 +21,7 @@ MAX_JOIN = 64 * 1024
 class Wire(Protocol):
     """A way to the socket around ASGI; `starcast.uvicorn` has one."""
 
-    setting: Setting
+    wire_format: WireFormat
     changed: Callable[[], None] | None  # called when `ready` may have changed
 
     @property
@@ -72,15 +72,15 @@ class FrameWriter:
 
     Attributes:
         wire: Where they go.
-        setting: What kind of frames the client takes.
+        wire_format: What kind of frames the client takes.
         direct: Writes frames at once; None while that must not be done.
     """
 
-    __slots__ = ("_client", "direct", "setting", "wire")
+    __slots__ = ("_client", "direct", "wire", "wire_format")
 
     def __init__(self, wire: Wire, client: Client) -> None:
         self.wire = wire
-        self.setting = wire.setting
+        self.wire_format = wire.wire_format
         self.direct: Callable[[bytes], None] | None = None
         self._client = client
         wire.changed = self._look
@@ -124,7 +124,7 @@ class FrameWriter:
             frames: list[bytes] = []
             size = 0
             while (event := events[0] if events else outbox.next_event()) is not None:
-                frame = event.frame(self.setting)
+                frame = event.frame(self.wire_format)
                 size += len(frame)
                 if frames and size > limit:
                     break
