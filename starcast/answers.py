@@ -29,6 +29,10 @@ from starlette.websockets import WebSocket, WebSocketState
 from . import logs
 from .close_codes import TRY_AGAIN_LATER
 
+# Seconds after which a client may try again: about as long as the link waits before it tries to
+# connect to the broker again.
+RETRY_AFTER = 2
+
 _set_class = vars(object)["__class__"].__set__
 
 
@@ -71,6 +75,16 @@ class Answered(Adaptable):
     headers: ClassVar[dict[str, str] | None] = None
     code: ClassVar[int]
     reason: ClassVar[str]
+
+
+class TryAgainLater(Answered):
+    """An error that may be gone in a moment."""
+
+    status_code = 503
+    detail = "try again later"
+    headers: ClassVar[dict[str, str] | None] = {"Retry-After": str(RETRY_AFTER)}
+    code = TRY_AGAIN_LATER
+    reason = "try again later"
 
 
 def _answer(cls: type[Adaptable], base: type[Exception]) -> type[Adaptable]:

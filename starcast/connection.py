@@ -41,11 +41,7 @@ from .servers.watch import Presence
 from .servers.wire import FrameWriter, Wire
 from .stats import Counters
 from .sync.waiter import Waiter
-
-# Seconds that a client has for what it still has to get and for the close frame. After that the
-# send that is stuck ends, the hub's or the handler's: a client that reads nothing would hold it for
-# as long as the TCP connection lasts.
-CLOSE_TIMEOUT = 10.0
+from .tuning import Tuning
 
 # Seconds that a connection waits before it goes on after a cancellation, in case it is the end of
 # the event loop, which cancels all tasks and does not wait for new ones.
@@ -74,6 +70,7 @@ class Line(Protocol):
     loop: asyncio.AbstractEventLoop
     counters: Counters
     awake: bool
+    tuning: Tuning
     version: int  # changes whenever frames may or may no longer be written to a client at once
 
     def post(self, item: Turn, connection: Connection) -> None:
@@ -199,7 +196,7 @@ class Connection:
     @property
     def is_stuck(self) -> bool:
         """Whether the send that is in flight takes too long. It has to be asked now and then."""
-        return self._presence.is_stuck(self.state is SENDING)
+        return self._presence.is_stuck(self.state is SENDING, self.line.tuning.send_timeout)
 
     # What the shard calls
 
@@ -346,7 +343,7 @@ class Connection:
     def _expect(self, then: Callable[..., None], *args: object) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = self.line.loop.call_later(CLOSE_TIMEOUT, then, *args)
+        self._deadline = self.line.loop.call_later(self.line.tuning.close_timeout, then, *args)
 
     def _expire(self, leave: Leave) -> None:
         """Leave although the client has not got everything."""
@@ -365,7 +362,7 @@ class Connection:
 
     def _cut_off(self, item: Item) -> None:
         dropped = [*self._discard(), item]
-        self.line.counters.cut_off += 1
+        self.line.counters.slow_clients += 1
         self.put(Close(TRY_AGAIN_LATER, "too slow"))
         self._on_end(self)
         self._report([event for event in dropped if isinstance(event, Event)])
@@ -427,4 +424,4 @@ class Connection:
         await self.write(self.outbox.take(), asyncio.current_task())
 
     def call_after_close_timeout(self, then: Callable[[], None]) -> asyncio.TimerHandle:
-        return self.line.loop.call_later(CLOSE_TIMEOUT, then)
+        return self.line.loop.call_later(self.line.tuning.close_timeout, then)

@@ -20,11 +20,10 @@ from .broker.sender import OnLost, Taken
 from .event import Event
 from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
 from .registry import Registry
-from .shard import SLICE
 from .sync.bounded import Full
 from .sync.waiter import Waiter
 
-# Awaited messages after which other tasks get a turn; or sooner, after `shard.SLICE`.
+# Awaited messages after which other tasks get a turn; or sooner, after a time slice.
 YIELD_AFTER = 64
 
 NOT_OPEN = (
@@ -196,7 +195,7 @@ class Dispatcher:
                 await sent
                 self._unyielded = 0
                 return
-            late = time.monotonic() - self._unyielded_since > SLICE
+            late = time.monotonic() - self._unyielded_since > self._registry.tuning.time_slice
         # What ends without waiting must leave time to other tasks now and then.
         self._unyielded += 1
         if late or self._unyielded >= YIELD_AFTER:

@@ -38,27 +38,23 @@ always closed with the code. Errors with two numbers have both answers as attrib
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
-from .answers import Adaptable, Answered
-from .close_codes import NORMAL, POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER
-
-# Seconds after which a client may try again what could not be published: about as long as the link
-# waits before it tries to connect again.
-RETRY_AFTER = 2
+from .answers import Adaptable, Answered, TryAgainLater
+from .close_codes import NORMAL, POLICY_VIOLATION, TOO_BIG
 
 
 class StarcastError(Exception):
     """The base class of every error that starcast raises.
 
-    All of them can be pickled and copied, and `repr()` shows the message.
+    All of them can be pickled and copied, and `str()` and `repr()` show the message.
     """
 
+    # Starlette's classes show the code and the reason there, and not the message.
+    __str__ = Exception.__str__
+
     def __repr__(self) -> str:
-        # Starlette's classes show the code and the reason there, and not the message.
         return f"{type(self).__name__}({str(self)!r})"
 
 
@@ -90,7 +86,7 @@ class InvalidMessage(StarcastError, WebSocketException):
     def __init__(self, code: int, reason: str, hint: str = "") -> None:
         WebSocketException.__init__(self, code=code, reason=reason)
         self.hint = hint
-        self.args = (code, reason)  # what pickle calls the class with, if these were named
+        self.args = (code, reason)  # pickle calls the class with these
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.code})"
@@ -102,13 +98,11 @@ class OriginRefused(StarcastError, WebSocketException):
     It is raised before the client is accepted, so the browser gets HTTP 403.
     """
 
-    def __init__(self, message: str) -> None:
-        WebSocketException.__init__(self, code=POLICY_VIOLATION, reason="origin not allowed")
-        self.message = message
-        self.args = (message,)  # what pickle calls the class with, if it was named
+    code = POLICY_VIOLATION
+    reason = "origin not allowed"
 
-    def __str__(self) -> str:
-        return self.message
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
 
 
 class ClientGone(StarcastError, Adaptable, WebSocketDisconnect):
@@ -122,7 +116,7 @@ class ClientGone(StarcastError, Adaptable, WebSocketDisconnect):
 
     def __init__(self, code: int = NORMAL, reason: str | None = None) -> None:
         WebSocketDisconnect.__init__(self, code, reason)
-        self.args = (self.code, self.reason)
+        self.args = (self.code, self.reason)  # pickle calls the class with these
 
     def __str__(self) -> str:
         # A client may have chosen the reason, which must not begin a line in a log.
@@ -134,30 +128,18 @@ class NotConnected(StarcastError):
     """`send(to=websocket)` was called for a client that is not registered with the hub."""
 
 
-class PublishQueueFull(StarcastError, Answered):
+class PublishQueueFull(StarcastError, TryAgainLater):
     """An event loop already has too many messages waiting, and nothing of this one was sent.
 
     `publish_nowait` raises it at once, `publish` and `send` after waiting two seconds for space.
     """
 
-    status_code = 503
-    detail = "try again later"
-    headers: ClassVar[dict[str, str] | None] = {"Retry-After": str(RETRY_AFTER)}
-    code = TRY_AGAIN_LATER
-    reason = "try again later"
 
-
-class BackendUnavailable(StarcastError, Answered):
+class BackendUnavailable(StarcastError, TryAgainLater):
     """There is no connection to the broker, or it did not answer in time.
 
     The message names the broker's host and never a password. It goes to the log, not to clients.
     """
-
-    status_code = 503
-    detail = "try again later"
-    headers: ClassVar[dict[str, str] | None] = {"Retry-After": str(RETRY_AFTER)}
-    code = TRY_AGAIN_LATER
-    reason = "try again later"
 
 
 class PayloadTooLarge(StarcastError, Answered, ValueError):

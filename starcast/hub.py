@@ -24,7 +24,7 @@ from .broker.link import Link
 from .broker.naming import DEFAULT_NAME, NamedBackend, check_name
 from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
-from .connection import CLOSE_TIMEOUT, Connection, is_gone
+from .connection import Connection, is_gone
 from .dispatcher import Dispatcher
 from .event import Event
 from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
@@ -56,7 +56,7 @@ class Hub:
 
     def __init__(self, backend: Backend | None, settings: Settings) -> None:
         self.settings = settings
-        self.registry = Registry(self._release, self._tell_missed)
+        self.registry = Registry(settings.tuning, self._release, self._tell_missed)
         self.lock = self.registry.lock
         name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
@@ -192,11 +192,11 @@ class Hub:
             if not is_gone(websocket):
                 daphne.adapt(websocket)
                 with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
-                    async with asyncio.timeout(CLOSE_TIMEOUT):
+                    async with asyncio.timeout(self.settings.tuning.close_timeout):
                         await websocket.close(code, reason)
             return
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT + 1):
+            async with asyncio.timeout(self.settings.tuning.close_timeout + 1):
                 await connection.wait_ended()
 
     async def join(self, subscriber: Subscription[Any]) -> Counters:
@@ -275,7 +275,7 @@ class Hub:
                 failed=self.dispatcher.failed,
                 delivered=counters.delivered,
                 dropped=counters.dropped,
-                cut_off=counters.cut_off,
+                slow_clients=counters.slow_clients,
                 pending=registry.pending,
                 buffered=registry.buffered,
                 backend=None if self.link is None else self.link.stats(),

@@ -11,7 +11,7 @@ from .answers import Answered
 from .broker.claims import Claim
 from .broker.link import Link
 from .close_codes import GOING_AWAY
-from .connection import CLOSE_TIMEOUT, Connection
+from .connection import Connection
 from .dispatcher import Dispatcher, State
 from .outbox import Close
 from .registry import Registry
@@ -117,7 +117,7 @@ class Lifecycle:
                         self._claim.release()
         finally:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT + 1):
+                async with asyncio.timeout(self._registry.tuning.close_timeout + 1):
                     for connection in connections:
                         await connection.wait_ended()
 

@@ -40,7 +40,7 @@ async def _wait_for_space(registry: Registry, connection: Connection, cost: int)
         return
     with registry.lock:
         if outbox.space is None:
-            outbox.space = SpaceQueue()
+            outbox.space = SpaceQueue(registry.tuning.space_timeout)
     await outbox.space.wait(
         lambda: (
             connection not in registry.connections

@@ -59,9 +59,9 @@ async def wait(hub: Hub, shard: Shard, event: Event) -> None:
                 turn = _turns.setdefault(shard, asyncio.Lock())
             async with turn:  # or several would find the same space, and all of them use it
                 await _settle(hub, shard, event)
-                draining = _find(shard, event)
+                draining = _find(hub, shard, event)
         else:
-            draining = _find(shard, event)
+            draining = _find(hub, shard, event)
         if draining is None:
             return
         await draining.wait()
@@ -82,15 +82,16 @@ def _is_much(hub: Hub, shard: Shard, event: Event) -> bool:
     return shard.queue.size + event.cost > unseen(hub) or is_on_the_way(hub, event)
 
 
-def _find(shard: Shard, event: Event) -> Draining | None:
+def _find(hub: Hub, shard: Shard, event: Event) -> Draining | None:
     """Return what the event has to wait for, at one of those who will get it."""
     members = shard.not_ready(event.channel)
+    timeout = hub.settings.tuning.space_timeout
     for member in filter(_may_be_waited_for, members):
         outbox = member.outbox
         draining = outbox.draining
         if (draining is None or not draining.full) and not outbox.has_space(event.cost):
             if draining is None:
-                _begin(members)
+                _begin(members, timeout)
                 draining = outbox.draining
             assert draining is not None
             draining.full = True
@@ -99,10 +100,10 @@ def _find(shard: Shard, event: Event) -> Draining | None:
     return None
 
 
-def _begin(members: Iterable[Member]) -> None:
+def _begin(members: Iterable[Member], timeout: float) -> None:
     """Begin to look at everybody who is behind, or they would be waited for one after another."""
     for member in filter(_may_be_waited_for, members):
-        member.outbox.draining = member.outbox.draining or Draining(member)
+        member.outbox.draining = member.outbox.draining or Draining(member, timeout)
 
 
 def _may_be_waited_for(member: Member) -> bool:

@@ -25,6 +25,7 @@ from .stats import Counters
 from .subscriber import Subscription
 from .sync.bounded import Full
 from .sync.waiter import Waiter, running_loop
+from .tuning import Tuning
 
 Target = tuple[Shard, tuple[Member, ...]]
 
@@ -33,12 +34,19 @@ class Registry:
     """See the module.
 
     Args:
+        tuning: The hub's timings and bounds.
         release: Called with a channel whenever somebody has left it, with the lock held.
         on_missed: Called with what an event loop has missed of what a broker sent, on that loop and
             with the lock held.
     """
 
-    def __init__(self, release: Callable[[str], None], on_missed: Callable[[Missed], None]) -> None:
+    def __init__(
+        self,
+        tuning: Tuning,
+        release: Callable[[str], None],
+        on_missed: Callable[[Missed], None],
+    ) -> None:
+        self.tuning = tuning
         self.lock = threading.RLock()
         self._release = release
         self._on_missed = on_missed
@@ -57,7 +65,7 @@ class Registry:
         with self.lock:
             if loop not in self.shards:
                 self._sweep()
-                self.shards[loop] = Shard(loop, self.lock)
+                self.shards[loop] = Shard(loop, self.lock, self.tuning)
             return self.shards[loop]
 
     def join(self, connection: Connection, channel: str) -> bool:

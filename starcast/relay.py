@@ -18,7 +18,6 @@ from . import codec, pressure
 from .answers import Answered
 from .close_codes import INTERNAL_ERROR, INVALID_DATA
 from .codec import Channel, Encoding
-from .connection import CLOSE_TIMEOUT
 from .event import Event
 from .exceptions import (
     BackendUnavailable,
@@ -35,7 +34,7 @@ logger = logging.getLogger("starcast")
 MAX_UNCONFIRMED = 256
 
 # The same in bytes: 256 clients that all send as much as they can just fill what may wait for a
-# loop (`shard.MAX_PENDING`).
+# loop (`Tuning.max_pending`).
 MAX_UNCONFIRMED_COST = 64 * 1024
 
 # Seconds without a failure after which the next one is logged again.
@@ -179,6 +178,6 @@ class Relay:
         if self._telling is not None:
             telling = self._telling
             try:
-                await asyncio.wait([telling], timeout=CLOSE_TIMEOUT)
+                await asyncio.wait([telling], timeout=self._hub.settings.tuning.close_timeout)
             finally:
                 telling.cancel()

@@ -29,17 +29,11 @@ from .servers.watch import Watch
 from .stats import Counters
 from .sync.bounded import BoundedQueue
 from .sync.waiter import running_loop
+from .tuning import Tuning
 
 logger = logging.getLogger("starcast")
 
 Work = Iterator[tuple[Connection, Item] | None]
-
-# Bytes that may wait for one event loop: sixteen times the buffer of a client. A loop that is
-# further behind is blocked or not running.
-MAX_PENDING = 16 * 1024 * 1024
-
-# Seconds that deliveries may take before other tasks of the loop get their turn.
-SLICE = 0.005
 
 # Members that get an item in their outbox, or are excluded, before the time is looked at.
 LOOKED_AT = 128
@@ -53,14 +47,18 @@ class Shard:
     """See the module. `lock` is the hub's."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, lock: AbstractContextManager[object]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        lock: AbstractContextManager[object],
+        tuning: Tuning,
     ) -> None:
         self.loop = loop
+        self.tuning = tuning
         self.counters = Counters()
-        self.watch = Watch(loop)
+        self.watch = Watch(loop, tuning.watch_interval)
         self.awake = False  # there is something to deliver
         self.version = 0
-        self.queue = BoundedQueue[Entry](lock, MAX_PENDING)
+        self.queue = BoundedQueue[Entry](lock, tuning.max_pending)
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._lock = lock
@@ -147,7 +145,7 @@ class Shard:
         if self._work is not None:
             return False
         work = self._work = self._deliveries()
-        deadline = time.monotonic() + SLICE
+        deadline = time.monotonic() + self.tuning.time_slice
         for delivery in work:
             if delivery is not None:
                 self._first = delivery
@@ -185,7 +183,7 @@ class Shard:
             return  # another one of this crew has used up the time
         task = asyncio.current_task()
         turn = self._turn
-        deadline = time.monotonic() + SLICE
+        deadline = time.monotonic() + self.tuning.time_slice
         if self._first is not None:
             work, self._first = itertools.chain([self._first], work), None
         for delivery in work:

@@ -19,7 +19,7 @@ class BackendStats:
             waited for.
         malformed: Messages that arrived and were neither text nor in a known format.
         channels: Channels that this process is subscribed to, or wants to be.
-        waiting: Messages that are waiting for the broker.
+        queued: Messages that are waiting for the broker.
         refused: Channels among these that somebody has and that the broker refuses. They are asked
             for again until they are back; meanwhile the hub is not healthy.
     """
@@ -31,7 +31,7 @@ class BackendStats:
     lost: int
     malformed: int
     channels: int
-    waiting: int
+    queued: int
     refused: int = 0
 
 
@@ -50,7 +50,7 @@ class Stats:
         failed: Messages that could not be handed over.
         delivered: Messages written to a client's socket or handed out by a subscriber.
         dropped: Messages that an overflow policy kept from a client or a subscriber.
-        cut_off: Clients and subscribers that were cut off because they did not keep up.
+        slow_clients: Clients and subscribers that were disconnected because they did not keep up.
         pending: Messages that are waiting for their event loop now.
         buffered: Bytes in the outboxes of clients and subscribers now.
         backend: How the connection to the broker is; None for `memory://`.
@@ -64,7 +64,7 @@ class Stats:
     failed: int
     delivered: int
     dropped: int
-    cut_off: int
+    slow_clients: int
     pending: int
     buffered: int
     backend: BackendStats | None = None
@@ -73,15 +73,15 @@ class Stats:
 class Counters:
     """What the members of one event loop count; written on that loop only."""
 
-    __slots__ = ("cut_off", "delivered", "dropped")
+    __slots__ = ("delivered", "dropped", "slow_clients")
 
     def __init__(self) -> None:
         self.delivered = 0
         self.dropped = 0
-        self.cut_off = 0
+        self.slow_clients = 0
 
     def add(self, other: Counters) -> None:
         """Take over what another one counted."""
         self.delivered += other.delivered
         self.dropped += other.dropped
-        self.cut_off += other.cut_off
+        self.slow_clients += other.slow_clients

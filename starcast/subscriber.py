@@ -125,7 +125,7 @@ class Subscription(Generic[Got]):
             except OutboxFull:
                 assert isinstance(item, Event)  # a gap weighs nothing
                 dropped = [item]
-                self._counters.cut_off += 1
+                self._counters.slow_clients += 1
                 self._lagged = True
                 self._leave(self)
                 self.end()

@@ -11,12 +11,10 @@ from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, BroadcastEndpoint, connection
-from starcast.servers import watch
+from starcast import Broadcast, BroadcastEndpoint, Tuning
 
-connection.CLOSE_TIMEOUT = 0.3
-
-hub = Broadcast()
+hub = Broadcast(tuning=Tuning(close_timeout=0.3))
+impatient = Broadcast(tuning=Tuning(close_timeout=0.3, send_timeout=1.0))
 ended: dict[str, list[int]] = {}  # of each channel, the close codes that `on_disconnect` was told
 
 
@@ -37,8 +35,6 @@ class Chat(BroadcastEndpoint):
         elif command == "own":
             await hub.publish(channel, "before it")
             await websocket.send_text(data)
-        elif command == "patience":
-            watch.SEND_TIMEOUT = float(data.split()[1])
         elif command == "code":
             await hub.close(websocket, int(data.split()[1]))
         elif command == "close":
@@ -52,19 +48,25 @@ class Chat(BroadcastEndpoint):
         ended.setdefault(self.get_channel(websocket), []).append(close_code)
 
 
+class ImpatientChat(Chat):
+    """Gives up clients that take nothing for a second."""
+
+    broadcast = impatient
+
+
 async def state(websocket: WebSocket) -> None:
     """Say how a channel and the hub are, as often as asked."""
     await websocket.accept()
     with contextlib.suppress(WebSocketDisconnect):
         while True:
             channel = await websocket.receive_text()
-            channels = hub.channels
+            channels = hub.channels | impatient.channels
             await websocket.send_json(
                 {
                     "here": channels.get(channel, 0),
                     "ended": ended.get(channel, []),
                     "channels": channels,
-                    "behind": hub.stats().buffered > 0,
+                    "behind": impatient.stats().buffered > 0,
                 }
             )
 
@@ -105,6 +107,7 @@ class Members(BroadcastEndpoint):
 app = Starlette(
     routes=[
         WebSocketRoute("/ws/{channel}", Chat),
+        WebSocketRoute("/impatient/{channel}", ImpatientChat),
         WebSocketRoute("/dies/{channel}", dies),
         WebSocketRoute("/never/{code}", never_joins, middleware=[Middleware(Wrapped)]),
         WebSocketRoute("/members", Members),

@@ -143,6 +143,10 @@ class PeerWire(dict[str, Any]):
         self.aborted = False
 
     @property
+    def closed(self) -> bool:
+        return self.peer.gone
+
+    @property
     def ready(self) -> bool:
         peer = self.peer
         return peer.open.is_set() and not peer.gone and peer.fail is None

@@ -603,6 +603,18 @@ EARLY = {
 }
 
 
+def then_set(event, call):
+    """Return a function that sets the event after the call, before the loop does anything else."""
+
+    def both(*arguments):
+        try:
+            return call(*arguments)
+        finally:
+            event.set()
+
+    return both
+
+
 @pytest.mark.parametrize("then", ["accepts", "returns", "raises"])
 async def test_a_client_that_speaks_before_it_is_accepted(start, caplog, then):
     spoken = asyncio.Event()
@@ -632,7 +644,8 @@ async def test_a_client_that_speaks_before_it_is_accepted(start, caplog, then):
         await until(lambda: [c for c in connections if isinstance(c, hardened.HardenedProtocol)])
         (protocol,) = connections
         protocol.close_timeout = 0.1
-        protocol.stop_frames = spoken.set  # before the event loop has closed the connection
+        for name in ("data_received", "eof_received"):
+            setattr(protocol, name, then_set(spoken, getattr(protocol, name)))
         if sent:
             await loop.sock_sendall(sock, sent)
         else:

@@ -32,7 +32,7 @@ from starcast import (
     OriginRefused,
     PublishQueueFull,
     SubscriberLagged,
-    shard,
+    Tuning,
 )
 from starcast.relay import Relay, close_sender
 from starcast.sync.bounded import Full
@@ -1158,12 +1158,12 @@ def blocked(other):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(shard, "MAX_PENDING", 1000)
+def small() -> Tuning:
+    return Tuning(max_pending=1000)
 
 
 async def test_what_waits_for_a_loop_is_bounded_and_refused_by_name(other, blocked, small):
-    hub = Broadcast()
+    hub = Broadcast(tuning=small)
     (here,) = await several(hub, 1, "room")
     (there,) = other.run(several(hub, 1, "room"))
     release = blocked()
@@ -1184,7 +1184,7 @@ async def test_what_waits_for_a_loop_is_bounded_and_refused_by_name(other, block
 
 
 async def test_publish_waits_for_room(other, blocked, small):
-    hub = Broadcast()
+    hub = Broadcast(tuning=small)
     (there,) = other.run(several(hub, 1))
     release = blocked()
     with contextlib.suppress(PublishQueueFull):
@@ -1211,7 +1211,7 @@ async def test_publish_waits_for_room(other, blocked, small):
 
 async def test_publish_gives_up_when_no_room_comes(other, blocked, small, monkeypatch):
     monkeypatch.setattr("starcast.dispatcher.PUBLISH_TIMEOUT", 0.05)
-    hub = Broadcast()
+    hub = Broadcast(tuning=small)
     other.run(several(hub, 1))
     blocked()
     with contextlib.suppress(PublishQueueFull):
@@ -1225,7 +1225,7 @@ async def test_publish_gives_up_when_no_room_comes(other, blocked, small, monkey
 
 
 async def test_a_personal_message_waits_for_room_too(other, blocked, small):
-    hub = Broadcast()
+    hub = Broadcast(tuning=small)
     (there,) = other.run(several(hub, 1))
     release = blocked()
     with contextlib.suppress(PublishQueueFull):
@@ -1239,7 +1239,7 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
 
 
 async def test_room_that_others_have_taken_is_waited_for_again(small):
-    hub = Broadcast()
+    hub = Broadcast(tuning=small)
     await several(hub, 1)
     queue = hub._hub.registry.shards[asyncio.get_running_loop()].queue
     outcomes = [Full("", queue), Full("", queue), None]
@@ -1262,14 +1262,14 @@ async def test_what_a_client_sends_opens_the_hub():
 
 
 async def test_room_that_has_come_meanwhile_is_not_waited_for(small):
-    hub = Broadcast()
+    hub = Broadcast(tuning=small)
     await several(hub, 1)
     queue = hub._hub.registry.shards[asyncio.get_running_loop()].queue
     await asyncio.wait_for(queue.wait_for_space(60), 10)
 
 
 async def test_a_message_larger_than_the_bound_passes_when_nothing_waits(small):
-    hub = Broadcast()
+    hub = Broadcast(tuning=small)
     (peer,) = await several(hub, 1)
     await hub.send("x" * 5000)
     assert peer.got == ["x" * 5000]
@@ -1289,7 +1289,7 @@ async def test_the_clients_and_subscribers_that_are_gone_are_not_counted():
         assert (await anext(subscriber)).message == "1"
         with pytest.raises(SubscriberLagged):
             await anext(subscriber)
-    assert hub.stats().cut_off == 1
+    assert hub.stats().slow_clients == 1
 
 
 async def test_stats_is_a_snapshot():
@@ -1305,7 +1305,7 @@ async def test_stats_is_a_snapshot():
     assert (stats.clients, stats.subscribers) == (1, 1)
     assert stats.channels == {"room": 1}
     assert (stats.published, stats.delivered, stats.failed) == (1, 2, 0)
-    assert (stats.dropped, stats.cut_off, stats.pending) == (0, 0, 0)
+    assert (stats.dropped, stats.slow_clients, stats.pending) == (0, 0, 0)
     assert stats.buffered == 0
     assert buffered == 5 + 64
     with pytest.raises(AttributeError):

@@ -10,7 +10,7 @@ import weakref
 import pytest
 from starlette.websockets import WebSocketDisconnect
 
-from starcast import Broadcast, ClientGone, NotConnected, Overflowed, connection
+from starcast import Broadcast, ClientGone, NotConnected, Overflowed, Tuning
 from support import Peer, starcast_tasks, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("road")]
@@ -264,9 +264,8 @@ async def test_a_server_that_can_not_open_the_way_is_spoken_to_in_asgi():
 
 @pytest.mark.parametrize("road", ["frames"], indirect=True)
 @pytest.mark.parametrize("own", [False, True])
-async def test_a_client_that_stays_stuck_is_aborted(monkeypatch, own):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast()
+async def test_a_client_that_stays_stuck_is_aborted(own):
+    hub = Broadcast(tuning=Tuning(close_timeout=0.05))
     peer = await joined(hub)
     behind(peer)
     if own:
@@ -320,14 +319,14 @@ async def test_a_policy_that_drops(overflow, left, dropped):
     assert {one.client for one in told} == {peer.websocket}
     assert {one.overflow for one in told} == {overflow}
     assert hub.stats().dropped == len(dropped)
-    assert hub.stats().cut_off == 0
+    assert hub.stats().slow_clients == 0
 
 
 async def test_disconnect_closes_with_1013_and_leaves_the_hub_at_once():
     hub, peer, told = await overflowed("disconnect")
     assert len(hub) == 0
     assert not hub.channels
-    assert hub.stats().cut_off == 1
+    assert hub.stats().slow_clients == 1
     assert [int(event.message[0]) for event in told[0].dropped] == [1, 2, 3, 4]
     peer.open.set()
     await until(lambda: peer.closed)
@@ -469,9 +468,8 @@ async def test_close_comes_after_what_the_client_still_has_to_get():
     assert peer.closed == 4000
 
 
-async def test_a_close_that_gets_nowhere_is_given_up(monkeypatch):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast()
+async def test_a_close_that_gets_nowhere_is_given_up():
+    hub = Broadcast(tuning=Tuning(close_timeout=0.05))
     peer, other = await joined(hub), await joined(hub)
     behind(peer)
     await hub.send("1")
@@ -494,9 +492,8 @@ async def test_closing_a_client_whose_handler_saw_it_leave_sends_nothing():
     assert peer.closed is None
 
 
-async def test_a_close_behind_a_send_of_the_handler_that_gets_nowhere_is_given_up(monkeypatch):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast()
+async def test_a_close_behind_a_send_of_the_handler_that_gets_nowhere_is_given_up():
+    hub = Broadcast(tuning=Tuning(close_timeout=0.05))
     peer = await joined(hub)
     behind(peer)
     own = asyncio.create_task(peer.websocket.send_text("stuck"))
@@ -564,9 +561,8 @@ async def test_a_cancelled_sender_ends_its_client_only():
     assert other.got == ["1", "2"]
 
 
-async def test_a_sender_that_is_killed_and_cancelled_at_once_ends(monkeypatch):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.01)
-    hub = Broadcast()
+async def test_a_sender_that_is_killed_and_cancelled_at_once_ends():
+    hub = Broadcast(tuning=Tuning(close_timeout=0.01))
     peer = await joined(hub)
     behind(peer)
     await hub.send("1")
@@ -663,9 +659,8 @@ async def test_a_guard_of_somebody_elses_is_left_in_place():
     assert len(sent) == 2
 
 
-async def test_leaving_a_client_that_reads_nothing_gives_the_socket_back(monkeypatch):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast()
+async def test_leaving_a_client_that_reads_nothing_gives_the_socket_back():
+    hub = Broadcast(tuning=Tuning(close_timeout=0.05))
     peer = await joined(hub)
     behind(peer)
     await hub.send("1")
@@ -677,9 +672,8 @@ async def test_leaving_a_client_that_reads_nothing_gives_the_socket_back(monkeyp
     assert peer.got == ["own"]
 
 
-async def test_coming_back_in_time_is_not_undone_by_the_end_of_leaving(monkeypatch):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.02)
-    hub = Broadcast()
+async def test_coming_back_in_time_is_not_undone_by_the_end_of_leaving():
+    hub = Broadcast(tuning=Tuning(close_timeout=0.02))
     peer = await joined(hub)
     behind(peer)
     await hub.send("1")
@@ -733,9 +727,8 @@ async def test_a_client_killed_before_its_next_send_began_lets_nobody_wait():
 
 
 @pytest.mark.parametrize("stalled", [False, True])
-async def test_disconnect_comes_back_although_somebody_connects_again(monkeypatch, stalled):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast()
+async def test_disconnect_comes_back_although_somebody_connects_again(stalled):
+    hub = Broadcast(tuning=Tuning(close_timeout=0.05))
     peer = await joined(hub)
     if stalled:
         behind(peer)
@@ -764,12 +757,11 @@ async def test_a_cancelled_send_with_nothing_behind_it_holds_up_nobody():
     assert len(peer.got) == 10
 
 
-async def test_a_close_of_a_stranger_that_reads_nothing_is_given_up(monkeypatch):
-    monkeypatch.setattr("starcast.hub.CLOSE_TIMEOUT", 0.05)
+async def test_a_close_of_a_stranger_that_reads_nothing_is_given_up():
     peer = Peer()
     await peer.websocket.accept()
     behind(peer)
-    await asyncio.wait_for(Broadcast().close(peer.websocket), 10)
+    await asyncio.wait_for(Broadcast(tuning=Tuning(close_timeout=0.05)).close(peer.websocket), 10)
     assert peer.closed is None
 
 
@@ -850,8 +842,7 @@ async def test_a_handler_whose_client_died_is_told_in_the_usual_way():
 async def test_a_server_that_says_nothing_about_a_dead_client_is_not_waited_for(
     monkeypatch, receiving
 ):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast()
+    hub = Broadcast(tuning=Tuning(close_timeout=0.05))
     peer = await joined(hub)
     peer.fail = OSError()
     if not receiving:
@@ -864,9 +855,8 @@ async def test_a_server_that_says_nothing_about_a_dead_client_is_not_waited_for(
     assert caught.value.code == 1006
 
 
-async def test_the_handler_of_a_client_that_is_cut_off_is_told(monkeypatch):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast(max_buffer=100)
+async def test_the_handler_of_a_client_that_is_cut_off_is_told():
+    hub = Broadcast(max_buffer=100, tuning=Tuning(close_timeout=0.05))
     peer = await joined(hub)
     behind(peer)
     reading = asyncio.create_task(peer.websocket.receive_text())
@@ -880,9 +870,8 @@ async def test_the_handler_of_a_client_that_is_cut_off_is_told(monkeypatch):
         await peer.websocket.receive_text()
 
 
-async def test_receive_ends_when_the_hub_gives_the_client_up(monkeypatch):
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.05)
-    hub = Broadcast(max_buffer=100)
+async def test_receive_ends_when_the_hub_gives_the_client_up():
+    hub = Broadcast(max_buffer=100, tuning=Tuning(close_timeout=0.05))
     peer = await joined(hub)
     behind(peer)
     serving = asyncio.create_task(hub.serve(peer.websocket))

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import ConnectionClosed
 
-from starcast import Broadcast, BroadcastEndpoint, ConfigurationError
+from starcast import Broadcast, BroadcastEndpoint, ConfigurationError, Tuning
 from support import DEADLINE, Peer, until
 
 pytestmark = pytest.mark.anyio
@@ -219,9 +219,8 @@ async def test_an_answer_that_fails_does_not_hide_what_the_client_closed_with():
     assert await serving == 4001
 
 
-async def test_a_heartbeat_for_which_the_loop_has_no_room_is_not_answered(monkeypatch):
-    monkeypatch.setattr("starcast.shard.MAX_PENDING", 100)
-    hub = Broadcast()
+async def test_a_heartbeat_for_which_the_loop_has_no_room_is_not_answered():
+    hub = Broadcast(tuning=Tuning(max_pending=100))
     peer = Peer()
     serving = asyncio.create_task(hub.serve(peer.websocket, heartbeats={"ping": "pong"}))
     await until(lambda: len(hub) == 1)
@@ -262,7 +261,7 @@ async def test_a_flood_of_heartbeats_by_a_client_that_does_not_read_is_bounded(s
             flood = asyncio.create_task(loop.sock_sendall(raw, pings))
             said = 0
             async with asyncio.timeout(DEADLINE):
-                while hub.stats().dropped < 1000 and hub.stats().cut_off == 0:
+                while hub.stats().dropped < 1000 and hub.stats().slow_clients == 0:
                     await ben.send(str(said))
                     assert await ben.recv() == str(said)
                     said += 1
@@ -271,7 +270,7 @@ async def test_a_flood_of_heartbeats_by_a_client_that_does_not_read_is_bounded(s
             assert hub.stats().published == said  # none of the pings was a message
             if overflow == "disconnect":
                 await until(lambda: hub.channels == {"b": 1})
-                assert hub.stats().cut_off == 1
+                assert hub.stats().slow_clients == 1
             else:
                 assert hub.channels == {"a": 1, "b": 1}
             flood.cancel()

@@ -10,7 +10,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
-from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged
+from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged, Tuning
 from starcast.frames import TEXT
 from starcast.sync import space
 from support import Served, stalled, starcast_tasks, until
@@ -58,16 +58,14 @@ async def test_no_healthy_reader_is_lost_however_much_its_room_says(serve, ws, s
     server = await serve(app_of(hub), ws=ws, send_buffer=16 * KIB)
     await talk(server, senders=4, readers=2, size=size, count=count)
     stats = hub.stats()
-    assert (stats.cut_off, stats.dropped) == (0, 0)
+    assert (stats.slow_clients, stats.dropped) == (0, 0)
     await until(lambda: not hub.stats().clients)
     await until(lambda: not starcast_tasks())
 
 
 @pytest.mark.parametrize("ws", PROTOCOLS)
-async def test_a_member_that_does_not_read_is_dropped_and_its_room_goes_on(serve, monkeypatch, ws):
-    monkeypatch.setattr("starcast.sync.space.LOOK", 0.02)
-    monkeypatch.setattr("starcast.connection.CLOSE_TIMEOUT", 0.1)
-    hub = Broadcast(max_buffer=64 * KIB)
+async def test_a_member_that_does_not_read_is_dropped_and_its_room_goes_on(serve, ws):
+    hub = Broadcast(max_buffer=64 * KIB, tuning=Tuning(space_timeout=0.4, close_timeout=0.1))
     server = await serve(app_of(hub), ws=ws, send_buffer=16 * KIB)
     dead = await stalled(server, "/room")
     async with (
@@ -87,17 +85,13 @@ async def test_a_member_that_does_not_read_is_dropped_and_its_room_goes_on(serve
         assert waited
         assert await asyncio.wait_for(reading, 20) == [8 * KIB] * 100
         await sending
-        assert hub.stats().cut_off == 1
+        assert hub.stats().slow_clients == 1
         assert hub.channels == {"room": 1, "other": 1}
     dead.close()
 
 
-async def test_a_member_that_reads_too_little_holds_its_room_up_for_a_while_only(
-    serve, monkeypatch
-):
-    monkeypatch.setattr("starcast.sync.space.LOOK", 0.02)
-    monkeypatch.setattr("starcast.connection.CLOSE_TIMEOUT", 0.1)
-    hub = Broadcast(max_buffer=64 * KIB)
+async def test_a_member_that_reads_too_little_holds_its_room_up_for_a_while_only(serve):
+    hub = Broadcast(max_buffer=64 * KIB, tuning=Tuning(space_timeout=0.4, close_timeout=0.1))
     server = await serve(app_of(hub), send_buffer=16 * KIB)
     slow = await stalled(server, "/room")
 
@@ -113,7 +107,7 @@ async def test_a_member_that_reads_too_little_holds_its_room_up_for_a_while_only
         reading = asyncio.create_task(read(sender, 400))
         await flood(sender, "x" * 2 * KIB, 400)
         assert await asyncio.wait_for(reading, 20) == [2 * KIB] * 400
-        assert hub.stats().cut_off == 1
+        assert hub.stats().slow_clients == 1
     slow.close()
     sipping.cancel()
     await asyncio.gather(sipping, return_exceptions=True)
@@ -138,16 +132,15 @@ async def test_a_large_message_gets_through_a_stream_of_small_ones(serve):
         for _ in range(5):
             await sender.send("x" * 20 * KIB)
             assert len(await asyncio.wait_for(sender.recv(), 20)) == 20 * KIB
-        assert hub.stats().cut_off == 0
+        assert hub.stats().slow_clients == 0
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest", "latest"])
-async def test_nobody_waits_for_those_whose_policy_drops(serve, monkeypatch, overflow):
-    monkeypatch.setattr("starcast.sync.space.LOOK", 100.0)  # who waited for it would wait too long
-    hub = Broadcast(max_buffer=64 * KIB, overflow=overflow)
+async def test_nobody_waits_for_those_whose_policy_drops(serve, overflow):
+    hub = Broadcast(max_buffer=64 * KIB, overflow=overflow, tuning=Tuning(space_timeout=2000.0))
     server = await serve(app_of(hub), send_buffer=16 * KIB)
     dead = await stalled(server, "/room")
     async with server.connect("/room", compression=None) as sender:
@@ -156,7 +149,7 @@ async def test_nobody_waits_for_those_whose_policy_drops(serve, monkeypatch, ove
             await sender.send("x" * 8 * KIB)
             assert len(await asyncio.wait_for(sender.recv(), 20)) == 8 * KIB
         assert hub.stats().dropped > 0
-        assert hub.stats().cut_off == 0
+        assert hub.stats().slow_clients == 0
     linger = struct.pack("ii", 1, 0)
     dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     dead.close()
@@ -172,7 +165,6 @@ async def test_a_subscriber_that_reads_is_waited_for_too(serve, monkeypatch):
             assert len((await anext(subscriber)).message) == 8 * KIB
             await asyncio.sleep(0)  # its work
         await asyncio.gather(flooding, reading)
-    monkeypatch.setattr("starcast.sync.space.LOOK", 0.01)
     async with hub.subscribe("room") as subscriber, server.connect("/room") as sender:
         reading = asyncio.create_task(read(sender, 50))
         await flood(sender, "x" * 8 * KIB, 50)
@@ -184,7 +176,6 @@ async def test_a_subscriber_that_reads_is_waited_for_too(serve, monkeypatch):
 
 async def test_members_that_stall_one_after_another_are_not_waited_for_in_turn(serve, monkeypatch):
     """A Wi-Fi that fails leaves many of them, and each has its buffer half full a little later."""
-    monkeypatch.setattr("starcast.sync.space.LOOK", 0.05)
     waits = 0
     wait = space.Draining.wait
 
@@ -194,7 +185,7 @@ async def test_members_that_stall_one_after_another_are_not_waited_for_in_turn(s
         await wait(draining)
 
     monkeypatch.setattr("starcast.sync.space.Draining.wait", counting)
-    hub = Broadcast(max_buffer=64 * KIB)
+    hub = Broadcast(max_buffer=64 * KIB, tuning=Tuning(space_timeout=1.0))
     server = await serve(app_of(hub), send_buffer=16 * KIB)
     dead = [await stalled(server, "/room") for _ in range(5)]
     await until(lambda: len(hub) == 5)
@@ -240,9 +231,8 @@ async def test_what_waits_is_not_said_by_a_client_that_is_closed_meanwhile(serve
         assert sender.close_code == 4003
 
 
-async def test_a_client_that_is_closed_and_does_not_read_says_nothing_more(serve, monkeypatch):
-    monkeypatch.setattr("starcast.connection.CLOSE_TIMEOUT", 0.5)
-    hub = Broadcast()
+async def test_a_client_that_is_closed_and_does_not_read_says_nothing_more(serve):
+    hub = Broadcast(tuning=Tuning(close_timeout=0.5))
     server = await serve(app_of(hub), send_buffer=16 * KIB)
     dead = await stalled(server, "/room")
     async with server.connect("/room", compression=None) as listener:

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull, Tuning
 from support import Broker, Bus, Peer, until
 
 pytestmark = pytest.mark.anyio
@@ -152,7 +152,7 @@ async def test_what_is_said_during_a_short_outage_arrives_in_order(
             for number in range(100):
                 for name, client in enumerate(clients):
                     await client.send(f"{name} {number}")
-            await until(lambda: hub.stats().backend.waiting == 300)
+            await until(lambda: hub.stats().backend.queued == 300)
             await asyncio.to_thread(server_of_broker.start)
             for listener in clients:
                 async with asyncio.timeout(30):
@@ -216,9 +216,10 @@ async def test_the_hook_gets_what_was_lost_and_the_client_stays(serve, way, capl
 class Life:
     """A client of a hub with a `Bus`, and what happened to it, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, close_timeout: float = 10.0) -> None:
+        tuning = Tuning(close_timeout=close_timeout)
         self.broker = Broker()
-        self.hub = hub = Broadcast(backend=Bus(self.broker))
+        self.hub = hub = Broadcast(backend=Bus(self.broker), tuning=tuning)
         self.peer = Peer()
         self.events: list[object] = []
         self.release = asyncio.Event()
@@ -261,8 +262,8 @@ class Life:
 
 
 @pytest.fixture
-async def life(anyio_backend):
-    life = Life()
+async def life(anyio_backend, request):
+    life = Life(**getattr(request, "param", {}))
     yield life
     if not life.task.done():
         life.peer.leave()
@@ -396,8 +397,8 @@ async def test_the_hook_ends_before_on_disconnect(life):
     assert life.events[-2:] == [("told", "1"), 1000]
 
 
-async def test_a_hook_that_hangs_ends_with_its_client(life, monkeypatch):
-    monkeypatch.setattr("starcast.relay.CLOSE_TIMEOUT", 0.01)
+@pytest.mark.parametrize("life", [{"close_timeout": 0.01}], indirect=True)
+async def test_a_hook_that_hangs_ends_with_its_client(life):
     life.release.clear()
     await life.say_and_lose("1")
     await until(lambda: ("lost", "1") in life.events)

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import time
 import types
 from collections.abc import AsyncIterator
 
 import pytest
 
-from starcast import Broadcast, shard
+from starcast import Broadcast, Tuning, shard
 from starcast.connection import Connection
 from starcast.sync.waiter import Waiter
 from support import Peer, starcast_tasks, until, until_sync
@@ -79,9 +80,8 @@ async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
 
 
 async def test_many_deliveries_leave_turns_to_other_tasks(monkeypatch):
-    monkeypatch.setattr(shard, "SLICE", 0)
     monkeypatch.setattr(shard, "LOOKED_AT", 1)
-    hub = Broadcast()
+    hub = Broadcast(tuning=Tuning(time_slice=1e-9))
     peers = await joined(hub, 50)
     async with ticking() as turns:
         await hub.send("hello")
@@ -92,6 +92,9 @@ async def test_many_deliveries_leave_turns_to_other_tasks(monkeypatch):
 
 @pytest.mark.parametrize("road", ["asgi"], indirect=True)
 async def test_a_pause_in_a_large_crew_pauses_all_of_it(monkeypatch):
+    clock = types.SimpleNamespace(monotonic=time.monotonic)
+    ticks = itertools.count(2**40)  # each look at the clock finds that a slice is over
+    monkeypatch.setattr(shard, "time", clock)
     hub = Broadcast()
     peers = await joined(hub, 300)
     slow = set(map(id, peers[:100]))
@@ -100,7 +103,7 @@ async def test_a_pause_in_a_large_crew_pauses_all_of_it(monkeypatch):
 
         async def suspending(message, peer=peer, send=send):
             if peer is peers[99]:
-                monkeypatch.setattr(shard, "SLICE", -1)
+                clock.monotonic = lambda: next(ticks)
             if id(peer) in slow:
                 await asyncio.sleep(0)
             await send(message)
@@ -127,9 +130,8 @@ async def test_exclude_and_the_handlers_own_turn():
     assert [peer.got for peer in peers] == [["1", "2", "3", "4"], ["3"]]
 
 
-async def test_a_burst_for_clients_that_are_behind_leaves_turns_to_other_tasks(monkeypatch):
-    monkeypatch.setattr(shard, "SLICE", 0)
-    hub = Broadcast()
+async def test_a_burst_for_clients_that_are_behind_leaves_turns_to_other_tasks():
+    hub = Broadcast(tuning=Tuning(time_slice=1e-9))
     (peer,) = await joined(hub, 1)
     peer.open.clear()
     async with ticking() as turns:
@@ -141,9 +143,8 @@ async def test_a_burst_for_clients_that_are_behind_leaves_turns_to_other_tasks(m
     await until(lambda: len(peer.got) == 51)
 
 
-async def test_one_message_for_very_many_that_are_behind_leaves_turns_to_other_tasks(monkeypatch):
-    monkeypatch.setattr(shard, "SLICE", 0)
-    hub = Broadcast()
+async def test_one_message_for_very_many_that_are_behind_leaves_turns_to_other_tasks():
+    hub = Broadcast(tuning=Tuning(time_slice=1e-9))
     peers = await joined(hub, 1000)
     for peer in peers:
         peer.open.clear()
@@ -197,9 +198,11 @@ async def test_a_fan_out_to_ten_thousand_does_not_hold_the_loop(monkeypatch, beh
     turns.append(clock.now)
     watching.cancel()
     held = [later - earlier for earlier, later in itertools.pairwise(turns)]
-    assert max(held) < shard.SLICE + (shard.LOOKED_AT + 1) * cost  # a slice and one step more
+    assert (
+        max(held) < Tuning().time_slice + (shard.LOOKED_AT + 1) * cost
+    )  # a slice and one step more
     during = [turn for turn in turns if 0 < turn < 9999 * cost]
-    assert len(set(during)) >= 10_000 * cost / (shard.SLICE + shard.LOOKED_AT * cost) - 1
+    assert len(set(during)) >= 10_000 * cost / (Tuning().time_slice + shard.LOOKED_AT * cost) - 1
     for peer in peers:
         peer.open.set()
     await until(lambda: not starcast_tasks())
@@ -342,8 +345,7 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_client_falls_behind_while_the_others_are_looked_up(monkeypatch, turns):
     monkeypatch.setattr(shard, "LOOKED_AT", 2)
-    monkeypatch.setattr(shard, "SLICE", -1)
-    hub = Broadcast()
+    hub = Broadcast(tuning=Tuning(time_slice=1e-9))
     peers = await joined(hub, 12)
     sending = asyncio.create_task(hub.send("1"))
     for _ in range(turns):

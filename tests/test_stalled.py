@@ -17,8 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from starcast import Broadcast, BroadcastEndpoint, connection
-from starcast.servers import watch
+from starcast import Broadcast, BroadcastEndpoint, Tuning
 from support import Served, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -31,9 +30,7 @@ CLOSE = b"\x88\x82" + bytes(4) + b"\x03\xe8"  # a client's close frame, masked w
 
 
 @pytest.fixture(params=["auto", "wsproto", PROTOCOL])
-def ws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(watch, "INTERVAL", 0.05)
-    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.3)
+def ws(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -41,7 +38,7 @@ class App:
     """Handlers: one that receives, two that push, and one that forwards."""
 
     def __init__(self) -> None:
-        self.hub = hub = Broadcast()
+        self.hub = hub = Broadcast(tuning=Tuning(watch_interval=0.05, close_timeout=0.3))
         self.ended: list[str] = []
         self.websockets: dict[str, WebSocket] = {}
         app = self
@@ -171,10 +168,8 @@ async def test_a_client_that_leaves_over_tls(serve, ws):
 # Servers of which nothing is known
 
 
-async def test_a_send_without_progress_is_given_up(monkeypatch):
-    monkeypatch.setattr(watch, "INTERVAL", 0.01)
-    monkeypatch.setattr(watch, "SEND_TIMEOUT", 0.3)
-    hub = Broadcast()
+async def test_a_send_without_progress_is_given_up():
+    hub = Broadcast(tuning=Tuning(watch_interval=0.01, send_timeout=0.3))
     dead, slow = await joined(hub, "x"), await joined(hub, "x")
     told = asyncio.create_task(dead.websocket.receive_text())
     for peer in (dead, slow):
@@ -195,10 +190,8 @@ async def test_a_send_without_progress_is_given_up(monkeypatch):
     await hub.disconnect()
 
 
-async def test_a_handlers_own_send_too(road, monkeypatch):
-    monkeypatch.setattr(watch, "INTERVAL", 0.01)
-    monkeypatch.setattr(watch, "SEND_TIMEOUT", 0.1)
-    hub = Broadcast()
+async def test_a_handlers_own_send_too(road):
+    hub = Broadcast(tuning=Tuning(watch_interval=0.01, send_timeout=0.1))
     dead = await joined(hub, "x")
     await dead.websocket.send_text("the first")
     dead.open.clear()

@@ -21,7 +21,7 @@ EMPTY = Stats(
     failed=0,
     delivered=0,
     dropped=0,
-    cut_off=0,
+    slow_clients=0,
     pending=0,
     buffered=0,
 )
@@ -59,12 +59,12 @@ def test_every_field_is_explained():
 
 def test_counters_add_up():
     one, two = Counters(), Counters()
-    assert (one.delivered, one.dropped, one.cut_off) == (0, 0, 0)
-    one.delivered, one.dropped, one.cut_off = 1, 2, 3
-    two.delivered, two.dropped, two.cut_off = 10, 20, 30
+    assert (one.delivered, one.dropped, one.slow_clients) == (0, 0, 0)
+    one.delivered, one.dropped, one.slow_clients = 1, 2, 3
+    two.delivered, two.dropped, two.slow_clients = 10, 20, 30
     one.add(two)
-    assert (one.delivered, one.dropped, one.cut_off) == (11, 22, 33)
-    assert (two.delivered, two.dropped, two.cut_off) == (10, 20, 30)
+    assert (one.delivered, one.dropped, one.slow_clients) == (11, 22, 33)
+    assert (two.delivered, two.dropped, two.slow_clients) == (10, 20, 30)
 
 
 async def test_a_hub_counts_who_is_there_and_what_was_done():
@@ -86,7 +86,7 @@ async def test_a_hub_counts_who_is_there_and_what_was_done():
     assert before.channels == {"a": 2, "b": 1}
     assert (before.published, before.delivered) == (0, 0)
     assert (after.published, after.delivered, after.pending) == (3, 5, 0)
-    assert (after.failed, after.dropped, after.cut_off) == (0, 0, 0)
+    assert (after.failed, after.dropped, after.slow_clients) == (0, 0, 0)
     await hub.disconnect()
     stats = hub.stats()
     assert not stats.open
@@ -126,10 +126,10 @@ async def test_what_waits_for_slow_clients_and_subscribers_is_buffered():
 
 
 @pytest.mark.parametrize(
-    ("overflow", "dropped", "cut_off"),
+    ("overflow", "dropped", "slow_clients"),
     [("drop_oldest", 2, 0), ("drop_newest", 2, 0), ("latest", 3, 0), ("disconnect", 3, 1)],
 )
-async def test_what_a_client_did_not_get_is_counted(overflow, dropped, cut_off):
+async def test_what_a_client_did_not_get_is_counted(overflow, dropped, slow_clients):
     hub = Broadcast(max_buffer=2 * (1 + OVERHEAD), overflow=overflow)
     peer = Peer()
     await hub.connect(peer.websocket)
@@ -138,10 +138,10 @@ async def test_what_a_client_did_not_get_is_counted(overflow, dropped, cut_off):
     for number in "12345":
         await hub.send(number)
     stats = hub.stats()
-    assert (stats.dropped, stats.cut_off) == (dropped, cut_off)
-    assert stats.clients == 1 - cut_off
+    assert (stats.dropped, stats.slow_clients) == (dropped, slow_clients)
+    assert stats.clients == 1 - slow_clients
     peer.open.set()
-    await until(lambda: hub.stats().buffered == 0 and len(hub.stats().channels) == 1 - cut_off)
+    await until(lambda: hub.stats().buffered == 0 and len(hub.stats().channels) == 1 - slow_clients)
     await hub.disconnect()
     assert hub.stats().delivered == len(peer.got)
 

@@ -23,7 +23,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 
-from starcast import Broadcast, ClientGone, ConnectionManager
+from starcast import Broadcast, ClientGone, ConnectionManager, Tuning
 from starcast.servers import served, watch
 from support import OtherLoop, Peer, Served, by_another, free_port, until, until_sync
 
@@ -334,7 +334,7 @@ async def reading_is_paused(ws: str, how: str) -> None:
     await until(lambda: not one.transport.is_reading() and not two.transport.is_reading())
     await leave(leaves, how)
     await until(lambda: len(hub) == 1, SOON)
-    await asyncio.sleep(watch.INTERVAL)
+    await asyncio.sleep(Tuning().watch_interval)
     assert len(hub) == 1
     over.set()
     await until(lambda: len(read) >= 3)
@@ -418,7 +418,7 @@ async def test_a_helper_task_that_connects_and_ends_loses_nobody(serve, ws):
     server = await serve(app_of(endpoint), ws=ws)
     async with server.connect("/ws/x") as client:
         await until(lambda: len(hub) == 1)
-        await asyncio.sleep(2 * watch.INTERVAL)
+        await asyncio.sleep(2 * Tuning().watch_interval)
         await hub.send("still here")
         assert await client.recv() == "still here"
     await until(lambda: len(hub) == 0, SOON)
@@ -438,7 +438,7 @@ async def test_a_handler_that_connects_somebody_else_loses_only_its_own_client(s
     await until(
         lambda: [c.websocket for c in hub._hub.registry.clients()] == [guest.websocket], SOON
     )
-    await asyncio.sleep(2 * watch.INTERVAL)
+    await asyncio.sleep(2 * Tuning().watch_interval)
     assert len(hub) == 1
     await hub.send("hello")
     assert guest.got == ["hello"]
@@ -554,9 +554,8 @@ async def test_connect_on_another_loop_than_the_clients_is_refused(serve, ws, ot
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-async def test_a_subscriber_ends_with_the_client_of_its_handler(serve, ws, how, monkeypatch):
-    monkeypatch.setattr(watch, "INTERVAL", 0.05)
-    hub = Broadcast()
+async def test_a_subscriber_ends_with_the_client_of_its_handler(serve, ws, how):
+    hub = Broadcast(tuning=Tuning(watch_interval=0.05))
     ended: list[str] = []
 
     async def endpoint(websocket: WebSocket):

@@ -38,7 +38,7 @@ async def stats(request):
             "published": snapshot.published,
             "delivered": snapshot.delivered,
             "dropped": snapshot.dropped,
-            "cut_off": snapshot.cut_off,
+            "slow_clients": snapshot.slow_clients,
             "buffered": snapshot.buffered,
         }
     )

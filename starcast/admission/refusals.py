@@ -19,10 +19,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from .. import logs
 from ..answers import Answered, may_be_denied
 from ..close_codes import ABNORMAL
-from ..connection import CLOSE_TIMEOUT, is_gone
+from ..connection import is_gone
 from ..exceptions import ClientGone, InvalidChannel, OriginRefused
 from ..servers import daphne, served, watch
 from .hooks import Refuse, Refused
+
+# Seconds that a client has to take the answer.
+CLOSE_TIMEOUT = 10.0
 
 # Where a mount or an endpoint that refuses in another way than its hub notes that in the scope.
 REFUSE = "starcast.refuse"

@@ -58,7 +58,7 @@ class Health:
             self._malformed += malformed
 
     def snapshot(
-        self, *, alive: bool, lost: int, channels: int, waiting: int, refused: int
+        self, *, alive: bool, lost: int, channels: int, queued: int, refused: int
     ) -> BackendStats:
         """Return the state, together with what only others know."""
         with self._lock:
@@ -70,6 +70,6 @@ class Health:
                 lost=lost + self._lost,
                 malformed=self._malformed,
                 channels=channels,
-                waiting=waiting,
+                queued=queued,
                 refused=refused,
             )

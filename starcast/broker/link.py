@@ -152,7 +152,7 @@ class Link:
                 alive=self.alive,
                 lost=self._sender.lost,
                 channels=self.subscriptions.count,
-                waiting=len(self._sender.queue),
+                queued=len(self._sender.queue),
                 refused=len(self.subscriptions.refusals),
             )
 

@@ -81,7 +81,8 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     # What is sent
 
     async def send(self, message: ASGISendEvent) -> None:
-        if not self.handshake_complete and self.transport.is_closing():
+        closes = message["type"] == "websocket.close"
+        if not closes and not self.handshake_complete and self.transport.is_closing():
             raise ClientDisconnected  # uvicorn would accept in silence, and then take no message
         paused = self.read_paused
         await super().send(message)

@@ -2,7 +2,7 @@
 
 ASGI tells an app that its client has left only when the app calls `receive`, and a handler that
 only pushes never does. Under uvicorn the transport of the connection can be found, so a `Watch`
-looks at the transports of its event loop twice a second. On other servers the end of the task that
+looks at the transports of its event loop now and then. On other servers the end of the task that
 runs the ASGI app is what can be seen.
 """
 
@@ -17,13 +17,6 @@ from typing import Any, Protocol
 from starlette.websockets import WebSocket
 
 from .served import app_task
-
-# Seconds between two looks at the transports.
-INTERVAL = 0.5
-
-# Seconds that a server whose transports are unknown may take for one send. By default, uvicorn
-# gives a client up after as long: 20 seconds until it is sent a ping, and 20 for the answer.
-SEND_TIMEOUT = 40.0
 
 # Transports that are looked at before other tasks of the loop get their turn.
 SLICE = 1024
@@ -97,12 +90,12 @@ class Presence:
         """Whether the transport is closed or about to be. From any thread."""
         return self.transport is not None and bool(self.transport.is_closing())
 
-    def is_stuck(self, sending: bool) -> bool:
-        """Whether the send that is in flight takes too long. On the loop."""
+    def is_stuck(self, sending: bool, timeout: float) -> bool:
+        """Whether the send that is in flight takes longer than so many seconds. On the loop."""
         now = asyncio.get_running_loop().time()
         if not sending or self._seen != self.sends:
             self._seen, self._since = self.sends, now
-        return now - self._since > SEND_TIMEOUT
+        return now - self._since > timeout
 
     @property
     def has_unsent(self) -> bool:
@@ -125,9 +118,15 @@ class Presence:
 
 
 class Watch:
-    """The transports of one event loop's clients. `add` and `discard` need the hub's lock."""
+    """The transports of one event loop's clients. `add` and `discard` need the hub's lock.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Args:
+        loop: The event loop.
+        interval: How many seconds pass between two looks at the transports.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
+        self._interval = interval
         self._loop = loop
         self._connections: dict[Watched, None] = {}
         self._looking = False
@@ -137,7 +136,7 @@ class Watch:
         self._connections[connection] = None
         if not self._looking:
             self._looking = True
-            self._loop.call_later(INTERVAL, self._begin)
+            self._loop.call_later(self._interval, self._begin)
 
     def discard(self, connection: Watched) -> None:
         self._connections.pop(connection, None)
@@ -170,7 +169,7 @@ class Watch:
         if len(some) == SLICE:
             self._loop.call_soon(self._look, connections)
         else:
-            self._loop.call_later(INTERVAL, self._begin)
+            self._loop.call_later(self._interval, self._begin)
 
 
 def _was_failed(transport: Any) -> bool:

@@ -12,14 +12,10 @@ from typing import Protocol
 
 from .waiter import Waiter
 
-# Seconds without any progress of the client after which a sender stops waiting for it.
-TIMEOUT = 10.0
-
-# Seconds between two looks at whether a client that is behind takes anything; looks without that
-# before its room waits for it no more, and looks in all.
-LOOK = 0.5
-MAX_IDLE = 4
-MAX_LOOKS = 20
+# How often a client that is behind is checked within the timeout of those who wait for it, and how
+# many checks in a row may find that it has taken nothing.
+MAX_CHECKS = 20
+MAX_IDLE_CHECKS = 4
 
 
 class _Sender:
@@ -41,12 +37,14 @@ class Draining:
     """A buffer that had no space, as those see it whose messages go to a whole room.
 
     They wait until it is empty, not until there is space for one message more. A client that reads
-    as fast as it can gets there soon. One that takes nothing for 2 seconds, or has not caught up
-    after 10, is waited for no more until it has, so that it cannot hold its room up at will. Nor
+    as fast as it can gets there soon. One that takes nothing for a fifth of the timeout, or has
+    not caught up when that is over, is waited for no more until it has, so that it cannot hold its
+    room up at will. Nor
     can many of them one after another: who still has space is looked at meanwhile too.
 
     Args:
         client: Whose buffer it is.
+        timeout: How many seconds a room waits for it at most.
 
     Attributes:
         full: Whether there was no space, so that they wait.
@@ -56,6 +54,7 @@ class Draining:
     __slots__ = (
         "_client",
         "_idle",
+        "_interval",
         "_looks",
         "_loop",
         "_seen",
@@ -65,25 +64,26 @@ class Draining:
         "over",
     )
 
-    def __init__(self, client: Measured) -> None:
+    def __init__(self, client: Measured, timeout: float) -> None:
         self.full = False
         self.over = False
         self._client = client
+        self._interval = timeout / MAX_CHECKS
         self._seen = client.waiting
         # They are counted, not timed: a loop that was blocked is no fault of the client's.
         self._looks = self._idle = 0
         self._waiting = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(LOOK, self._look)
+        self._timer = self._loop.call_later(self._interval, self._look)
 
     def _look(self) -> None:
         before, self._seen = self._seen, self._client.waiting
         self._idle = self._idle + 1 if before == self._seen else 0
         self._looks += self.full
-        if self._idle >= MAX_IDLE or self._looks >= MAX_LOOKS:
+        if self._idle >= MAX_IDLE_CHECKS or self._looks >= MAX_CHECKS:
             self.end()
         else:
-            self._timer = self._loop.call_later(LOOK, self._look)
+            self._timer = self._loop.call_later(self._interval, self._look)
 
     def end(self) -> None:
         """Let everybody go on."""
@@ -100,9 +100,13 @@ class SpaceQueue:
     """First come, first served; only the first one in the queue is woken and looks for space.
 
     Senders may live on any event loop. The queue is as long as there are tasks that wait in it.
+
+    Args:
+        timeout: After how many seconds without any progress of the client a sender stops waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         self._lock = threading.RLock()  # the garbage collector may end a sender under it
         self._senders: deque[_Sender] = deque()
         self._progress = 0.0  # when something has left the outbox last
@@ -124,7 +128,7 @@ class SpaceQueue:
     async def wait(self, has_space: Callable[[], bool]) -> None:
         """Return when it is this sender's turn and there is space.
 
-        It also returns when nothing has left the outbox for `TIMEOUT` seconds.
+        It also returns when nothing has left the outbox for as long as the timeout.
         """
         sender = _Sender()
         with self._lock:
@@ -135,7 +139,7 @@ class SpaceQueue:
             while not (self._senders[0] is sender and has_space()):
                 if self._senders[0] is not sender:
                     await sender.waiter
-                elif (left := self._progress + TIMEOUT - time.monotonic()) > 0:
+                elif (left := self._progress + self._timeout - time.monotonic()) > 0:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(left):
                             await sender.waiter

@@ -151,7 +151,7 @@ async def test_row_12_away_for_a_minute(server, all_back, tell):
                 for _ in range(100):
                     hub.publish_nowait("room", "x" * 1000 + str(handed))
                     handed += 1
-                most_waiting = max(most_waiting, hub.stats().backend.waiting)
+                most_waiting = max(most_waiting, hub.stats().backend.queued)
                 await asyncio.sleep(0.01)
 
         raised = []

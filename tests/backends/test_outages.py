@@ -78,7 +78,7 @@ async def test_row_12_away_for_a_while(server, all_back):
             assert time.monotonic() - began < link.TIMEOUT + 1  # for a busy machine
         for number in range(1000):
             hub.publish_nowait("room", str(number))
-        await until(lambda: not hub.stats().backend.waiting)
+        await until(lambda: not hub.stats().backend.queued)
         backend = hub.stats().backend
         assert backend.lost == 1000
         assert backend.since == since

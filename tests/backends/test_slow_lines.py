@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from backends.front import SlowLine
-from starcast import BackendUnavailable, Broadcast, Gap
+from starcast import BackendUnavailable, Broadcast, Gap, Tuning
 from starcast.backends import from_url
 from starcast.broker import link, probe, sender
 from support import Peer, until
@@ -124,9 +124,8 @@ async def _flood(*hubs: Broadcast) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_a_blocked_loop_is_told_what_it_misses_of_a_broker(url, other, monkeypatch, caplog):
+async def test_a_blocked_loop_is_told_what_it_misses_of_a_broker(url, other, caplog):
     """Row 33. Who is on the loop of the connection gets everything."""
-    monkeypatch.setattr("starcast.shard.MAX_PENDING", 20_000)
     gaps: list[Gap] = []
     got: list[object] = []
     ready, go = threading.Event(), threading.Event()
@@ -139,7 +138,7 @@ async def test_a_blocked_loop_is_told_what_it_misses_of_a_broker(url, other, mon
                 got.append(item)
 
     async with (
-        Broadcast(url, name="both", on_gap=gaps.append) as hub,
+        Broadcast(url, name="both", on_gap=gaps.append, tuning=Tuning(max_pending=20_000)) as hub,
         Broadcast(url, name="both") as near,
     ):
         peer = Peer()

@@ -29,7 +29,7 @@ from backends.front import SlowLine
 from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Event, Gap, shard
+from starcast import BackendUnavailable, Broadcast, Event, Gap, Tuning
 from starcast.broker import opening, probe, sender, session, subscriptions
 from support import OtherLoop, starcast_tasks, until
 
@@ -116,7 +116,6 @@ def stormy(request, monkeypatch):
     monkeypatch.setattr(opening, "LONGEST_WAIT", 0.2)
     monkeypatch.setattr(subscriptions, "LONGEST_WAIT", 0.2)
     monkeypatch.setattr(session, "MAX_EARLY", 20_000)
-    monkeypatch.setattr(shard, "MAX_PENDING", 200_000)
     server = SERVERS[request.param]()
     server.start()
     yield server
@@ -193,7 +192,13 @@ class Storm:
         self.here = asyncio.get_running_loop()
         self.other = other.loop
         self.hubs = {
-            name: Broadcast(url, name=NAME, probe_interval=0.05, max_buffer=2**24)
+            name: Broadcast(
+                url,
+                name=NAME,
+                probe_interval=0.05,
+                max_buffer=2**24,
+                tuning=Tuning(max_pending=200_000),
+            )
             for name, url in [
                 ("near", server.user_url),
                 ("slow", slow.geturl()),

@@ -176,7 +176,7 @@ async def test_who_is_excluded_stays_so_after_a_move(hub, broker, monkeypatch):
     first.loop.call_soon_threadsafe(broker.kill)
     await until(lambda: hub.stats().backend.state == "reconnecting")
     publishing = asyncio.create_task(hub.publish("room", "x", exclude=me.websocket))
-    await until(lambda: hub.stats().backend.waiting)
+    await until(lambda: hub.stats().backend.queued)
     await asyncio.to_thread(first.close)
     broker.up = True
     await publishing
@@ -482,7 +482,7 @@ async def test_a_connection_that_breaks_in_the_moment_in_which_it_is_made(broker
     await hub.connect()
     await until(lambda: hub.stats().backend.state == "reconnecting")
     publishing = asyncio.create_task(hub.publish("room", "patient"))
-    await until(lambda: hub.stats().backend.waiting)
+    await until(lambda: hub.stats().backend.queued)
     broker.up = True
     await publishing
     await hub.disconnect()

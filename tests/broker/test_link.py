@@ -17,6 +17,7 @@ from starcast import (
     Gap,
     PayloadTooLarge,
     PublishQueueFull,
+    Tuning,
     dispatcher,
     testing,
 )
@@ -277,13 +278,11 @@ async def blocked_in(loop: asyncio.AbstractEventLoop) -> threading.Event:
 
 
 @pytest.mark.parametrize("after_gap", ["keep", "close"])
-async def test_a_blocked_event_loop_is_told_of_what_it_misses(
-    broker, other, monkeypatch, caplog, after_gap
-):
+async def test_a_blocked_event_loop_is_told_of_what_it_misses(broker, other, caplog, after_gap):
     """At its place, and only who is on that loop and on a channel of which something is missing."""
-    monkeypatch.setattr("starcast.shard.MAX_PENDING", 300)
     gaps: list[tuple[Gap, asyncio.AbstractEventLoop]] = []
     hub = Broadcast(
+        tuning=Tuning(max_pending=300),
         backend=Bus(broker),
         on_gap=lambda gap: gaps.append((gap, asyncio.get_running_loop())),
         after_gap=after_gap,
@@ -331,10 +330,9 @@ async def test_a_blocked_event_loop_is_told_of_what_it_misses(
     await hub.disconnect()
 
 
-async def test_a_blocked_event_loop_that_ends_is_told_nothing(broker, monkeypatch):
-    monkeypatch.setattr("starcast.shard.MAX_PENDING", 100)
+async def test_a_blocked_event_loop_that_ends_is_told_nothing(broker):
     gaps: list[Gap] = []
-    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append)
+    hub = Broadcast(backend=Bus(broker), on_gap=gaps.append, tuning=Tuning(max_pending=100))
     await hub.connect()
     other = OtherLoop()
     await asyncio.to_thread(other.run, hub.connect(Peer().websocket, "room"))

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, PublishQueueFull
+from starcast import BackendUnavailable, Broadcast, PublishQueueFull, Tuning
 from starcast.broker import link, opening, sender, session, subscriptions
 from starcast.event import OVERHEAD
 from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
@@ -93,9 +93,8 @@ async def test_closing_is_cancelled(broker, steps):
     assert buses == 0, "the connection was not closed"
 
 
-async def test_a_blocked_loop_costs_the_others_nothing(broker, other, monkeypatch):
-    monkeypatch.setattr("starcast.shard.MAX_PENDING", 100)
-    hub = Broadcast(backend=Bus(broker))
+async def test_a_blocked_loop_costs_the_others_nothing(broker, other):
+    hub = Broadcast(backend=Bus(broker), tuning=Tuning(max_pending=100))
     peer = await joined(hub, "room")
     elsewhere = Peer()
     await asyncio.to_thread(other.run, hub.connect(elsewhere.websocket, "room"))

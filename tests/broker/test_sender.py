@@ -35,7 +35,7 @@ async def test_they_wait_for_a_broker_that_is_back_in_time(hub, broker, monkeypa
     await away(hub, broker)
     hub.publish_nowait("room", "0")
     awaited = asyncio.create_task(hub.publish("room", "1"))
-    await until(lambda: hub.stats().backend.waiting == 2)
+    await until(lambda: hub.stats().backend.queued == 2)
     hub.publish_nowait("room", "2")
     thread = threading.Thread(target=hub.publish_nowait, args=("room", "3"))
     thread.start()
@@ -54,7 +54,7 @@ async def test_what_a_client_says_during_a_short_outage_is_not_lost(hub, broker,
     await away(hub, broker)
     for number in range(300):
         peer.say(str(number))
-    await until(lambda: hub.stats().backend.waiting == 256)  # one of them is waited for
+    await until(lambda: hub.stats().backend.queued == 256)  # one of them is waited for
     broker.up = True
     await until(lambda: len(peer.got) == 300)
     assert peer.got == [str(number) for number in range(300)]
@@ -69,7 +69,7 @@ async def test_after_two_seconds_they_are_lost(hub, broker, caplog):
     await away(hub, broker)
     lost: list[str] = []
     awaited = asyncio.create_task(hub.publish("room", "awaited"))
-    await until(lambda: hub.stats().backend.waiting)
+    await until(lambda: hub.stats().backend.queued)
     hub._hub.link.publish(event("1"), wait=False, on_lost=lost.append)
     hub._hub.link.publish(event("2"), wait=False)
     await until(lambda: hub.stats().backend.lost == 2)
@@ -91,7 +91,7 @@ async def test_one_after_the_other(hub, broker, monkeypatch):
     hub._hub.link.publish(event("2"), wait=False, on_lost=lambda why: lost.append("2"))
     await until(lambda: lost)
     assert lost == ["1"]
-    assert hub.stats().backend.waiting == 1
+    assert hub.stats().backend.queued == 1
     await hub.disconnect()
     assert lost == ["1", "2"]
 
@@ -133,7 +133,7 @@ async def test_a_message_that_is_refused(hub, broker, caplog):
     lost: list[str] = []
     for _ in range(3):
         hub._hub.link.publish(event("x", "secret"), wait=False, on_lost=lost.append)
-        await until(lambda: not hub.stats().backend.waiting and not hub._hub.link._sender._sending)
+        await until(lambda: not hub.stats().backend.queued and not hub._hub.link._sender._sending)
     assert lost == ["nobody may have secret"] * 3
     assert hub.stats().backend.error == "nobody may have secret"
     assert said(caplog) == ["messages did not reach the broker: nobody may have secret"]
