@@ -32,7 +32,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .. import logs
 from ..backends.base import Backend
 from ..event import Event
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
@@ -84,10 +83,10 @@ class Link:
         probe_interval: Seconds between two probes.
 
     Attributes:
-        subscriptions: The channels that are wanted.
+        is_local: Whether there is no broker.
     """
 
-    opens_itself = False
+    is_local = False
 
     def __init__(
         self,
@@ -105,13 +104,13 @@ class Link:
         self._health = Health(lock)
         self._sender = Sender(lock, tuning, self._on_lost)
         self._round_trips = RoundTrips(self._sender, tuning.publish_timeout)
-        self.subscriptions = Subscriptions(lock, self._health, tuning, owner.on_gap)
+        self._subscriptions = Subscriptions(lock, self._health, tuning, owner.on_gap)
         self._parts = Parts(
             backend,
             tuning,
             self._health,
             self._sender,
-            self.subscriptions,
+            self._subscriptions,
             self._round_trips,
             self._receive,
         )
@@ -151,9 +150,9 @@ class Link:
             return self._health.snapshot(
                 alive=self.alive,
                 lost=self._sender.lost,
-                channels=self.subscriptions.count,
+                channels=self._subscriptions.count,
                 queued=len(self._sender.queue),
-                refused=len(self.subscriptions.refusals),
+                refused=len(self._subscriptions.refusals),
             )
 
     def publish(
@@ -197,6 +196,18 @@ class Link:
         if supervisor is not None and supervisor.session is not None:
             supervisor.session.call(on_gap, gap)
 
+    async def acquire(self, channel: str) -> None:
+        """Want a channel: see `Subscriptions`."""
+        await self._subscriptions.acquire(channel)
+
+    def acquire_again(self, channel: str) -> None:
+        """Want a channel that the caller has already."""
+        self._subscriptions.acquire_again(channel)
+
+    def release(self, channel: str) -> None:
+        """Want a channel no more."""
+        self._subscriptions.release(channel)
+
     async def round_trip(self) -> None:
         """Wait until everything published so far has come back, or is given up. From any loop."""
         await self._round_trips.wait(self._probe_channel)
@@ -209,7 +220,7 @@ class Link:
         """
         supervisor = self._supervisor
         session = None if supervisor is None else supervisor.session
-        if session is None or not (self.alive and self.connected) or self.subscriptions.refusals:
+        if session is None or not (self.alive and self.connected) or self._subscriptions.refusals:
             return False
 
         async def ask() -> str:
@@ -245,7 +256,7 @@ class Link:
         if self._ending is asyncio.get_running_loop():
             raise BackendUnavailable("the event loop of the connection is ending")
         last = self._supervisor
-        taking_over = last is not None and self.subscriptions.wanted
+        taking_over = last is not None and self._subscriptions.wanted
         if last is not None:
             await last.stop()
         if not taking_over:
@@ -291,7 +302,7 @@ class Link:
             supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
             self._health.become("closed")
-            self.subscriptions.fail(CLOSED)
+            self._subscriptions.fail(CLOSED)
             loop = supervisor.loop if supervisor.loop.is_running() else asyncio.get_running_loop()
             self._stop = supervisor, _run_on(loop, self._disconnect(supervisor))
         await self._stopped()

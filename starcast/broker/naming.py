@@ -11,9 +11,9 @@ from ..exceptions import ConfigurationError
 
 DEFAULT_NAME = "default"
 
-# There is no colon in it, so the first colon of a name on the broker ends the name of the hub. Every
-# broker and every ACL accepts these characters unchanged; the length leaves enough of a NATS subject
-# for the channel.
+# There is no colon in it, so the first colon of a name on the broker ends the name of the hub. All
+# brokers and their ACLs accept these characters unchanged, and the length leaves enough of a NATS
+# subject for the channel.
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

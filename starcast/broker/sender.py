@@ -248,7 +248,7 @@ class Sender:
                     await asyncio.wait([self._sending])
 
     def _expire(self) -> None:
-        """Remove messages that have waited too long, again and again until there is a connection."""
+        """Remove messages that have waited too long, every 0.1 s until there is a connection."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
