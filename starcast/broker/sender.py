@@ -24,7 +24,7 @@ from ..sync.deadline import Deadline, Overdue
 from ..sync.waiter import Waiter, running_loop
 from ..tuning import Tuning
 
-# Seconds between two searches for expired messages: each goes through the whole queue.
+# Seconds between two searches for expired messages, at least: each goes through the whole queue.
 EXPIRE_EVERY = 0.1
 
 NOT_OPEN = "the hub is not open"
@@ -138,7 +138,7 @@ class Sender:
         self._batch: list[Entry] = []  # what the broker has not confirmed
         self._sending: asyncio.Future[None] | None = None
         self._busy = False
-        self._expiry: asyncio.TimerHandle | None = None
+        self._expiry: Overdue | None = None
 
     # From any thread
 
@@ -248,7 +248,7 @@ class Sender:
                     await asyncio.wait([self._sending])
 
     def _expire(self) -> None:
-        """Remove messages that have waited too long, every 0.1 s until there is a connection."""
+        """Remove messages that have waited too long, again and again until it is attached."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
@@ -261,9 +261,10 @@ class Sender:
             if expired:
                 size = self.queue.size - sum(entry.cost for entry in expired)
                 self.queue.keep((entry for entry in entries if not entry.has_expired(now)), size)
+            left = next((it.expires - now for it in self.queue.entries if it.ack is None), 0.0)
         self._fail(expired, EXPIRED)
-        if (loop := running_loop()) is not None and loop is self._loop:
-            self._expiry = loop.call_later(EXPIRE_EVERY, self._expire)
+        if running_loop() is self._loop:
+            self._expiry = Overdue(max(left, EXPIRE_EVERY), self._expire)
 
     def _send(self) -> None:
         """Send a batch, unless the broker still has to confirm one."""

@@ -214,6 +214,8 @@ class Session:
         if isinstance(error, SubscriptionRevoked) and error.channel != self.probe.channel:
             self._parts.subscriptions.revoke(error.channel, str(error))
             return
+        if self.ready:
+            self._parts.health.become("reconnecting", error)
         self.lost.set_result(error)
         self._detach()
 

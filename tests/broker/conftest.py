@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from starcast import Broadcast, Tuning
 from support import Broker, Bus, starcast_tasks, until
 
 # With short waits.
-TUNING = Tuning(
-    publish_timeout=0.5, restart_delay=0.05, first_backoff=0.01, max_backoff=0.02
-)
+TUNING = Tuning(publish_timeout=0.5, restart_delay=0.05, first_backoff=0.01, max_backoff=0.02)
+
+
+def quick(**changes: float) -> Tuning:
+    """Return these timings with changes."""
+    return dataclasses.replace(TUNING, **changes)
+
+
+def tuned(**changes: float) -> pytest.MarkDecorator:
+    """Give the fixture `hub` these timings with changes."""
+    return pytest.mark.parametrize("tuning", [quick(**changes)], ids=["tuned"])
+
+
+def make_hub(backend: Bus, **options: Any) -> Broadcast:
+    """Return a hub with short waits."""
+    return Broadcast(backend=backend, **{"tuning": TUNING, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +44,18 @@ def broker(anyio_backend: str) -> Broker:
 
 
 @pytest.fixture
-async def hub(broker: Broker):
-    hub = Broadcast(backend=Bus(broker), open_timeout=0.5, tuning=TUNING)
+def bus(broker: Broker) -> Bus:
+    return Bus(broker)
+
+
+@pytest.fixture
+def tuning() -> Tuning:
+    return TUNING
+
+
+@pytest.fixture
+async def hub(broker: Broker, bus: Bus, tuning: Tuning):
+    hub = make_hub(bus, open_timeout=0.5, tuning=tuning)
     yield hub
     broker.open.set()
     await hub.disconnect()
