@@ -132,6 +132,7 @@ class Hub:
                 if not closed:
                     registered = self._register(websocket, channel, outbox, protocol)
             self.registry.journal.write()
+            self.link.take_over()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
                 raise ClientGone(GOING_AWAY)
@@ -211,6 +212,7 @@ class Hub:
                 raise BackendUnavailable("the hub was closed")
             counters = self.registry.subscribe(subscriber)
         self.registry.journal.write()
+        self.link.take_over()
         return counters
 
     def _release(self, channel: str) -> None:

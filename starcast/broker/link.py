@@ -39,6 +39,7 @@ from ..gap import Gap
 from ..loglimit import LogLimit
 from ..stats import BackendStats
 from ..sync.deadline import Deadline
+from ..sync.waiter import running_loop
 from ..tuning import Tuning
 from . import envelope
 from .health import Health
@@ -121,6 +122,7 @@ class Link:
         # The loop on which the supervisor's task was cancelled a moment ago: it is likely ending,
         # and would not wait for a new task.
         self._ending: asyncio.AbstractEventLoop | None = None
+        self._reopening: set[asyncio.Task[None]] = set()
 
     # From any thread
 
@@ -251,8 +253,10 @@ class Link:
         Raises:
             BackendUnavailable: There is no connection.
         """
-        await self._stopped()
-        self._stop = None
+        if self._stop is not None:
+            await self._stopped()
+            self._sender.close(CLOSED)  # if that took too long
+            self._stop = None
         if self._ending is asyncio.get_running_loop():
             raise BackendUnavailable("the event loop of the connection is ending")
         last = self._supervisor
@@ -260,7 +264,6 @@ class Link:
         if last is not None:
             await last.stop()
         if not taking_over:
-            self._sender.close(CLOSED)
             self._hub = os.urandom(8)
         supervisor = self._supervisor = Supervisor(
             self._parts,
@@ -303,9 +306,24 @@ class Link:
         if supervisor is not None:
             self._health.become("closed")
             self._subscriptions.fail(CLOSED)
-            loop = supervisor.loop if supervisor.loop.is_running() else asyncio.get_running_loop()
-            self._stop = supervisor, _run_on(loop, self._disconnect(supervisor))
+            self._stop = supervisor, self._begin_stop(supervisor)
         await self._stopped()
+
+    def _begin_stop(self, supervisor: Supervisor) -> concurrent.futures.Future[None]:
+        """Disconnect on the supervisor's loop; here, if that does not run."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def begin() -> None:
+            task = asyncio.get_running_loop().create_task(self._disconnect(supervisor))
+            task.add_done_callback(lambda task: done.set_result(None))
+
+        loop = supervisor.loop
+        if loop.is_running() and loop is not running_loop():
+            with contextlib.suppress(RuntimeError):  # it was closed in this moment
+                loop.call_soon_threadsafe(begin)
+                return done
+        begin()  # at once: if this loop is ending, it would not wait for a later task
+        return done
 
     async def _disconnect(self, supervisor: Supervisor) -> None:
         try:
@@ -337,16 +355,24 @@ class Link:
         if self._supervisor is not supervisor:
             return
         own = self._ending = supervisor.loop
-        own.call_later(self._tuning.restart_delay, self._take_over, own)
+        own.call_later(self._tuning.restart_delay, self._retake, own)
         for loop in set(self._owner.loops()) - {own}:
             with contextlib.suppress(RuntimeError):  # it was closed in this moment
-                loop.call_soon_threadsafe(self._take_over, loop)
+                loop.call_soon_threadsafe(self.take_over)
 
-    def _take_over(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _retake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop of the connection goes on: it is not ending after all."""
         if self._ending is loop:
             self._ending = None
+        self.take_over()
+
+    def take_over(self) -> None:
+        """If the supervisor has ended and this loop has clients, let it go on here."""
+        loop = asyncio.get_running_loop()
         if not self.alive and loop in self._owner.loops():
-            loop.create_task(self._reopen())
+            task = loop.create_task(self._reopen())
+            self._reopening.add(task)
+            task.add_done_callback(self._reopening.discard)
 
     async def _reopen(self) -> None:
         with contextlib.suppress(BackendUnavailable):  # the next use of the hub tries again

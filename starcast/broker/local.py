@@ -58,6 +58,9 @@ class LocalLink:
     def stop_opening(self) -> None:
         pass
 
+    def take_over(self) -> None:
+        pass
+
     async def ready(self) -> None:
         pass
 

@@ -189,7 +189,6 @@ class Sender:
     def close(self, why: str) -> None:
         """Accept no more messages until `start`, and fail those that are waiting."""
         with self._lock:
-            self._connection = None
             self._closed = why
             entries = self.queue.take_all()
         self._fail(entries, why)
@@ -202,6 +201,7 @@ class Sender:
         self._sending = self._expiry = None
         self._fail_batch(LOST)  # if the loop of the last connection was closed before it ended
         with self._lock:
+            self._connection = None
             self._closed = ""
         self._expire()
 

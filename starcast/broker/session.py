@@ -165,12 +165,19 @@ class Session:
             tasks = self._tasks - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
-            if tasks:
-                await asyncio.wait(tasks, timeout=tuning.stop_timeout)
+            try:
+                if tasks:
+                    await asyncio.wait(tasks, timeout=tuning.stop_timeout)
+            finally:
+                await self._disconnect()
+        else:
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
         if self._connection is None:
             return
         try:
-            async with Deadline(tuning.stop_timeout):
+            async with Deadline(self._parts.tuning.stop_timeout):
                 await self._connection.close()
         except Exception as exc:
             logger.warning(

@@ -109,7 +109,14 @@ class Supervisor:
         task = self._task
         if task is not None and not task.done() and self.loop is running_loop():
             task.cancel()
-            await asyncio.wait([task], timeout=self._parts.tuning.stop_timeout)
+            try:
+                await asyncio.wait([task], timeout=self._parts.tuning.stop_timeout)
+            finally:
+                await self._close_session()
+        else:
+            await self._close_session()
+
+    async def _close_session(self) -> None:
         if self.session is not None:
             await self.session.close()
 
@@ -133,8 +140,7 @@ class Supervisor:
                 self._report_gap(Gap(since, time.time() - since, error))
                 self._catch_up(dropped)
         finally:
-            if self.session is not None:
-                await self.session.close()
+            await self._close_session()
 
     async def _reconnect(self, backoff: Backoff) -> int:
         """Make a session; return how many messages were lost that arrived in vain meanwhile."""
@@ -143,6 +149,8 @@ class Supervisor:
             if self.session is not None:
                 await self.session.close()
                 dropped += self.session.dropped
+            if self._stopping:  # and the backend has swallowed the cancellation
+                raise asyncio.CancelledError
             await asyncio.sleep(backoff.next())
             self.session = Session(self._parts, self._channel)
             try:
