@@ -43,18 +43,19 @@ def open_wire(websocket: WebSocket, protocol: Any) -> Wire | str:
     module = sys.modules.get(SANSIO)
     if protocol is None or module is None:
         return SERVER
-    cls = module.WebSocketsSansIOProtocol
-    if protocol.__class__ is not cls:
+    from . import uvicorn  # which imports uvicorn itself, and websockets
+
+    cls = protocol.__class__
+    if cls not in (module.WebSocketsSansIOProtocol, uvicorn.BroadcastProtocol):
         return SERVER
     send, wrapper = served.unwrap(websocket)
     receive = getattr(websocket, "_receive", None)
     if not (_is_method(send, cls.send, protocol) and _is_method(receive, cls.receive, protocol)):
         return MIDDLEWARE
-    from .uvicorn import adopt  # which imports uvicorn and websockets
-
-    adopted = adopt(protocol)
+    adopted = uvicorn.adopt(protocol)
     if adopted is None:
         return UVICORN
+    # What the websocket holds are methods of the class that the protocol had until now.
     websocket._receive = protocol.receive
     if wrapper is None:
         websocket._send = protocol.send

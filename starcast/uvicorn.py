@@ -1,34 +1,28 @@
-"""A WebSocket protocol for uvicorn that writes ready-made frames.
+"""uvicorn's WebSocket protocol, which takes ready-made frames.
+
+A hub makes the frames of a message once for all clients, joins what was published in one turn of
+the event loop, and writes to the transport, without an ASGI message and a coroutine for each
+client. A client whose connection is uvicorn's own is adopted when it connects to the hub: see
+`starcast.fastpath`. Nothing has to be configured for that.
 
     uvicorn main:app --ws starcast.uvicorn:BroadcastProtocol
 
-It is uvicorn's own protocol, and says in `scope["extensions"]["starcast"]` that frames may be given
-to it directly. A hub that finds it there makes the frames of a message once for all clients, joins
-what a turn of the event loop published, and writes to the transport, without an ASGI message and
-a coroutine for each client.
-
-What is written this way bypasses ASGI middleware that wraps `send`. If such middleware has to see
-every message, make the hub with `ready_frames=False`.
+gives every connection the protocol from the beginning. It is announced to the app in
+`scope["extensions"]["starcast"]`, and then also bypasses middleware that wraps `send`, unless the
+hub is made with `ready_frames=False`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
 from . import logs
 from .frames import PLAIN, Setting
-
-if TYPE_CHECKING:
-    from .servers.hardened import HardenedProtocol
-else:
-    try:
-        from .servers.hardened import HardenedProtocol
-    except ImportError:  # this uvicorn does not have the protocol that it is made of
-        from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol as HardenedProtocol
+from .servers.hardened import HardenedProtocol
 
 
 class Wire:
@@ -138,32 +132,46 @@ class BroadcastProtocol(HardenedProtocol):
 def adopt(protocol: Any) -> Wire | None:
     """Make uvicorn's own protocol object one of `BroadcastProtocol`, and return its wire.
 
-    It may be in the middle of anything but its handshake: it keeps all that it has, and what was
-    about to call its old methods calls the new ones. On the event loop of the client.
+    The connection may be in the middle of anything but its handshake. It keeps all that it has.
+    Call this on its event loop.
 
     Returns:
-        None if this uvicorn is not understood. The object is as it was then.
+        None if this version of uvicorn is not understood. The object is as it was then.
     """
-    own = protocol.__class__
-    try:
-        protocol.__class__ = BroadcastProtocol
-        wire = _open(protocol)
-        if wire is not None:
-            protocol.take_over()
-    finally:
-        if protocol.wire is None:
-            protocol.__class__ = own
-    return wire
+    if isinstance(protocol, BroadcastProtocol):  # a hub had the client before
+        return _open(protocol)
+    missing = [name for name in _NEEDED if not hasattr(protocol, name)]
+    if missing:
+        _not_supported(", ".join(missing))
+        return None
+    protocol.__class__ = BroadcastProtocol
+    protocol.take_over()
+    return _open(protocol)
+
+
+# What `HardenedProtocol` and `Wire` use of uvicorn's class, and what they override there.
+_NEEDED = """
+    client close_sent close_timeout close_timer conn curr_msg_data_type disconnected frames
+    handshake_complete handshake_initiated loop ping_timeout ping_timer pong_timer queue
+    read_paused request response stop_keepalive tasks transport writable
+    connection_lost data_received eof_received handle_close handle_cont handle_parser_exception
+    handle_ping keepalive_timeout pause_writing receive resume_writing run_asgi send
+    send_500_response send_keepalive_ping send_receive_event_to_app shutdown
+""".split()  # noqa: SIM905  # a list would take a line for each
 
 
 def _open(protocol: BroadcastProtocol) -> Wire | None:
     try:
         wire = protocol.wire = Wire(protocol)
     except AttributeError as exc:
-        logs.once(
-            ("uvicorn",),
-            "this version of uvicorn is not supported (%s): continuing without ready-made frames",
-            exc,
-        )
+        _not_supported(str(exc))
         return None
     return wire
+
+
+def _not_supported(why: str) -> None:
+    logs.once(
+        ("uvicorn",),
+        "this version of uvicorn is not supported (%s): continuing without the fast path",
+        why,
+    )

@@ -1,4 +1,4 @@
-"""The app of test_bad_clients.py, for a server in a process of its own.
+"""The app of scenarios/test_bad_clients.py, for a server in a process of its own.
 
 uvicorn --ws bad_clients_app:Protocol bad_clients_app:app
 """

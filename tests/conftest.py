@@ -13,6 +13,8 @@ import pytest
 from starcast import logs
 from support import OtherLoop, Peer, Served
 
+pytest_plugins = ["backends.servers"]
+
 # How long an example takes, by the clock, depends on what else the machine does.
 hypothesis.settings.register_profile("starcast", deadline=None)
 hypothesis.settings.load_profile("starcast")

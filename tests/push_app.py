@@ -1,4 +1,4 @@
-"""The app of test_watch.py: handlers that only push, for a uvicorn in a process of its own."""
+"""The app of servers/test_watch.py: handlers that only push, for uvicorn in its own process."""
 
 from __future__ import annotations
 

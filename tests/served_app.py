@@ -1,4 +1,4 @@
-"""The app of test_servers.py, for a server in a process of its own."""
+"""The app of scenarios/test_servers.py, for a server in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The app of test_shutdown.py: what a subscriber feeds, in every shape that people write."""
+"""The app of scenarios/test_shutdown.py: a subscriber feeds streams of every shape people write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""uvicorn with `starcast.uvicorn:BroadcastProtocol`: ready-made frames on real sockets.
+"""The fast path on uvicorn: ready-made frames on real sockets.
+
+Clients are adopted from uvicorn's own protocol when they connect to the hub, or have
+`starcast.uvicorn:BroadcastProtocol` from the beginning.
 
 The promises are those of the hub everywhere; what is looked at here is what could go wrong when
 frames are written past ASGI: compression, order, backpressure, the ends of a connection.
@@ -9,14 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import importlib.util
 import random
 import shutil
 import socket
 import ssl
 import struct
 import subprocess
-import sys
 import time
 import tracemalloc
 import types
@@ -24,7 +25,6 @@ import zlib
 from collections.abc import AsyncIterator
 
 import pytest
-import uvicorn.protocols.websockets.auto
 import uvloop
 import websockets
 from hypothesis import given, settings
@@ -33,7 +33,6 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.websockets import websockets_sansio_impl as sansio
-from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.extensions.permessage_deflate import (
     ClientPerMessageDeflateFactory,
@@ -41,7 +40,6 @@ from websockets.extensions.permessage_deflate import (
 )
 from websockets.protocol import State
 
-import starcast.uvicorn
 from starcast import Broadcast, Tuning, frames
 from starcast.uvicorn import Wire
 from support import Served, starcast_tasks, until
@@ -54,10 +52,15 @@ PROTOCOL = "starcast.uvicorn:BroadcastProtocol"
 
 
 class App:
-    """A hub behind `/ws/{channel}`, and how many messages went through ASGI's `send`."""
+    """A hub behind `/ws/{channel}`; with `counting`, behind middleware that wraps `send`.
 
-    def __init__(self, hub: Broadcast | None = None) -> None:
+    Attributes:
+        through_asgi: How many messages that middleware has seen.
+    """
+
+    def __init__(self, hub: Broadcast | None = None, *, counting: bool = False) -> None:
         self.hub = hub or Broadcast()
+        self._counting = counting
         self.websockets: list[WebSocket] = []  # in the order of their connections
         self.asked: list[str] = []  # what clients sent
         self.ended: list[int] = []
@@ -69,7 +72,7 @@ class App:
             self.through_asgi += message["type"] == "websocket.send"
             await send(message)
 
-        await self._app(scope, receive, counting)
+        await self._app(scope, receive, counting if self._counting else send)
 
     async def _endpoint(self, websocket: WebSocket) -> None:
         await self.hub.connect(websocket, websocket.path_params["channel"])
@@ -83,10 +86,10 @@ class App:
             await self.hub.disconnect(websocket)
 
 
-@pytest.fixture
-def start(serve):
-    """`server = await start(app)`, with the protocol."""
-    return functools.partial(serve, ws=PROTOCOL)
+@pytest.fixture(params=["auto", PROTOCOL], ids=["adopted", "protocol"])
+def start(serve, request):
+    """`server = await start(app)`, where clients are adopted or have the protocol at once."""
+    return functools.partial(serve, ws=request.param)
 
 
 @pytest.fixture
@@ -242,11 +245,7 @@ async def test_every_size_for_clients_of_every_kind_on_one_hub(start, any_window
             await app.hub.publish("x", each)
         for got in await asyncio.gather(*readers):
             assert got == sent
-        assert app.through_asgi == 0
-        settings = sorted(its.frames.setting for its in app.hub._hub.registry.connections)
-        assert settings == sorted([0, 12, 9, 12, 15, 0, *WINDOWS]) or settings == sorted(
-            [0, 15, 9, 12, 15, 0, *WINDOWS]
-        )
+        assert app.hub.stats().fast_path == len(everybody)
         for client in raw:
             client.close()
     await until(lambda: len(app.hub) == 0)
@@ -272,7 +271,6 @@ async def test_ordinary_messages_before_between_and_after(start, any_window, bac
         expected += [f"own {number} {text}", f"hub {number} {text}", content(2000, number)]
         expected += [f"joined {number} {text}", random.Random(number).randbytes(300), text]
     assert await read(client, len(expected)) == expected
-    assert app.through_asgi == 24
     client.close()
 
 
@@ -460,16 +458,23 @@ async def interleave(server: Served, app: App, steps: list[Step], windows: list[
 
 @pytest.mark.timeout(400)  # a failure is made as short as possible, which takes a while
 @pytest.mark.parametrize(
-    ("loop", "send_buffer"),
-    [(None, 4 * KIB), (None, 256 * KIB), (None, 0), (uvloop.new_event_loop, 0)],
-    ids=["4 KiB", "256 KiB", "as it comes", "uvloop"],
+    ("ws", "loop", "send_buffer"),
+    [
+        ("auto", None, 4 * KIB),
+        ("auto", None, 256 * KIB),
+        ("auto", None, 0),
+        ("auto", uvloop.new_event_loop, 0),
+        (PROTOCOL, None, 4 * KIB),
+        (PROTOCOL, uvloop.new_event_loop, 0),
+    ],
+    ids=["4 KiB", "256 KiB", "as it comes", "uvloop", "protocol, 4 KiB", "protocol, uvloop"],
 )
-def test_everybody_gets_what_was_published_in_order(any_window, loop, send_buffer):
+def test_everybody_gets_what_was_published_in_order(any_window, ws, loop, send_buffer):
     app = App(Broadcast(max_buffer=64 * KIB * KIB))
     with asyncio.Runner(loop_factory=loop) as runner:
 
         async def start() -> Served:
-            server = Served(app, send_buffer=send_buffer, ws=PROTOCOL, ws_ping_interval=0.05)
+            server = Served(app, send_buffer=send_buffer, ws=ws, ws_ping_interval=0.05)
             await server.start()
             return server
 
@@ -847,7 +852,6 @@ async def test_tls(start, back, certificate):
         dead.transport.abort()
         await dead.wait_closed()
     assert app.ended[0] == 1013
-    assert app.through_asgi == 2
 
 
 async def test_a_client_that_stalls_over_tls_is_aborted(start, back, certificate, monkeypatch):
@@ -891,7 +895,7 @@ async def test_a_client_that_stalls_over_tls_is_aborted(start, back, certificate
 
 
 async def test_without_ready_frames_middleware_sees_every_message(start, back):
-    app = App(Broadcast(ready_frames=False))
+    app = App(Broadcast(ready_frames=False), counting=True)
     server = await start(app)
     async with server.connect("/ws/x") as one, server.connect("/ws/x") as two:
         await until(lambda: len(app.hub) == 2)
@@ -902,34 +906,24 @@ async def test_without_ready_frames_middleware_sees_every_message(start, back):
         assert app.through_asgi == 12
 
 
-@pytest.mark.parametrize("ws", ["auto", "wsproto", PROTOCOL])
-async def test_uvicorn_as_it_comes_announces_nothing(serve, back, ws):
-    app = App()
-    server = await serve(app, ws=ws)
+async def test_the_protocol_bypasses_middleware_that_wraps_send(serve, back):
+    app = App(counting=True)
+    server = await serve(app, ws=PROTOCOL)
     async with server.connect("/ws/x") as client:
         await until(lambda: len(app.hub) == 1)
-        announced = app.websockets[0].scope["extensions"].get("starcast")
-        assert (announced is not None) == (ws == PROTOCOL)
         await app.hub.publish("x", "hello")
         assert await client.recv() == "hello"
-        assert app.through_asgi == (0 if ws == PROTOCOL else 1)
+        assert app.through_asgi == 0
+        assert app.hub.stats().fast_path == 1
 
 
 async def test_extensions_may_be_missing(start, back, monkeypatch):
-    handle_connect = sansio.WebSocketsSansIOProtocol.run_asgi
-
-    async def run_asgi(self):
-        announced = self.scope["extensions"]["starcast"]
-        assert self.scope["extensions"] == {"starcast": announced}
-        await handle_connect(self)
-
     connected = sansio.WebSocketsSansIOProtocol.handle_connect
 
     def without(self, event):
         connected(self, event)
         del self.scope["extensions"]
 
-    monkeypatch.setattr(sansio.WebSocketsSansIOProtocol, "run_asgi", run_asgi)
     monkeypatch.setattr(sansio.WebSocketsSansIOProtocol, "handle_connect", without)
     app = App()
     server = await start(app)
@@ -937,58 +931,41 @@ async def test_extensions_may_be_missing(start, back, monkeypatch):
         await until(lambda: len(app.hub) == 1)
         await app.hub.publish("x", "hello")
         assert await client.recv() == "hello"
-        assert app.through_asgi == 0
+        assert app.hub.stats().fast_path == 1
 
 
-@pytest.mark.parametrize("missing", ["conn", "transport"])
-async def test_a_uvicorn_that_is_not_understood(start, back, monkeypatch, caplog, missing):
-    its = starcast.uvicorn._Announcement
+async def test_a_uvicorn_that_is_not_understood(start, back, caplog):
+    """It keeps its clients on ASGI, and there is one line in the log."""
+    hub = Broadcast()
 
-    def announce(protocol):
-        known = {"conn", "writable", "transport"} - {missing}
-        return its(types.SimpleNamespace(**{name: getattr(protocol, name) for name in known}))
+    async def endpoint(websocket: WebSocket):
+        await websocket.accept()
+        for protocol in server.server.server_state.connections:
+            vars(protocol).pop("request", None)  # which uvicorn itself is done with
+        await hub.connect(websocket)
+        with contextlib.suppress(WebSocketDisconnect):
+            await websocket.receive_text()
 
-    monkeypatch.setattr(starcast.uvicorn, "_Announcement", announce)
-    app = App()
-    server = await start(app)
-    async with server.connect("/ws/x") as one, server.connect("/ws/x") as two:
-        await until(lambda: len(app.hub) == 2)
+    server = await start(Starlette(routes=[WebSocketRoute("/ws", endpoint)]))
+    async with server.connect("/ws") as one, server.connect("/ws") as two:
+        await until(lambda: len(hub) == 2)
         sent = [message(3000, str, number) for number in range(3)]
         for each in sent:
-            await app.hub.publish("x", each)
+            await hub.send(each)
         assert await read(one, 3) == await read(two, 3) == sent
-    assert app.through_asgi == 6
+        assert hub.stats().asgi == {"this version of uvicorn is not supported": 2}
     (line,) = [record for record in caplog.records if record.name == "starcast"]
     assert line.levelname == "WARNING"
     assert "this version of uvicorn is not supported" in line.getMessage()
-    assert missing in line.getMessage()
-
-
-async def test_a_uvicorn_without_that_protocol(serve, back, monkeypatch, caplog):
-    """Its default is taken then; here the one on wsproto, which has no such insides."""
-    monkeypatch.setitem(sys.modules, sansio.__name__, None)
-    monkeypatch.delitem(sys.modules, "starcast.servers.hardened")
-    monkeypatch.setattr(uvicorn.protocols.websockets.auto, "AutoWebSocketsProtocol", WSProtocol)
-    spec = importlib.util.spec_from_file_location("starcast._old", starcast.uvicorn.__file__)
-    old = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(old)
-    assert issubclass(old.BroadcastProtocol, WSProtocol)
-    app = App()
-    server = await serve(app, ws=old.BroadcastProtocol)
-    async with server.connect("/ws/x") as client:
-        await until(lambda: len(app.hub) == 1)
-        await app.hub.publish("x", "hello")
-        assert await client.recv() == "hello"
-    assert app.through_asgi == 1
-    assert len([record for record in caplog.records if record.name == "starcast"]) == 1
+    assert "request" in line.getMessage()
 
 
 # The wire by itself
 
 
-async def test_a_wire_knows_what_is_buffered_and_when_it_is_over(start, back):
+async def test_a_wire_knows_what_is_buffered_and_when_it_is_over(serve, back):
     app = App()
-    server = await start(app)
+    server = await serve(app, ws=PROTOCOL)
     dead = await Client.connect(server, small=True)
     await until(lambda: app.websockets)
     wire = app.websockets[0].scope["extensions"]["starcast"].open()
@@ -1021,9 +998,9 @@ async def test_a_wire_knows_what_is_buffered_and_when_it_is_over(start, back):
     dead.close()
 
 
-async def test_nothing_is_written_after_a_close_frame(start, back):
+async def test_nothing_is_written_after_a_close_frame(serve, back):
     app = App()
-    server = await start(app)
+    server = await serve(app, ws=PROTOCOL)
     client = await Client.connect(server)
     await until(lambda: app.websockets)
     wire = app.websockets[0].scope["extensions"]["starcast"].open()
@@ -1035,10 +1012,10 @@ async def test_nothing_is_written_after_a_close_frame(start, back):
     client.close()
 
 
-async def test_an_abort_comes_too_late(start, back):
+async def test_an_abort_comes_too_late(serve, back):
     """The client has closed, then read what the socket still had: asyncio's transport is over."""
     app = App()
-    server = await start(app, send_buffer=4 * KIB)
+    server = await serve(app, ws=PROTOCOL, send_buffer=4 * KIB)
     client = await Client.connect(server, small=True)
     await until(lambda: app.websockets)
     (protocol,) = server.server.server_state.connections

@@ -1,4 +1,4 @@
-"""The app of backends/test_workers.py, for workers in processes of their own."""
+"""The app of scenarios/test_many_workers.py, for workers in processes of their own."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from backends.conftest import BROKERS
+from backends.servers import BROKERS
 from starcast import Broadcast, ConfigurationError, InvalidChannel, backends, testing
 from starcast.backends import SCHEMES, Backend, from_url
 from support import Peer, until

@@ -33,7 +33,7 @@ def make_hub(backend: Bus, **options: Any) -> Broadcast:
 def no_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the backends of these tests see channels as an app calls them.
 
-    `test_naming.py` and `test_rooms.py` test that the hub's name goes before them.
+    `test_naming.py` and `scenarios/test_two_hubs.py` test that the hub's name goes before them.
     """
     monkeypatch.setattr("starcast.hub.NamedBackend", lambda backend, name: backend)
 

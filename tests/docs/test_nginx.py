@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nginx") is None, reason="there is no nginx here"),
 ]
 
-EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "nginx.conf"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "nginx.conf"
 NAME = "chat.example.com"
 
 

@@ -1,6 +1,6 @@
 """Rows 11 to 13 of FAULTS.md as they are written: no constant is patched, and a minute is a minute.
 
-Too long for every run, so its name keeps it out: `pytest tests/backends/slow_outages.py` runs it
+Too long for every run, so its name keeps it out: `pytest tests/scenarios/slow_outages.py` runs it
 and prints how many seconds each took. `.ci/slow` does that.
 """
 

@@ -1,4 +1,4 @@
-"""Close codes for Daphne, whose part is played here. The real one is in test_servers.py."""
+"""Close codes for Daphne, played by a stub here; scenarios/test_servers.py runs the real one."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import configparser
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 SAID = re.compile(r"\b(Python|Starlette|FastAPI|uvicorn)\s+(\d+(?:\.\d+)+)\s+or\s+newer")

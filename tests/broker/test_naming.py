@@ -15,6 +15,11 @@ from support import Broker, Bus, joined, until
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(autouse=True)
+def no_names() -> None:
+    """Leave the hubs' names alone: they are what these tests are about."""
+
+
 @pytest.mark.parametrize("name", ["a", "staff", "Staff-2_b", "9", "-", "x" * 64])
 def test_names(name):
     assert Broadcast(name=name).name == name

@@ -36,7 +36,7 @@ from support import Broker, Bus, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 # What is left open is told. So is each fork beside a thread since 3.12, but that is what is tested.
 FLAGS = ["-W", "default", "-W", "ignore:This process:DeprecationWarning"]

@@ -1,4 +1,7 @@
-"""What a hub learns of the server that runs it: see test_shutdown.py for the servers themselves."""
+"""What a hub learns of the server that runs it.
+
+The servers themselves run in scenarios/test_shutdown.py.
+"""
 
 from __future__ import annotations
 

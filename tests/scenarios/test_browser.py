@@ -29,7 +29,7 @@ from test_frames import content
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 ATTACK = "<img src=x onerror=window.hacked=1>"
 TALK = [

@@ -1,4 +1,4 @@
-"""The web pages of the documentation, in a real browser: see `test_browser.py`."""
+"""The web pages of the documentation, in a real browser: see `scenarios/test_browser.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from test_tutorial import save
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 async def tab(browser, url):

@@ -15,7 +15,7 @@ from support import Bus, joined
 
 pytestmark = pytest.mark.anyio
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 
 # The parent's hubs are open on a loop in a thread, and have subscribers and a client there.
 FORK = """

@@ -16,7 +16,7 @@ import yaml
 
 import starcast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
@@ -109,7 +109,7 @@ def test_every_example_is_shown_and_tested(path):
     blocks = [text for page in FILES for file, text in shown(page) if file == path.name]
     assert any(holds(path.read_text(), text) for text in blocks)
     named = path.relative_to(DOCS / "examples")
-    tests = "".join(test.read_text() for test in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(test.read_text() for test in Path(__file__).parents[1].rglob("test_*.py"))
     assert any(f'"{each}"' in tests for each in (named, named.with_suffix("")))
 
 
@@ -181,7 +181,7 @@ def lines():
 
 
 def test_the_commands_of_the_readme():
-    demo, workers, tests = lines()  # backends/test_demo.py runs the second one
+    demo, workers, tests = lines()  # test_demo.py runs the second one
     assert demo.endswith("&& uvicorn demo_app:app")
     assert workers.endswith("&& STARCAST_URL=redis://localhost uvicorn demo_app:app --workers 4")
     assert tests.endswith("&& pytest")

@@ -117,7 +117,7 @@ async def test_a_push_loop_ends_with_its_client(serve, ws, how, middleware, pers
 async def test_sigterm_ends_push_loops(ws, tmp_path):
     """The process is over within three seconds, whatever clients do."""
     port = free_port()
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     log = tmp_path / "log"
     command = ["uvicorn", "push_app:app", "--port", str(port), "--ws", ws]
     with log.open("wb") as output:

@@ -41,7 +41,7 @@ from server_process import ServerProcess
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import DEADLINE, Broker, Bus, Peer, by_another, until, until_sync
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 pytestmark = pytest.mark.anyio
 
