@@ -89,7 +89,7 @@ class Claim:
         )
 
 
-def _after_fork() -> None:
+def forget_all() -> None:
     """Forget the claims in a child process: its parent's hubs are not open here."""
     global _lock
     _lock = threading.Lock()  # another thread of the parent may have held it
@@ -97,4 +97,4 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=forget_all)
