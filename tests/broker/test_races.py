@@ -128,15 +128,9 @@ async def test_publish_nowait_after_the_loop_of_the_connection_ended(broker):
     await asyncio.to_thread(first.run, hub.connect())
     peer = await joined(hub, "room")
     await asyncio.to_thread(first.close)
-    before = hub.stats().backend
-    hub.publish_nowait("room", "x")
-    await asyncio.sleep(0.3)
-    after = hub.stats().backend
-    try:
-        assert before.state != "connected"
-        assert peer.got == ["x"] or after.lost == 1, after
-    finally:
-        await hub.disconnect()
+    hub.publish_nowait("room", "x")  # this loop may have taken over already
+    await until(lambda: peer.got == ["x"] or hub.stats().backend.lost == 1)
+    await hub.disconnect()
 
 
 async def test_the_tasks_are_cancelled_but_the_loop_goes_on(broker):
