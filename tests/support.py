@@ -468,6 +468,25 @@ class BusConnection:
             raise PermissionError(f"nobody may have {channel}")
 
 
+class Changed:
+    """A real backend whose connections a test changes when they are made."""
+
+    def __init__(self, backend: Any, change: Callable[[Any], object]) -> None:
+        self.backend = backend
+        self.change = change
+        self.connection: Any = None  # the last one
+        self.delivered: list[str] = []  # the channel of each message
+
+    async def connect(self, deliver: Callable[[str, bytes], None], lost: Any) -> Any:
+        def count(channel: str, payload: bytes) -> None:
+            self.delivered.append(channel)
+            deliver(channel, payload)
+
+        self.connection = await self.backend.connect(count, lost)
+        self.change(self.connection)
+        return self.connection
+
+
 async def joined(hub: starcast.Broadcast, *channels: str) -> Peer:
     peer = Peer()
     for channel in channels:
