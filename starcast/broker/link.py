@@ -38,7 +38,6 @@ from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from ..gap import Gap
 from ..loglimit import LogLimit
 from ..stats import BackendStats
-from ..sync.deadline import Deadline
 from ..sync.waiter import running_loop
 from ..tuning import Tuning
 from . import envelope
@@ -46,8 +45,8 @@ from .health import Health
 from .opening import CLOSED
 from .probe import PROBE_CHANNEL
 from .round_trips import RoundTrips
-from .sender import Ack, OnLost, Sender
-from .session import Parts
+from .sender import LATE, Ack, OnLost, Sender
+from .session import Parts, Session
 from .subscriptions import Subscriptions
 from .supervisor import Supervisor
 
@@ -119,9 +118,9 @@ class Link:
         # Guarded by the lock:
         self._supervisor: Supervisor | None = None
         self._stop: tuple[Supervisor, concurrent.futures.Future[None]] | None = None
-        # The loop on which the supervisor's task was cancelled a moment ago: it is likely ending,
+        # Loops on which the supervisor's task was cancelled a moment ago. They are likely ending,
         # and would not wait for a new task.
-        self._ending: asyncio.AbstractEventLoop | None = None
+        self._ending: set[asyncio.AbstractEventLoop] = set()
         self._reopening: set[asyncio.Task[None]] = set()
 
     # From any thread
@@ -134,14 +133,18 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        supervisor = self._supervisor
-        session = None if supervisor is None else supervisor.session
+        session = self._session
         return session is not None and session.connected
 
     @property
     def outstanding(self) -> int:
         """What the messages cost that were published and may not have come back yet."""
         return self._round_trips.outstanding if self.connected else 0
+
+    @property
+    def _session(self) -> Session | None:
+        supervisor = self._supervisor
+        return None if supervisor is None else supervisor.session
 
     @property
     def _probe_channel(self) -> str:
@@ -194,9 +197,8 @@ class Link:
         self._health.count(gaps=1)
         if self._limit.allows(gap.error):
             logger.warning("%s; its clients were told of a gap", gap.error)
-        supervisor = self._supervisor
-        if supervisor is not None and supervisor.session is not None:
-            supervisor.session.call(on_gap, gap)
+        if (session := self._session) is not None:  # pragma: no branch  # closed just now
+            session.call(on_gap, gap)
 
     async def acquire(self, channel: str) -> None:
         """Want a channel: see `Subscriptions`."""
@@ -220,24 +222,24 @@ class Link:
         Other messages that arrive meanwhile will do: on a slow connection a probe waits behind
         them. It is False while the broker refuses a channel that somebody has.
         """
-        supervisor = self._supervisor
-        session = None if supervisor is None else supervisor.session
+        session = self._session
         if session is None or not (self.alive and self.connected) or self._subscriptions.refusals:
             return False
-
-        async def ask() -> str:
-            return await asyncio.shield(session.probe.ask())
-
         timeout = self._tuning.publish_timeout
-        answer = asyncio.wrap_future(_run_on(session.loop, ask()))
+        answer = Ack(timeout)
+
+        def tell(probe: asyncio.Future[str]) -> None:
+            if error := probe.result():
+                answer.fail(error)
+            else:
+                answer.set()
+
+        session.call(lambda: session.probe.ask().add_done_callback(tell))
         try:
-            async with Deadline(timeout):
-                await asyncio.wait([answer])
-        except TimeoutError:
-            return session.heard_at() + timeout > time.monotonic()
-        finally:
-            answer.cancel()
-        return not answer.cancelled() and answer.result() == ""
+            await answer.wait()
+        except BackendUnavailable:
+            return answer.failed == LATE and session.heard_at() + timeout > time.monotonic()
+        return True
 
     # Open and close, one at a time
 
@@ -257,7 +259,7 @@ class Link:
             await self._stopped()
             self._sender.close(CLOSED)  # if that took too long
             self._stop = None
-        if self._ending is asyncio.get_running_loop():
+        if asyncio.get_running_loop() in self._ending:
             raise BackendUnavailable("the event loop of the connection is ending")
         last = self._supervisor
         taking_over = last is not None and self._subscriptions.wanted
@@ -274,13 +276,13 @@ class Link:
         )
         self._sender.start()
         if taking_over:
-            await supervisor.start(RuntimeError("the event loop of the connection ended"))
-            return
-        try:
-            await supervisor.open(seconds)
-        except BaseException:
-            self._supervisor = None
-            raise
+            supervisor.session.lose(RuntimeError("the event loop of the connection ended"))
+        else:
+            try:
+                await supervisor.open(seconds)
+            except BaseException:
+                self._supervisor = None
+                raise
         await supervisor.start()
 
     def stop_opening(self) -> None:
@@ -340,8 +342,7 @@ class Link:
             return
         supervisor, stop = self._stop
         await asyncio.wait([asyncio.wrap_future(stop)], timeout=2 * self._tuning.stop_timeout)
-        session = supervisor.session
-        if session is not None and not session.closed and not supervisor.loop.is_running():
+        if not (supervisor.session.closed or supervisor.loop.is_running()):
             await supervisor.stop()
 
     # On the loop of the connection
@@ -354,7 +355,8 @@ class Link:
             )
         if self._supervisor is not supervisor:
             return
-        own = self._ending = supervisor.loop
+        own = supervisor.loop
+        self._ending.add(own)
         own.call_later(self._tuning.restart_delay, self._retake, own)
         for loop in set(self._owner.loops()) - {own}:
             with contextlib.suppress(RuntimeError):  # it was closed in this moment
@@ -362,8 +364,7 @@ class Link:
 
     def _retake(self, loop: asyncio.AbstractEventLoop) -> None:
         """The loop of the connection goes on: it is not ending after all."""
-        if self._ending is loop:
-            self._ending = None
+        self._ending.discard(loop)
         self.take_over()
 
     def take_over(self) -> None:
@@ -386,16 +387,3 @@ class Link:
             return
         if not self._owner.deliver(event, self._health.answered):
             self._health.count(lost=1)
-
-
-def _run_on(
-    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]
-) -> concurrent.futures.Future[Any]:
-    """Run it on a loop; if that is closed, return a future that is cancelled."""
-    try:
-        return asyncio.run_coroutine_threadsafe(work, loop)
-    except RuntimeError:
-        work.close()
-        cancelled: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        cancelled.cancel()
-        return cancelled

@@ -51,8 +51,10 @@ class Ack(Waiter):
         self.abandoned = False  # the caller no longer waits
 
     def fail(self, why: str) -> None:
-        self.failed = why
-        self.set()
+        """Set it as failed, unless it is set already."""
+        if not self._future.done():
+            self.failed = why
+            self.set()
 
     async def wait(self, deadline: float | None = None) -> None:
         """Wait until it is set, up to the timeout, or up to a time of this loop's clock.
@@ -63,7 +65,7 @@ class Ack(Waiter):
         left = self.timeout
         if deadline is not None:
             left = deadline - asyncio.get_running_loop().time()
-        overdue = Overdue(left, self._expire)
+        overdue = Overdue(left, lambda: self.fail(LATE))
         try:
             await self
         finally:
@@ -71,10 +73,6 @@ class Ack(Waiter):
             self.abandoned = True
         if self.failed is not None:
             raise BackendUnavailable(self.failed)
-
-    def _expire(self) -> None:
-        if not self._future.done():
-            self.fail(LATE)
 
 
 class Entry:
@@ -292,8 +290,6 @@ class Sender:
         size, max_payload = 0, connection.max_payload
         max_messages, max_size = self._tuning.batch_messages, self._tuning.batch_size
         with self._lock:
-            if self._connection is not connection:
-                return []
             while self.queue.entries and len(batch) < max_messages and size < max_size:
                 entry = self.queue.entries[0]
                 self.queue.drop_first(entry.cost)
@@ -310,13 +306,11 @@ class Sender:
 
     def _sent(self, sending: asyncio.Future[None]) -> None:
         # If the connection is broken, the backend reports that, or the probe notices.
-        error = None if sending.cancelled() else sending.exception()
+        error = ConnectionError(LOST) if sending.cancelled() else sending.exception()
         if sending is not self._sending:
             return  # it was detached meanwhile
         self._sending = None
-        if sending.cancelled():
-            self._fail_batch(LOST)
-        elif error is None or isinstance(error, MessagesRefused):
+        if error is None or isinstance(error, MessagesRefused):
             self._confirm_batch({} if error is None else error.reasons)
         else:
             self._fail_batch(logs.describe(error))

@@ -91,8 +91,8 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        """Whether there is nothing left to close."""
-        return self._closing and self._connection is None
+        """Whether there is nothing to close."""
+        return self._connection is None
 
     def heard_at(self) -> float:
         """Return when there was a sign of life last, in `time.monotonic()`. From any thread.
@@ -117,7 +117,7 @@ class Session:
         seconds = limit if seconds is None else min(seconds, limit)
         try:
             async with Deadline(seconds):
-                self._connection = await parts.backend.connect(self._deliver, self._lose)
+                self._connection = await parts.backend.connect(self._deliver, self.lose)
                 await self._subscribe_to_probe()
             await self.probe.prove(self.connection, seconds)
             await parts.subscriptions.attach(self)
@@ -208,13 +208,13 @@ class Session:
         """A task has ended. The session only goes on if it ended well."""
         self._tasks.discard(task)
         if task.cancelled():
-            self._lose(ConnectionError("a task of the connection was cancelled"))
+            self.lose(ConnectionError("a task of the connection was cancelled"))
         elif error := task.exception():
             if not isinstance(error, BackendUnavailable):
                 logger.error("the connection to the broker ends after an error", exc_info=error)
-            self._lose(ConnectionError(logs.describe(error)))
+            self.lose(ConnectionError(logs.describe(error)))
 
-    def _lose(self, error: Exception) -> None:
+    def lose(self, error: Exception) -> None:
         """The connection is lost, or one channel of it."""
         if self._closing or self.lost.done():
             return

@@ -171,10 +171,10 @@ class Subscriptions:
             some = channels[start : start + at_once]
             for channel in some:
                 self._reconcile(session, channel)
-            if tasks := [self._changing[channel] for channel in some if channel in self._changing]:
-                # The answers may wait behind messages of the channels that are confirmed already.
-                async with Deadline(self._tuning.connect_timeout, session.heard_at):
-                    await asyncio.wait(tasks)
+            tasks = [self._changing[channel] for channel in some if channel in self._changing]
+            # The answers may wait behind messages of the channels that are confirmed already.
+            async with Deadline(self._tuning.connect_timeout, session.heard_at):
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def confirm(self) -> None:
         """The session is ready: confirm the channels that were acquired while it was opened."""
@@ -295,7 +295,9 @@ class Subscriptions:
             return
         self._health.note(why)
         with self._lock:
-            if channel not in self._wanted:
+            if (
+                channel not in self._wanted
+            ):  # pragma: no cover  # another thread released it just now
                 return
             if channel not in self.refusals:
                 backoff = Backoff(self._tuning.first_backoff, self._tuning.subscribe_backoff)

@@ -31,7 +31,7 @@ class Supervisor:
 
     Attributes:
         loop: Its event loop.
-        session: The current session, or the last one; None before the first attempt.
+        session: The current session, or the last one.
         giving_up: Whether to make no further attempt at a first connection.
     """
 
@@ -44,7 +44,7 @@ class Supervisor:
         on_end: Callable[[Supervisor, BaseException | None], None],
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.session: Session | None = None
+        self.session = Session(parts, channel)
         self.giving_up = False
         self._parts = parts
         self._channel = channel
@@ -70,12 +70,10 @@ class Supervisor:
         Raises:
             BackendUnavailable: There is no connection.
         """
-        session = None
 
         async def connect(seconds: float | None) -> None:
-            nonlocal session
-            session = Session(self._parts, self._channel)
-            await session.open(seconds)
+            self.session = Session(self._parts, self._channel)
+            await self.session.open(seconds)
 
         await keep_trying(
             connect,
@@ -84,13 +82,12 @@ class Supervisor:
             lambda error: self._parts.health.become("closed", error),
             lambda: self.giving_up,
         )
-        self.session = session
         self._begin_session()
         self._catch_up()
 
-    async def start(self, lost: Exception | None = None) -> None:
-        """Begin to supervise the session, or make one after an earlier one was lost elsewhere."""
-        self._task = self.loop.create_task(self._supervise(lost))
+    async def start(self) -> None:
+        """Supervise the session from now on."""
+        self._task = self.loop.create_task(self._supervise())
         self._task.add_done_callback(self._ended)
         await asyncio.sleep(0)  # from now on, its end closes the session
 
@@ -112,43 +109,37 @@ class Supervisor:
             try:
                 await asyncio.wait([task], timeout=self._parts.tuning.stop_timeout)
             finally:
-                await self._close_session()
+                await self.session.close()
         else:
-            await self._close_session()
-
-    async def _close_session(self) -> None:
-        if self.session is not None:
             await self.session.close()
 
-    async def _supervise(self, lost: Exception | None) -> None:
+    async def _supervise(self) -> None:
+        parts = self._parts
         backoff = self._backoff()
         try:
             while True:
-                if self.session is not None:
-                    since = time.monotonic()
-                    lost = await self.session.lost
-                    if time.monotonic() - since > self._parts.tuning.stable_after:
-                        backoff = self._backoff()
-                    logger.warning("lost the connection to the broker: %s", logs.describe(lost))
-                health, wanted = self._parts.health, self._parts.subscriptions.wanted
-                health.become("reconnecting", lost)
-                error = health.error or ""
+                opened = time.monotonic()
+                lost = await self.session.lost
+                if time.monotonic() - opened > parts.tuning.stable_after:
+                    backoff = self._backoff()
+                error = logs.describe(lost)
+                logger.warning("lost the connection to the broker: %s", error)
+                parts.health.become("reconnecting", lost)
                 # While no channel is wanted, nobody misses anything.
-                since = health.answered if wanted else time.time()
+                since = parts.health.answered if parts.subscriptions.wanted else time.time()
                 dropped = await self._reconnect(backoff)
                 self._begin_session()
                 self._report_gap(Gap(since, time.time() - since, error))
                 self._catch_up(dropped)
         finally:
-            await self._close_session()
+            await self.session.close()
 
     async def _reconnect(self, backoff: Backoff) -> int:
         """Make a session; return how many messages were lost that arrived in vain meanwhile."""
         dropped = 0
         while True:
-            if self.session is not None:
-                await self.session.close()
-                dropped += self.session.dropped
+            await self.session.close()
+            dropped += self.session.dropped
             if self._stopping:  # and the backend has swallowed the cancellation
                 raise asyncio.CancelledError
             await asyncio.sleep(backoff.next())
@@ -163,7 +154,6 @@ class Supervisor:
                 self._parts.health.become("reconnecting", self.session.lost.result())
 
     def _begin_session(self) -> None:
-        assert self.session is not None
         self._parts.health.become("connected")
         self._parts.sender.attach(self.session.connection)
         self._connected.set()
@@ -177,7 +167,6 @@ class Supervisor:
         self._on_gap(gap)
 
     def _catch_up(self, dropped: int = 0) -> None:
-        assert self.session is not None
         if dropped:
             self._parts.health.count(lost=dropped)
             logger.warning(

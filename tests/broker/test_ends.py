@@ -355,6 +355,25 @@ async def test_closing_for_a_loop_that_closes_without_a_word(broker):
         task.get_coro().close()
 
 
+async def test_closing_for_a_loop_that_closes_before_it_gets_there(broker):
+    hub = make_hub(Bus(broker), tuning=quick(stop_timeout=0.1))
+    first = await on_another_loop(hub)
+    go, blocked = threading.Event(), threading.Event()
+    first.loop.call_soon_threadsafe(lambda: (blocked.set(), go.wait(20), first.loop.stop()))
+    await asyncio.to_thread(blocked.wait, 20)
+    await hub.disconnect()
+    assert broker.connections
+    go.set()
+    await asyncio.to_thread(first.stop)
+    tasks = asyncio.all_tasks(first.loop)
+    first.loop.close()
+    await hub.disconnect()
+    assert not broker.connections
+    for task in tasks:
+        task._log_destroy_pending = False
+        task.get_coro().close()
+
+
 async def test_queued_messages_are_sent_before_it_closes(broker):
     async with make_hub(Bus(broker)) as listening:
         peer = await joined(listening, "room")

@@ -493,6 +493,25 @@ async def test_many_refused_channels_are_some_lines(hub, broker, caplog):
     assert 0 < caplog.text.count("subscribed to the channel") < 50
 
 
+async def test_a_revoked_channel_is_restored(hub, broker, bus):
+    async with hub.subscribe("room", gaps=True) as subscriber:
+        await joined(hub, "another room")
+        broker.refused.add("room")
+        bus.connection.lost(SubscriptionRevoked("nobody may", "room"))
+        assert hub.stats().backend.refused == 1
+        assert not await hub.healthy()
+        with pytest.raises(BackendUnavailable, match="nobody may have room"):
+            await hub.connect(Peer().websocket, "room")
+        broker.refused.clear()
+        async with asyncio.timeout(DEADLINE):
+            gap = await anext(subscriber)
+        assert gap.channel == "room"
+        assert gap.error.startswith("nobody may")
+        await hub.publish("room", "x")
+        assert (await anext(subscriber)).message == "x"
+    assert bus.connects == 1
+
+
 async def test_revocations_that_come_too_late(hub, broker, bus):
     """While the connection breaks, and of a channel that nobody has any more."""
     peer = await joined(hub, "room")

@@ -102,6 +102,20 @@ async def test_a_mistake_of_ours_is_no_end(hub, broker, monkeypatch, caplog):
     caplog.clear()
 
 
+async def test_a_mistake_of_ours_in_a_task_of_the_session(hub, broker, monkeypatch, caplog):
+    peer = await joined(hub, "room", "secret")
+    monkeypatch.setattr("starcast.broker.subscriptions.Backoff", None)
+    broker.refused.add("secret")
+    broker.restart()
+    await until(lambda: caplog.records and caplog.records[-1].levelname == "ERROR")
+    monkeypatch.undo()
+    broker.refused.clear()
+    await until(lambda: hub.stats().backend.state == "connected")
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    caplog.clear()
+
+
 async def test_what_was_under_way_on_a_loop_that_just_stopped(hub, broker):
     first = await on_another_loop(hub)
     await joined(hub, "room")

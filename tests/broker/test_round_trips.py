@@ -38,6 +38,16 @@ async def room(broker, tuning):
     await until(lambda: not starcast_tasks())
 
 
+async def test_messages_wait_until_earlier_ones_are_back(broker, room):
+    hub, peer = room
+    for _ in range(20):
+        peer.say(MUCH)
+    await until(lambda: len(peer.got) == 21)
+    assert hub.stats().dropped == hub.stats().slow_clients == 0
+    probes = broker.probes
+    assert probes > 1
+
+
 async def test_what_never_comes_back_is_not_waited_for_long(broker, room):
     _, peer = room
     ((connection, channels),) = broker.connections.items()

@@ -9,6 +9,8 @@ import pytest
 
 from broker.conftest import make_hub, quick, tuned
 from starcast import BackendUnavailable, Broadcast, PublishQueueFull, loglimit
+from starcast.backends.base import MessagesRefused
+from starcast.broker.sender import Ack
 from starcast.loglimit import LogLimit
 from support import Broker, Bus, OtherLoop, Peer, joined, until
 
@@ -122,6 +124,45 @@ async def test_a_refused_message(hub, broker, caplog):
         await until(lambda: hub.stats().backend.lost == number)  # noqa: B023  # awaited here
     assert hub.stats().backend.error == "nobody may have secret"
     assert said(caplog) == ["messages did not reach the broker: nobody may have secret"]
+
+
+async def test_some_messages_of_a_batch_are_refused(hub, broker, bus):
+    peer = await joined(hub, "room")
+
+    async def refuse_one(connection, messages, proceed):
+        await proceed()
+        raise MessagesRefused(
+            "no", {number: "no" for number, it in enumerate(messages) if not it[1]}
+        )
+
+    bus.on_publish = refuse_one
+    published = [hub.publish("room", text) for text in ("a", "", "b")]
+    outcomes = await asyncio.gather(*published, return_exceptions=True)
+    assert [type(it) for it in outcomes] == [type(None), BackendUnavailable, type(None)]
+    await until(lambda: peer.got == ["a", "", "b"])
+
+
+async def test_a_publish_that_somebody_cancels(hub, broker, bus):
+    await hub.connect()
+    sending = []
+
+    def publish(connection, messages, proceed):
+        sending.append(asyncio.get_running_loop().create_future())
+        return sending[0]
+
+    bus.on_publish = publish
+    publishing = asyncio.create_task(hub.publish("room", "x"))
+    await until(lambda: sending)
+    sending[0].cancel()
+    with pytest.raises(BackendUnavailable, match=LOST):
+        await publishing
+
+
+async def test_the_first_outcome_counts():
+    ack = Ack(0.0)
+    ack.set()
+    ack.fail("too late")
+    await ack.wait()
 
 
 @tuned(max_queued=100)
