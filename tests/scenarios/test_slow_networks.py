@@ -176,11 +176,3 @@ async def test_a_blocked_loop_is_told_what_it_misses_of_a_broker(url, other, cap
     assert numbers == [*range(500 - lost), gaps[0], 500]
     assert [int(message) for message in peer.got] == list(range(501))
     assert f"missed {lost} messages" in caplog.text
-
-
-async def test_a_backend_that_is_not_started_has_heard_nothing(url):
-    backend = from_url(url)
-    assert backend.heard_at == 0.0
-    await backend.start(lambda channel, payload: None, lambda error: None)
-    await backend.stop()
-    assert backend.heard_at == 0.0
