@@ -1,4 +1,7 @@
-"""The starcast demo: `uvicorn demo_app:app`, then three tabs of http://127.0.0.1:8000/?room=tea."""
+"""The starcast demo: `uvicorn demo_app:app`, then three tabs of http://127.0.0.1:8000/?room=tea.
+
+With STARCAST_URL=redis://localhost, any number of workers share their rooms.
+"""
 
 import asyncio
 import contextlib
@@ -20,10 +23,19 @@ from starlette.routing import Mount, Route, WebSocketRoute
 
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, StarcastError
 
-MAX_NAME, MAX_TEXT = 24, 500  # characters; the page has the same limits
+MAX_NAME = 24  # characters; the page has the same limits
+MAX_TEXT = 500
 FOLDER = Path(__file__).parent
-WORKER = f"{os.getpid()}-{secrets.token_hex(2)}"  # machines may have processes of the same number
+
+# A name for this process. Processes on different machines may have the same number.
+WORKER = f"{os.getpid()}-{secrets.token_hex(2)}"
+
+# After a broker outage, clients are closed; the page reconnects and says that messages may be
+# missing.
 hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"), after_gap="close")
+
+
+# The chat
 
 
 class Chat(BroadcastEndpoint):
@@ -40,79 +52,99 @@ class Chat(BroadcastEndpoint):
         await super().on_connect(websocket)
         welcome = {"type": "welcome", "id": self.id, "worker": WORKER, "away": broker_is_away()}
         await hub.send(welcome, to=websocket)
-        await say_who_is_here(self.get_channel(websocket))
+        await publish_count(self.get_channel(websocket))
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:
-        channel = self.get_channel(websocket)
         match data:
             case {"type": "message", "author": str(author), "text": str(text)} if (
                 0 < len(author) <= MAX_NAME and 0 < len(text) <= MAX_TEXT
             ):
-                message = {"type": "message", "id": self.id, "author": author, "text": text}
-                try:
-                    await hub.publish(channel, message | {"time": datetime.now(UTC)})
-                except BackendUnavailable:
-                    await hub.send({"type": "unsent", "text": text}, to=websocket)
+                await self.publish_message(websocket, author, text)
             case {"type": "typing", "author": str(author)} if 0 < len(author) <= MAX_NAME:
                 typing = {"type": "typing", "id": self.id, "author": author}
-                hub.publish_nowait(channel, typing, exclude=websocket)
+                hub.publish_nowait(self.get_channel(websocket), typing, exclude=websocket)
             case {"type": "ping"}:
                 await hub.send({"type": "pong", "time": datetime.now(UTC)}, to=websocket)
             case _:
                 raise WebSocketException(1008, "not a message of this chat")
 
+    async def publish_message(self, websocket: WebSocket, author: str, text: str) -> None:
+        # Only fields that the server has checked or made itself are passed on.
+        message = {
+            "type": "message",
+            "id": self.id,
+            "author": author,
+            "text": text,
+            "time": datetime.now(UTC),
+        }
+        try:
+            await hub.publish(self.get_channel(websocket), message)
+        except BackendUnavailable:
+            await hub.send({"type": "unsent", "text": text}, to=websocket)
+
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         await super().on_disconnect(websocket, close_code)
-        await say_who_is_here(self.get_channel(websocket))
+        await publish_count(self.get_channel(websocket))
+
+
+# How many are here. Each worker publishes the number of its own clients, when it changes and once
+# a second, and the page adds up the numbers of all workers.
 
 
 def rooms() -> list[str]:
     return [channel for channel in hub.channels if channel.startswith("room:")]
 
 
-async def say_who_is_here(channel: str) -> None:
-    """Publish how many this worker serves; the page adds up what the workers say."""
+async def publish_count(channel: str) -> None:
     here = {"type": "here", "worker": WORKER, "count": hub.channels.get(channel, 0)}
-    with contextlib.suppress(StarcastError):  # it is said again soon
+    with contextlib.suppress(StarcastError):  # the next one is due in a second
         await hub.publish(channel, here)
 
 
+async def publish_counts() -> None:
+    while True:
+        await asyncio.sleep(1)
+        if not broker_is_away():
+            for room in rooms():
+                await publish_count(room)
+
+
+# Whether the broker is away
+
+
 def broker_is_away() -> bool:
-    backend = hub.stats().backend
+    backend = hub.stats().backend  # None for memory://
     return backend is not None and backend.state != "connected"
 
 
-async def look_after_rooms() -> None:
-    """Tell this worker's clients when the broker is away, and the rooms who is still here."""
-    away, said = False, time.monotonic()
+async def watch_broker() -> None:
+    """Tell this worker's clients when the broker goes away and when it is back."""
+    told = False
     while True:
         await asyncio.sleep(0.25)
-        if away != (away := broker_is_away()):
-            news = {"type": "broker", "away": away}
-            clients = [websocket for room in rooms() for websocket in hub.clients(room)]
-            sends = [hub.send(news, to=websocket) for websocket in clients]
-            await asyncio.gather(*sends, return_exceptions=True)  # some may be leaving
-        if not away and time.monotonic() > said + 1:
-            said = time.monotonic()
-            for room in rooms():
-                await say_who_is_here(room)
+        away = broker_is_away()
+        if away != told:
+            told = away
+            await send_to_all({"type": "broker", "away": away})
 
 
+async def send_to_all(message: dict[str, Any]) -> None:
+    """Send to this worker's clients without the broker, and without waiting for each in turn."""
+    clients = [websocket for room in rooms() for websocket in hub.clients(room)]
+    sends = [hub.send(message, to=websocket) for websocket in clients]
+    await asyncio.gather(*sends, return_exceptions=True)  # some may be leaving
+
+
+# The ticker. Each worker has its own channel, and all workers publish the same numbers.
+
+TICKER = f"ticker:{WORKER}"
 live = FastAPI()
-TICKER = f"ticker:{WORKER}"  # each worker has its own, with the same numbers
-
-
-def values(count: int) -> list[float]:
-    """The newest of numbers that wander. The clock makes them, so that all workers agree."""
-    now, periods = round(time.time() * 4), (3, 8, 21, 55, 144)
-    waves = [sum(math.sin((now - n) / period) for period in periods) for n in range(count)]
-    return [round(100 + wave, 2) for wave in reversed(waves)]
 
 
 @live.websocket("/ticker")
 async def ticker(websocket: WebSocket, hub: Annotated[Broadcast, Depends(lambda: hub)]) -> None:
-    """The ticker, as a FastAPI function. Clients only listen, and one that is slow skips ticks."""
-    with contextlib.suppress(WebSocketDisconnect):  # it has left already
+    """The ticker, as a FastAPI function. Clients only listen, and a slow one skips ticks."""
+    with contextlib.suppress(WebSocketDisconnect):  # the client has left already
         await hub.connect(websocket, TICKER, overflow="latest")
         await hub.send({"values": values(120)}, to=websocket)
         await hub.serve(websocket, TICKER, publish=False)
@@ -126,12 +158,30 @@ async def tick() -> None:
             await hub.publish(TICKER, {"values": values(1), "delivered": hub.stats().delivered})
 
 
+def values(count: int) -> list[float]:
+    """Return the newest numbers. They are computed from the clock, so all workers agree."""
+    now = round(time.time() * 4)
+    return [value_at(moment) for moment in range(now - count + 1, now + 1)]
+
+
+def value_at(moment: int) -> float:
+    waves = [math.sin(moment / period) for period in (3, 8, 21, 55, 144)]
+    return round(100 + sum(waves), 2)
+
+
+# The app
+
+
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    async with hub, asyncio.TaskGroup() as tasks:
-        own = [tasks.create_task(tick(), name="ticker"), tasks.create_task(look_after_rooms())]
+    async with hub, asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(tick(), name="ticker"),
+            group.create_task(publish_counts()),
+            group.create_task(watch_broker()),
+        ]
         yield
-        for task in own:
+        for task in tasks:
             task.cancel()
 
 
@@ -143,8 +193,15 @@ async def tutorial(request: Request) -> FileResponse:
     return FileResponse(FOLDER / "docs" / "tutorial.md", media_type="text/plain")
 
 
-routes = [Route("/", page), Route("/tutorial", tutorial), WebSocketRoute("/ws", Chat)]
-app = Starlette(routes=[*routes, Mount("/live", live)], lifespan=lifespan)
+app = Starlette(
+    routes=[
+        Route("/", page),
+        Route("/tutorial", tutorial),
+        WebSocketRoute("/ws", Chat),
+        Mount("/live", live),
+    ],
+    lifespan=lifespan,
+)
 
-if __name__ == "__main__":  # python demo_app.py: the same, with ready-made frames
-    uvicorn.run(app, ws="starcast.uvicorn:BroadcastProtocol")
+if __name__ == "__main__":
+    uvicorn.run(app)

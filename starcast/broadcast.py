@@ -614,7 +614,7 @@ class Broadcast:
 
     def __len__(self) -> int:
         """Return how many clients are connected to this process."""
-        return len(self._hub.registry.clients())
+        return len(self._hub.registry)
 
     def __bool__(self) -> bool:
         return True

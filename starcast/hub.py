@@ -259,8 +259,9 @@ class Hub:
     def stats(self) -> Stats:
         """Return a snapshot of counters and health."""
         registry = self.registry
-        channels = registry.channels()
+        channels, buffered = registry.channels(), registry.buffered
         with self.lock:
+            asgi = registry.asgi()
             counters = registry.counters()
             return Stats(
                 open=self.lifecycle.open,
@@ -273,7 +274,9 @@ class Hub:
                 dropped=counters.dropped,
                 slow_clients=counters.slow_clients,
                 pending=registry.pending,
-                buffered=registry.buffered,
+                buffered=buffered,
+                fast_path=len(registry.connections) - sum(asgi.values()),
+                asgi=asgi,
                 backend=self.link.stats(),
             )
 

@@ -29,7 +29,7 @@ class Lifecycle:
 
     Args:
         dispatcher: Has the hub's state.
-        registry: Knows who is to be closed with the hub.
+        registry: The clients, which are closed with the hub.
         link: The connection to the broker.
         claim: On the hub's name, while it is open.
         open_timeout: How long to try to connect, in seconds.
@@ -63,7 +63,7 @@ class Lifecycle:
 
     @property
     def running(self) -> bool:
-        """Whether it is open, and its connection to the broker is looked after."""
+        """Whether it is open, and its connection to the broker is supervised."""
         return self.open and self._link.alive
 
     async def ensure_open(self, patient: bool = False) -> None:
@@ -93,7 +93,7 @@ class Lifecycle:
             self._failure = None
 
     async def ready(self) -> None:
-        """Open it, and wait for a connection that has moved to this loop."""
+        """Open it, and wait for a connection that this loop has just taken over."""
         await self.ensure_open(patient=True)
         await self._link.ready()
 

@@ -21,7 +21,7 @@ from .journal import Journal
 from .missed import Missed
 from .outbox import Close, Item, Leave
 from .shard import Shard
-from .stats import Counters
+from .stats import ClientCounts, Counters
 from .subscriber import Subscription
 from .sync.bounded import Full
 from .sync.waiter import Waiter, running_loop
@@ -54,6 +54,7 @@ class Registry:
         self.connections: dict[Connection, Shard] = {}
         self.subscribers: dict[Subscription[Any], Shard] = {}
         self._missed: dict[Shard, Missed] = {}  # of loops that are blocked now
+        self._counts = ClientCounts()
         self._retired = Counters()  # of shards whose loop has ended
         self.journal = Journal(self.lock, self.shards)  # written once the lock is released
 
@@ -80,11 +81,15 @@ class Registry:
             if shard is None:
                 shard = self.connections[connection] = self.here()
                 shard.watch.add(connection)
+                self._counts.change(self._counts.by_reason, connection.asgi_reason, 1)
             if channel in connection.channels:
                 return False
             connection.channels.add(channel)
             shard.join(connection, channel)
-            self.journal.note("a client joined", channel)
+            self._counts.change(self._counts.by_channel, channel, 1)
+            reason = connection.asgi_reason
+            path = "the fast path" if reason is None else f"ASGI ({reason})"
+            self.journal.note(f"a client on {path} joined", channel)
             return True
 
     def leave(self, connection: Connection, channel: str | None = None) -> Waiter | None:
@@ -98,9 +103,7 @@ class Registry:
                 return None
             if channel in connection.channels:
                 connection.channels.remove(channel)
-                shard.leave(connection, channel)
-                self._release(channel)
-                self.journal.note("a client left", channel)
+                self._leave_channel(connection, channel, shard)
             if channel is not None and connection.channels:
                 return None
             self.remove(connection)
@@ -120,12 +123,17 @@ class Registry:
             shard = self.connections.pop(connection, None)
             if shard is not None:
                 shard.watch.discard(connection)
+                self._counts.change(self._counts.by_reason, connection.asgi_reason, -1)
                 for channel in connection.channels:
-                    shard.leave(connection, channel)
-                    self._release(channel)
-                    self.journal.note("a client left", channel)
+                    self._leave_channel(connection, channel, shard)
                 connection.channels.clear()
             return shard
+
+    def _leave_channel(self, connection: Connection, channel: str, shard: Shard) -> None:
+        shard.leave(connection, channel)
+        self._counts.change(self._counts.by_channel, channel, -1)
+        self._release(channel)
+        self.journal.note("a client left", channel)
 
     def forget(self, connection: Connection) -> None:
         """Forget a client that has ended by itself."""
@@ -209,14 +217,22 @@ class Registry:
             members = [m for shard in self.shards.values() for m in shard.channels.get(channel, ())]
         return [member for member in members if isinstance(member, Connection)]
 
+    def __len__(self) -> int:
+        """How many clients there are."""
+        with self.lock:
+            self._sweep()
+            return len(self.connections)
+
     def channels(self) -> dict[str, int]:
         """Return the number of clients of each channel that has any."""
-        counts: dict[str, int] = {}
         with self.lock:
-            for connection in self.clients():
-                for channel in list(connection.channels):
-                    counts[channel] = counts.get(channel, 0) + 1
-        return counts
+            self._sweep()
+            return dict(self._counts.by_channel)
+
+    def asgi(self) -> dict[str, int]:
+        """Return the number of clients on ASGI, by the reason."""
+        with self.lock:
+            return self._counts.asgi
 
     def counters(self) -> Counters:
         counters = Counters()
@@ -234,9 +250,9 @@ class Registry:
 
     @property
     def buffered(self) -> int:
-        """Bytes that wait for their client or subscriber."""
-        with self.lock:
-            return sum(member.outbox.size for member, _ in self._members())
+        """Bytes that wait for their client or subscriber. Don't hold the lock for so many."""
+        members: list[Member] = [*list(self.connections), *list(self.subscribers)]
+        return sum(member.outbox.size for member in members)
 
     # The way of a message
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,9 +52,14 @@ class Stats:
         failed: Messages that could not be handed over.
         delivered: Messages written to a client's socket or handed out by a subscriber.
         dropped: Messages that an overflow policy kept from a client or a subscriber.
+        fast_path: How many clients are on the fast path now: what is published to them is written
+            straight to their transport.
+        asgi: The reason why clients are not on the fast path, to how many there are now. What is
+            published to them goes through the `send` of their ASGI server.
         slow_clients: Clients and subscribers that were disconnected because they did not keep up.
         pending: Messages that are waiting for their event loop now.
-        buffered: Bytes in the outboxes of clients and subscribers now.
+        buffered: Bytes in the outboxes of clients and subscribers now, added up while they are
+            being filled and emptied.
         backend: How the connection to the broker is; None for `memory://`.
     """
 
@@ -67,7 +74,33 @@ class Stats:
     slow_clients: int
     pending: int
     buffered: int
+    fast_path: int = 0
+    asgi: Mapping[str, int] = dataclasses.field(default_factory=dict)
     backend: BackendStats | None = None
+
+
+class ClientCounts:
+    """How many clients there are, by channel and by the way to them. Guarded by the hub's lock."""
+
+    __slots__ = ("by_channel", "by_reason")
+
+    def __init__(self) -> None:
+        self.by_channel: dict[str, int] = {}
+        self.by_reason: dict[str | None, int] = {}  # why they are on ASGI; None: the fast path
+
+    @staticmethod
+    def change(counts: dict[Any, int], key: object, difference: int) -> None:
+        """Add to a count, and forget it once it is 0."""
+        count = counts.get(key, 0) + difference
+        if count:
+            counts[key] = count
+        else:
+            del counts[key]
+
+    @property
+    def asgi(self) -> dict[str, int]:
+        """How many are on ASGI, by the reason."""
+        return {reason: count for reason, count in self.by_reason.items() if reason is not None}
 
 
 class Counters:

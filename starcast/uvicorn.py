@@ -26,11 +26,11 @@ from .servers.hardened import HardenedProtocol
 
 
 class Wire:
-    """The way around ASGI to one client's socket. It belongs to the event loop of the server.
+    """Writes frames to one client's transport, bypassing ASGI. Use it on the server's event loop.
 
     Attributes:
-        setting: What kind of frames the client takes.
-        ready: Whether frames may be written: the connection is open and its buffer not full.
+        setting: The wire format of the frames that the client takes.
+        ready: Whether frames may be written: the connection is open and its buffer is not full.
         changed: Called when `ready` may have changed.
     """
 
@@ -46,18 +46,18 @@ class Wire:
         for extension in protocol.conn.extensions:
             if isinstance(extension, PerMessageDeflate):
                 self.setting = extension.local_max_window_bits
-                # Our frames move the client's window on without the connection's own compressor,
-                # so that must not refer back over one: it starts afresh for each message. What it
-                # has kept so far, tens of kilobytes, is freed.
+                # The connection's own compressor does not see our frames, which move the client's
+                # window on. So it must never refer back: it starts afresh with each message. Its
+                # state so far, tens of kilobytes, is freed.
                 extension.local_no_context_takeover = True
                 vars(extension).pop("encoder", None)
-        # The handshake is over, and the app has a copy in its scope: some 2 KiB a connection.
+        # The handshake is over, and the scope has a copy of these: about 2 KiB a connection.
         protocol.request.headers.clear()
         protocol.response.headers.clear()
 
     @property
     def closed(self) -> bool:
-        """Whether nothing may follow what was written: a close frame, or the end."""
+        """Whether nothing more may be written: a close frame was, or the connection is lost."""
         return self._conn.state is not State.OPEN or self._transport.is_closing()
 
     @property
@@ -72,22 +72,22 @@ class Wire:
             self.changed()
 
     async def drain(self) -> bool:
-        """Wait until the buffer has room; False if the connection is closing."""
+        """Wait until the buffer has space; return False if the connection is closing."""
         await self._writable.wait()
         return not self.closed
 
     def abort(self) -> None:
-        """Drop the connection at once, with what the socket has not taken."""
+        """Drop the connection at once, together with what is still unsent."""
         self._protocol.abort()
 
     @property
     def buffered(self) -> int:
-        """Bytes that the socket has not taken yet."""
+        """Bytes in the transport's buffer, which the socket has not taken yet."""
         return self._protocol.transport.get_write_buffer_size()
 
 
 class _Announcement(dict[str, Any]):
-    """What stands in the scope: an ASGI extension is a dict. `open()` returns the wire."""
+    """The ASGI extension in the scope, which has to be a dict. `open()` returns the wire."""
 
     __slots__ = ("_protocol",)
     version = 1
@@ -97,7 +97,7 @@ class _Announcement(dict[str, Any]):
         self._protocol = protocol
 
     def open(self) -> Wire | None:
-        """Return the wire, once the handshake is done; None if this uvicorn is not understood."""
+        """Return the wire, after the handshake; None if this version of uvicorn is unknown."""
         return _open(self._protocol)
 
 
@@ -107,7 +107,7 @@ class BroadcastProtocol(HardenedProtocol):
     wire: Wire | None = None
 
     async def run_asgi(self) -> None:
-        """Announce it to the app. uvicorn calls this for each connection."""
+        """Announce the protocol to the app. uvicorn calls this for each connection."""
         extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
         extensions["starcast"] = _Announcement(self)
         await super().run_asgi()
@@ -136,7 +136,7 @@ def adopt(protocol: Any) -> Wire | None:
     Call this on its event loop.
 
     Returns:
-        None if this version of uvicorn is not understood. The object is as it was then.
+        None if this version of uvicorn is not supported. The object is left as it was.
     """
     if isinstance(protocol, BroadcastProtocol):  # a hub had the client before
         return _open(protocol)

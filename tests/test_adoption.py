@@ -308,6 +308,38 @@ async def test_a_reader_that_waits_already(serve, app):
         await until(lambda: got == [f"{number}" * 3000 for number in range(5)])
 
 
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_task_beside_the_handlers_connects(serve, app, ended):
+    """It may come too late, when the handler has returned and the connection is being closed."""
+    hub, returned, tasks = app.hub, asyncio.Event(), []
+
+    async def endpoint(websocket: WebSocket):
+        await websocket.accept()
+        tasks.append(asyncio.create_task(connect(websocket)))
+        with contextlib.suppress(WebSocketDisconnect):
+            while not ended:
+                await websocket.receive_text()
+
+    async def connect(websocket: WebSocket):
+        if ended:
+            await until(lambda: not server.server.server_state.tasks)
+        await hub.connect(websocket)
+        returned.set()
+
+    server = await serve(Starlette(routes=[WebSocketRoute("/ws", endpoint)]))
+    client = await Client.connect(server, "/ws")
+    await until(lambda: tasks and tasks[0].done())
+    if ended:
+        with contextlib.suppress(ClientGone):
+            await tasks[0]
+    else:
+        assert hub.stats().fast_path == 1
+        await hub.send("hello")
+        assert await client.recv() == "hello"
+    client.close()
+    await until(lambda: len(hub) == 0)
+
+
 async def test_middleware_that_closes_behind_the_hubs_back(serve, app):
     """What it was given as `send` is uvicorn's own still. Nothing may follow the close frame."""
     hub, closed = app.hub, asyncio.Event()

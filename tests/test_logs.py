@@ -111,8 +111,8 @@ async def test_at_debug_joins_leaves_and_publishes_are_logged_with_their_counts(
     lines = [r.getMessage() for r in caplog.records if r.name == "starcast"]
     here = "on this hub in this process"
     assert lines[:5] == [
-        f"a client joined 'tea': 1 client {here}",
-        f"a client joined 'tea': 2 clients {here}",
+        f"a client on the fast path joined 'tea': 1 client {here}",
+        f"a client on the fast path joined 'tea': 2 clients {here}",
         f"a subscriber joined 'tea': 2 clients and 1 subscriber {here}",
         f"published 8 bytes to 'tea': 2 clients and 1 subscriber {here}",
         rf"published 1000 bytes to 'tea\u2028\u202e': 0 clients {here}",

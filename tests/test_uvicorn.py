@@ -676,7 +676,7 @@ async def test_shutdown_with_open_clients(start, back, stalled):
     assert len(app.hub) == 0
 
 
-# FAULTS.md, rows 2 to 4
+# docs/reference/faults.md, 2 to 4
 
 
 class Proxy:
@@ -1008,6 +1008,8 @@ async def test_nothing_is_written_after_a_close_frame(serve, back):
     await until(lambda: app.ended)
     assert not wire.ready
     assert not await wire.drain()
+    wire.changed = None
+    wire.write(frames.make(frames.TEXT, b"too late"))
     assert [frame.opcode for frame in await client.rest()] == [CLOSE]
     client.close()
 

@@ -27,7 +27,7 @@ async def chatroom_ws_receiver(websocket):
     async for message in websocket.iter_text():
         await broadcast.publish(channel="chatroom", message=message)
         if websocket.application_state is WebSocketState.DISCONNECTED:
-            break  # a message could not be sent: Starlette refuses to receive, too
+            break  # a message could not be sent; Starlette refuses to receive now
 
 
 async def chatroom_ws_sender(websocket):

@@ -34,7 +34,7 @@ async def me(websocket: WebSocket, user: Annotated[str, Depends(user_of_session)
 
 
 def claims_of_token(websocket: WebSocket) -> dict[str, Any]:
-    """What the token says: a program's, from the header, or a page's, from the subprotocols."""
+    """Return the claims of a token: from the header of a program, or a page's subprotocols."""
     scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         scheme, token = (*websocket.scope["subprotocols"], "", "")[:2]

@@ -9,9 +9,9 @@ from fastapi import FastAPI, WebSocket
 
 from starcast import Broadcast, BroadcastEndpoint, StarcastError
 
-EVERY = 5.0  # seconds between reports of a worker where nothing changes
-PAUSE = 0.2  # seconds between reports at least
-FORGOTTEN = 3 * EVERY  # seconds after which a worker that reports nothing is gone
+EVERY = 5.0  # seconds between two reports if nothing changes
+PAUSE = 0.2  # seconds between two reports, at least
+FORGOTTEN = 3 * EVERY  # seconds without a report after which a worker is taken off the list
 
 hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"), name="shop")
 me = uuid.uuid4().hex  # this worker
@@ -31,7 +31,7 @@ def online() -> set[str]:
 async def send_reports() -> None:
     while True:
         changed.clear()
-        with contextlib.suppress(StarcastError):  # the broker is away: the next one will do
+        with contextlib.suppress(StarcastError):  # the broker is away; the next report is due soon
             await hub.publish("online", {"worker": me, "users": list(mine)})
         await asyncio.sleep(PAUSE)  # a thousand arrivals at once are one report
         with contextlib.suppress(TimeoutError):
@@ -41,8 +41,8 @@ async def send_reports() -> None:
 async def read_reports() -> None:
     async with hub.subscribe("online", overflow="drop_oldest") as subscriber:
         async for event in subscriber:
-            told = event.json()
-            reports[told["worker"]] = (time.monotonic(), told["users"])
+            report = event.json()
+            reports[report["worker"]] = (time.monotonic(), report["users"])
 
 
 @contextlib.asynccontextmanager

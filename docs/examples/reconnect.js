@@ -1,18 +1,22 @@
-// Keep a page connected: wait longer after each failure, and keep what cannot be sent yet.
+// Keeps a page connected. Waits longer after each failure, and keeps what cannot be sent yet.
 
-const FINAL = [1003, 1007, 1008, 1009];  // the server refuses this page, or what it sends
-const MAX_WAITING = 100;  // messages
+const FINAL = [1003, 1007, 1008, 1009]; // the server refuses this page, or what it sends
+const MAX_WAITING = 100; // messages
 
 export function stayConnected(url, onMessage, onStatus = () => {}) {
   const waiting = [];
-  let socket, timer, opened, failures = 0, ended = false;
+  let socket;
+  let timer;
+  let openedAt = null;
+  let failures = 0;
+  let ended = false;
 
   function connect() {
     clearTimeout(timer);
-    opened = null;
+    openedAt = null;
     socket = new WebSocket(url);
     socket.onopen = () => {
-      opened = Date.now();
+      openedAt = Date.now();
       onStatus("open");
       while (waiting.length) socket.send(waiting.shift());
     };
@@ -23,8 +27,9 @@ export function stayConnected(url, onMessage, onStatus = () => {}) {
         onStatus("closed", event.code);
         return;
       }
-      if (opened !== null && Date.now() - opened > 10_000) failures = 0;
-      const seconds = Math.min(30, 0.5 * 2 ** failures++) * (0.5 + Math.random() / 2);
+      if (openedAt !== null && Date.now() - openedAt > 10_000) failures = 0;
+      const seconds = Math.min(30, 0.5 * 2 ** failures) * (0.5 + Math.random() / 2);
+      failures += 1;
       timer = setTimeout(connect, seconds * 1000);
       onStatus("waiting", seconds);
     };
@@ -36,10 +41,14 @@ export function stayConnected(url, onMessage, onStatus = () => {}) {
   connect();
 
   return {
-    send(text) {  // whether it was sent or will be
-      if (socket.readyState === WebSocket.OPEN) socket.send(text);
-      else if (ended || waiting.length === MAX_WAITING) return false;
-      else waiting.push(text);
+    // Returns whether the text was sent, or will be once the page is connected.
+    send(text) {
+      if (socket.readyState === WebSocket.OPEN) {
+        socket.send(text);
+        return true;
+      }
+      if (ended || waiting.length === MAX_WAITING) return false;
+      waiting.push(text);
       return true;
     },
     close() {

@@ -13,7 +13,7 @@ class Room(BroadcastEndpoint):
 
 
 class Members(Room):
-    broadcast = Broadcast("memory://")  # not the hub of Room, where everybody may listen
+    broadcast = Broadcast("memory://")  # not the hub of Room, which is open to everybody
 
     async def on_connect(self, websocket):
         if websocket.query_params.get("key") != "sesame":

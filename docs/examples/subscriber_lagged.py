@@ -12,7 +12,7 @@ async def record(channel, log):
             async with hub.subscribe(channel, max_buffer=64 * 1024) as subscriber:
                 async for event in subscriber:
                     log.append(event.message)
-                    await asyncio.sleep(0)  # a slow write to a disk, say
+                    await asyncio.sleep(0)  # for example, a slow write to a disk
                 return  # the hub was closed
         except SubscriberLagged:
             log.append("(messages are missing here)")

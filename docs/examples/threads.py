@@ -25,7 +25,7 @@ def payment(number: int):
 
 
 def watch(read, stop):
-    """Publish what a sensor says until somebody sets `stop`."""
+    """Publish a sensor's readings until `stop` is set."""
     while not stop.is_set():
         hub.publish_nowait("sensor", read())
         stop.wait(0.2)
@@ -38,7 +38,7 @@ def start_watching(read):
 
 
 def run_a_job():
-    """A job with an event loop of its own, in a thread of its own."""
+    """A job with its own event loop, in its own thread."""
 
     async def job():
         for percent in (0, 50, 100):

@@ -16,7 +16,7 @@ class Tab(BroadcastEndpoint):
     encoding = "json"
 
     async def on_connect(self, websocket):
-        # Your app takes the user from a session or a token, never from what a client may choose.
+        # Take the user from a session or a token, never from what a client may choose.
         user = websocket.state.user = websocket.query_params.get("user", "guest")
         await hub.connect(websocket, f"user:{user}")
         await hub.connect(websocket, "room:lobby")

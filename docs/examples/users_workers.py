@@ -10,7 +10,7 @@ hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"), name="shop")
 
 
 async def close_tabs(orders):
-    """Close the tabs that this worker has of each user who is signed out anywhere."""
+    """Close this worker's tabs of each user who signs out, on whichever worker."""
     async for order in orders:
         tabs = hub.clients(f"user:{order.message}")
         await asyncio.gather(*(hub.close(tab, 4001, "signed out") for tab in tabs))

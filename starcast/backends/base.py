@@ -2,7 +2,7 @@
 
 A `Backend` holds settings and makes connections. A `BrokerConnection` is one of these, from
 `Backend.connect` until `close`: it never reconnects, and everything that a backend has to remember
-while it is connected belongs to it. Both are used on the event loop that called `connect`.
+while it is connected belongs to it. It is used on the event loop that called `connect`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ class BrokerConnection(Protocol):
         """Close the connection, within a few seconds even if the broker does not answer.
 
         Calls in progress raise, no task is left behind, and neither `deliver` nor `lost` needs to
-        be called any more. Calling this again does nothing.
+        be called any more. Calling this again does nothing, and if a call was cancelled, the next
+        one completes it.
+
+        If the event loop of the connection does not run any more, this is called on another one.
         """
 
 
@@ -130,8 +133,7 @@ class Backend(Protocol):
 
         Args:
             deliver: Call `deliver(channel, payload)` for each message on a subscribed channel, in
-                order, on this event loop. It does not block and does not raise. It may be called
-                before `connect` returns.
+                order, on this event loop. It does not block and does not raise.
             lost: Call `lost(error)` once if the connection breaks by itself; the hub then calls
                 `close`. If the broker takes away a single channel, call it with a
                 `SubscriptionRevoked`, each time this happens: the connection stays open, and the

@@ -1,9 +1,9 @@
 """uvicorn's default WebSocket protocol, hardened against clients that misbehave.
 
-One client, whatever it sends and however it leaves, harms no other. uvicorn by itself waits without
-end for a client that has left and has not read everything; it keeps as many pongs as somebody who
-reads none of them asks for; it parses whatever it has read at once, however long that takes; and
-it ends itself, with everybody on it, if it is told to shut down while certain clients are leaving.
+No client can harm another, whatever it sends and however it leaves. uvicorn by itself waits
+indefinitely for a client that has left without reading everything. It buffers any number of pongs
+for a client that asks for them and reads none. It parses everything it has read in one go, however
+long that takes. And a shutdown while certain clients are leaving crashes the whole server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 
 from .. import logs
-from ..close_codes import ABNORMAL, INVALID_DATA, NO_STATUS, POLICY_VIOLATION
+from ..close_codes import ABNORMAL, INVALID_DATA, NO_STATUS
 from . import served
 
 if TYPE_CHECKING:
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("starcast")
 
-# Bytes that are parsed before a look at the clock. The smallest frames have six bytes, and 341 of
-# them take some two milliseconds. The rest of a frame that has begun is cheap, however long it is.
+# Bytes to parse before checking the clock. The smallest frames have six bytes, and 341 of them take
+# about two milliseconds. The rest of a frame that has begun is cheap, however long it is.
 PIECE = 2 * 1024
 
-# Seconds for which one client's frames are parsed before the event loop does other work.
+# Seconds of parsing for one client before the event loop does other work.
 SLICE = 0.002
 
-# Messages of one client that wait for the app before the rest of what was read is parsed.
+# Messages of one client that may wait for the app. While there are more, parsing pauses.
 MAX_QUEUED = 256
 
-# Fragments of one message. They may be empty, so that `--ws-max-size` does not bound them.
+# Fragments of one message that are kept apart, then joined. `--ws-max-size` bounds their size only.
 MAX_FRAGMENTS = 4096
 
 
 class HardenedProtocol(WebSocketsSansIOProtocol):
     """See the module.
 
-    Whatever ends a connection, its socket is gone `close_timeout` seconds later, with what the
-    client has not read until then. What a client sends is parsed in pieces, between which the event
-    loop does other work. Nothing more is read from it while it does not read the pongs that it has
-    asked for. Its messages are read on nevertheless while it does not read those of others: so are
-    its answers to pings, its close frame and its end.
+    However a connection ends, its socket is closed `close_timeout` seconds later at the latest,
+    and what the client has not read by then is dropped. What a client sends is parsed in pieces,
+    so that the event loop can do other work in between. While a client does not read the pongs it
+    has asked for, nothing more is read from it. A client that does not read the messages of others
+    is still read from: its answers to pings, its close frame and its end must be seen.
     """
 
-    # The defaults are the class's, so that an object of uvicorn's class can become one of this.
+    # These are class attributes, so that an object of uvicorn's class can become one of this class.
     _deadline: asyncio.TimerHandle | None = None
-    _unparsed = b""  # what was read and is not parsed yet; nothing more is read meanwhile
-    _pongs_wait = False  # the client does not read them; nothing more is read meanwhile
-    _unsent = 0  # bytes that the client had not read when the last ping was sent
-    _heard = False  # whether something of the client was taken since
+    _unparsed = b""  # read but not parsed yet; while there is any, nothing more is read
+    _pongs_wait = False  # the client does not read its pongs; until then, nothing more is read
+    _unsent = 0  # bytes that were unsent when the last ping was sent
+    _heard = False  # whether anything was received from the client since then
 
     async def run_asgi(self) -> None:
         try:
@@ -63,9 +63,9 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
             self._abort_later()
 
     def take_over(self) -> None:
-        """Begin in the middle of a connection, whose object was one of uvicorn's class until now.
+        """Take over a connection in progress, whose object was of uvicorn's class until now.
 
-        The transport and the timers of the event loop may hold methods of that class.
+        The transport and the event loop's timers may hold bound methods of that class.
         """
         self.transport.set_protocol(self)
         if self.ping_timer is not None:
@@ -83,23 +83,23 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: ASGISendEvent) -> None:
         closes = message["type"] == "websocket.close"
         if not closes and not self.handshake_complete and self.transport.is_closing():
-            raise ClientDisconnected  # uvicorn would accept in silence, and then take no message
+            raise ClientDisconnected  # uvicorn would accept it silently, and then refuse messages
         paused = self.read_paused
         await super().send(message)
         if self.close_sent:
             self._abort_later()
-            if paused:  # uvicorn reads on, for the client's close frame
-                self._read_on()
+            if paused:  # uvicorn has resumed reading, to see the client's close frame
+                self._resume_reading()
 
     def send_500_response(self) -> None:
-        if not self.conn.eof_sent:  # nothing may follow what has ended the handshake
+        if not self.conn.eof_sent:  # nothing may follow the end of a failed handshake
             super().send_500_response()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._pongs_wait:
             self._pongs_wait = False
-            self._read_on()
+            self._resume_reading()
 
     # What is received
 
@@ -111,14 +111,14 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
             return
         super().data_received(data)
         if not self.handshake_initiated:
-            # uvicorn gives it whole requests. This one is refused, for a line or a number of
-            # headers that is too long, and uvicorn does not send what the parser has answered.
+            # uvicorn passes whole requests. The parser has refused this one, because a line is too
+            # long or there are too many headers, and uvicorn would not send its answer.
             self.handshake_complete = True
             self.transport.write(b"".join(self.conn.data_to_send()))
             self._close_transport()
 
     def _parse(self) -> None:
-        """Parse what was read, as much as one turn of the event loop may take."""
+        """Parse as much of what was read as one turn of the event loop allows."""
         self._heard = True
         data, done, end = self._unparsed, 0, self.loop.time() + SLICE
         while done < len(data) and not self.transport.is_closing():
@@ -130,22 +130,22 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         self._unparsed = b"" if self.transport.is_closing() else data[done:]
         if self._unparsed:
             self.transport.pause_reading()
-        self._read_on()
+        self._resume_reading()
 
     def _missing(self) -> int:
-        """Return how many bytes of a frame that has begun are still to come, as far as is known."""
+        """Return how many bytes of the current frame are still to come, as far as is known."""
         buffer = self.conn.reader.buffer
-        if not buffer:  # most often a frame begins
+        if not buffer:  # usually a new frame begins here
             return 0
         reading: Any = self.conn.parser
         while reading.gi_yieldfrom is not None:
             reading = reading.gi_yieldfrom
-        # The innermost generator is `read_exact(n)` of websockets, unless nothing more is parsed.
+        # The innermost generator is `read_exact(n)` of websockets, unless parsing has ended.
         wanted: int = reading.gi_frame.f_locals.get("n", 0)
         return wanted - len(buffer)
 
-    def _read_on(self) -> None:
-        """Parse what was read, or else read, unless something stands against it."""
+    def _resume_reading(self) -> None:
+        """Parse what was read, or else read more, unless reading is paused."""
         if self.read_paused or self._pongs_wait or self.disconnected:
             return
         if self._unparsed:
@@ -154,12 +154,12 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
 
     async def receive(self) -> ASGIReceiveEvent:
-        # As in uvicorn, which would read on even if not everything is parsed.
+        # As in uvicorn, which would resume reading even if not everything is parsed.
         message = await self.queue.get()
         self._heard = True
         if self.read_paused and self.queue.empty():
             self.read_paused = False
-            self._read_on()
+            self._resume_reading()
         return message
 
     def handle_ping(self) -> None:
@@ -170,17 +170,16 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
 
     def handle_cont(self, event: Frame) -> None:
         if self.close_sent:
-            return  # nobody will get the message
-        if len(self.frames) < MAX_FRAGMENTS:
-            super().handle_cont(event)
-        else:
-            self._fail(POLICY_VIOLATION, "too many fragments")
+            return  # the message is discarded
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.frames = [b"".join(self.frames)]
+        super().handle_cont(event)
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type != "text" or self.close_sent:
             super().send_receive_event_to_app()
             return
-        # uvicorn logs a traceback for what is not UTF-8.
+        # uvicorn would log a traceback for text that is not UTF-8.
         data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
         self.frames = []
         try:
@@ -203,7 +202,7 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         self._abort_later()
 
     def eof_received(self) -> None:
-        """Take a client that sends nothing more for one that has left."""
+        """Treat a client that will send nothing more as one that has left."""
         self.stop_keepalive()
         code = NO_STATUS if self.handshake_complete else ABNORMAL
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
@@ -227,7 +226,7 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         self._abort_later()
 
     def _fail(self, code: int, reason: str) -> None:
-        """Close the connection for what the client sent."""
+        """Close the connection because of what the client sent."""
         self.conn.fail(code, reason)
         self.handle_parser_exception()
 
@@ -239,20 +238,20 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         unsent = self.transport.get_write_buffer_size()
         is_alive = self._heard or (self._pongs_wait and unsent < self._unsent)
         if is_alive and self.ping_timeout is not None:
-            # The pong may stand behind what is not read of the client yet, because its room or its
-            # app takes no more, or because it reads its own pongs slowly.
+            # The pong may be queued behind data that is not read yet, because the channel or the
+            # app cannot keep up, or because the client reads its own pongs slowly.
             self._unsent, self._heard = unsent, False
             self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
             return
         super().keepalive_timeout()
         if unsent:
-            self.abort()  # nobody is there to take it
+            self.abort()  # the client will not read it
         self._abort_later()
 
     def shutdown(self) -> None:
         if self.close_sent or self.transport.is_closing():
-            # uvicorn would send a second close frame to some of them, which is an error that ends
-            # the whole server.
+            # To some of these, uvicorn would send a second close frame, an error that ends the
+            # whole server.
             self.stop_keepalive()
             self._close_transport()
         else:
@@ -263,21 +262,21 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
         self._unparsed = b""
-        self.read_paused = False  # nothing is to be resumed any more
+        self.read_paused = False  # there is nothing left to resume
         super().connection_lost(exc)
 
     def abort(self) -> None:
-        """Drop the connection at once, with what the socket has not taken."""
-        if not self.disconnected:  # asyncio's transport raises AttributeError once it is over
+        """Drop the connection at once, together with what is still unsent."""
+        if not self.disconnected:  # asyncio's transport raises AttributeError once it is closed
             self.transport.abort()
 
     def _close_transport(self) -> None:
-        # After a second `close`, asyncio's TLS transport can no longer be aborted.
+        # After a second `close`, asyncio's TLS transport cannot be aborted any more.
         if not self.transport.is_closing():
             self.transport.close()
 
     def _abort_later(self) -> None:
-        """Do not wait indefinitely for a client that does not read."""
+        """Drop the connection after `close_timeout` if the client does not read the rest."""
         if self.disconnected:
             return
         if self._deadline is None:
@@ -285,5 +284,5 @@ class HardenedProtocol(WebSocketsSansIOProtocol):
         if self.close_timer is not self._deadline:
             if self.close_timer is not None:
                 self.close_timer.cancel()
-            # If it has a timer, uvicorn does not close the transport again when the app ends.
+            # While it has a timer, uvicorn does not close the transport again when the app ends.
             self.close_timer = self._deadline

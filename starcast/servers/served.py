@@ -1,7 +1,7 @@
-"""Served: which server and which task serve a client, as far as that can be seen from inside.
+"""Served: which server and which task serve a client, as far as an app can tell.
 
-ASGI gives an app no such thing. uvicorn hands it a bound method of the protocol object of the
-client; and a task that runs an ASGI app has the arguments of the app on its stack.
+ASGI does not say. But uvicorn hands an app a bound method of the client's protocol object, and a
+task that runs an ASGI app has that app's arguments on its stack.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import itertools
 import sys
 from contextvars import ContextVar
 from types import CellType, FrameType, FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from starlette.types import Scope, Send
 from starlette.websockets import WebSocket
 
-# Connections that a task may be known to serve: a handler has one, a load generator more.
+# How many connections one task is remembered to serve. A handler has one, a load generator more.
 MAX_SERVED = 64
 
-# The connections that this task, or one that started it, has registered. Tasks inherit it.
+# The ids of the connections that this task, or a task that started it, has registered.
 _served: ContextVar[tuple[int, ...]] = ContextVar("starcast_served", default=())
 
 
@@ -37,9 +37,8 @@ def is_served_here(connection_id: int | None, websocket: WebSocket) -> bool:
 def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
     """Return this task, if it runs the ASGI app of this client.
 
-    A helper task that registers a client for somebody else must not be taken for it: it ends, and
-    the client goes on living. So a call with the arguments of an ASGI app and this very scope has
-    to be on the stack of the task itself.
+    A helper task may register a client on behalf of the handler and end while the client stays.
+    So the stack of the task itself must have a call with an ASGI app's arguments and this scope.
     """
     task = asyncio.current_task()
     root = root_frame(task)
@@ -50,7 +49,7 @@ def app_task(websocket: WebSocket) -> asyncio.Task[Any] | None:
             frame.f_locals.get("scope"), websocket.scope
         ):
             return task
-        # Not beyond the root: a task that was started eagerly runs on the stack of another one.
+        # Stop at the root: a task that was started eagerly runs on the stack of another one.
         frame = None if frame is root else frame.f_back
     return None
 
@@ -60,14 +59,14 @@ def root_frame(task: asyncio.Task[Any] | None) -> FrameType | None:
 
 
 def is_same(scope: object, other: Scope) -> bool:
-    """Whether both are the scope of one client: middleware may have made a shallow copy."""
+    """Whether both are the same client's scope. Middleware may have made a shallow copy."""
     if scope is other:
         return True
     return isinstance(scope, dict) and scope.get("headers") is other.get("headers", scope)
 
 
-# Modules of Starlette whose functions wrap `send` and look at nothing that follows the handshake:
-# one for each level of routing, and the one that sets the cookie of a session.
+# The modules of Starlette that wrap `send` and ignore what follows the handshake: one wrapper for
+# each level of routing, and the one that sets the session cookie.
 _WRAPPERS = ("starlette._exception_handler", "starlette.middleware.sessions")
 
 
@@ -78,7 +77,7 @@ def unwrap(websocket: WebSocket) -> tuple[Any, FunctionType | None]:
     """
     send: Any = getattr(websocket, "_send", None)
     wrapper = None
-    while isinstance(send, FunctionType) and send.__module__ in _WRAPPERS:
+    while _is_wrapper(send):
         wrapper = send
         send = _wrapped(wrapper).cell_contents
     return send, wrapper
@@ -89,21 +88,29 @@ def rewrap(wrapper: FunctionType, send: Send) -> None:
     _wrapped(wrapper).cell_contents = send
 
 
+def _is_wrapper(send: object) -> TypeGuard[FunctionType]:
+    return (
+        isinstance(send, FunctionType)
+        and send.__module__ in _WRAPPERS
+        and "send" in send.__code__.co_freevars
+    )
+
+
 def _wrapped(wrapper: FunctionType) -> CellType:
     assert wrapper.__closure__ is not None  # it has a variable of that name
     return wrapper.__closure__[wrapper.__code__.co_freevars.index("send")]
 
 
 def server_send(websocket: WebSocket) -> Any:
-    """Return the `send` that the server gave to the app; another one if middleware wraps it."""
+    """Return the `send` that the server gave to the app, or that of middleware which wraps it."""
     return unwrap(websocket)[0]
 
 
 def find_protocol(websocket: WebSocket) -> Any:
     """Return uvicorn's protocol object of this client; None on another server.
 
-    uvicorn hands the app a bound method of it. In front of that stand the closures of Starlette's
-    routing and maybe middleware; past middleware, the task that uvicorn started has it.
+    It is the owner of the bound `send` behind Starlette's wrappers. If middleware hides that, the
+    task that uvicorn started for this client still refers to the protocol object.
     """
     protocol = getattr(server_send(websocket), "__self__", None)
     if _is_uvicorns(protocol):
@@ -113,7 +120,7 @@ def find_protocol(websocket: WebSocket) -> Any:
 
 
 def served_protocol() -> Any:
-    """Return uvicorn's protocol object of the WebSocket client that this very task serves."""
+    """Return uvicorn's protocol object of the client whose app this very task runs."""
     root = root_frame(asyncio.current_task())
     if root is not None and root.f_code.co_name == "run_asgi":
         protocol = root.f_locals["self"]
@@ -139,7 +146,7 @@ def _is_uvicorns(protocol: Any) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def comes_from(cls: type, package: str) -> bool:
-    """Whether a class or one of its bases, such as BroadcastProtocol's, is of that package."""
+    """Whether a class or one of its bases is from that package."""
     return any(base.__module__.startswith(package) for base in cls.__mro__)
 
 
@@ -147,7 +154,7 @@ def check_loop(protocol: Any) -> None:
     """Refuse a client of uvicorn that belongs to another event loop.
 
     Raises:
-        RuntimeError: It does.
+        RuntimeError: It belongs to another one.
     """
     if protocol is not None and protocol.loop is not asyncio.get_running_loop():
         raise RuntimeError(

@@ -132,10 +132,7 @@ async def test_the_command(urls, tmp_path, monkeypatch):
     words = shlex.split(script)
     command = words[words.index("exec") :]
     assert command[:5] == ["exec", "python", "-m", "uvicorn", "demo_app:app"]
-    assert command[5:] == ["--host", "0.0.0.0", "--app-dir", "/build"] + [
-        "--ws",
-        "starcast.uvicorn:BroadcastProtocol",
-    ]
+    assert command[5:] == ["--host", "0.0.0.0", "--app-dir", "/build"]
 
     copy = tmp_path / "copy"
     with running(script.replace("/build", str(copy)), url, tmp_path) as server:

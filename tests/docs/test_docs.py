@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import functools
 import inspect
 import logging
 import pkgutil
@@ -173,6 +174,57 @@ def test_every_public_method_is_documented(cls):
     assert public <= set(documented())
 
 
+# The faults
+
+
+def faults():
+    """Each entry of the page: its heading, and its text."""
+    text = (DOCS / "reference" / "faults.md").read_text()
+    return re.findall(r"^## (\d+\. [^\n]+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+
+
+def named_in(text):
+    """The (file, test) pairs that a text of the page names."""
+    return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+
+
+@functools.cache
+def defined_in(path):
+    return set(re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.M))
+
+
+def files_with(test):
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    return [name(path) for path in paths if test in defined_in(path)]
+
+
+@pytest.mark.parametrize(("heading", "text"), faults(), ids=[heading for heading, _ in faults()])
+def test_each_fault_has_tests_or_is_planned(heading, text):
+    named = named_in(text)
+    assert named or "**Planned" in text
+    missing = [
+        f"{file} does not have {test}; it is in {files_with(test)}"
+        for file, test in named
+        if file not in files_with(test)
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_the_faults_are_numbered():
+    numbers = [int(heading.partition(".")[0]) for heading, _ in faults()]
+    assert numbers == list(range(1, 35))
+
+
+# The way of a message
+
+
+@pytest.mark.parametrize("file", ["how-a-message-travels.md", "img/way.svg"])
+def test_the_way_of_a_message_names_files_that_exist(file):
+    named = re.findall(r"[`>]((?:\w+/)*\w+\.py|\w+/)[`<]", (DOCS / file).read_text())
+    assert len(named) > 5
+    assert [each for each in named if not (ROOT / "starcast" / each).exists()] == []
+
+
 # The commands of the README
 
 
@@ -181,7 +233,8 @@ def lines():
 
 
 def test_the_commands_of_the_readme():
-    demo, workers, tests = lines()  # test_demo.py runs the second one
+    install, demo, workers, tests = lines()  # test_demo.py runs the one with workers
+    assert install.startswith("pip install starcast ")
     assert demo.endswith("&& uvicorn demo_app:app")
     assert workers.endswith("&& STARCAST_URL=redis://localhost uvicorn demo_app:app --workers 4")
     assert tests.endswith("&& pytest")

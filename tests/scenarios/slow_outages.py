@@ -1,4 +1,4 @@
-"""Rows 11 to 13 of FAULTS.md as they are written: no constant is patched, and a minute is a minute.
+"""Faults 11 to 13 of docs/reference/faults.md, unabridged: a minute is a minute.
 
 Too long for every run, so its name keeps it out: `pytest tests/scenarios/slow_outages.py` runs it
 and prints how many seconds each took. `.ci/slow` does that.

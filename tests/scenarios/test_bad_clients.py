@@ -1,7 +1,7 @@
 """What one client does to the others on `starcast.uvicorn:BroadcastProtocol`: nothing.
 
-FAULTS.md, rows 28 and 29, and what a client may send that is no WebSocket. Raw sockets, real
-servers; a server that is to be ended runs in a process of its own.
+docs/reference/faults.md, 28 and 29, and what a client may send that is no WebSocket. Raw sockets,
+real servers; a server that is to be ended runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -375,9 +375,9 @@ SMALL: dict[str, tuple[bytes, list[str], int]] = {  # what is sent, what the app
         ["x" * 30 * KIB],
         1000,
     ),
-    "fragments": (FRAGMENT + EMPTY_FRAGMENT * 20_000, [], 1008),
-    "fragments and pings": (FRAGMENT + (EMPTY_FRAGMENT + EMPTY_PING) * 10_000, [], 1008),
-    "fragments of a byte": (FRAGMENT + masked(b"x", CONTINUATION, 0) * 20_000, [], 1008),
+    "fragments": (FRAGMENT + EMPTY_FRAGMENT * 20_000, [], 1002),
+    "fragments and pings": (FRAGMENT + (EMPTY_FRAGMENT + EMPTY_PING) * 10_000, [], 1002),
+    "fragments of a byte": (FRAGMENT + masked(b"x", CONTINUATION, 0) * 20_000, [], 1002),
 }
 
 
@@ -442,13 +442,29 @@ async def test_a_message_in_many_fragments_with_pings_in_between(start):
     client = await Client.connect(server)
     part = masked("\u20ac".encode()[:2], CONTINUATION, 0) + masked(b"", PING)
     part += masked("\u20ac".encode()[2:], CONTINUATION, 0)
-    count = hardened.MAX_FRAGMENTS // 2 - 1
+    count = 5000  # more fragments than are kept apart
     sent = FRAGMENT + part * count + masked(b"!", CONTINUATION)
     await asyncio.get_running_loop().sock_sendall(client.sock, sent)
     await until(lambda: app.asked)
     assert app.asked == ["\u20ac" * count + "!"]
     for _ in range(count):
         assert (await client.frame()).opcode == PONG
+    client.close()
+
+
+async def test_endless_empty_fragments_take_no_memory(start):
+    app = App()
+    server = await start(app)
+    client = await Client.connect(server)
+    await until(lambda: app.websockets)
+    protocol = protocol_of(server, client)
+    for _ in range(10):
+        sent = (FRAGMENT if not protocol.frames else b"") + EMPTY_FRAGMENT * 5000 + EMPTY_PING
+        await asyncio.get_running_loop().sock_sendall(client.sock, sent)
+        assert (await client.frame()).opcode == PONG
+        assert 0 < len(protocol.frames) < 5000
+    await client.send(b"the end", CONTINUATION)
+    await until(lambda: app.asked == ["the end"])
     client.close()
 
 

@@ -1,4 +1,4 @@
-"""FAULTS.md: what must happen when a broker breaks, with real servers, killed and frozen."""
+"""Outages of a broker, with real servers, killed and frozen: docs/reference/faults.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""FAULTS.md, row 2, with a cable that is cut: server and client in network namespaces of their own.
+"""A client whose cable is cut: server and client in network namespaces of their own.
+
+See docs/reference/faults.md, 2.
 
 It needs Linux, root and `ip`, and is skipped without. The same with a proxy that goes silent is in
 test_uvicorn.py, and runs anywhere.

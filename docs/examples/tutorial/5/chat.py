@@ -14,7 +14,7 @@ from starcast import Broadcast, BroadcastEndpoint
 PAGE = Path(__file__).with_name("chat_page.html")
 
 hub = Broadcast("memory://")
-names = defaultdict(list)  # channel -> the names of those who are on it
+names = defaultdict(list)  # channel -> the names of the people on it
 
 
 def say_who_is_here(channel):
