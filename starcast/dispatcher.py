@@ -1,7 +1,7 @@
-"""Dispatcher: hands what is published to the broker, or in memory to the registry.
+"""Dispatcher: hands each message to the link, and waits if the caller has to wait.
 
-It waits where somebody has to wait: for space, for the broker's confirmation, or until the clients
-of this event loop have the message.
+That is for space in a queue, for the broker's confirmation, or in memory until the message is in
+the sockets or outboxes of this event loop's clients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .registry import Registry
 from .sync.bounded import Full
 from .sync.waiter import Waiter
 
-# Awaited messages after which other tasks get a turn; or sooner, after a time slice.
+# Awaited messages after which other tasks may run, if a time slice has not passed before.
 YIELD_AFTER = 64
 
 NOT_OPEN = (
@@ -39,7 +39,7 @@ HandedOver = TypeVar("HandedOver")
 
 
 class State(enum.Enum):
-    """What a hub takes messages for."""
+    """Whether a hub accepts messages."""
 
     NEW = enum.auto()  # it was never open; in memory, its first client or message opens it
     OPEN = enum.auto()
@@ -48,12 +48,12 @@ class State(enum.Enum):
 
 
 class Dispatcher:
-    """See the module. Made on any thread.
+    """Publishes messages. Made on any thread.
 
     Attributes:
-        state: Of the hub, which sets it when it closes.
-        published: Messages that were handed over.
-        failed: Messages that could not be.
+        state: The hub's; the `Lifecycle` sets it when it closes.
+        published: How many messages were handed to the link.
+        failed: How many messages were not.
     """
 
     def __init__(self, registry: Registry, link: Link | LocalLink) -> None:
@@ -72,7 +72,7 @@ class Dispatcher:
         self._unyielded_since = 0.0
 
     def open_here(self) -> None:
-        """Take messages from now on. On the event loop on which the hub is opened."""
+        """Accept messages from now on. On the event loop on which the hub is opened."""
         self.state, self._opener = State.OPEN, asyncio.get_running_loop()
 
     def after_fork(self) -> None:
@@ -102,7 +102,7 @@ class Dispatcher:
     def publish(
         self, event: Event, wait: bool = False, on_lost: OnLost | None = None
     ) -> Ack | None:
-        """Hand an event over; what comes back is set when the broker has it.
+        """Publish an event. With `wait`, return what is set when the broker has it.
 
         Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
