@@ -45,7 +45,7 @@ from .health import Health
 from .opening import CLOSED
 from .probe import PROBE_CHANNEL
 from .round_trips import RoundTrips
-from .sender import LATE, Ack, OnLost, Sender
+from .sender import LATE, NOT_OPEN, Ack, OnLost, Sender
 from .session import Parts, Session
 from .subscriptions import Subscriptions
 from .supervisor import Supervisor
@@ -282,6 +282,7 @@ class Link:
                 await supervisor.open(seconds)
             except BaseException:
                 self._supervisor = None
+                self._sender.close(NOT_OPEN)
                 raise
         await supervisor.start()
 
