@@ -1,4 +1,4 @@
-"""starcast broadcasts WebSocket messages to many clients, in pure Starlette."""
+"""starcast broadcasts messages to many WebSocket clients of Starlette and FastAPI apps."""
 
 from .broadcast import Broadcast
 from .endpoint import BroadcastEndpoint

@@ -1,20 +1,19 @@
-"""Answers: what Starlette makes of an error that nobody catches, wherever it was raised.
+"""Answers: have Starlette answer an uncaught error correctly, wherever it was raised.
 
 Starlette chooses the answer by the type of the error: an `HTTPException` becomes a response, a
-`WebSocketException` a close code. Neither fits everywhere. A request cannot be closed with a code,
-a websocket that was accepted cannot get a response, and where the response has started already, as
-in a background task, Starlette raises a second error for any type that it has a handler for.
+`WebSocketException` a close code. Neither is always right. A request cannot be closed with a code,
+and a websocket that has been accepted cannot get a response. Once a response has started, as in a
+background task, Starlette raises a second error for any type that it has a handler for.
 
-`publish` is called in all of these places, and also in threads and in tasks of their own, from
-where the error only later reaches a route. So an `Answered` error is raised as what it is, and
-takes a type that fits at the moment when Starlette asks for it: the first thing that Starlette's
-`wrap_app_handling_exceptions` does with an error is `isinstance(exc, HTTPException)`, and there
-everything is known that decides. That is what `Adaptable` is for.
+`publish` is called in all of these places, and also in threads and separate tasks, whose errors
+only reach a route later. So the type of an `Answered` error is decided when Starlette asks for it:
+`wrap_app_handling_exceptions` starts with `isinstance(exc, HTTPException)`, and at that point
+everything that matters is known. This is what `Adaptable` is for.
 
-A handler's last words to the others, when its client has left, cannot be answered to anybody. If
-they fail because the broker is away, that is one line in the log, and not a traceback for each
-client that leaves during an outage. That the client has left, as such, is not even that line:
-clients leave at any time, in the middle of a handshake too, and could fill the log.
+If a handler publishes after its client has left, there is no client to answer. A failure because of
+an unreachable broker is then logged as one line, instead of a traceback for each client that leaves
+during an outage. An error that only says that the client has left is not logged at all: clients
+leave at any time, even during the handshake, and could fill the log.
 """
 
 from __future__ import annotations
@@ -37,22 +36,22 @@ _set_class = vars(object)["__class__"].__set__
 
 
 class Adaptable(Exception):
-    """An error that takes the type that fits when Starlette looks for the answer to it."""
+    """An error that changes its type to one that Starlette can answer when Starlette checks it."""
 
-    # Those of HTTPException and WebSocketException show the answer and hide the message.
+    # HTTPException and WebSocketException show the answer here, and hide the message.
     __str__ = Exception.__str__
     __repr__ = Exception.__repr__
 
-    @property  # type: ignore[misc]  # a property that Python itself asks for, see `isinstance`
+    @property  # type: ignore[misc]  # `isinstance` reads this property
     def __class__(self) -> type[Any]:
-        asking = sys._getframe().f_back
+        caller = sys._getframe().f_back
         if (
-            asking is not None
-            and asking.f_code.co_name == "wrapped_app"
-            and asking.f_globals.get("__name__") == "starlette._exception_handler"
-            and (base := _fitting(self, asking.f_locals)) is not None
+            caller is not None
+            and caller.f_code.co_name == "wrapped_app"
+            and caller.f_globals.get("__name__") == "starlette._exception_handler"
+            and (base := _choose_base(self, caller.f_locals)) is not None
         ):
-            _set_class(self, _answer(type(self), base))
+            _set_class(self, _make_class(type(self), base))
             return base
         return type(self)
 
@@ -62,12 +61,16 @@ class Adaptable(Exception):
 
 
 class Answered(Adaptable):
-    """An error that has an answer for HTTP and one for WebSocket.
+    """An error with an answer for HTTP and one for WebSocket.
+
+    The message of the error is for the log. The answers go to clients and must not disclose it.
 
     Attributes:
-        status_code, detail, headers: Of the HTTP response. None of them tells strangers what the
-            message of the error tells the log.
-        code, reason: Of the close frame.
+        status_code: The status of the HTTP response.
+        detail: The body of the HTTP response.
+        headers: The headers of the HTTP response; None for no more than the usual ones.
+        code: The close code.
+        reason: The reason in the close frame.
     """
 
     status_code: ClassVar[int]
@@ -78,7 +81,7 @@ class Answered(Adaptable):
 
 
 class TryAgainLater(Answered):
-    """An error that may be gone in a moment."""
+    """An error that may soon be over."""
 
     status_code = 503
     detail = "try again later"
@@ -87,8 +90,8 @@ class TryAgainLater(Answered):
     reason = "try again later"
 
 
-def _answer(cls: type[Adaptable], base: type[Exception]) -> type[Adaptable]:
-    """Return the class that is also a `base`. It looks like the one that people know."""
+def _make_class(cls: type[Adaptable], base: type[Exception]) -> type[Adaptable]:
+    """Return a class that also inherits from `base`, under the name of the public class."""
     public = vars(cls).get("_public", cls)
     members = {
         "_public": public,
@@ -99,15 +102,20 @@ def _answer(cls: type[Adaptable], base: type[Exception]) -> type[Adaptable]:
     return type(public.__name__, (public, base), members)
 
 
-def _fitting(exc: Adaptable, place: dict[str, Any]) -> type[Exception] | None:
-    """Return the type that Starlette can answer here; None if there is nothing to be answered."""
-    if not isinstance(place.get("conn"), WebSocket):
-        answerable = isinstance(exc, Answered) and place.get("response_started") is False
+def _choose_base(exc: Adaptable, variables: dict[str, Any]) -> type[Exception] | None:
+    """Return the type that Starlette can answer; None if there is no answer.
+
+    Args:
+        exc: The error.
+        variables: The local variables of the function in Starlette that handles it.
+    """
+    if not isinstance(variables.get("conn"), WebSocket):
+        answerable = isinstance(exc, Answered) and variables.get("response_started") is False
         return HTTPException if answerable else None
-    if not isinstance(exc, Answered):  # it says that there is nobody
-        place["conn"].close = _close_nobody
+    if not isinstance(exc, Answered):  # the error says that the client has left
+        variables["conn"].close = _do_not_close
         return WebSocketException
-    websocket = _in_use(place["conn"], exc.__traceback__)
+    websocket = _find_in_use(variables["conn"], exc.__traceback__)
     if websocket.application_state is WebSocketState.CONNECTING:
         return HTTPException if may_be_denied(websocket, exc) else WebSocketException
     states = (websocket.application_state, websocket.client_state)
@@ -116,24 +124,26 @@ def _fitting(exc: Adaptable, place: dict[str, Any]) -> type[Exception] | None:
     if exc.code != TRY_AGAIN_LATER:
         return None
     logs.seldom(
-        "goodbye", "what was published when a client had left is lost: %s", logs.escape(str(exc))
+        "goodbye",
+        "a message published after its client had left is lost: %s",
+        logs.escape(str(exc)),
     )
-    place["conn"].close = _close_nobody
+    variables["conn"].close = _do_not_close
     return WebSocketException
 
 
-async def _close_nobody(code: int = TRY_AGAIN_LATER, reason: str | None = None) -> None:
-    """Stands for the `close` of a websocket that is closed, which Starlette calls to answer."""
+async def _do_not_close(code: int = TRY_AGAIN_LATER, reason: str | None = None) -> None:
+    """Replaces `close` of a websocket that is closed already; Starlette calls it to answer."""
 
 
-def _in_use(websocket: WebSocket, traceback: TracebackType | None) -> WebSocket:
-    """Return the object that was accepted or closed, for a class-based endpoint has its own.
+def _find_in_use(websocket: WebSocket, traceback: TracebackType | None) -> WebSocket:
+    """Return the object that was accepted or closed: a class-based endpoint makes its own.
 
-    The error came through the frame that made it, and so it is among the variables there.
+    The frame that made it is in the traceback of the error, and has it as a local variable.
     """
     while traceback is not None:
         for value in list(traceback.tb_frame.f_locals.values()):
-            # Not isinstance: a proxy of somebody's would be looked into.
+            # Not isinstance, which would resolve a proxy object of the app.
             if issubclass(type(value), WebSocket) and _is_same(value, websocket):
                 websocket = value
         traceback = traceback.tb_next
@@ -141,15 +151,15 @@ def _in_use(websocket: WebSocket, traceback: TracebackType | None) -> WebSocket:
 
 
 def _is_same(one: WebSocket, other: WebSocket) -> bool:
-    # A middleware may have copied the scope, but not what is in it.
+    # A middleware may have copied the scope, but not the values in it.
     return one.scope.get("headers") is other.scope.get("headers")
 
 
 def may_be_denied(websocket: WebSocket, exc: Exception) -> bool:
-    """Whether the handshake can and shall be answered with the HTTP status of an error.
+    """Return whether the handshake can and should be answered with the HTTP status of an error.
 
-    Clients take 403, the answer of a server to a close before accept, for the final word. That is
-    right for what they cannot change by trying again.
+    It is not if trying again cannot help. The server then answers the close before accept with 403,
+    which clients understand as final.
     """
     return (
         isinstance(exc, Answered)

@@ -1,7 +1,7 @@
-"""Arguments: what people pass for a client, a channel or a close code, checked where it comes in.
+"""Arguments: check the clients, channels and close codes that are passed to the hub.
 
-People look a client up and pass on what they have found. So None is nobody, and never everybody;
-only an argument that was left out means what its method says.
+Programs look up a client and pass on the result, so None stands for a client that was not found. It
+is an error, and never means every client. Only an omitted argument has its documented default.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Exclude = WebSocket | Iterable[WebSocket | None] | None
 
 
 class Omitted(enum.Enum):
-    """The type of an argument that was left out, which is not the same as None."""
+    """The type of an omitted argument, which is not the same as None."""
 
     OMITTED = enum.auto()
 
 
 OMITTED: Final = Omitted.OMITTED
 
-# Calls that mean something else without their client, for `check_client`.
+# Arguments of `check_client` for calls that would mean something else without a client.
 CONNECT = (
     "connect(...)",
     "would have opened the hub and registered nobody",
@@ -48,13 +48,13 @@ SEND_TO = (
 def check_client(
     value: object, call: str, meaning: str = "names no client", instead: str = ""
 ) -> WebSocket:
-    """Return a client, or raise the TypeError that explains what was passed in its place.
+    """Return the client, or raise a TypeError that explains what was passed instead.
 
     Args:
-        value: What was passed.
-        call: The call with `...` where the client stands.
-        meaning: What the call would have done if None were the same as an argument left out.
-        instead: What to write to have that.
+        value: The argument.
+        call: The call, with `...` for the client.
+        meaning: What the call would have done if None were the same as an omitted argument.
+        instead: How to write a call that does that.
     """
     if isinstance(value, WebSocket):
         return value
@@ -66,14 +66,14 @@ def check_client(
 
 
 def check_excluded(exclude: WebSocket | Iterable[WebSocket | None]) -> list[WebSocket]:
-    """Return who is excluded; a None among them is nobody."""
+    """Return the excluded clients. A None in the iterable is skipped."""
     if isinstance(exclude, (str, bytes, HTTPConnection)) or not isinstance(exclude, Iterable):
         return [check_client(exclude, "exclude=...")]
     return [check_client(each, "exclude=[...]") for each in exclude if each is not None]
 
 
 def check_channel(websocket: WebSocket, channel: object) -> str:
-    """Return the name of a client's channel; a refusal before accept is in the log, once a kind.
+    """Return the name of a client's channel. A refusal before accept is logged, once per kind.
 
     Raises:
         InvalidChannel: See `codec.check_channel`.
@@ -92,13 +92,13 @@ def check_channel(websocket: WebSocket, channel: object) -> str:
 
 
 def check_close(code: int, reason: str) -> None:
-    """Refuse what may not stand in a close frame.
+    """Check that a close frame may contain this code and reason.
 
     Raises:
-        ConfigurationError: The code may not be sent, or the reason is too long.
+        ConfigurationError: The code must not be sent, or the reason is too long.
     """
-    # RFC 6455 section 7.4: 1004 is reserved, 1005, 1006 and 1015 never go over the wire; section
-    # 5.5: a control frame holds 125 bytes, two of which are the code.
+    # RFC 6455 section 7.4: 1004 is reserved, and 1005, 1006 and 1015 are never sent. Section 5.5: a
+    # control frame holds 125 bytes, two of which are the code.
     if not ((1000 <= code <= 1014 and code not in (1004, 1005, 1006)) or 3000 <= code <= 4999):
         raise ConfigurationError(f"{code!r} is not a close code that may be sent")
     if len(reason.encode()) > 123:

@@ -1,6 +1,6 @@
-"""Attributes: what an endpoint class sets, checked where the class is defined.
+"""Attributes: check the attributes of an endpoint class when the class is defined.
 
-Python lets a class set any attribute, so a misspelt one would change nothing and say nothing.
+Python lets a class set any attribute, so a misspelt one would silently have no effect.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import inspect
 from . import codec, logs
 from .broadcast import Broadcast
 
-# How alike two names are, from 0 to 1, if one is taken for the other misspelt: "brodcast" is 0.94
-# like "broadcast", and "encode" 0.71 like "encoding".
-ALIKE = 0.85
+# How similar two names have to be, from 0 to 1, for one to be a misspelling of the other. The ratio
+# is 0.94 for "brodcast" and "broadcast", and 0.71 for "encode" and "encoding".
+SIMILAR = 0.85
 
-# What the hub is told, and not the endpoint.
+# Arguments of the hub that people may set on the endpoint by mistake, and where they belong.
 SETTINGS = {
     name: "Broadcast"
     for name, parameter in inspect.signature(Broadcast).parameters.items()
@@ -24,17 +24,17 @@ SETTINGS = {
 
 
 def check(cls: type, base: type) -> None:
-    """Check what a subclass of `base`, the endpoint, sets.
+    """Check the attributes of a subclass of `base`, the endpoint. Log those with no effect.
 
     Raises:
-        TypeError: `broadcast` is not a hub but, say, a URL, or `get_channel` is async.
-        ConfigurationError: `encoding` is none.
+        TypeError: `broadcast` is not a hub (but a URL, for example), or `get_channel` is async.
+        ConfigurationError: `encoding` is not valid.
     """
     hub = inspect.getattr_static(cls, "broadcast")
     if not (hub is None or isinstance(hub, Broadcast) or hasattr(type(hub), "__get__")):
-        kind = type(hub).__name__  # the value may be a URL with a password
+        # The value is not shown, because it may be a URL with a password.
         raise TypeError(
-            f"{cls.__name__}.broadcast needs a Broadcast, not {kind}: write "
+            f"{cls.__name__}.broadcast needs a Broadcast, not {type(hub).__name__}: write "
             "broadcast = Broadcast(url)"
         )
     if inspect.iscoroutinefunction(inspect.getattr_static(cls, "get_channel")):
@@ -50,21 +50,21 @@ def check(cls: type, base: type) -> None:
         if name.startswith("_") or name in inherited:
             continue
         if hint := _hint(cls, base, value, name):
-            line = ("attribute", cls.__module__, cls.__qualname__, name)
+            kind = ("attribute", cls.__module__, cls.__qualname__, name)
             where = f"{cls.__qualname__}.{name}"
-            logs.once(line, "%s does not read %s: %s", base.__name__, where, hint)
+            logs.once(kind, "%s does not read %s: %s", base.__name__, where, hint)
 
 
 def _hint(cls: type, base: type, value: object, name: str) -> str:
-    """Return what was probably meant by an attribute that nothing here reads; "" if nothing was."""
+    """Return what an attribute that is never read was probably meant to be, or ""."""
     unset = inspect.getattr_static(cls, "broadcast") is vars(base)["broadcast"]
     if isinstance(value, Broadcast) and unset:
         return "its hub is the attribute named broadcast, which this class does not set"
-    # Whoever sets both means two different things.
+    # If the class sets the similar name too, they are two different attributes.
     names = [each for each in dir(base) if each[0] != "_" and each not in vars(cls)]
-    for meant in difflib.get_close_matches(name, names, 1, ALIKE):
+    for meant in difflib.get_close_matches(name, names, 1, SIMILAR):
         return f"did you mean {meant}?"
-    if not callable(value):  # a function may be a helper of the class
-        for meant in difflib.get_close_matches(name, SETTINGS, 1, ALIKE):
+    if not callable(value):  # a function may be a helper method of the class
+        for meant in difflib.get_close_matches(name, SETTINGS, 1, SIMILAR):
             return f"it is an argument of the hub, {SETTINGS[meant]}({meant}=...)"
     return ""

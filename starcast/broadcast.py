@@ -616,6 +616,10 @@ class Broadcast:
         """Return how many clients are connected to this process."""
         return len(self._hub.registry)
 
+    def __contains__(self, websocket: object) -> bool:
+        """Return whether a client is registered: `websocket in hub`. From any thread."""
+        return isinstance(websocket, WebSocket) and self._hub.is_registered(websocket)
+
     def __bool__(self) -> bool:
         return True
 

@@ -7,25 +7,34 @@ from typing import Any
 
 from . import frames
 
-# What an event weighs in a buffer besides its own bytes, so that a flood of empty messages has a
-# bound too. An estimate of the object, its strings' headers and its place in a queue.
+# Bytes that an event counts for in a buffer besides its payload, so that empty messages are bounded
+# too. An estimate of the object, the headers of its strings and its slot in a queue.
 OVERHEAD = 64
 
 
 class Event:
     """A message and the channel it was published to.
 
-    You get events from a `Subscriber`; do not change them, everybody shares the same object. For a
-    test, make one as `Event(channel, message)`. Events are equal if their channel and their message
-    are, and `str` never equals bytes.
+    A `Subscriber` yields events. Do not modify them: all subscribers share the same object. In a
+    test, create one with `Event(channel, message)`. Two events are equal if their channels and
+    their messages are equal; a `str` never equals bytes.
+
+    Args:
+        channel: The name of the channel.
+        message: The content, a `str` or bytes.
+        payload: The content as bytes. Default: `message`, in UTF-8 if it is a `str`.
+        exclude: The ids of the connections that do not receive it. Default: none.
+
+    Raises:
+        TypeError: The message is neither a `str` nor bytes.
 
     Attributes:
         channel: The name of the channel; empty for a message to one client.
         message: What was published: `str` for a text frame, `bytes` for a binary frame.
-        payload: The same as bytes, as they go over the wire.
-        exclude: The ids of the connections that do not get it.
+        payload: The same as bytes, as they are sent.
+        exclude: The ids of the connections that do not receive it.
         cost: What it counts for in a buffer, in bytes.
-        kind: The kind of its frame: `"text"` or `"bytes"`.
+        kind: The type of its frame: `"text"` or `"bytes"`.
     """
 
     __slots__ = ("_frames", "channel", "cost", "exclude", "kind", "message", "payload")
@@ -47,21 +56,21 @@ class Event:
         self.exclude = exclude
         self.cost = len(payload) + OVERHEAD
         self.kind = "text" if isinstance(message, str) else "bytes"
-        self._frames: dict[frames.Setting, bytes] = {}
+        self._frames: dict[frames.WireFormat, bytes] = {}
 
-    def frame(self, setting: frames.Setting) -> bytes:
-        """Return the message's frame for a wire setting: made once, if anybody needs it."""
-        frame = self._frames.get(setting)
+    def frame(self, wire_format: frames.WireFormat) -> bytes:
+        """Return the message's frame in a wire format. It is made on first use, and kept."""
+        frame = self._frames.get(wire_format)
         if frame is None:
             opcode = frames.TEXT if self.kind == "text" else frames.BINARY
-            frame = self._frames[setting] = frames.make(opcode, self.payload, setting)
+            frame = self._frames[wire_format] = frames.make(opcode, self.payload, wire_format)
         return frame
 
     def json(self) -> Any:
         """Return the message parsed as JSON.
 
         Raises:
-            ValueError: The message is not JSON, or nested too deeply to be read.
+            ValueError: The message is not JSON, or is nested too deeply.
         """
         try:
             return json.loads(self.message)
@@ -71,7 +80,7 @@ class Event:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Event):
             return NotImplemented
-        # The kind first: to compare a str with bytes is an error under `python -bb`.
+        # Compare the kinds first: comparing a str with bytes raises under `python -bb`.
         return (self.channel, self.kind) == (other.channel, other.kind) and (
             self.message == other.message
         )

@@ -1,7 +1,7 @@
-"""Forks: an open hub that a child process has inherited says so.
+"""Forks: tell open hubs that they have been inherited by a child process.
 
-Its clients, its connection to the broker and the event loop of both are the parent's. Whatever the
-child did with them would disturb the parent or reach nobody.
+Their clients, their connections to the broker and their event loops belong to the parent. If the
+child used them, it would disturb the parent or reach no client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INHERITED = (
 
 
 class Inheritable(Protocol):
-    """What is told in the child."""
+    """An object that has to know when it is in a child process."""
 
     def after_fork(self) -> None: ...
 
@@ -27,7 +27,7 @@ _hubs: weakref.WeakSet[Inheritable] = weakref.WeakSet()
 
 
 def watch(hub: Inheritable) -> None:
-    """Tell it when it finds itself in a child process. It is not kept alive by this."""
+    """Call the hub's `after_fork` in child processes. Only a weak reference to it is kept."""
     _hubs.add(hub)
 
 
@@ -36,5 +36,5 @@ def _after_fork() -> None:
         hub.after_fork()
 
 
-if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows, which has no fork
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)

@@ -1,7 +1,7 @@
-"""WebSocket frames of a server, ready to be written (RFC 6455 section 5, RFC 7692).
+"""Frames: make WebSocket frames that are ready to be written (RFC 6455 section 5, RFC 7692).
 
-A frame of a server is not masked, so it is the same for every client that agreed on the same wire
-setting: whether messages are compressed, and how large a window the client keeps for that.
+A server does not mask its frames, so a frame is the same for all clients with the same wire format:
+whether messages are compressed, and how large a window the client has agreed to keep for that.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ BINARY = 2
 _FIN = 0x80
 _RSV1 = 0x40  # the message is compressed, RFC 7692 section 6
 
-# The wire setting of a client: 0 for frames as they are, else the base-two logarithm of the window.
-Setting = int
-PLAIN: Setting = 0
+# The wire format of a client: 0 without compression, else the base-two logarithm of the window.
+WireFormat = int
+Setting = WireFormat
+PLAIN: WireFormat = 0
 
-# Payloads under this many bytes are not compressed: a short JSON object becomes little shorter, and
-# each client has to inflate it.
+# Smaller payloads are not compressed, in bytes. A short JSON object would hardly become shorter,
+# and each client would have to inflate it.
 WORTH_COMPRESSING = 128
 
 
 def header(opcode: int, length: int) -> bytes:
-    """Return the header of an unfragmented frame; `opcode` may carry the bit of compression."""
+    """Return the header of an unfragmented frame. `opcode` may include the compression bit."""
     if length < 126:
         return bytes((_FIN | opcode, length))
     if length < 65536:
@@ -32,21 +33,22 @@ def header(opcode: int, length: int) -> bytes:
     return bytes((_FIN | opcode, 127)) + length.to_bytes(8)
 
 
-def make(opcode: int, payload: bytes, setting: Setting = PLAIN) -> bytes:
-    """Return the frame of a message for one wire setting.
+def make(opcode: int, payload: bytes, wire_format: WireFormat = PLAIN) -> bytes:
+    """Return the frame of a message in a wire format.
 
-    A compressed frame is made with a context of its own. It refers to nothing before it, so it is
-    right for a client whatever that has got before, as long as its window is no smaller. The
-    client's window does move on: see `starcast.uvicorn` for what follows for other messages.
+    Each frame is compressed with a new context. It does not refer to earlier messages, so it can be
+    sent to any client whose window is at least as large, whatever the client has received before.
+    It does change the window of the client: see `starcast.uvicorn` for what this means for messages
+    that the server compresses itself.
 
     Args:
         opcode: `TEXT` or `BINARY`.
         payload: The message as bytes.
-        setting: `PLAIN`, or the window's size in bits, 9 to 15.
+        wire_format: `PLAIN`, or the size of the window in bits, 9 to 15.
     """
-    if setting and len(payload) >= WORTH_COMPRESSING:
-        deflate = zlib.compressobj(wbits=-setting, memLevel=5)
-        # Without the empty block that ends each message, RFC 7692 section 7.2.1.
+    if wire_format and len(payload) >= WORTH_COMPRESSING:
+        deflate = zlib.compressobj(wbits=-wire_format, memLevel=5)
+        # Remove the empty block at the end of the message, RFC 7692 section 7.2.1.
         compressed = (deflate.compress(payload) + deflate.flush(zlib.Z_SYNC_FLUSH))[:-4]
         if len(compressed) < len(payload):
             return header(_RSV1 | opcode, len(compressed)) + compressed

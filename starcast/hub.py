@@ -106,7 +106,7 @@ class Hub:
     ) -> None:
         """Accept a client, unless that was done, and put it on a channel."""
         protocol = served.find_protocol(websocket)
-        if not self._is_registered(websocket):
+        if not self.is_registered(websocket):
             served.check_loop(protocol)
         if protocol is None:
             daphne.adapt(websocket)
@@ -160,7 +160,8 @@ class Hub:
         connection.leaving = None
         return self.registry.join(connection, channel)
 
-    def _is_registered(self, websocket: WebSocket) -> bool:
+    def is_registered(self, websocket: WebSocket) -> bool:
+        """Whether the client is on any channel of this hub."""
         return self.find(websocket) in self.registry.connections
 
     def _is_on(self, websocket: WebSocket, channel: str) -> bool:

@@ -1,4 +1,4 @@
-"""Inbound: how long one message of a client may be when the hub reads for the app."""
+"""Inbound: bound the size of messages from clients where the hub receives for the app."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from starlette.types import Message
 from .close_codes import TOO_BIG
 from .exceptions import ConfigurationError, InvalidMessage
 
-# Bytes: a quarter of the default `max_buffer`, so that what several clients say at once still fits
-# into the buffer of one who reads it.
+# Bytes. A quarter of the default `max_buffer`, so that messages which several clients send at once
+# fit into the buffer of a client that receives them all.
 MAX_MESSAGE = 256 * 1024
 
 
 def check(max_message: int | None) -> int | None:
-    """Return a bound if it can be one, or raise `ConfigurationError`."""
+    """Return `max_message` if it is valid, or raise `ConfigurationError`."""
     if max_message is None or (type(max_message) is int and max_message > 0):
         return max_message
-    raise ConfigurationError(f"max_message is a number of bytes above 0, not {max_message!r}")
+    raise ConfigurationError(f"max_message must be a number of bytes above 0, not {max_message!r}")
 
 
 def check_size(message: Message, bound: int | None) -> None:
-    """Refuse a client's `websocket.receive` message that is too long, before it is decoded.
+    """Refuse a client's `websocket.receive` message if it is larger than `bound` bytes.
 
     Raises:
         InvalidMessage: 1009.
     """
     text: str | None = message.get("text")
-    # A character takes one to four bytes, so most texts need not be encoded to be measured.
+    # A character takes at most four bytes, so the size of most texts is known without encoding.
     if bound is None or (text is not None and len(text) * 4 <= bound):
         return
     if text is None:
         too_long = len(message.get("bytes") or b"") > bound
-    else:  # "surrogatepass": what has no UTF-8 form is for the decoder to refuse
+    else:  # "surrogatepass" because it is the decoder that refuses lone surrogates
         too_long = len(text) > bound or len(text.encode(errors="surrogatepass")) > bound
     if too_long:
         raise InvalidMessage(

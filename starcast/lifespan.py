@@ -1,7 +1,7 @@
-"""Lifespan: the startup and shutdown handlers of an app that was given the hub's lifespan.
+"""Lifespan: call the startup and shutdown handlers that the hub's lifespan would switch off.
 
-FastAPI calls the handlers of `on_event`, `on_startup` and `on_shutdown` only as long as it has no
-`lifespan=`. Giving it the hub's must not switch off what a program has always done at its start.
+FastAPI ignores the handlers of `on_event`, `on_startup` and `on_shutdown` if it is given a
+`lifespan=`. Passing the hub's lifespan must not disable handlers that a program relies on.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ Handler = Callable[[], object]
 async def with_handlers(
     app: object, lifespan: object, hub: AbstractAsyncContextManager[None]
 ) -> AsyncIterator[None]:
-    """Open the hub, and while it is open call the handlers that `lifespan` has switched off."""
+    """Open the hub, and call the handlers that `lifespan` has switched off while it is open."""
     async with hub:
-        await _call(_silenced(app, lifespan, "on_startup"))
+        await _call(_find_ignored(app, lifespan, "on_startup"))
         try:
             yield
         finally:
-            await _call(_silenced(app, lifespan, "on_shutdown"))
+            await _call(_find_ignored(app, lifespan, "on_shutdown"))
 
 
-def _silenced(app: object, lifespan: object, kind: str) -> list[Handler]:
+def _find_ignored(app: object, lifespan: object, kind: str) -> list[Handler]:
     router = getattr(app, "router", None)
-    lifespans = list(_unmerged(getattr(router, "lifespan_context", None)))
+    lifespans = list(_split_merged(getattr(router, "lifespan_context", None)))
     if lifespan not in lifespans:
-        return []  # somebody's own calls it, and says itself what happens at the start
-    # The handlers of an included router are the app's too, but its default lifespan calls them.
+        return []  # the app has a lifespan of its own, which decides what is called
+    # The app also lists the handlers of included routers, but their default lifespan calls them.
     routers = [getattr(each, "_router", None) for each in lifespans]
     called = [handler for each in routers for handler in getattr(each, kind, ())]
     return [handler for handler in getattr(router, kind, ()) if handler not in called]
 
 
-def _unmerged(lifespan: Any) -> Iterator[object]:
-    """Take apart what `include_router` has merged: the app's lifespan and the router's."""
+def _split_merged(lifespan: Any) -> Iterator[object]:
+    """Yield the lifespans that `include_router` has merged into this one, or this one."""
     merged = getattr(lifespan, "__wrapped__", None)
     if inspect.isfunction(merged) and merged.__module__ == "fastapi.routing":
         for cell in merged.__closure__ or ():
-            yield from _unmerged(cell.cell_contents)
+            yield from _split_merged(cell.cell_contents)
     else:
         yield lifespan
 

@@ -1,55 +1,89 @@
-"""Log lines: those that a developer needs once or seldom, and what may stand in them."""
+"""Logging: log a warning once per process or once in ten seconds, and escape what clients send."""
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
-
-from .loglimit import LogLimit
+import time
 
 logger = logging.getLogger("starcast")
 
-# Kinds of lines that a process logs: in all, and with the same first word. Clients may be able to
-# cause new kinds without limit. They must not fill a disk, nor use up what other kinds need.
+# How many kinds of lines `once` logs in a process: in all, and starting with the same word.
+# Clients may be able to cause new kinds without limit. They must not fill a disk, and one cause
+# must not use up the lines of the others.
 MAX_KINDS = 100
 MAX_ALIKE = 20
 
-_said: set[tuple[str, ...]] = set()
+# A `LogLimit` lets one line of each kind through in this many seconds.
+SECONDS = 10.0
+
+# How many recent kinds a `LogLimit` remembers. While it is full, new kinds are not logged.
+KINDS = 20
+
+# What may differ between two errors of one kind: names, which brokers quote, and numbers.
+_DETAILS = re.compile(r"""'[^']*'|"[^"]*"|\d+""")
+
+
+class LogLimit:
+    """Lets one line of each kind through in ten seconds. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: dict[tuple[str, str], float] = {}
+
+    def allows(self, text: str, about: str = "") -> bool:
+        """Return whether no line of this kind has been let through in the last ten seconds.
+
+        Two lines are of one kind if `about` is the same, and if their texts differ only in numbers
+        and in what they quote.
+        """
+        kind = (_DETAILS.sub("", text), about)
+        now = time.monotonic()
+        with self._lock:
+            self._last = {k: last for k, last in self._last.items() if now - last < SECONDS}
+            if kind in self._last or len(self._last) >= KINDS:
+                return False
+            self._last[kind] = now
+            return True
+
+
+_logged: set[tuple[str, ...]] = set()
 _lock = threading.Lock()
 _limit = LogLimit()
 
 
 def once(kind: tuple[str, ...], message: str, *args: object, level: int = logging.WARNING) -> None:
-    """Log a line, unless this process has logged one of this kind before. From any thread."""
+    """Log a line unless this process has logged one of the same kind. Safe from any thread."""
     if not logger.isEnabledFor(level):
         return
     with _lock:
-        alike = sum(1 for said in _said if said[0] == kind[0])
-        if kind in _said or len(_said) >= MAX_KINDS or alike >= MAX_ALIKE:
+        alike = sum(1 for logged in _logged if logged[0] == kind[0])
+        if kind in _logged or len(_logged) >= MAX_KINDS or alike >= MAX_ALIKE:
             return
-        _said.add(kind)
+        _logged.add(kind)
     logger.log(level, message, *args)
 
 
 def seldom(kind: str, message: str, *args: object) -> None:
-    """Log a warning, unless one of this kind was logged in the last ten seconds. Any thread."""
+    """Log a warning at most once in ten seconds for each kind. Safe from any thread."""
     if _limit.allows(kind):
         logger.warning(message, *args)
 
 
 def describe(error: BaseException) -> str:
-    """Return what an error says, or its type if it says nothing."""
+    """Return the error's message, or the name of its type if it has none."""
     return str(error) or type(error).__name__
 
 
 def escape(text: str) -> str:
-    """Return the text without what would begin a line, or move a terminal's cursor, or worse."""
+    """Escape characters that would start a new line or control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def reset() -> None:
-    """Forget what was logged, so that the next test sees it again."""
+    """Forget what has been logged, so that tests do not depend on each other."""
     global _limit
     with _lock:
-        _said.clear()
+        _logged.clear()
         _limit = LogLimit()

@@ -1,4 +1,4 @@
-"""Serializer: writes JSON, the same as FastAPI returns from a route."""
+"""Serializer: write the same JSON that FastAPI returns from a route."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from typing import Any, NoReturn
 from starlette.requests import HTTPConnection
 
 
-def no_constant(name: str) -> NoReturn:
-    """Refuse what `json` reads and JSON has not: NaN and the infinities."""
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and the infinities, which `json` parses although they are not JSON."""
     raise ValueError(f"{name} is not JSON")
 
 
 def _duration(value: datetime.timedelta) -> str:
-    """Write an ISO 8601 duration as pydantic does, in whose years there are 365 days."""
+    """Write an ISO 8601 duration as pydantic does, with 365 days in a year."""
     span = abs(value)
     years, days = divmod(span.days, 365)
     minutes, seconds = divmod(span.seconds, 60)
@@ -48,21 +48,21 @@ def _timestamp(value: datetime.datetime | datetime.time) -> str:
 
 
 def _unknown(value: Any) -> Any:
-    """Write what pydantic does not know and FastAPI does, or name the type that nobody knows."""
+    """Convert what FastAPI can write and pydantic cannot, or raise a `TypeError` with the type."""
     kind = type(value)
     if isinstance(value, pathlib.PurePath):
         return str(value)
-    # The rows of several database drivers are such mappings. So are requests and websockets, but
-    # nobody means to publish somebody's headers and cookies.
+    # The rows of several database drivers are mappings of this sort. Requests and websockets are
+    # mappings too, but their headers and cookies must never be published by mistake.
     is_mapping = hasattr(kind, "keys") and hasattr(kind, "__getitem__")
     if is_mapping and not isinstance(value, HTTPConnection):
         return dict(value)
     raise TypeError(f"{kind.__name__} cannot be written as JSON")
 
 
-# What `json` does not know, in the form that pydantic gives it, so that a message does not change
-# its form when some module imports pydantic.
-_FORMS: dict[type, Callable[[Any], Any]] = {
+# How to convert types that `json` cannot write. The result is what pydantic makes of them, so that
+# messages do not change as soon as some module imports pydantic.
+_CONVERTERS: dict[type, Callable[[Any], Any]] = {
     datetime.datetime: _timestamp,
     datetime.time: _timestamp,
     datetime.date: datetime.date.isoformat,
@@ -81,8 +81,8 @@ _FORMS: dict[type, Callable[[Any], Any]] = {
 
 def _default(value: Any) -> Any:
     for kind in type(value).__mro__:
-        if kind in _FORMS:
-            return _FORMS[kind](value)
+        if kind in _CONVERTERS:
+            return _CONVERTERS[kind](value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return _unknown(value)
@@ -92,54 +92,54 @@ _encoder = functools.partial(
     json.JSONEncoder, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 )
 _encode = _encoder().encode
-_encode_forms = _encoder(default=_default).encode
+_encode_converted = _encoder(default=_default).encode
 
 
-def _check(core: Any, value: Any) -> str:
-    """Write a value on the long road, which refuses every NaN and names the type it fails at."""
+def _encode_slowly(core: Any, value: Any) -> str:
+    """Write a value in two steps, which refuses every NaN and names a type that fails."""
     return _encode(core.to_jsonable_python(value, by_alias=True, fallback=_unknown))
 
 
 def dumps(value: Any) -> str:
     """Write a value as JSON: compact, in UTF-8, without NaN and infinities.
 
-    What `json` does not know is written by pydantic's own serialiser, if the process has loaded
-    pydantic. The result is what a FastAPI route with a return annotation sends, key for key:
-    pydantic models, at any depth and in any container, have their aliases, computed fields and
-    custom serialisers. Dataclasses, Enum (its value), UUID, date, time and datetime (ISO 8601, UTC
-    as `Z`), timedelta (ISO 8601: `"PT1M30S"`), Decimal (a string, which loses nothing), set,
-    frozenset, deque, generators, paths, IP addresses and networks, `bytes` in UTF-8 and mappings
-    need no model around them.
+    If the process has loaded pydantic, pydantic's own serialiser writes what `json` cannot. The
+    result is what a FastAPI route with a return annotation sends, key for key: pydantic models, at
+    any depth and in any container, have their aliases, computed fields and custom serialisers.
+    Dataclasses, Enum (its value), UUID, date, time and datetime (ISO 8601, UTC as `Z`), timedelta
+    (ISO 8601: `"PT1M30S"`), Decimal (a string, which keeps every digit), set, frozenset, deque,
+    generators, paths, IP addresses and networks, `bytes` in UTF-8 and mappings can be written
+    without a model around them.
 
-    A route without a return annotation writes some of these in another form outside of a model:
-    Decimal and timedelta as numbers, the time zone UTC as `+00:00`, a pydantic dataclass without
-    its aliases. Here a value has one form, wherever it stands. Unlike an annotated route, `publish`
-    filters nothing: of an object of a subclass all fields go out. What FastAPI would take apart by
-    its `__dict__` is refused, and so are requests and websockets.
+    A route without a return annotation writes some of these differently outside of a model: Decimal
+    and timedelta as numbers, the time zone UTC as `+00:00`, a pydantic dataclass without its
+    aliases. Here a value is written in the same way wherever it occurs. Unlike an annotated route,
+    `publish` filters nothing: an instance of a subclass is sent with all of its fields. Objects
+    that FastAPI would write by their `__dict__` are refused, and so are requests and websockets.
 
-    Without pydantic in the process the same types are written in the same form by `json`, except
-    that the keys of a dict must be `str`, numbers, `bool` or `None`.
+    Without pydantic in the process, `json` writes the same types in the same way, except that the
+    keys of a dict must be `str`, numbers, `bool` or `None`.
 
     Raises:
-        TypeError, ValueError: It cannot be written. The hub makes an `EncodingError` of it.
+        TypeError, ValueError: The value cannot be written. The hub raises it as `EncodingError`.
     """
     core = sys.modules.get("pydantic_core")
     to_json = getattr(core, "to_json", None)  # None while another thread is importing it
     if to_json is None:
-        return _encode_forms(value)
+        return _encode_converted(value)
     try:
-        return _encode(value)  # what is plain, and with it every NaN in such values
+        return _encode(value)  # plain values; a NaN among them is refused here
     except TypeError:
         pass
     try:
         written: bytes = to_json(value, by_alias=True, fallback=_unknown)
     except Exception:
-        # Raise the same in the words of whoever refused it. What is written here has no value: a
-        # generator has handed out some of its items before.
-        _check(core, value).encode()
+        # Raise the same error with the original message. A result would be wrong: the first attempt
+        # may have used up items of a generator.
+        _encode_slowly(core, value).encode()
         raise
-    if b"NaN" in written or b"Infinity" in written:  # perhaps outside of a string
-        json.loads(written, parse_constant=no_constant)
-    if b"null" in written:  # which pydantic makes of a NaN in a model
-        _check(core, value)
+    if b"NaN" in written or b"Infinity" in written:  # perhaps not in a string
+        json.loads(written, parse_constant=refuse_constant)
+    if b"null" in written:  # pydantic writes it for a NaN in a model
+        _encode_slowly(core, value)
     return written.decode()

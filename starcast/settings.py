@@ -1,4 +1,4 @@
-"""Settings: what a hub was told when it was made."""
+"""Settings: the arguments of a hub, validated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ AfterGap = Literal["keep", "close"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """What a `Broadcast` was told; see there."""
+    """The arguments of a `Broadcast`; its docstring describes them.
+
+    Raises:
+        ConfigurationError: An argument is not valid.
+    """
 
     dumps: Dumps
     origins: Origins
@@ -50,10 +54,10 @@ class Settings:
             raise ConfigurationError(f"tuning must be a Tuning, not {self.tuning!r}")
         inbound.check(self.max_message)
         check_refuse(self.refuse)
-        self.outbox()  # refuses settings that make no sense
+        self.outbox()  # raises if its settings are not valid
 
     def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
-        """Return an outbox with these settings, unless others are given."""
+        """Return an outbox. Arguments that are given override the settings."""
         return Outbox(
             self.max_buffer if max_buffer is None else max_buffer,
             self.overflow if overflow is None else overflow,
@@ -61,13 +65,13 @@ class Settings:
         )
 
     def gap_close(self) -> Close | None:
-        """Return what becomes of the clients after a gap: None if they stay."""
+        """Return how clients are closed after a gap; None if they stay connected."""
         if self.after_gap == "close":
             return Close(SERVICE_RESTART, "messages may be missing")
         return None
 
     def tell_gap(self, gap: Gap) -> None:
-        """Call the hook, if there is one."""
+        """Call `on_gap`, if it was given, and log what it raises."""
         if self.on_gap is not None:
             try:
                 self.on_gap(gap)

@@ -1,4 +1,4 @@
-"""Subscriber: a channel's messages for code on the server, as an async iterator."""
+"""Subscriber: receive the messages of a channel in server code, as an async iterator."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ from .event import Event
 from .exceptions import SubscriberLagged, Unsubscribed
 from .gap import Gap
 from .outbox import Close, Item, Outbox, OutboxFull
-from .servers import served, server, watch
+from .servers import served, stopping, watch
 from .stats import Counters
 
-Got = TypeVar("Got")
+T = TypeVar("T")
 
-# Seconds that a block takes which is entered while the server shuts down. A program that subscribes
-# again whenever its subscription has ended must not keep the event loop busy until it is cancelled.
+# Seconds for which entering a block is delayed while the server shuts down. A program may subscribe
+# again whenever its subscription ends. It must not keep the event loop busy until it is cancelled.
 STOPPING_DELAY = 0.05
 
 
-class Subscription(Generic[Got]):
-    """What both kinds of subscribers have."""
+class Subscription(Generic[T]):
+    """The common base of `Subscriber` and `GapSubscriber`.
 
-    gaps = False  # whether it gets any
+    Args:
+        channel: The name of the channel.
+        outbox: Holds the items that have not been read yet.
+        join: Subscribes, and returns the counters of this event loop.
+        leave: Unsubscribes. Safe to call more than once.
+    """
 
-    # What a shard looks at in any member: nothing is written here, and nobody excludes it.
+    gaps = False  # whether it receives gaps
+
+    # A shard reads these of every member. A subscription has no socket and is never excluded.
     state: None = None
     frames: None = None
     id = 0
@@ -37,8 +44,8 @@ class Subscription(Generic[Got]):
         channel: str,
         outbox: Outbox,
         *,
-        join: Callable[[Subscription[Got]], Awaitable[Counters]],
-        leave: Callable[[Subscription[Got]], None],
+        join: Callable[[Subscription[T]], Awaitable[Counters]],
+        leave: Callable[[Subscription[T]], None],
     ) -> None:
         self.channel = channel
         self.outbox = outbox
@@ -49,29 +56,29 @@ class Subscription(Generic[Got]):
         self._waiting: asyncio.Future[None] | None = None
         self._ended = False
         self._lagged = False
-        # Of the WebSocket client that the block serves, if that is known.
+        # The transport of the WebSocket client that the block serves; None if it is not known.
         self.transport: Any = None
 
     @property
     def waiting(self) -> int:
-        """Bytes that were not read yet."""
+        """Bytes that have not been read yet."""
         return self.outbox.size
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
-            raise RuntimeError("a Subscriber can be entered once; call subscribe() again")
+            raise RuntimeError("a Subscriber can only be entered once; call subscribe() again")
         self._loop = asyncio.get_running_loop()
-        if server.is_stopping():
+        if stopping.is_stopping():
             await asyncio.sleep(STOPPING_DELAY)
             self.end()
             return self
         self.transport = getattr(served.served_protocol(), "transport", None)
         self._counters = await self._join(self)
-        server.end_with_server(self)
+        stopping.end_with_server(self)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        server.forget(self)
+        stopping.forget(self)
         self._leave(self)
         self.outbox.clear()
         self.end()
@@ -79,10 +86,10 @@ class Subscription(Generic[Got]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Got:
+    async def __anext__(self) -> T:
         if self._loop is None:
             raise RuntimeError(
-                "a Subscriber only gets events inside `async with`: write "
+                "a Subscriber only receives events inside `async with`: write "
                 "`async with hub.subscribe(...) as subscriber`"
             )
         while (item := self.outbox.take()) is None:
@@ -95,18 +102,19 @@ class Subscription(Generic[Got]):
             if self._ended:
                 raise StopAsyncIteration
             if self._waiting is not None and not self._waiting.done():
-                raise RuntimeError("a Subscriber is iterated over by one task at a time")
+                raise RuntimeError("only one task at a time may iterate over a Subscriber")
             self._waiting = self._loop.create_future()
             await self._waiting
         self._counters.delivered += isinstance(item, Event)
-        return cast(Got, item)  # `put` lets nothing else in
+        return cast(T, item)  # `put` accepts nothing else
 
-    async def get(self) -> Got:
-        """Return the next event; what iteration does, one at a time.
+    async def get(self) -> T:
+        """Wait for the next event and return it, like one step of the iteration.
 
         Raises:
-            Unsubscribed: No further event will come; where iteration would end quietly.
-            SubscriberLagged: As on iteration.
+            Unsubscribed: The subscription has ended; iteration would stop here.
+            SubscriberLagged: The subscriber did not keep up, as on iteration.
+            RuntimeError: Called outside of the block, or by two tasks at a time.
         """
         try:
             return await self.__anext__()
@@ -114,7 +122,7 @@ class Subscription(Generic[Got]):
             raise Unsubscribed(f"the subscription to {self.channel!r} has ended") from None
 
     def put(self, item: Item) -> bool:
-        """Take an item from the shard, on the loop of the block. Nothing is left to be written."""
+        """Take an item from the shard, on the loop of the block. Never asks to be written to."""
         if self._ended:
             return False
         if isinstance(item, Close):
@@ -123,7 +131,7 @@ class Subscription(Generic[Got]):
             try:
                 dropped = self.outbox.offer(item)
             except OutboxFull:
-                assert isinstance(item, Event)  # a gap weighs nothing
+                assert isinstance(item, Event)  # a gap takes no space
                 dropped = [item]
                 self._counters.slow_clients += 1
                 self._lagged = True
@@ -136,41 +144,45 @@ class Subscription(Generic[Got]):
         return False
 
     def lose(self, *, drop: bool = False) -> None:
-        """End the iteration: the client that the block serves has left."""
+        """End the iteration at once: the client that the block serves has left."""
         self.outbox.clear()
         self.end()
         if drop:
-            watch.abort(self.transport)  # a send to it may wait
+            watch.abort(self.transport)  # a send to it may be waiting
 
     def end(self) -> None:
-        """End the iteration after what is buffered."""
+        """End the iteration after the buffered items."""
         self._ended = True
         self._wake()
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no task waits
                 self._waiting.set_result(None)
 
 
 class Subscriber(Subscription[Event]):
-    """What `Broadcast.subscribe` returns: an async context manager and an async iterator of events.
+    """Returned by `Broadcast.subscribe`: an async context manager and an async iterator of events.
 
-    Inside the `async with` block it is subscribed. Iteration ends quietly when the hub is closed,
-    when the server begins to shut down or when the block has been left: in the first two cases
-    after what is buffered. A block that is entered while the server shuts down ends at once. In the
-    handler of a WebSocket client, on uvicorn, it also ends within a second when that client has
-    left; what is buffered is dropped then.
+    It is subscribed inside the `async with` block. Iteration stops when the hub is closed or the
+    server begins to shut down, in both cases after the buffered events, and when the block has been
+    left. If the server is already shutting down, iteration stops at once. In the handler of a
+    WebSocket client on uvicorn, it also stops within a second after that client has left, and
+    buffered events are dropped.
 
-    It belongs to the event loop that entered the block; iterate in one task there.
+    It belongs to the event loop that entered the block. Only one task at a time may iterate, on
+    that loop.
 
     Raises:
-        SubscriberLagged: On iteration, when the subscriber did not keep up and its policy is
-            `disconnect`: after the events that were buffered. It has been unsubscribed then.
+        SubscriberLagged: On iteration, if the subscriber did not keep up and its policy is
+            `"disconnect"`. It is raised after the buffered events, and the subscriber has been
+            unsubscribed by then.
+        RuntimeError: The block was entered a second time, or iteration takes place outside of the
+            block or in two tasks at once.
     """
 
 
 class GapSubscriber(Subscription[Event | Gap]):
-    """The same with `gaps=True`: among the events stands a `Gap` where some may be missing."""
+    """A `Subscriber` with `gaps=True`: it also yields a `Gap` where events may be missing."""
 
     gaps = True

@@ -351,7 +351,7 @@ async def test_after_the_client_has_left_an_outage_is_one_line_in_the_log(web, c
     await until(lambda: not server.server.server_state.tasks)
     lost = [record for record in caplog.records if "is lost" in record.getMessage()]
     assert [(record.levelname, record.getMessage()) for record in lost] == [
-        ("WARNING", "what was published when a client had left is lost: at\\n192.0.2.1")
+        ("WARNING", "a message published after its client had left is lost: at\\n192.0.2.1")
     ]
     assert errors(caplog) == []
 

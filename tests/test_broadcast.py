@@ -1299,3 +1299,19 @@ async def test_stats_is_a_snapshot():
     with pytest.raises(AttributeError):
         stats.clients = 5
     await hub.send(stats, to=(await joined(hub)).websocket)  # a dataclass like any other
+
+
+async def test_a_client_is_in_the_hub_while_it_is_registered():
+    hub, other, peer = Broadcast(), Broadcast(), Peer()
+    assert peer.websocket not in hub
+    await hub.connect(peer.websocket, "one")
+    await hub.connect(peer.websocket, "two")
+    assert peer.websocket in hub
+    assert peer.websocket not in other
+    await hub.disconnect(peer.websocket, "one")
+    assert peer.websocket in hub
+    await hub.disconnect(peer.websocket)
+    assert peer.websocket not in hub
+    assert None not in hub
+    assert "one" not in hub
+    await hub.disconnect()

@@ -430,7 +430,7 @@ def test_dumps_is_not_asked_about_text_and_bytes(data):
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
-        (b"\xff", "something else than UTF-8"),
+        (b"\xff", "bytes that are not UTF-8"),
         (None, "needs a str, not NoneType"),
         (bytearray(b"1"), "needs a str, not bytearray"),
         ("\ud800", "has no UTF-8 form"),

@@ -140,7 +140,7 @@ async def test_a_json_message_of_16_mib_is_not_even_looked_at(serve):
 
 @pytest.mark.parametrize("bound", [0, -1, 1.5, "1000", True])
 def test_what_is_no_bound(bound):
-    with pytest.raises(ConfigurationError, match="max_message is a number of bytes above 0"):
+    with pytest.raises(ConfigurationError, match="max_message must be a number of bytes above 0"):
         Broadcast(max_message=bound)
     with pytest.raises(ConfigurationError, match="max_message"):
         Broadcast().app(publish=True, max_message=bound)

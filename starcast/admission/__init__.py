@@ -1,1 +1,1 @@
-"""Who may come in, and how those are turned away who may not."""
+"""Admission: which clients may connect, and how the others are refused."""

@@ -1,4 +1,4 @@
-"""Which web pages may connect: the check of the Origin header (RFC 6454, RFC 6455 section 10.2)."""
+"""Origins: which web pages may connect to a hub (RFC 6454, RFC 6455 section 10.2)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from starlette.websockets import WebSocket
 
 from .. import logs
 from ..exceptions import ConfigurationError, OriginRefused
-from . import hooks as admission
+from . import hooks
 
-Decide = Callable[[str, WebSocket], Awaitable[bool] | bool]
-Allowed = Iterable[str] | str | Decide | None
+Hook = Callable[[str, WebSocket], Awaitable[bool] | bool]
+Allowed = Iterable[str] | str | Hook | None
 
 # Scheme, host and port as a browser sends them (RFC 6454 section 6.2): a name in its ASCII form or
-# an IPv6 address in brackets; no path, no user, no pattern. Whoever writes something else is no
-# browser, and a URL parser would only help him to have one thing read and another one meant.
+# an IPv6 address in brackets, without path or user. Anything else does not come from a browser, and
+# a lenient URL parser could read it differently from what the rule of the app means.
 _HOST = re.compile(
     r"(?P<host>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?",
     re.IGNORECASE | re.ASCII,
@@ -25,18 +25,18 @@ _HOST = re.compile(
 _ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]{{0,63}}://{_HOST.pattern}", re.IGNORECASE | re.ASCII)
 _LABELS = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
-# A page without a host: a sandboxed frame or a data: URL, and a file in Chromium.
+# The origin of a page without a host: a sandboxed frame or a data: URL, and a file in Chromium.
 _HOSTLESS = ("null", "file://")
 
 _LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
 
 
 def _host(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return the host of an origin or of a Host header; None if it is not one."""
-    found = pattern.fullmatch(text)
-    if found is None or int(found["port"] or 0) > 65535:
+    """Return the host in an origin or a Host header, or None if it is malformed."""
+    match = pattern.fullmatch(text)
+    if match is None or int(match["port"] or 0) > 65535:
         return None
-    return found["host"].lower()
+    return match["host"].lower()
 
 
 def _is_origin(text: str) -> bool:
@@ -44,9 +44,9 @@ def _is_origin(text: str) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a browser finds this host on its own machine (RFC 6761 section 6.3).
+    """Return whether a browser resolves this host to its own machine (RFC 6761 section 6.3).
 
-    Only in the spelling that browsers send. They have made 127.0.0.1 of the others before.
+    Browsers turn all other spellings of an IPv4 address into 127.0.0.1 before they send it.
     """
     if host in ("localhost", "[::1]"):
         return True
@@ -59,22 +59,25 @@ def _is_loopback(host: str) -> bool:
 
 
 class Origins:
-    """The rule of one hub.
+    """The origins from which pages may connect to a hub.
 
-    `None` lets in a page of the same host name, whatever its port or scheme; a list lets in those
-    origins exactly; a function of the app decides; `"*"` lets in everybody. A client that sends no
-    Origin is not a browser and is let in by every rule.
+    `None` admits pages of the same host name, whatever their port or scheme; a list admits exactly
+    these origins; a function decides for each client; `"*"` admits every page. A client that sends
+    no Origin header is not a browser and is always admitted.
+
+    Raises:
+        ConfigurationError: `allowed` is not one of these, or an entry of the list is not an origin.
     """
 
     def __init__(self, allowed: Allowed) -> None:
-        self._everybody = allowed == "*"
-        self._decide: Decide | None = None
+        self._any = allowed == "*"
+        self._hook: Hook | None = None
         self._listed: set[str] | None = None
-        self._patterns: list[tuple[str, str]] = []  # what stands before and after the subdomain
-        if allowed is None or self._everybody:
+        self._patterns: list[tuple[str, str]] = []  # the text before and after the subdomain
+        if allowed is None or self._any:
             return
         if callable(allowed):
-            self._decide = allowed
+            self._hook = allowed
             return
         if isinstance(allowed, str) or not isinstance(allowed, Iterable):
             raise ConfigurationError(
@@ -95,31 +98,31 @@ class Origins:
         if wildcard and host is not None and _LABELS.fullmatch(host):
             self._patterns.append((f"{scheme}://", f".{rest}"))
             return
-        advice = '; to let every page in, write origins="*"' if origin == "*" else ""
+        advice = '; to let every page connect, write origins="*"' if origin == "*" else ""
         raise ConfigurationError(
             "an origin looks like https://example.com, http://localhost:8000 or "
             f"https://*.example.com, not {entry!r}{advice}"
         )
 
     async def check(self, websocket: WebSocket) -> None:
-        """Raise `OriginRefused` if the page that asks may not connect."""
-        given = websocket.headers.getlist("origin")
-        if self._everybody or not given:
+        """Raise `OriginRefused` if the client is a page that may not connect."""
+        sent = websocket.headers.getlist("origin")
+        if self._any or not sent:
             return
-        # A mount asks before `authorize` and `connect` asks again; a function is called once.
+        # A mount checks before `authorize`, and `connect` checks again. A hook is called once.
         if websocket.scope.get("starcast.origin") is self:
             return
-        origin, host = given[0], websocket.headers.get("host", "")
-        if len(given) > 1 or not _is_origin(origin.lower()):
+        origin, host = sent[0], websocket.headers.get("host", "")
+        if len(sent) > 1 or not _is_origin(origin.lower()):
             logs.once(
                 ("origin", "malformed"),
                 "refused a WebSocket: its Origin header %.200r is not one origin",
-                ", ".join(given),
+                ", ".join(sent),
             )
-        elif await self._lets_in(origin.lower(), host, websocket):
+        elif await self._admits(origin.lower(), host, websocket):
             websocket.scope["starcast.origin"] = self
             return
-        elif self._decide is None:
+        elif self._hook is None:
             logs.once(
                 ("origin", origin),
                 "refused a WebSocket from a page of %r to the host %.200r%s; "
@@ -132,10 +135,10 @@ class Origins:
             )
         raise OriginRefused(f"the origin {origin!r} may not connect to the host {host!r}")
 
-    async def _lets_in(self, origin: str, host: str, websocket: WebSocket) -> bool:
-        if self._decide is not None:
+    async def _admits(self, origin: str, host: str, websocket: WebSocket) -> bool:
+        if self._hook is not None:
             about = f"a page of {origin!r}"
-            return await admission.ask("origins", self._decide, origin, websocket, about=about)
+            return await hooks.ask("origins", self._hook, origin, websocket, about=about)
         if self._listed is not None:
             return origin in self._listed or any(
                 origin.startswith(start)

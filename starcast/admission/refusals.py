@@ -1,7 +1,8 @@
-"""Refusals: a client that is turned away before its handshake is answered, and the line about it.
+"""Refusals: refuse a client before it is accepted, and log the reason.
 
-A browser shows nothing of an HTTP response to anybody, so the log has to. With `refuse="close"` the
-client is accepted first, and a page sees the close code and the reason.
+Browsers do not show the HTTP response of a failed handshake, so the reason has to be in the log.
+With `refuse="close"` the client is accepted first and then closed, and the page sees the close code
+and its reason.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from .hooks import Refuse, Refused
 # Seconds that a client has to take the answer.
 CLOSE_TIMEOUT = 10.0
 
-# Where a mount or an endpoint that refuses in another way than its hub notes that in the scope.
+# The key in the scope under which a mount or an endpoint overrides the hub's `refuse`.
 REFUSE = "starcast.refuse"
 
 
 def is_new(websocket: WebSocket) -> bool:
-    """Whether nobody has answered the handshake yet."""
+    """Return whether the handshake has not been answered yet."""
     return websocket.application_state is WebSocketState.CONNECTING
 
 
 def note(websocket: WebSocket, refuse: Refuse | None) -> None:
-    """Let this client be refused in this way, if one is given, instead of the hub's."""
+    """Override the hub's `refuse` for this client, unless `refuse` is None."""
     if refuse is not None:
         websocket.scope[REFUSE] = refuse
 
@@ -53,23 +54,23 @@ def _log_once(exc: Exception, code: int, answer: str, why: str) -> None:
 
 
 def _log(websocket: WebSocket, exc: WebSocketException | Answered, closes: bool) -> None:
-    """Say why clients are refused, once for each kind of reason."""
+    """Log why the client is refused, once for each kind of reason."""
     if isinstance(exc, OriginRefused | InvalidChannel | Refused):
-        return  # the check has logged what would let the client in
+        return  # the check has logged the reason, and what would admit the client
     if closes:
         answer = f"closed with {exc.code}"
     elif isinstance(exc, Answered) and may_be_denied(websocket, exc):
         answer = f"HTTP {exc.status_code}"
     else:
         answer = "HTTP 403"
-    # The app may have put something of the client's into it.
+    # The app may have put text from the client into the message.
     _log_once(exc, exc.code, answer, logs.escape(str(exc)))
 
 
 def log_http(websocket: WebSocket, exc: Exception) -> None:
-    """Say why a client is refused if the app has raised an `HTTPException` before it accepted it.
+    """Log why a client is refused if the app raised an `HTTPException` before accepting it.
 
-    The exception takes its way to the app, which answers it.
+    The caller re-raises the exception, so that the app answers it.
     """
     if isinstance(exc, HTTPException) and is_new(websocket):
         _log_once(exc, exc.status_code, f"HTTP {exc.status_code}", f"{exc.detail!r:.200}")
@@ -81,15 +82,17 @@ async def prepare(
     refuse: Refuse,
     subprotocol: str | None,
 ) -> bool:
-    """Say why a new client is refused, and accept it if a close frame is to tell it.
+    """Log why a new client is refused, and accept it if it is to be refused by a close frame.
 
     Args:
-        websocket, exc: The client, and what it is refused for.
-        refuse: What the hub was told.
-        subprotocol: For `accept`: a browser fails a connection whose subprotocols nobody takes.
+        websocket: The client.
+        exc: Why it is refused.
+        refuse: The hub's `refuse`, which a mount or an endpoint may have overridden.
+        subprotocol: Passed to `accept`. Browsers fail a connection if they have offered
+            subprotocols and the server selects none.
 
     Returns:
-        Whether it can still be answered: False if it was to be accepted and has left.
+        Whether the client can still be answered. False if it left before it was accepted.
     """
     if not is_new(websocket):
         return True
@@ -112,7 +115,7 @@ async def prepare(
 async def prepared(
     websocket: WebSocket, refuse: Refuse, subprotocol: str | None
 ) -> AsyncIterator[None]:
-    """Prepare the answer if an error gets out of the block. Whoever catches it answers."""
+    """Call `prepare` if the block raises. The code that catches the error answers the client."""
     try:
         yield
     except (OriginRefused, Answered) as exc:
@@ -122,9 +125,10 @@ async def prepared(
 
 
 async def answer(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
-    """Answer the handshake, within 10 seconds: 503 if trying again may help, 403 otherwise.
+    """Answer the handshake with 503 if trying again may help, else with 403.
 
-    A client that `prepare` has accepted is closed.
+    A client that `prepare` has accepted is closed with the error's code instead. Gives up after
+    `CLOSE_TIMEOUT`.
     """
     if is_gone(websocket):
         return
@@ -139,13 +143,13 @@ async def answer(websocket: WebSocket, exc: WebSocketException | Answered) -> No
 
 
 def _abort_later(websocket: WebSocket) -> None:
-    """Drop a client that is to be closed and keeps the server from that by reading nothing."""
+    """Abort the connection if the client, by reading nothing, prevents it from closing in time."""
     protocol = served.find_protocol(websocket)
     if protocol is not None:
         asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, _abort, weakref.ref(protocol))
 
 
 def _abort(reference: weakref.ref[Any]) -> None:
-    protocol = reference()  # most often gone by now, and not kept for this
-    if protocol is not None and watch.is_there(protocol.transport):
+    protocol = reference()  # None if the connection has ended, which is the usual case
+    if protocol is not None and watch.can_abort(protocol.transport):
         protocol.transport.abort()

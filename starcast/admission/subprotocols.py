@@ -1,4 +1,4 @@
-"""Subprotocols: which of those that a client offers is answered (RFC 6455, section 4.2.2)."""
+"""Subprotocols: select one of those that the client offers (RFC 6455, section 4.2.2)."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from ..exceptions import ConfigurationError
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 
 
-def check(ours: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of subprotocols if they can be some, or raise `ConfigurationError`."""
-    if isinstance(ours, str) or not isinstance(ours, Sequence):
-        raise ConfigurationError(f'subprotocols must be a list such as ["bearer"], not {ours!r}')
-    names = tuple(ours)
+def check(supported: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of subprotocols, or raise `ConfigurationError` if one is not valid."""
+    if isinstance(supported, str) or not isinstance(supported, Sequence):
+        raise ConfigurationError(
+            f'subprotocols must be a list such as ["bearer"], not {supported!r}'
+        )
+    names = tuple(supported)
     for name in names:
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
             raise ConfigurationError(f"{name!r} is not the name of a subprotocol")
     return names
 
 
-def choose(websocket: WebSocket, ours: Sequence[str], fixed: str | None = None) -> str | None:
-    """Return the first of ours that the client has offered; `fixed` if there are none of ours.
+def choose(websocket: WebSocket, supported: Sequence[str], fixed: str | None = None) -> str | None:
+    """Return the first supported subprotocol that the client offers, or None.
 
-    Never anything else of the client's: a browser offers a token there, which is not to be sent
-    back.
+    Without `supported` it is `fixed`. A subprotocol that is not on the list is never returned: a
+    browser offers a token there, and the response would send it back.
+
+    Raises:
+        ConfigurationError: Both are given, or a name is not valid.
     """
-    names = check(ours)
+    names = check(supported)
     if not names:
         return fixed
     if fixed is not None:
-        raise ConfigurationError("either subprotocol= or subprotocols=, not both")
+        raise ConfigurationError("pass either subprotocol= or subprotocols=, not both")
     offered = websocket.scope.get("subprotocols") or ()
     return next((name for name in names if name in offered), None)

@@ -36,7 +36,7 @@ from ..backends.base import Backend
 from ..event import Event
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from ..gap import Gap
-from ..loglimit import LogLimit
+from ..logs import LogLimit
 from ..stats import BackendStats
 from ..sync.waiter import running_loop
 from ..tuning import Tuning

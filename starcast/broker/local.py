@@ -7,7 +7,7 @@ from collections.abc import Callable, Sized
 
 from .. import logs
 from ..event import Event
-from ..servers import server
+from ..servers import workers
 from .sender import OnLost
 
 NOBODY = (
@@ -53,7 +53,7 @@ class LocalLink:
         pass
 
     async def start(self, seconds: float) -> None:
-        server.warn_of_workers()
+        workers.warn_of_workers()
 
     def stop_opening(self) -> None:
         pass

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from .. import logs
 from ..gap import Gap
-from ..loglimit import LogLimit
+from ..logs import LogLimit
 from ..sync.deadline import Deadline
 from ..tuning import Tuning
 from .health import Health

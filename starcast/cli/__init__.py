@@ -1,6 +1,6 @@
 """The command `starcast`: publish, subscribe and check, from a terminal or a cron job.
 
-A URL is never repeated, because it may hold a password. The exit codes are in `EPILOG`.
+A URL is never printed, because it may contain a password. `EPILOG` lists the exit codes.
 """
 
 from __future__ import annotations
@@ -11,31 +11,28 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Coroutine, Sequence
+from typing import Any, NoReturn
 
 from .. import __version__, backends
-from ..backends import Backend
 from ..broker.naming import DEFAULT_NAME, check_name
 from ..exceptions import (
     BackendUnavailable,
     ConfigurationError,
-    EncodingError,
-    InvalidChannel,
-    PayloadTooLarge,
+    StarcastError,
     SubscriberLagged,
 )
 from ..logs import escape
 from . import check, publish, subscribe
 from .common import say
 
-# A URL of a broker that is not quite right, or not where it belongs.
+# A broker's URL that is malformed or in the wrong place.
 _LIKE_A_URL = re.compile(rf"(?:{'|'.join(backends.SCHEMES)})(?::/|//|:.*@).*", re.DOTALL)
 
 EPILOG = """\
 The broker's URL comes from the environment variable STARCAST_URL. It may be given as the first
-argument too, but then everybody who can list the processes of this machine can read it, with its
-password. What contains :// is taken for the URL.
+argument too, but then anyone who can list the processes of this machine can read its password.
+A first argument that contains :// is taken for the URL.
 
 examples:
   export STARCAST_URL=redis://localhost
@@ -54,78 +51,81 @@ URLs:
   postgresql://user:password@host:5432/database
 
 exit codes:
-  0    all went well
+  0    success
   1    the broker could not be reached or did not answer
-  2    the command was not understood, or the message is too large
-  130  it was interrupted
+  2    the command is not valid, or the message is too large
+  130  the command was interrupted
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what was not understood, but for URLs."""
+    """A parser that does not repeat URLs in its error messages."""
 
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"[^\s']*(?::/|//|@)[^\s']*", "(a URL)", message))
 
 
-def _parsers() -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of the commands, and the one of all of them under the name ''."""
-    everything = _Parser(
+def make_parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser of the whole command line, and the parser of each command."""
+    parser = _Parser(
         prog="starcast",
         description="Talk to a broker as starcast does.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    everything.add_argument("--version", action="version", version=__version__)
-    commands = everything.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    found: dict[str, argparse.ArgumentParser] = {"": everything}
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, words: str, summary: str, description: str) -> argparse.ArgumentParser:
-        usage = f"starcast {name} [options] [URL]{words}"
-        parser = commands.add_parser(name, usage=usage, help=summary, description=description)
-        parser.epilog = "Without a URL, the variable STARCAST_URL has it: see starcast --help."
-        found[name] = parser
-        parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-        parser.add_argument(
+        command = commands.add_parser(
+            name,
+            usage=f"starcast {name} [options] [URL]{words}",
+            help=summary,
+            description=description,
+            epilog="Without a URL, the variable STARCAST_URL is used: see starcast --help.",
+        )
+        command.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+        command.add_argument(
             "--name",
             default=DEFAULT_NAME,
             help="of the hub, as in Broadcast(url, name=...); default: %(default)s",
         )
-        parser.add_argument(
+        command.add_argument(
             "--prefix",
             type=_prefix,
             help="what names on the broker begin with, as in RedisBackend(url, prefix=...); "
             "default: starcast:",
         )
-        return parser
+        return command
 
     publishing = add(
         "publish",
         " CHANNEL [MESSAGE]",
         "publish a message",
-        "Publish MESSAGE to CHANNEL; standard input if it is - or missing. It is text "
-        "if it is UTF-8, without the line break at the end of what was read, and else binary.",
+        "Publish MESSAGE to CHANNEL. Without a MESSAGE, or if it is -, read it from standard "
+        "input, without the line break at its end. It is sent as text if it is UTF-8, else as a "
+        "binary message.",
     )
     form = publishing.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="refuse what is not JSON")
+    form.add_argument("--json", action="store_true", help="refuse a message that is not JSON")
     form.add_argument("--binary", action="store_true", help="a binary message, byte for byte")
     publishing.add_argument("--file", metavar="PATH", help="read the message from this file")
-    publishing.add_argument("-q", "--quiet", action="store_true", help="do not say what was done")
+    publishing.add_argument("-q", "--quiet", action="store_true", help="print nothing on success")
     add(
         "subscribe",
         " CHANNEL...",
-        "print messages: for people on a terminal, else a JSON object a line",
-        "Print the messages of each CHANNEL: for people on a terminal, else a JSON "
-        "object a line. A * stands for any characters, on Redis and NATS.",
+        "print messages: as text on a terminal, else as one JSON object a line",
+        "Print the messages of each CHANNEL: as text on a terminal, else as one JSON object a "
+        "line. A * stands for any characters, on Redis and NATS.",
     )
     add(
         "check",
         "",
-        "go the way to the broker and back, step by step",
-        "Resolve the name of the broker, connect, log in, subscribe, publish, and wait "
-        "for what was published. If a step fails, say which, why, and what to do.",
+        "test the connection to the broker, step by step",
+        "Resolve the name of the broker, connect, log in, subscribe, publish, and wait for the "
+        "message. If a step fails, print which one, why, and what to do.",
     )
-    return found
+    return parser, commands.choices
 
 
 def _prefix(text: str) -> str:
@@ -135,47 +135,38 @@ def _prefix(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code. `arguments` are those of the command line."""
+    """Run the command and return its exit code.
+
+    Args:
+        arguments: The arguments of the command line. Default: `sys.argv[1:]`.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parsers = _parsers()
-    command = arguments[0] if arguments and arguments[0] in parsers else ""
-    # Options may stand between the words, which argparse does not allow for commands of a parser.
+    everything, parsers = make_parsers()
+    command = arguments[0] if arguments else ""
+    if command not in parsers:
+        everything.parse_args(arguments)  # exits: the version, the help or an error
+    # argparse does not allow options between the words of a subcommand: parse it by itself.
     parser = parsers[command]
-    if not command:
-        parser.parse_args(arguments)  # which ends it: the version, the help or a mistake
     options, words = list(arguments[1:]), []
-    if "--" in options:  # which argparse takes for an error if it comes first
+    if "--" in options:  # argparse refuses it at the beginning
         end = options.index("--")
         options, words = options[:end], options[end + 1 :]
     chosen = parser.parse_intermixed_args(options)
     chosen.words += words
-    log: logging.Handler = logging.NullHandler()  # the output says it all
+    log: logging.Handler = logging.NullHandler()  # the command prints its errors itself
     if command == "subscribe" and sys.stderr.isatty():
-        log = logging.StreamHandler()  # which says when the broker is away
+        log = logging.StreamHandler()  # the log says when the connection is lost and restored
         log.setFormatter(logging.Formatter("starcast: %(message)s"))
     logging.getLogger("starcast").addHandler(log)
     try:
-        url = _url(chosen, command)
-        backend, name = _backend(url, chosen.prefix), check_name(chosen.name)
-        if command == "publish":
-            channel, *given = _count(chosen, parser, 1, 1 if chosen.file else 2)
-            message, encoding = publish.read_message(chosen, given[0] if given else "-")
-            work = publish.publish(backend, name, channel, message, encoding, chosen.quiet)
-        elif command == "subscribe":
-            channels = _count(chosen, parser, 1, len(chosen.words))
-            work = subscribe.subscribe(backend, name, channels, sys.stdout)
-        else:
-            _count(chosen, parser, 0, 0)
-            tls = url.startswith(("rediss://", "valkeys://", "tls://"))
-            work = check.check(backend, name, tls, say)
-        asyncio.run(work)
+        asyncio.run(_make_command(command, parser, chosen))
         sys.stdout.flush()
-    except (ConfigurationError, InvalidChannel, EncodingError, PayloadTooLarge) as exc:
-        return _complain(exc, 2)
-    except (BackendUnavailable, SubscriberLagged) as exc:
-        return _complain(exc, 1)
+    except StarcastError as exc:
+        print(f"starcast: {exc}", file=sys.stderr)
+        return 1 if isinstance(exc, BackendUnavailable | SubscriberLagged) else 2
     except BrokenPipeError:
-        # Who read our output has gone. Python would try to write the rest at its end, and complain.
+        # The reader of our output has closed the pipe. Without this, Python would fail to flush the
+        # rest at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -185,16 +176,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complain(error: Exception, code: int) -> int:
-    print(f"starcast: {error}", file=sys.stderr)
-    return code
+def _make_command(
+    command: str, parser: argparse.ArgumentParser, chosen: argparse.Namespace
+) -> Coroutine[Any, Any, None]:
+    """Return the coroutine that runs the command."""
+    url = _take_url(chosen.words, command)
+    backend = backends.from_url(url, chosen.prefix)
+    if backend is None:
+        raise ConfigurationError(
+            "memory:// does not reach other processes: give the URL of a broker"
+        )
+    name = check_name(chosen.name)
+    words: list[str] = chosen.words
+    if command != "check" and not words:
+        parser.error("a CHANNEL is missing")
+    if command == "subscribe":
+        return subscribe.subscribe(backend, name, words, sys.stdout)
+    most = 0 if command == "check" else 1 if chosen.file else 2
+    if len(words) > most:
+        parser.error(f"too many arguments: {' '.join(map(escape, words[most:]))}")
+    if command == "check":
+        tls = url.startswith(("rediss://", "valkeys://", "tls://"))
+        return check.check(backend, name, tls, say)
+    message, encoding = publish.read_message(chosen, words[1] if len(words) > 1 else "-")
+    return publish.publish(backend, name, words[0], message, encoding, chosen.quiet)
 
 
-def _url(chosen: argparse.Namespace, command: str) -> str:
-    """Take the URL out of the words, or out of the environment."""
-    url = str(chosen.words.pop(0)) if chosen.words and "://" in chosen.words[0] else ""
-    # Channels are shown, and a URL among them may hold a password; a message may be anything.
-    if any(map(_LIKE_A_URL.match, chosen.words[:1] if command == "publish" else chosen.words)):
+def _take_url(words: list[str], command: str) -> str:
+    """Remove the URL from the words and return it, or return the one in the environment."""
+    url = words.pop(0) if words and "://" in words[0] else ""
+    # Channels are printed, and a URL among them may contain a password. A message may be anything.
+    if any(map(_LIKE_A_URL.match, words[:1] if command == "publish" else words)):
         raise ConfigurationError(
             "a CHANNEL looks like a URL, which comes first: redis://user:password@host:6379"
         )
@@ -204,21 +216,3 @@ def _url(chosen: argparse.Namespace, command: str) -> str:
         "which broker? Set the environment variable STARCAST_URL, as in "
         "STARCAST_URL=redis://localhost, or give the URL first"
     )
-
-
-def _backend(url: str, prefix: str | None) -> Backend:
-    backend = backends.from_url(url, prefix)
-    if backend is None:
-        raise ConfigurationError("memory:// is one process alone: there is nobody to talk to")
-    return backend
-
-
-def _count(
-    chosen: argparse.Namespace, parser: argparse.ArgumentParser, least: int, most: int
-) -> list[str]:
-    words: list[str] = chosen.words
-    if len(words) < least:
-        parser.error("a CHANNEL is missing")
-    if len(words) > max(least, most):
-        parser.error(f"too many arguments: {' '.join(map(escape, words[most:]))}")
-    return words

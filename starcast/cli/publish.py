@@ -1,4 +1,4 @@
-"""`starcast publish`: one message, from the command line, a file or standard input."""
+"""`starcast publish`: publish one message from the command line, a file or standard input."""
 
 from __future__ import annotations
 
@@ -7,86 +7,77 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..backends import Backend
 from ..codec import Encoding
 from ..exceptions import ConfigurationError
 from ..logs import escape
+from ..serializer import refuse_constant
 from .common import open_hub, say
 
 
-def read_message(chosen: argparse.Namespace, given: str) -> tuple[Any, Encoding | None]:
-    """Return what to publish, and its encoding if that is not to be seen.
+def read_message(options: argparse.Namespace, argument: str) -> tuple[Any, Encoding | None]:
+    """Return the message to publish, and "json" as its encoding if that was asked for.
 
     Args:
-        chosen: The options.
-        given: The message, or "-" if it is to be read.
+        options: `file`, `binary` and `json`.
+        argument: The message, or "-" to read it from the file or from standard input.
     """
-    content = _content(chosen.file, given)
-    if chosen.binary:
-        return content, None
+    content = _read_bytes(options.file, argument)
     try:
-        text = content.decode()
+        text = None if options.binary else content.decode()
     except UnicodeDecodeError:
-        if chosen.json:
-            raise ConfigurationError("the message is not JSON: it is not even UTF-8") from None
+        text = None
+    if options.json:
+        if text is None:
+            raise ConfigurationError("the message is not JSON: it is not even UTF-8")
+        try:
+            return json.loads(text, parse_constant=refuse_constant), "json"
+        except (ValueError, RecursionError) as exc:
+            raise ConfigurationError(f"the message is not JSON: {exc}") from None
+    if text is None:
         return content, None
-    if chosen.json:
-        return _json(text), "json"
-    if given == "-":  # it was read
+    if argument == "-":
         text = text.removesuffix("\n").removesuffix("\r")
     return text, None
 
 
-def _content(file: str | None, message: str) -> bytes:
+def _read_bytes(file: str | None, argument: str) -> bytes:
     if file is not None:
         try:
             return Path(file).read_bytes()
-        except (OSError, ValueError) as exc:  # a NUL in its name
+        except (OSError, ValueError) as exc:  # ValueError for a NUL in the name
             reason = getattr(exc, "strerror", None) or exc
             raise ConfigurationError(f"{escape(file)} cannot be read: {reason}") from None
-    if message != "-":
-        return os.fsencode(message)
+    if argument != "-":
+        return os.fsencode(argument)
     if sys.stdin.isatty():
         print("starcast: reading the message from standard input", file=sys.stderr)
     return sys.stdin.buffer.read()
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as exc:
-        raise ConfigurationError(f"the message is not JSON: {exc}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is none of its numbers")
-
-
 async def publish(
     backend: Backend, name: str, channel: str, message: Any, encoding: Encoding | None, quiet: bool
 ) -> None:
+    """Publish a message and, unless `quiet`, print what was published and who subscribes to it."""
     async with open_hub(backend, name) as hub:
         await hub.publish(channel, message, encoding=encoding)
-        receivers = getattr(backend, "receivers", None)
+        receivers: int | None = getattr(backend, "receivers", None)
     if quiet:
         return
     if encoding == "json":
         what = "JSON"
-    elif isinstance(message, str):
-        what = f"text of {_bytes(len(message.encode()))}"
     else:
-        what = f"a binary message of {_bytes(len(message))}"
-    heard = "" if receivers is None else f"; {_heard(receivers)}"
-    say(f"published {what} to {channel!r} of the hub {name!r}{heard}")
-
-
-def _bytes(size: int) -> str:
-    return "1 byte" if size == 1 else f"{size} bytes"
-
-
-def _heard(receivers: int) -> str:
-    if receivers == 0:
-        return "nobody is subscribed to it"
-    return f"{receivers} {'process is' if receivers == 1 else 'processes are'} subscribed to it"
+        is_text = isinstance(message, str)
+        size = len(message.encode()) if is_text else len(message)
+        kind = "text" if is_text else "a binary message"
+        what = f"{kind} of {size} byte{'' if size == 1 else 's'}"
+    if receivers is None:
+        subscribed = ""
+    elif receivers == 0:
+        subscribed = "; nobody is subscribed to it"
+    else:
+        processes = "process is" if receivers == 1 else "processes are"
+        subscribed = f"; {receivers} {processes} subscribed to it"
+    say(f"published {what} to {channel!r} of the hub {name!r}{subscribed}")

@@ -1,9 +1,9 @@
-"""Daphne: close codes that it takes, in place of those that it does not.
+"""Daphne: replace close codes that Daphne rejects by codes that it accepts.
 
-Daphne sends a close frame with 1000 or a code from 3000 to 4999, as a page may. For any other code
-it raises an error and leaves the connection open, so the client would hear nothing and stay. It
-gets the code plus 3000 instead: 4013 where other servers send 1013. 4000 to 4999 are for private
-use (RFC 6455 section 7.4.2), and the last digits say what is meant.
+Daphne only sends 1000 and the codes from 3000 to 4999, the ones that a web page may use. For any
+other code it raises an error and leaves the connection open, and the client would never know. So
+3000 is added to the code: the client gets 4013 where other servers send 1013. Codes from 4000 to
+4999 are for private use (RFC 6455 section 7.4.2), and the last digits still say what is meant.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ OFFSET = 3000
 
 
 def adapt(websocket: WebSocket) -> None:
-    """Have the closes of this websocket sent with codes that Daphne takes, if Daphne serves it."""
+    """If Daphne serves this websocket, have it closed with codes that Daphne accepts."""
     send = getattr(websocket, "_send", None)
     if send is not None and not isinstance(send, _Send) and _is_served(websocket):
-        websocket._send = _Send(send)  # which all of its sends end in, the handler's too
+        websocket._send = _Send(send)  # every send of this websocket ends here
 
 
 class _Send:
-    """The ASGI `send` of a client of Daphne's."""
+    """An ASGI `send` that translates close codes for Daphne."""
 
     __slots__ = ("_send",)
 
@@ -43,14 +43,15 @@ class _Send:
 
 
 def _is_served(websocket: WebSocket) -> bool:
-    """Whether Daphne serves this client. Past middleware, the task that Daphne started knows."""
-    if _is_daphnes(server_send(websocket)):
+    """Return whether Daphne serves this client."""
+    if _is_from_daphne(server_send(websocket)):
         return True
+    # Middleware may hide Daphne's `send`, but not from the root frame of the task it started.
     root = root_frame(asyncio.current_task())
-    variables = {} if root is None else root.f_locals
-    return is_same(variables.get("scope"), websocket.scope) and _is_daphnes(variables.get("send"))
+    found = {} if root is None else root.f_locals
+    return is_same(found.get("scope"), websocket.scope) and _is_from_daphne(found.get("send"))
 
 
-def _is_daphnes(send: Any) -> bool:
+def _is_from_daphne(send: Any) -> bool:
     server: Any = getattr(getattr(send, "func", None), "__self__", None)
     return isinstance(send, functools.partial) and comes_from(server.__class__, "daphne.")

@@ -1,9 +1,9 @@
-"""Watch: notices that a client has left, or that its ASGI app has ended, without a message to it.
+"""Watch: notice that a client has left, or that its ASGI app has ended, without sending to it.
 
 ASGI tells an app that its client has left only when the app calls `receive`, and a handler that
 only pushes never does. Under uvicorn the transport of the connection can be found, so a `Watch`
-looks at the transports of its event loop now and then. On other servers the end of the task that
-runs the ASGI app is what can be seen.
+checks the transports of its event loop at an interval. On other servers, all that can be seen is
+that the task running the ASGI app has ended.
 """
 
 from __future__ import annotations
@@ -18,88 +18,88 @@ from starlette.websockets import WebSocket
 
 from .served import app_task
 
-# Transports that are looked at before other tasks of the loop get their turn.
+# How many transports are checked before other tasks of the loop get a turn.
 SLICE = 1024
 
-# What a socket says when its client has closed it or is gone. Where it cannot be asked (Windows),
-# a client that leaves while reading is paused is noticed at the next message.
+# The events of a socket whose client has closed or lost the connection. Where sockets cannot be
+# polled (Windows), a client that leaves while reading is paused is noticed at the next message.
 _RESET = getattr(select, "POLLERR", 0) | getattr(select, "POLLHUP", 0)
 _CLOSED = getattr(select, "POLLRDHUP", 0)
 
 
 def has_unsent(transport: Any) -> bool:
-    """Whether there are bytes that the operating system has not taken yet."""
+    """Return whether the transport has bytes that the operating system has not taken yet."""
     try:
         return bool(transport.get_write_buffer_size())
-    except AttributeError:  # of a TLS connection that is over
+    except AttributeError:  # raised by a TLS connection that has ended
         return False
 
 
-def is_there(transport: Any) -> bool:
-    """Whether it can be aborted: it is open, or is closing and has bytes to send until then."""
+def can_abort(transport: Any) -> bool:
+    """Return whether the transport is open, or is closing and still has bytes to send."""
     return not transport.is_closing() or has_unsent(transport)
 
 
 def abort(transport: Any) -> None:
-    """Drop a connection whose client has not read everything.
+    """Drop the connection if its client has not read everything.
 
-    A transport that is closed waits until everything is sent: for a client that reads nothing, as
-    long as the TCP connection lasts. A server that shuts down waits for it too.
+    A transport that is closed waits until everything is sent. If the client reads nothing, that
+    lasts as long as the TCP connection, and a server that is shutting down waits for it too.
     """
-    if has_unsent(transport):  # if not, it may be over, and asyncio's raise AttributeError then
+    if has_unsent(transport):  # otherwise it may have ended, and `abort` may raise AttributeError
         transport.abort()
 
 
 class Watched(Protocol):
-    """What a watch needs of a connection."""
+    """What a `Watch` needs of a connection or a subscription."""
 
     @property
     def transport(self) -> Any:
-        """That of the client's socket."""
+        """The transport of the client's socket; None if it is not known."""
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the send that is in flight takes too long. It has to be asked now and then."""
+        """Whether the send in flight takes too long. Has to be read at regular intervals."""
 
     def lose(self, *, drop: bool = False) -> None:
-        """Forget the client: it has left. `drop` its connection if it has not read everything."""
+        """Forget the client, which has left. `drop` aborts its connection if bytes are unsent."""
 
 
 class Presence:
-    """What tells that a client has left: its transport, or else the end of the task of its app.
+    """Tells whether a client is still there, by its transport or else by the task of its app.
 
     Attributes:
-        transport: What a `Watch` looks at; None if the server is not uvicorn.
+        transport: The transport that a `Watch` checks; None if the server is not uvicorn.
         sends: How many sends to the client have begun.
     """
 
-    __slots__ = ("_client", "_seen", "_since", "_task", "sends", "transport")
+    __slots__ = ("_client", "_seen_since", "_send_seen", "_task", "sends", "transport")
 
     def __init__(self, client: Watched, websocket: WebSocket, protocol: Any) -> None:
         self._client = client
         self.transport: Any = None if protocol is None else protocol.transport
         self.sends = 0
-        self._seen = -1  # the send that was in flight at the last look
-        self._since = 0.0  # when it was first seen
+        self._send_seen = -1  # the number of the send that was in flight at the last check
+        self._seen_since = 0.0  # when that send was first seen
         self._task = app_task(websocket) if protocol is None else None
         if self._task is not None:
-            self._task.add_done_callback(self._app_ended)
+            self._task.add_done_callback(self._on_app_ended)
 
     @property
     def is_over(self) -> bool:
-        """Whether the transport is closed or about to be. From any thread."""
+        """Whether the transport is closed or closing. Safe from any thread."""
         return self.transport is not None and bool(self.transport.is_closing())
 
     def is_stuck(self, sending: bool, timeout: float) -> bool:
-        """Whether the send that is in flight takes longer than so many seconds. On the loop."""
+        """Return whether the send in flight takes longer than so many seconds. On the loop."""
         now = asyncio.get_running_loop().time()
-        if not sending or self._seen != self.sends:
-            self._seen, self._since = self.sends, now
-        return now - self._since > timeout
+        if not sending or self._send_seen != self.sends:
+            self._send_seen, self._seen_since = self.sends, now
+        return now - self._seen_since > timeout
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the client has not read everything, as far as it can be known."""
+        """Whether the client is known not to have read everything."""
         return self.transport is not None and has_unsent(self.transport)
 
     def abort(self) -> None:
@@ -108,75 +108,72 @@ class Presence:
             abort(self.transport)
 
     def forget(self) -> None:
-        """Do not look at the task any more."""
+        """Stop watching the app's task."""
         if self._task is not None:
-            self._task.remove_done_callback(self._app_ended)
+            self._task.remove_done_callback(self._on_app_ended)
             self._task = None
 
-    def _app_ended(self, task: asyncio.Task[Any]) -> None:
+    def _on_app_ended(self, task: asyncio.Task[Any]) -> None:
         self._client.lose()
 
 
 class Watch:
-    """The transports of one event loop's clients. `add` and `discard` need the hub's lock.
+    """Checks the clients of one event loop. Call `add` and `discard` with the hub's lock held.
 
     Args:
         loop: The event loop.
-        interval: How many seconds pass between two looks at the transports.
+        interval: Seconds between two checks of the transports.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
         self._interval = interval
         self._loop = loop
         self._connections: dict[Watched, None] = {}
-        self._looking = False
+        self._running = False
 
     def add(self, connection: Watched) -> None:
-        """Look at this one from now on, on the loop of the watch."""
+        """Check this connection from now on. Call it on the loop of the watch."""
         self._connections[connection] = None
-        if not self._looking:
-            self._looking = True
-            self._loop.call_later(self._interval, self._begin)
+        if not self._running:
+            self._running = True
+            self._loop.call_later(self._interval, self._start_round)
 
     def discard(self, connection: Watched) -> None:
         self._connections.pop(connection, None)
 
-    def _begin(self) -> None:
+    def _start_round(self) -> None:
         if self._connections:
-            self._look(iter(list(self._connections)))
+            self._check_slice(iter(list(self._connections)))
         else:
-            self._looking = False
+            self._running = False
 
-    def _look(self, connections: Iterator[Watched]) -> None:
-        some = list(itertools.islice(connections, SLICE))
+    def _check_slice(self, connections: Iterator[Watched]) -> None:
+        checked = list(itertools.islice(connections, SLICE))
         unread: dict[int, Watched] = {}
-        for connection in some:
+        for connection in checked:
             transport = connection.transport
             if transport is None:
                 if connection.is_stuck:
                     connection.lose(drop=True)
             elif transport.is_closing():
-                connection.lose(drop=_was_failed(transport))
+                connection.lose(drop=_failed_by_server(transport))
             elif not transport.is_reading() and (fileno := _fileno(transport)) >= 0:
-                # The event loop does not look at it, because the handler has not received what
-                # the client sent before.
+                # The event loop does not read this socket, because the handler has not received
+                # earlier messages yet.
                 unread[fileno] = connection
         for fileno, events in _poll(unread):
             connection = unread[fileno]
             if events & _RESET:
                 connection.transport.abort()
             connection.lose()
-        if len(some) == SLICE:
-            self._loop.call_soon(self._look, connections)
+        if len(checked) == SLICE:
+            self._loop.call_soon(self._check_slice, connections)
         else:
-            self._loop.call_later(self._interval, self._begin)
+            self._loop.call_later(self._interval, self._start_round)
 
 
-def _was_failed(transport: Any) -> bool:
-    """Whether uvicorn closes the connection of a registered client for a reason of its own.
-
-    That is a client that answers no pings, or one that does not keep to the protocol.
-    """
+def _failed_by_server(transport: Any) -> bool:
+    """Return whether uvicorn has failed the connection: no pong arrived, or a protocol error."""
     return bool(getattr(transport.get_protocol(), "close_sent", False))
 
 

@@ -1,18 +1,18 @@
-"""Deadlines that a blocked event loop does not use up.
+"""Deadlines that do not expire just because the event loop was blocked.
 
-Somebody's handler calls `time.sleep(3)`, or parses a huge file. When the event loop goes on, the
-broker's answer has long been in the socket, but the timer is due in the same turn and would be
-first: asyncio runs timers that are due in the turn in which it notices that the socket is readable,
-uvloop before that. The answer then still has to pass through a stream, a parser and the tasks that
-wait for it: four to six turns were measured with all three brokers on both loops, and some
-milliseconds where PostgreSQL is asked a second question.
+A handler calls `time.sleep(3)` or parses a huge file. When the event loop continues, the broker's
+answer has been in the socket for long, but the timer is due too and would fire first: asyncio runs
+timers in the turn in which it notices that the socket is readable, and uvloop before that. The
+answer still has to pass through a stream, a parser and the tasks that wait for it. This took four
+to six turns with all three brokers on both loops, and some milliseconds more where PostgreSQL needs
+a second round trip.
 
-So a timer that is due first lets the loop take `TURNS` turns, with a pause before each of them in
-which the kernel can bring more. The pauses are longer if the loop has been blocked shortly before:
-then the question itself may not have left yet, and much may have piled up in front of the answer.
+So a timer that is due first lets the loop run for `TURNS` turns, with a pause before each of them
+in which more data can arrive. The pauses are longer if the loop was blocked shortly before: the
+request may not have been sent yet, and much data may be ahead of the answer.
 
-Nor is a slow line taken for a dead one: an answer that waits behind seconds of data has until
-nothing has arrived for that long.
+A slow connection is not taken for a dead one either: while data arrives, the deadline is extended
+until nothing has arrived for the whole timeout.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-# Turns that the loop gets after a deadline, and the seconds before each: 0.05 in all, or 0.5 if the
-# loop has been blocked.
+# The number of turns that the loop gets after a deadline, and the pause in seconds before each of
+# them: 0.05 in total, or 0.5 if the loop was blocked.
 TURNS = 10
 PAUSE = 0.005
 PAUSE_LATE = 0.05
 
-# Seconds by which a timer may be late on a loop that is only busy.
+# Seconds by which a timer may be late on a loop that is busy, but not blocked.
 LATE = 0.03
 
-# The part of the time after which a first timer sees whether the loop is blocked. Whoever is free
-# from then on has enough of it left.
-LOOK_AT = 0.8
+# The fraction of the timeout after which a first timer checks whether the loop is blocked. If it is
+# not, the rest of the timeout is enough for an answer.
+FIRST_CHECK = 0.8
 
 
 class Overdue:
-    """Calls a function when something has not happened in time, unless it is cancelled before.
+    """Calls a function after a timeout, unless it is cancelled first.
 
-    Made on the loop on which the function is called.
+    Create it on the loop on which the function is to be called.
 
     Args:
-        seconds: How long to wait; may be negative, if the deadline has passed already.
-        callback: What is called, without arguments.
-        heard_at: Returns when the other side was heard last, in `time.monotonic()`. It has until it
-            has been silent for so many seconds.
+        seconds: The timeout; negative if the deadline has passed already.
+        callback: The function to call, without arguments.
+        heard_at: Returns when data last arrived from the other side, in `time.monotonic()`. The
+            function is not called until none has arrived for `seconds`. Default: the timeout is
+            never extended.
     """
 
     __slots__ = (
@@ -54,8 +55,8 @@ class Overdue:
         "_due",
         "_handle",
         "_heard_at",
-        "_left",
         "_loop",
+        "_remaining",
         "_seconds",
         "_turns",
     )
@@ -72,11 +73,11 @@ class Overdue:
         self._seconds = seconds
         self._turns = TURNS
         self._blocked = False
-        look = LOOK_AT * seconds
-        self._left = seconds - look
-        # Not the loop's own time, which uvloop keeps as it was before it was blocked.
-        self._due = time.monotonic() + look
-        self._handle = self._loop.call_later(max(look, 0.0), self._fire)
+        first = FIRST_CHECK * seconds
+        self._remaining = seconds - first
+        # Not the loop's own time: on uvloop, it is still the time at which the loop was blocked.
+        self._due = time.monotonic() + first
+        self._handle = self._loop.call_later(max(first, 0.0), self._fire)
 
     def cancel(self) -> None:
         self._handle.cancel()
@@ -85,8 +86,8 @@ class Overdue:
         now = time.monotonic()
         late = now - self._due
         self._blocked = self._blocked or late > LATE
-        if self._left > 0.0:
-            pause, self._left = max(self._left - late, 0.0), 0.0
+        if self._remaining > 0.0:
+            pause, self._remaining = max(self._remaining - late, 0.0), 0.0
         elif self._turns:
             self._turns -= 1
             pause = PAUSE_LATE if self._blocked else PAUSE
@@ -100,7 +101,7 @@ class Overdue:
 
 
 class Deadline:
-    """Like `asyncio.timeout`, but a blocked event loop is not taken for a slow broker.
+    """Like `asyncio.timeout`, but a blocked event loop is not mistaken for a slow broker.
 
         async with Deadline(2.0):
             await answer
@@ -110,7 +111,7 @@ class Deadline:
         heard_at: See `Overdue`.
 
     Raises:
-        TimeoutError: The block took longer than so many seconds, and a moment more.
+        TimeoutError: The block took longer than `seconds` plus the extra turns of the loop.
     """
 
     __slots__ = ("_heard_at", "_overdue", "_seconds", "_timeout")
@@ -125,7 +126,7 @@ class Deadline:
         self._overdue = Overdue(self._seconds, self._expire, self._heard_at)
 
     def _expire(self) -> None:
-        self._timeout.reschedule(0.0)  # which has passed on every loop: at once
+        self._timeout.reschedule(0.0)  # 0.0 is in the past on every loop: expire at once
 
     async def __aexit__(
         self,

@@ -1,4 +1,4 @@
-"""Waiter and Lock: what event loops of several threads need to wait for each other."""
+"""Waiter and Lock: let tasks on the event loops of several threads wait for each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of this thread, if one is running."""
+    """Return the event loop that is running on this thread, or None."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -17,7 +17,10 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 class Waiter:
-    """Made on the loop that awaits it; may be set from anywhere, also after that loop has ended."""
+    """An event that one loop awaits and that any thread may set, even after that loop has ended.
+
+    Create it on the loop that awaits it.
+    """
 
     __slots__ = ("_future", "_loop")
 
@@ -29,7 +32,7 @@ class Waiter:
         if running_loop() is self._loop:
             self._set()
             return
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and no task waits
             self._loop.call_soon_threadsafe(self._set)
 
     def _set(self) -> None:
@@ -41,10 +44,10 @@ class Waiter:
 
 
 class Lock:
-    """Like `asyncio.Lock`, for tasks of any event loops."""
+    """Like `asyncio.Lock`, but for tasks on different event loops."""
 
     def __init__(self) -> None:
-        self._guard = threading.RLock()  # the garbage collector may end a holder under it
+        self._guard = threading.RLock()  # reentrant: a finalizer may release the lock
         self._held = False
         self._waiting: list[Waiter] = []
 

@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from broker.conftest import make_hub, quick, tuned
-from starcast import BackendUnavailable, Broadcast, PublishQueueFull, loglimit
+from starcast import BackendUnavailable, Broadcast, PublishQueueFull, logs
 from starcast.backends.base import MessagesRefused
 from starcast.broker.sender import Ack
-from starcast.loglimit import LogLimit
+from starcast.logs import LogLimit
 from support import Broker, Bus, OtherLoop, Peer, joined, until
 
 pytestmark = pytest.mark.anyio
@@ -227,11 +227,11 @@ def test_a_line_a_kind(monkeypatch):
     assert limit.allows('no permission for "a" after 3 seconds')
     assert not limit.allows('no permission for "b" after 4 seconds')
     assert limit.allows("out of memory")
-    monkeypatch.setattr(loglimit, "SECONDS", 0)
+    monkeypatch.setattr(logs, "SECONDS", 0)
     assert limit.allows("out of memory")
 
 
 def test_kinds_have_a_bound():
     limit = LogLimit()
     kinds = [chr(ord("a") + number) for number in range(26)]
-    assert sum(map(limit.allows, kinds)) == loglimit.KINDS
+    assert sum(map(limit.allows, kinds)) == logs.KINDS

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import struct
 import sys
@@ -1266,20 +1265,6 @@ async def app(scope, receive, send):
         await receive()
         await receive()
 """
-
-
-async def test_gunicorn_worker(example, tmp_path):
-    shutil.copy(EXAMPLES / "gunicorn_worker.py", tmp_path)
-    tmp_path.joinpath("main.py").write_text(ASKS)
-    worker = f"gunicorn_worker.{example('gunicorn_worker').BroadcastWorker.__name__}"
-    command = ["gunicorn", "main:app", "-k", worker, "-b", "127.0.0.1:{port}"]
-    server = await asyncio.to_thread(ServerProcess, command, tmp_path / "log", tmp_path)
-    try:
-        async with server.connect("/") as client:
-            assert await client.recv() == "True"
-        await asyncio.to_thread(server.stop)
-    finally:
-        server.kill()
 
 
 def test_docker_and_kubernetes(example):

@@ -19,7 +19,7 @@ import pytest
 import uvicorn.config
 
 from server_process import HERE, ServerProcess
-from starcast.servers import server
+from starcast.servers import stopping, workers
 from support import DEADLINE, until
 
 pytestmark = pytest.mark.anyio
@@ -216,37 +216,37 @@ def started_with(monkeypatch):
 
 
 async def test_what_the_servers_say_of_their_workers(started_with, monkeypatch):
-    assert server.worker_processes() == 1
+    assert workers.worker_processes() == 1
     started_with(config=uvicorn.config.Config(APP, workers=3))
-    assert server.worker_processes() == 3
+    assert workers.worker_processes() == 3
     started_with(config=uvicorn.config.Config(APP, reload=True, workers=2))
-    assert server.worker_processes() == 1
+    assert workers.worker_processes() == 1
     config = hypercorn.config.Config()
     config.workers = 4
     stop = asyncio.Event()
     started_with(config=config)
-    assert not server.is_stopping()
+    assert not stopping.is_stopping()
     started_with(config=config, shutdown_event=stop)
-    assert server.worker_processes() == 4
-    assert not server.is_stopping()
+    assert workers.worker_processes() == 4
+    assert not stopping.is_stopping()
     stop.set()
-    assert server.is_stopping()
+    assert stopping.is_stopping()
     started_with(1, "starcast", name="granian-worker")
-    assert server.worker_processes() == 1
+    assert workers.worker_processes() == 1
     started_with(2, "starcast", name="granian-worker")
-    assert server.worker_processes() == 2
+    assert workers.worker_processes() == 2
     started_with(name="granian-worker")
-    assert server.worker_processes() == 1
+    assert workers.worker_processes() == 1
     started_with(config={"workers": 5})
-    assert server.worker_processes() == 1
+    assert workers.worker_processes() == 1
 
     arbiter = object.__new__(gunicorn.arbiter.Arbiter)
     arbiter._num_workers = 6
     before = signal.signal(signal.SIGTTIN, arbiter.signal)
     try:
-        assert server.worker_processes() == 6
+        assert workers.worker_processes() == 6
     finally:
         signal.signal(signal.SIGTTIN, before)
 
     monkeypatch.delitem(sys.modules, "multiprocessing.process")
-    assert server.worker_processes() == 1
+    assert workers.worker_processes() == 1

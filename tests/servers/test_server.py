@@ -19,7 +19,7 @@ import uvicorn
 
 import streams_app
 from starcast import Broadcast
-from starcast.servers import server
+from starcast.servers import stopping, workers
 from support import DEADLINE, Broker, Bus, OtherLoop, Served, until
 
 pytestmark = pytest.mark.anyio
@@ -83,7 +83,7 @@ async def test_sigterm_ends_what_is_subscribed_and_what_subscribes_then():
         for _ in range(10):  # for longer than it takes to notice that nobody is left
             assert await asyncio.wait_for(take(hub), DEADLINE) == []
         took = time.monotonic() - begin
-        assert took > 4 * server.POLL_INTERVAL, "to subscribe again and again keeps nobody busy"
+        assert took > 4 * stopping.POLL_INTERVAL, "to subscribe again and again keeps nobody busy"
         await subscribers(hub, 0)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -114,7 +114,7 @@ async def test_a_loop_in_another_thread_cannot_put_it_back(other: OtherLoop):
     async def subscribe():
         async with Broadcast().subscribe("news"):
             pass
-        await asyncio.sleep(2 * server.POLL_INTERVAL)
+        await asyncio.sleep(2 * stopping.POLL_INTERVAL)
 
     with handled(lambda *_: None):
         handler = signal.getsignal(signal.SIGTERM)
@@ -202,10 +202,10 @@ async def test_a_server_that_has_stopped_and_left_its_handler():
 @pytest.fixture
 def two_workers(monkeypatch):
     """As in a process that `uvicorn --workers 2` has started, which has warned of nothing yet."""
-    monkeypatch.setattr(server, "worker_processes", lambda: 2)
-    server.warn_of_workers.cache_clear()
+    monkeypatch.setattr(workers, "worker_processes", lambda: 2)
+    workers.warn_of_workers.cache_clear()
     yield
-    server.warn_of_workers.cache_clear()
+    workers.warn_of_workers.cache_clear()
 
 
 async def test_one_warning_a_process(two_workers, caplog):
