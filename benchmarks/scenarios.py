@@ -7,7 +7,8 @@ from typing import Any
 
 from .servers import BROKERS, SERVERS, Server
 
-EVERYBODY = tuple(name for name, server in SERVERS.items() if server.path)
+WRAPPED = ("starcast_wrapped", "connection_manager_wrapped")
+EVERYBODY = tuple(name for name, server in SERVERS.items() if server.path and name not in WRAPPED)
 TRIPS = tuple(name for name, server in SERVERS.items() if not server.path)
 OURS = ("starcast_frames", "starcast", "connection_manager")
 
@@ -153,6 +154,15 @@ SCENARIOS = {
             "over a broker from one process to another, 128 bytes, one message at a time",
             TRIPS,
             {name: {"kind": "trips", "broker": name} for name in BROKERS},
+        ),
+        Scenario(
+            "M",
+            "behind a middleware that wraps send: 300 clients, 128 bytes",
+            WRAPPED,
+            {
+                "one message at a time": {"clients": 300},
+                "32 messages in flight": {"clients": 300, "batch": 32},
+            },
         ),
     )
 }

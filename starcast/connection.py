@@ -1,80 +1,82 @@
-"""Connection: one client of a hub, the writes to it, and what waits while it is behind.
+"""Connection: one client of a hub, what waits to be sent to it, and how it ends.
 
 A connection belongs to the event loop of its websocket, and everything here runs on that loop.
 
-At most one send is in flight, and whatever comes meanwhile goes to the outbox; whoever finished a
-send goes on with the outbox. That keeps the order, also under backpressure, where a server may let
-a later send overtake an earlier one. The handler's own sends (`websocket.send_text`,
-`websocket.close`, ...) stand in the same line: see `handler`.
+The state is one of these.
 
-    state    code   what that means
-    IDLE     None   nothing is in flight and nothing waits
-    SENDING  None   a send is in flight, the hub's or the handler's; what waits is in the outbox
-    SENDING  set    a Close is the last thing that waits or is in flight; nothing more is taken
-    ENDED    None   the client has left the hub, and its socket is the handler's alone
-    ENDED    set    the client was closed, has left or was given up
+OPEN: The client takes what it is offered. If nothing is being sent to it, an item is sent at once;
+otherwise it waits in the outbox. On the fast path, a shard writes the frames of an idle client
+without asking the connection: see `servers.wire`.
 
-A client in either of the first two states that is about to leave has a `leaving`, its `Leave`,
-which is on its way. If it comes back before that has been reached, `leaving` is None again.
+LEAVING: As OPEN, but the handler has taken the client off every channel, and a `Leave` follows what
+the client is still to be sent. A handler that connects it again in time makes it OPEN again.
 
-There are three ends. A handler that leaves has its socket back once the client has what it still
-had to get. A client that was closed, or did not take what it had to get in time, is over: its
-handler's next `receive` says so. A client to which a send failed gets no more, but what the server
-still has from it is read.
+CLOSING: A `Close` is the last item that waits or is being sent. Nothing more is taken. If it has
+not been sent after `Tuning.close_timeout`, the client is given up.
+
+ENDED: The hub is done with the client. Without a `code`, the client has left the hub and its socket
+is the handler's alone. With one, it was closed, has gone away or was given up: the handler's next
+send raises, and its next receive reports a disconnect, as soon as everything that the server still
+has from the client is read.
+
+One item is sent at a time, by a task of the shard's: it sends what waits, item after item, and goes
+on to another client or ends. What the handler sends itself (`websocket.send_text`,
+`websocket.close`, ...) are items too: see `handler`. That keeps the order, also under backpressure,
+where a server may let a later send overtake an earlier one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from starlette.websockets import WebSocket, WebSocketState
+from starlette.types import Message
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import fastpath
-from .close_codes import ABNORMAL, TRY_AGAIN_LATER
+from .close_codes import ABNORMAL, NORMAL, TRY_AGAIN_LATER
 from .event import Event
 from .handler import Handler, owner
-from .outbox import Close, Item, Leave, Outbox, OutboxFull, Turn
+from .outbox import Close, Item, Leave, Outbox, OutboxFull, Send
 from .servers.watch import Presence
 from .servers.wire import FrameWriter, Wire
 from .stats import Counters
 from .sync.waiter import Waiter
 from .tuning import Tuning
 
-# Seconds that a connection waits before it goes on after a cancellation, in case it is the end of
-# the event loop, which cancels all tasks and does not wait for new ones.
-AFTER_CANCEL = 0.1
-
 DISCONNECTED = WebSocketState.DISCONNECTED
 
 
 class State(enum.Enum):
-    """What a connection does. See the module."""
+    """What becomes of a client. See the module."""
 
-    IDLE = enum.auto()
-    SENDING = enum.auto()
+    OPEN = enum.auto()
+    LEAVING = enum.auto()
+    CLOSING = enum.auto()
     ENDED = enum.auto()
 
 
-# A look-up less for each delivery.
-IDLE: Final = State.IDLE
-SENDING: Final = State.SENDING
-ENDED: Final = State.ENDED
-
-
-class Line(Protocol):
-    """What a connection needs of its shard."""
+class Shard(Protocol):
+    """What a connection needs of its `shard.Shard`."""
 
     loop: asyncio.AbstractEventLoop
+    tuning: Tuning
     counters: Counters
     awake: bool
-    tuning: Tuning
     version: int  # changes whenever frames may or may no longer be written to a client at once
+    ready: deque[Connection]  # clients whose item a task is to send
 
-    def post(self, item: Turn, connection: Connection) -> None:
-        """Bring an item to a connection after everything that is already on its way."""
+    def send_ready(self) -> None:
+        """Let a task send to the clients in `ready`."""
+
+    def post(self, item: Send, connection: Connection) -> None:
+        """Offer an item to a connection after everything that was published before."""
+
+    def forget(self, connection: Connection) -> object:
+        """Take a client that has ended, or is about to, off the hub."""
 
 
 def is_gone(websocket: WebSocket) -> bool:
@@ -83,75 +85,81 @@ def is_gone(websocket: WebSocket) -> bool:
 
 
 class Connection:
-    """One registered client. See the module for how it works."""
+    """One registered client. See the module."""
 
-    # Less memory, and less to fetch for a delivery: a fan-out finds little of it in any cache.
+    # Slots take less memory, and a fan-out finds little of it in any cache.
     __slots__ = (
         "_deadline",
+        "_ended",
         "_handler",
-        "_on_end",
         "_presence",
+        "_task",
         "_waiters",
-        "_writer",
         "asgi_reason",
         "channels",
         "code",
         "frames",
         "id",
         "leaving",
-        "line",
         "outbox",
-        "state",
+        "shard",
         "websocket",
     )
 
     def __init__(
         self,
         websocket: WebSocket,
-        line: Line,
+        shard: Shard,
         outbox: Outbox,
         *,
         id: int,
-        on_end: Callable[[Connection], object],
         ready_frames: bool = True,
         protocol: Any = None,
     ) -> None:
         self.websocket = websocket
-        self.line = line
+        self.shard = shard
         self.outbox = outbox
         self.id = id
-        # The hub's, under its lock:
+        # Guarded by the hub's lock:
         self.channels: set[str] = set()
-        self.leaving: Leave | None = None  # the handler has taken it off every channel
+        self.leaving: Leave | None = None
         # On the loop:
         self.code: int | None = None  # set as soon as the socket is closed, dead or about to be
-        self.state = IDLE
         self.frames: FrameWriter | None = None  # if the server takes ready-made ones
-        self._on_end = on_end
-        self._writer: asyncio.Task[None] | None = None
+        self._ended = False
+        self._task: asyncio.Task[None] | None = None  # sends to this client now
         self._deadline: asyncio.TimerHandle | None = None
         self._waiters: list[Waiter] = []
         self._presence = Presence(self, websocket, protocol)
         wire: Wire | str = fastpath.READY_FRAMES
         if ready_frames:
-            is_ours = owner(websocket.send) is websocket
-            wire = fastpath.open_wire(websocket, protocol) if is_ours else fastpath.OTHER_HUB
-        self.asgi_reason = wire if isinstance(wire, str) else None
+            is_free = owner(websocket.send) is websocket
+            wire = fastpath.open_wire(websocket, protocol) if is_free else fastpath.OTHER_HUB
+        self.asgi_reason = wire if isinstance(wire, str) else None  # None on the fast path
         if not isinstance(wire, str):
             self.frames = FrameWriter(wire, self)
-        self._handler = Handler(self, line.loop)
+        self._handler = Handler(self)
         if self.frames is not None:
             self.frames.resume()
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing is in flight, and the client is neither closed nor left."""
-        return self.state is IDLE
+    def state(self) -> State:
+        """See the module. From any thread."""
+        if self._ended:
+            return State.ENDED
+        if self.code is not None:
+            return State.CLOSING
+        return State.OPEN if self.leaving is None else State.LEAVING
 
     @property
     def ended(self) -> bool:
         """Whether the hub is done with the client."""
-        return self.state is ENDED
+        return self._ended
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being sent to it, and it takes what it is offered."""
+        return self.outbox.in_flight is None and self.code is None and not self._ended
 
     @property
     def transport(self) -> Any:
@@ -167,130 +175,184 @@ class Connection:
 
     @property
     def departed(self) -> bool:
-        """Whether the client has left or is about to be closed. From any thread."""
+        """Whether the client has gone away, was closed or is about to be. From any thread."""
         return self.code is not None or self._presence.is_over
 
     @property
     def is_closed(self) -> bool:
-        """Whether the hub has closed it, or will when it has got what it still had to get."""
-        return self.code is not None and (self.state is not ENDED or self._handler.over)
+        """Whether the hub has closed it, or will after what is still to be sent."""
+        return self.code is not None and (not self._ended or self._handler.over)
 
     @property
     def is_here(self) -> bool:
         """Whether it is registered and has not left. From any thread."""
-        return self.leaving is None and not self.departed
-
-    def lose(self, code: int = ABNORMAL, *, drop: bool = False) -> None:
-        """Forget the client, which has left, with what it still had to get.
-
-        If it has not read everything, its connection is dropped, at once or when it has had time
-        for that, and its handler need not wait for the server to say so.
-        """
-        self._stop_writer()
-        self.end(code)
-        self._handler.stop_sending()
-        if drop:
-            self._presence.abort()
-            self._handler.interrupt()
+        return self.state is State.OPEN and not self._presence.is_over
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the send that is in flight takes too long. It has to be asked now and then."""
-        return self._presence.is_stuck(self.state is SENDING, self.line.tuning.send_timeout)
+        """Whether one send has taken too long. A `Watch` asks at regular intervals."""
+        sending = self.outbox.in_flight is not None and not self._ended
+        return self._presence.is_stuck(sending, self.shard.tuning.send_timeout)
 
-    # What the shard calls
+    # What is sent
 
-    def put(self, item: Item) -> bool:
-        """Take an item. If this returns True, the caller must await `write(item)` at once."""
-        if self.state is ENDED or self.code is not None:
-            self._let_go(item)
-            return False
-        if isinstance(item, Close):
-            self.code = item.code
-            self._expect(self.kill)
-        if self.state is IDLE:
-            self.work()
-            return True
+    def offer(self, items: Sequence[Item]) -> None:
+        """Take one item, or several events: send them if the client is idle, or let them wait."""
+        if self.idle and not isinstance(items[0], Leave):
+            self._set_close(items[0])
+            self.outbox.in_flight = items
+            if self.frames is not None:
+                self.frames.suspend()
+            self.shard.ready.append(self)
+        else:
+            for item in items:
+                self._queue(item)
+
+    def _queue(self, item: Item) -> None:
+        if self._ended or self.code is not None:
+            _discard(item)
+            return
         if isinstance(item, Leave):
-            self._expect(self._expire, item)
+            if self.outbox.in_flight is None:
+                self._leave(item)
+                return
+            self._set_deadline(self._leave_now, item)
+        self._set_close(item)
         try:
             dropped = self.outbox.offer(item)
         except OutboxFull:
             self._cut_off(item)
         else:
             self._report(dropped)
-        return False
 
-    def work(self) -> None:
-        """Begin to write: `write` follows at once. Only while it is idle."""
-        self.state = SENDING
-        if self.frames is not None:
-            self.frames.suspend()
-
-    async def write(self, item: Item | None, task: asyncio.Task[None] | None) -> None:
-        """Send the item and whatever comes meanwhile, in this task. After `work`, or true `put`."""
-        self._writer = task
+    async def drain(self, task: asyncio.Task[None] | None = None) -> None:
+        """Send what is in flight, and then what waits. `task` is the current task."""
+        outbox, presence, transport = self.outbox, self._presence, self._presence.transport
+        self._task = task or asyncio.current_task()
         try:
-            while item is not None:
-                self._presence.sends += 1
-                if isinstance(item, Event):
-                    if self.frames is not None:
-                        written = await self.frames.write(item)
-                        self.line.counters.delivered += written
-                        if not written:
-                            self.end(ABNORMAL)
-                    elif self._presence.is_over:
+            while outbox.in_flight is not None:
+                for item in outbox.in_flight:
+                    presence.sends += 1
+                    if transport is not None and transport.is_closing():
                         self.end(ABNORMAL)
-                    else:
+                    if self._ended:
+                        return
+                    if isinstance(item, Event):
+                        if self.frames is not None:
+                            written = await self.frames.write(outbox.in_flight)
+                            self.shard.counters.delivered += written
+                            if not written:
+                                self.end(ABNORMAL)
+                            break  # these were all of them
                         # A fresh dict each time: middleware may change what it is given.
                         await self._handler.send_event(
                             {"type": "websocket.send", item.kind: item.message}
                         )
-                        self.line.counters.delivered += 1
-                elif isinstance(item, Turn):
-                    if not item.abandoned:
-                        item.granted = True
-                        item.waiter.set()
-                        return  # it stays SENDING: the handler's send is the one in flight now
-                elif isinstance(item, Close):
-                    await self._write_close(item)
-                else:
-                    assert isinstance(item, Leave)  # a Gap is for subscribers
-                    if item is self.leaving:
-                        self.end()
-                    item.reached()
-                item = self.outbox.take() if self.outbox.items else None
-            self._rest()
+                        self.shard.counters.delivered += 1
+                    elif isinstance(item, Send):
+                        await self._send(item)
+                    elif isinstance(item, Close):
+                        await self._close(item)
+                    else:
+                        assert isinstance(item, Leave)  # a Gap is for subscribers
+                        self._leave(item)
+                following = outbox.take() if outbox.items else None
+                outbox.in_flight = None if following is None else (following,)
         except asyncio.CancelledError:
             self.failed()
-            # If it was the hub, which has forgotten the writer, only this send was meant, and not
-            # the other work of the task.
-            if task is None or self._writer is task or task.uncancel():
-                raise
+            raise
         except Exception:
-            # Servers disagree about what a send to a client that is gone raises, so everything
-            # means that. It is no error of whoever published.
+            # Servers disagree about what a send to a client that is gone raises, so every error
+            # means that. Whoever published is not to blame for it.
             self.failed()
         finally:
-            self._writer = None
+            self._task = None
+            unsent, outbox.in_flight = outbox.in_flight, None
+            if unsent is not None:
+                _discard(unsent[0])
+            elif self.frames is not None and not self._ended:
+                self.frames.resume()
+
+    async def send(self, message: Message) -> bool:
+        """Send a message of the handler's after everything that was published before.
+
+        Returns:
+            False if it was not sent, because the hub is done with the client.
+
+        Raises:
+            Exception: What the server's `send` raised.
+        """
+        if self._ended or self.code is not None:
+            return False
+        item = Send(message, self.shard.loop)
+        if self.shard.awake:
+            self.shard.post(item, self)
+        else:
+            self.offer([item])
+            self.shard.send_ready()
+        sent = await item.sent
+        if item.error is not None:
+            raise item.error
+        return sent
+
+    async def _send(self, item: Send) -> None:
+        if item.sent.done():
+            return  # the handler was cancelled while the message waited
+        try:
+            await self._handler.send(item.message)
+        except Exception as exc:
+            if isinstance(exc, (WebSocketDisconnect, OSError)):
+                self.failed()
+            item.finish(True, exc)
+            return
+        if item.message["type"] == "websocket.close":
+            self.end(item.message.get("code", NORMAL))
+        item.finish(True)
+
+    async def _close(self, item: Close) -> None:
+        await self._handler.send(
+            {"type": "websocket.close", "code": item.code, "reason": item.reason}
+        )
+        self._keep_receivable()
+        self.kill()  # the handler need not wait for the server to report the disconnect
+
+    # How it ends
 
     def kill(self) -> None:
-        """Give the client up: forget it, tell its handler, stop a send that does not come back."""
+        """Give the client up: forget it, tell its handler, and stop a send that is stuck."""
         self._handler.over = True
-        stuck = self._stop_writer() or self._handler.is_sending
+        stuck = self._stop_sending()
         self.end(ABNORMAL)
-        if stuck:  # a close would wait for the client to read
+        if stuck:  # a close frame would wait for the client to read
             if self.frames is not None:
                 self.frames.wire.abort()
             self._presence.abort()
         self._handler.interrupt()
-        self._handler.stop_sending()
+
+    def lose(self, code: int = ABNORMAL, *, drop: bool = False) -> None:
+        """Forget a client that has gone away, with what was still to be sent to it.
+
+        Args:
+            code: The close code.
+            drop: Drop the connection if the client has not read everything, now or when it has had
+                time for that. Its handler does not wait for the server to report the disconnect.
+        """
+        self._stop_sending()
+        self.end(code)
+        if drop:
+            self._presence.abort()
+            self._handler.interrupt()
+
+    def failed(self) -> None:
+        """Forget a client to which a send has failed."""
+        self._keep_receivable()
+        self.end(ABNORMAL)
 
     def end(self, code: int | None = None) -> None:
-        """Let go of the client. Without a code its socket stays open and is the handler's alone."""
-        if self.state is ENDED:
+        """Be done with the client. Without a code its socket stays open and is the handler's."""
+        if self._ended:
             return
-        self.state = ENDED
+        self._ended = True
         if self.frames is not None:
             self.frames.suspend()
         if code is None:
@@ -300,8 +362,8 @@ class Connection:
         if self._deadline is not None:
             self._deadline.cancel()
         self._presence.forget()
-        self._discard()
-        self._on_end(self)
+        self._discard_waiting()
+        self.shard.forget(self)
         if self.code is not None:
             self._handler.limit()
             if self._presence.has_unsent:
@@ -313,115 +375,81 @@ class Connection:
         """Wait until the hub is done with the client. From any loop."""
         waiter = Waiter()
         self._waiters.append(waiter)
-        if self.state is not ENDED:
+        if not self._ended:
             await waiter
 
-    # Inside
+    def call_after_close_timeout(self, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call it when the client has had time for what was sent to it and for a close frame."""
+        return self.shard.loop.call_later(self.shard.tuning.close_timeout, callback)
 
-    def _rest(self) -> None:
-        if self.state is SENDING:
-            self.state = IDLE
-            if self.frames is not None:
-                self.frames.resume()
-
-    async def _write_close(self, close: Close) -> None:
-        message = {"type": "websocket.close", "code": close.code, "reason": close.reason}
-        await self._handler.send(message)
-        self._stay_readable()
-        self.kill()  # the handler need not wait for the server to say so
-
-    def failed(self) -> None:
-        """Let go of the client: a send to it has failed."""
-        self._stay_readable()
-        self.end(ABNORMAL)
-
-    def _stay_readable(self) -> None:
-        # In the state that Starlette sets when a send has failed or was a close, the handler's
-        # next `receive_text` would raise RuntimeError, before it could see that the client left.
-        self.websocket.application_state = WebSocketState.CONNECTED
-
-    def _expect(self, then: Callable[..., None], *args: object) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = self.line.loop.call_later(self.line.tuning.close_timeout, then, *args)
-
-    def _expire(self, leave: Leave) -> None:
-        """Leave although the client has not got everything."""
-        if leave is self.leaving:
-            self._stop_writer()
+    def _leave(self, leave: Leave) -> None:
+        if leave is self.leaving:  # otherwise the handler has come back
             self.end()
         leave.reached()
 
-    def _stop_writer(self) -> bool:
-        writer = self._writer
-        if writer is None or writer is asyncio.current_task():
-            return False
-        self._writer = None
-        writer.cancel()
-        return True
+    def _leave_now(self, leave: Leave) -> None:
+        """Leave although not everything has been sent."""
+        if leave is self.leaving:
+            own = self._own_send
+            if own is None or own.sent.done():  # the handler does not wait for it
+                self._stop_sending()
+            self.end()
+        leave.reached()
 
     def _cut_off(self, item: Item) -> None:
-        dropped = [*self._discard(), item]
-        self.line.counters.slow_clients += 1
-        self.put(Close(TRY_AGAIN_LATER, "too slow"))
-        self._on_end(self)
+        dropped = [*self._discard_waiting(), item]
+        self.shard.counters.slow_clients += 1
+        self.offer([Close(TRY_AGAIN_LATER, "too slow")])
+        self.shard.forget(self)
         self._report([event for event in dropped if isinstance(event, Event)])
+
+    def _set_close(self, item: Item) -> None:
+        if isinstance(item, Close):
+            self.code = item.code
+            self._set_deadline(self.kill)
+
+    def _set_deadline(self, callback: Callable[..., None], *args: object) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        timeout = self.shard.tuning.close_timeout
+        self._deadline = self.shard.loop.call_later(timeout, callback, *args)
+
+    def _stop_sending(self) -> bool:
+        """Cancel the send that is in flight, and return whether there was one."""
+        task = self._task
+        if task is None or task is asyncio.current_task():
+            return False
+        self._task = None
+        task.cancel()
+        if self._own_send is not None:
+            self._own_send.finish(False)
+        return True
+
+    @property
+    def _own_send(self) -> Send | None:
+        """The send of the handler's that is in flight, if any."""
+        in_flight = self.outbox.in_flight
+        return in_flight[0] if in_flight and isinstance(in_flight[0], Send) else None
+
+    def _keep_receivable(self) -> None:
+        # In the state that Starlette sets when a send has failed or was a close, the handler's
+        # next `receive_text` would raise RuntimeError before it could report the disconnect.
+        self.websocket.application_state = WebSocketState.CONNECTED
 
     def _report(self, dropped: list[Event]) -> None:
         if dropped:
-            self.line.counters.dropped += len(dropped)
+            self.shard.counters.dropped += len(dropped)
             self.outbox.tell_dropped(self.websocket, dropped)
 
-    def _discard(self) -> list[Item]:
+    def _discard_waiting(self) -> list[Item]:
         items = self.outbox.clear()
         for item in items:
-            self._let_go(item)
+            _discard(item)
         return items
 
-    @staticmethod
-    def _let_go(item: Item) -> None:
-        if isinstance(item, Turn):
-            item.waiter.set()
-        elif isinstance(item, Leave):
-            item.reached()
 
-    # What the handler's own sends need
-
-    async def acquire(self) -> bool:
-        """Wait for the handler's turn; True if the send in flight is the handler's now."""
-        if self.state is ENDED:
-            return False
-        if self.state is IDLE and not self.line.awake:
-            self._presence.sends += 1
-            self.work()
-            return True
-        turn = Turn()
-        self.line.post(turn, self)
-        try:
-            await turn.waiter
-        except asyncio.CancelledError:
-            turn.abandoned = True
-            if turn.granted:
-                self.go_on_later()
-            raise
-        return turn.granted
-
-    def go_on(self) -> None:
-        """Go on with the outbox: the handler's send is over."""
-        if self.outbox.items:
-            self._writer = self.line.loop.create_task(self._write_outbox())
-        else:
-            self._rest()
-
-    def go_on_later(self) -> None:
-        """The same in a moment: who cancels a handler may be about to end the loop."""
-        if not self.outbox.items:
-            self._rest()
-        elif not self.line.loop.is_closed():
-            self.line.loop.call_later(AFTER_CANCEL, self.go_on)
-
-    async def _write_outbox(self) -> None:
-        await self.write(self.outbox.take(), asyncio.current_task())
-
-    def call_after_close_timeout(self, then: Callable[[], None]) -> asyncio.TimerHandle:
-        return self.line.loop.call_later(self.line.tuning.close_timeout, then)
+def _discard(item: Item) -> None:
+    if isinstance(item, Send):
+        item.finish(False)
+    elif isinstance(item, Leave):
+        item.reached()

@@ -17,6 +17,10 @@ Write = Callable[[bytes], None]
 Done = Callable[[], None]
 Entry = tuple[Item | None, tuple[Member, ...], Done | None]
 
+# Members of several channels that are compared in one step, to find out whether messages that do
+# not follow each other may share a write. With more of them, only those that do share one.
+MAX_COMPARED = 1024
+
 
 class Snapshot(tuple[Member, ...]):
     """Who is on a channel, and how frames are written to those who take them, looked up once.
@@ -89,12 +93,12 @@ class Group:
 def grouped(batch: Collection[Entry]) -> list[Group]:
     """Group what was added to a shard; each member gets its items in the order of the batch."""
     groups: list[Group] = []
-    apart = _apart(batch)
+    disjoint = _disjoint(batch)
     last: dict[int, Group] = {}  # the group of each tuple of members that may take more
     for item, members, done in batch:
         group = groups[-1] if item is None and groups else last.get(id(members))
         if group is None or (item is not None and not group.add(item)):
-            if not apart:
+            if not disjoint:
                 last.clear()  # somebody is in two of them, and must not get the later item first
             group = last[id(members)] = Group(item, members)
             groups.append(group)
@@ -103,11 +107,10 @@ def grouped(batch: Collection[Entry]) -> list[Group]:
     return groups
 
 
-def _apart(batch: Collection[Entry]) -> bool:
-    """Whether nobody is in two different tuples of members of the batch."""
-    if len(batch) == 1:
-        return True
+def _disjoint(batch: Collection[Entry]) -> bool:
+    """Whether nobody is in two different tuples of members; False if there are too many."""
     distinct = {id(members): members for _, members, _ in batch}
-    if len(distinct) <= 1:
-        return True
-    return len(set[Member]().union(*distinct.values())) == sum(map(len, distinct.values()))
+    size = sum(map(len, distinct.values()))
+    if len(distinct) > 1 and size > MAX_COMPARED:
+        return False
+    return len(distinct) <= 1 or len(set[Member]().union(*distinct.values())) == size

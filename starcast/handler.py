@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from .close_codes import ABNORMAL, NORMAL
+from .close_codes import ABNORMAL
 
 
 class Client(Protocol):
@@ -28,30 +28,14 @@ class Client(Protocol):
     def ended(self) -> bool:
         """Whether the hub is done with the client."""
 
-    @property
-    def departed(self) -> bool:
-        """Whether the client has left or is about to be closed."""
-
-    async def acquire(self) -> bool:
-        """Wait for the handler's turn; True if the send in flight is the handler's now."""
-
-    def go_on(self) -> None:
-        """Go on with what waits: the handler's send is over."""
-
-    def go_on_later(self) -> None:
-        """The same in a moment."""
-
-    def end(self, code: int | None = None) -> None:
-        """Let go of the client."""
-
-    def failed(self) -> None:
-        """Let go of the client: a send to it has failed."""
+    async def send(self, message: Message) -> bool:
+        """Send a message of the handler's; False if the hub is done with the client."""
 
     def lose(self, code: int) -> None:
-        """Forget the client: it has left."""
+        """Forget a client that has gone away."""
 
-    def call_after_close_timeout(self, then: Callable[[], None]) -> asyncio.TimerHandle:
-        """Call it after the time that a client has for a close frame."""
+    def call_after_close_timeout(self, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call it when the client has had time for a close frame."""
 
 
 class Handler:
@@ -60,11 +44,9 @@ class Handler:
     __slots__ = (
         "_client",
         "_interrupted",
-        "_loop",
         "_patience",
         "_receive",
         "_receiving",
-        "_sending",
         "_told",
         "_websocket",
         "over",
@@ -72,16 +54,14 @@ class Handler:
         "send_event",
     )
 
-    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self._loop = loop
         self._websocket = websocket = client.websocket
         self.over = False  # `websocket.receive` has nothing more to say
         self._told = False  # `receive` has said that the client has left
         self._receiving: asyncio.Task[Any] | None = None
         self._interrupted = False  # whether we have cancelled that
         self._patience: asyncio.TimerHandle | None = None
-        self._sending: asyncio.Timeout | None = None
         # If another hub's are there already, that hub takes us for the handler.
         self.send, self._receive = websocket.send, websocket.receive
         # What `WebSocket.send` calls after its checks. The connection makes them itself, and a
@@ -109,49 +89,14 @@ class Handler:
 
     # Send
 
-    @property
-    def is_sending(self) -> bool:
-        """Whether a send of the handler's is in flight."""
-        return self._sending is not None
-
-    def stop_sending(self) -> None:
-        """End the send that is in flight, if any: the handler gets a WebSocketDisconnect."""
-        if self._sending is not None:
-            self._sending.reschedule(self._loop.time())
-
     async def _guarded_send(self, message: Message) -> None:
         client = self._client
-        held = await client.acquire()
-        closing = message["type"] == "websocket.close"
-        if client.departed and client.code is None:
-            client.failed()
-        try:
-            if client.code is None:
-                try:
-                    async with asyncio.timeout(None) as self._sending:
-                        await self.send(message)
-                except TimeoutError:
-                    if client.code is None:
-                        raise
-                    raise WebSocketDisconnect(client.code) from None
-                finally:
-                    self._sending = None
-                if closing and not client.ended:
-                    client.end(message.get("code", NORMAL))
-            elif not closing:
-                raise WebSocketDisconnect(client.code)
-        except (WebSocketDisconnect, OSError):
-            if client.code is None and not client.ended:
-                client.failed()
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            if held:
-                client.go_on_later()
-                held = False
-            raise
-        finally:
-            if held:
-                client.go_on()
+        if await client.send(message):
+            return
+        if client.code is None:
+            await self.send(message)  # the client has left the hub
+        elif message["type"] != "websocket.close":
+            raise WebSocketDisconnect(client.code)
 
     # Receive
 

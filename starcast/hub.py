@@ -151,7 +151,6 @@ class Hub:
                 self.registry.here(),
                 outbox,
                 id=next(_ids),
-                on_end=self.registry.forget,
                 ready_frames=self.settings.ready_frames,
                 protocol=protocol,
             )

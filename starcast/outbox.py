@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
+
+from starlette.types import Message
 
 from .event import Event
 from .exceptions import ConfigurationError
@@ -75,20 +78,33 @@ class Leave:
             self.waiter.set()
 
 
-class Turn:
-    """A handler's own `websocket.send`, waiting for what the client has to get first."""
+class Send:
+    """An ASGI message that the client's own handler sends, and waits until it has been sent.
 
-    __slots__ = ("abandoned", "granted", "waiter")
+    Attributes:
+        message: The message.
+        sent: Done when the message has been sent, or will not be: then it is False. Cancelled if
+            the handler is cancelled before.
+        error: What the send raised.
+    """
 
-    def __init__(self) -> None:
-        self.waiter = Waiter()
-        self.granted = False  # the send may go out; nothing else does until it has
-        self.abandoned = False  # cancelled while it waited
+    __slots__ = ("error", "message", "sent")
+
+    def __init__(self, message: Message, loop: asyncio.AbstractEventLoop) -> None:
+        self.message = message
+        self.sent: asyncio.Future[bool] = loop.create_future()
+        self.error: Exception | None = None
+
+    def finish(self, sent: bool, error: Exception | None = None) -> None:
+        if not self.sent.done():
+            self.error = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                self.sent.set_result(sent)
 
 
 # What reaches a client in order. The control items weigh nothing and are never dropped. There is at
-# most one Close and one Leave a client, and one Turn for each of its handler's tasks that sends.
-Item = Event | Gap | Close | Leave | Turn
+# most one Close and one Leave a client, and one Send for each of its handler's tasks that sends.
+Item = Event | Gap | Close | Leave | Send
 
 
 class OutboxFull(Exception):
@@ -139,6 +155,7 @@ class Outbox:
     __slots__ = (
         "_on_overflow",
         "draining",
+        "in_flight",
         "items",
         "max_buffer",
         "overflow",
@@ -163,6 +180,8 @@ class Outbox:
         self.overflow: Overflow = overflow
         self._on_overflow = on_overflow
         self.size = 0
+        # What is being sent, or is about to be: one item, or the events of a turn of the loop.
+        self.in_flight: Sequence[Item] | None = None
         # None until it is needed: an empty deque takes 760 bytes.
         self.items: deque[Item] | LatestQueue | None = None
         self.draining: Draining | None = None  # once a room had to wait for it, until it is empty

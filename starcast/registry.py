@@ -66,7 +66,7 @@ class Registry:
         with self.lock:
             if loop not in self.shards:
                 self._sweep()
-                self.shards[loop] = Shard(loop, self.lock, self.tuning)
+                self.shards[loop] = Shard(loop, self.lock, self.tuning, self.forget)
             return self.shards[loop]
 
     def loops(self) -> list[asyncio.AbstractEventLoop]:

@@ -3,28 +3,30 @@
 `add` may be called from any thread, with the hub's lock held. Everything else happens on the
 shard's own loop and needs no lock.
 
-What is added is delivered by runners: real tasks that share one generator, `_deliveries`, and await
-one write after another. While the sockets take what they are given, nothing suspends, and a single
-runner serves everybody in one step. When a write does suspend, because a client is behind, its
-runner stays with that client, and `_look`, which the loop calls next, lets another one carry on
-with the rest.
+Deliveries are synchronous. A generator, `_deliveries`, writes frames to the clients that take them
+now, and offers the items to all others; after every step of it the clock is looked at, and what
+takes longer than a time slice goes on in the next turn of the loop. A client that was offered
+something while it was idle is in `ready`: a task sends to one such client after another. As long as
+nothing suspends, a single task serves everybody. One that has to wait for its client stays with it,
+and another task goes on with the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
+import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
-from .connection import AFTER_CANCEL, IDLE, Connection
+from .connection import Connection
 from .event import Event
 from .frames import Setting
 from .group import Done, Entry, Group, Member, Snapshot, grouped
-from .outbox import Item, Turn
+from .outbox import Item, Send
 from .servers.watch import Watch
 from .stats import Counters
 from .sync.bounded import BoundedQueue
@@ -33,41 +35,45 @@ from .tuning import Tuning
 
 logger = logging.getLogger("starcast")
 
-Work = Iterator[tuple[Connection, Item] | None]
+# Members that are written to or offered an item before the time is looked at.
+STEP = 128
 
-# Members that get an item in their outbox, or are excluded, before the time is looked at.
-LOOKED_AT = 128
+# Whether a task can take its first step where it is made (Python 3.12).
+EAGER = sys.version_info >= (3, 12)
 
-# Runners that are started at once when all before them are waiting for their clients. Their number
-# doubles up to here, so that a server whose every send suspends costs few turns of the loop.
-MAX_CREW = 64
+END = object()
 
 
 class Shard:
-    """See the module. `lock` is the hub's."""
+    """One event loop's members, and what is on its way to them.
+
+    Args:
+        loop: The event loop.
+        lock: The hub's.
+        tuning: The hub's timings and bounds.
+        forget: Called with a client that has ended, to take it off the hub.
+    """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         lock: AbstractContextManager[object],
         tuning: Tuning,
+        forget: Callable[[Connection], object],
     ) -> None:
         self.loop = loop
         self.tuning = tuning
         self.counters = Counters()
         self.watch = Watch(loop, tuning.watch_interval)
+        self.forget = forget
         self.awake = False  # there is something to deliver
         self.version = 0
         self.queue = BoundedQueue[Entry](lock, tuning.max_pending)
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._lock = lock
-        self._work: Work | None = None  # what is being delivered
-        self._first: tuple[Connection, Item] | None = None  # what the next runner begins with
-        self._turn = 0
-        self._paused = False
-        self._halted = False
-        self._runners: set[asyncio.Task[None]] = set()
+        self.ready: deque[Connection] = deque()  # at most `STEP`, and the handlers' own sends
+        self._work: Iterator[None] | None = None  # deliveries that are under way
 
     # With the hub's lock held
 
@@ -124,11 +130,10 @@ class Shard:
         with self._lock:
             return self.members(channel)
 
-    def post(self, item: Turn, connection: Connection) -> None:
+    def post(self, item: Send, connection: Connection) -> None:
+        """Offer an item after everything that is still to be delivered: it is awake."""
         with self._lock:
-            wake = self.add(item, (connection,))
-        if wake:
-            self.wake()
+            self.add(item, (connection,))
 
     # On the loop
 
@@ -137,155 +142,141 @@ class Shard:
             self.flush()
 
     def flush(self) -> bool:
-        """Deliver here and now, if nobody does so already; False if it does not end here.
+        """Deliver here and now; False if it does not end here, or is done elsewhere already.
 
-        That costs no task. What would have to wait for a client, and what takes longer than a
-        slice, is left to runners.
+        What takes longer than a time slice goes on in the next turns of the loop.
         """
         if self._work is not None:
             return False
-        work = self._work = self._deliveries()
+        self._work = self._deliveries()
+        return self._deliver_for_a_while()
+
+    def _deliver_for_a_while(self) -> bool:
+        work = self._work
+        assert work is not None
         deadline = time.monotonic() + self.tuning.time_slice
-        for delivery in work:
-            if delivery is not None:
-                self._first = delivery
-                self._start(work, 1)
-                return False
+        while self._send_ready(deadline):
+            if next(work, END) is END:
+                self._work = None
+                return True
             if time.monotonic() > deadline:
-                self._start(work, 1)
+                break
+        self.loop.call_soon(self._deliver_for_a_while)
+        return False
+
+    def send_ready(self) -> None:
+        """Let a task send to each client in `ready`."""
+        while self.ready:
+            self._start(self.ready.popleft().drain())
+
+    def _send_ready(self, deadline: float) -> bool:
+        """Let a task send to the clients in `ready`; False if some are left for the next turn.
+
+        If the task has to wait for one of them, another task goes on with the rest.
+        """
+        while self.ready:
+            self._start(self._drain_ready(deadline))
+            # Before Python 3.12, the task begins in the next turn.
+            if not EAGER or time.monotonic() > deadline:  # pragma: no branch
                 return False
         return True
 
-    def _start(self, work: Work, size: int) -> None:
-        if not self.awake or work is not self._work:
-            return
-        crew = [self.loop.create_task(self._run(work)) for _ in range(size)]
-        for runner in crew:
-            self._runners.add(runner)
-            runner.add_done_callback(self._runners.discard)
-        # After the first steps of the runners: whoever is still on its way then has suspended.
-        self.loop.call_soon(self._look, work, crew)
-
-    def _look(self, work: Work, crew: list[asyncio.Task[None]]) -> None:
-        self._turn += 1
-        size = 1 if self._paused else min(2 * len(crew), MAX_CREW)
-        self._paused = False
-        if self._halted or any(runner.cancelled() for runner in crew):
-            # Somebody cancels tasks that are not theirs. That may be the end of the loop, which
-            # would not wait for new tasks; if it is not, this goes on in a moment.
-            self._halted = False
-            self.loop.call_later(AFTER_CANCEL, self._start, work, 1)
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        # A connection refers to the task that waits for it.
+        if sys.version_info >= (3, 12):  # pragma: no cover  # coverage is taken on 3.11
+            asyncio.Task(coroutine, loop=self.loop, eager_start=True)
         else:
-            self._start(work, size)
+            self.loop.create_task(coroutine)
 
-    async def _run(self, work: Work) -> None:
-        if self._paused:
-            return  # another one of this crew has used up the time
-        task = asyncio.current_task()
-        turn = self._turn
-        deadline = time.monotonic() + self.tuning.time_slice
-        if self._first is not None:
-            work, self._first = itertools.chain([self._first], work), None
-        for delivery in work:
-            if delivery is not None:
-                connection, item = delivery
-                try:
-                    await connection.write(item, task)
-                except asyncio.CancelledError:
-                    self._halted = True
-                    raise
-            if self._turn != turn:
-                return  # this one has suspended, and others carry on
+    async def _drain_ready(self, deadline: float) -> None:
+        ready, task = self.ready, asyncio.current_task()
+        while ready:
+            await ready.popleft().drain(task)
             if time.monotonic() > deadline:
-                self._paused = True
                 return
 
-    def _deliveries(self) -> Work:
-        """Yield what has to be written, and None now and then, to be asked for the time."""
+    def _deliveries(self) -> Iterator[None]:
+        """Offer everything to its members, in steps: after each, send to those in `ready`."""
         batch: deque[Entry] = deque()
         try:
             while True:
                 with self._lock:
                     if not self.queue.entries:
                         self.awake = False
-                        self._work = None
                         return
                     batch = self.queue.take_all()
                 for group in grouped(batch):
                     yield from self._deliver(group)
-                    for done in group.done:
-                        done()
-                    yield None
+                    for arrived in group.done:
+                        arrived()
+                    yield
         except Exception:
-            # A mistake of ours. It must not be the end of everything that is still to come.
+            # This is a bug, which must not be the end of everything that is still to come.
             logger.exception("messages were lost")
-            for entry in batch:
-                if (told := entry[2]) is not None:
-                    told()
-            self._work = None
+            for _, _, done in batch:
+                if done is not None:
+                    done()
             self.loop.call_soon(self._begin)
 
-    def _deliver(self, group: Group) -> Work:
+    def _deliver(self, group: Group) -> Iterator[None]:
         members: Sequence[Member] = group.members
         if group.exclude:
             members = [member for member in members if member.id not in group.exclude]
-        elif group.exclude is not None and isinstance(members, Snapshot):
+        if isinstance(members, Snapshot) and group.exclude is not None:
             members = yield from self._write(group, members)
-        count = len(group.items)
-        takes_more = group.exclude is not None  # they are events
-        single = takes_more and count == 1
+        elif group.exclude is not None:
+            members = yield from self._write_each(group, members)
+        for start in range(0, len(members), STEP):
+            for member in members[start : start + STEP]:
+                member.offer(group.items)
+            yield
+
+    def _write_each(
+        self, group: Group, members: Sequence[Member]
+    ) -> Generator[None, None, list[Member]]:
+        """Write to those who take frames now, and return the others."""
+        others: list[Member] = []
         setting: Setting | None = None
         joined = b""  # for this setting
-        for start in range(0, len(members), LOOKED_AT):
-            delivered = looked = 0
-            for member in members[start : start + LOOKED_AT]:
-                frames = member.frames
-                if frames is not None and frames.direct is not None and takes_more:
-                    if frames.setting != setting:
-                        setting = frames.setting
-                        joined = group.joined(setting)
-                    frames.direct(joined)
-                    delivered += count
-                    continue
-                looked += count
-                if single and member.state is IDLE:
-                    assert isinstance(member, Connection)  # a Subscriber is never idle
-                    member.work()
-                    yield member, group.items[0]
-                    continue
-                for item in group.items:
-                    if member.put(item):
-                        assert isinstance(member, Connection)  # a Subscriber writes nothing
-                        yield member, item
-                if looked >= LOOKED_AT:
-                    looked = 0
-                    yield None
-            self.counters.delivered += delivered
+        for start in range(0, len(members), STEP):
             if start:
-                yield None
+                yield
+            step = members[start : start + STEP]
+            before = len(others)
+            for member in step:
+                frames = member.frames
+                if frames is None or frames.direct is None:
+                    others.append(member)
+                    continue
+                if frames.setting != setting:
+                    setting = frames.setting
+                    joined = group.joined(setting)
+                frames.direct(joined)
+            self.counters.delivered += len(group.items) * (len(step) - len(others) + before)
+        return others
 
     def _write(self, group: Group, snapshot: Snapshot) -> Generator[None, None, Sequence[Member]]:
         """Write to all who take frames; return the others, and those who may not take them now."""
         version = self.version
         if snapshot.version != version:
             snapshot.look(version)
-            for start in range(0, len(snapshot), LOOKED_AT):
+            for start in range(0, len(snapshot), STEP):
                 if start:
                     yield None
                 if self.version != version:
                     snapshot.version = -1
                     return snapshot
-                snapshot.add(snapshot[start : start + LOOKED_AT])
+                snapshot.add(snapshot[start : start + STEP])
         others = snapshot.others
         for setting, (writes, members) in snapshot.writers.items():
             joined = group.joined(setting)
-            for start in range(0, len(writes), LOOKED_AT):
+            for start in range(0, len(writes), STEP):
                 if self.version != version:
                     others = others + members[start:]
                     break
-                for write in writes[start : start + LOOKED_AT]:
+                for write in writes[start : start + STEP]:
                     write(joined)
-                self.counters.delivered += len(group.items) * len(writes[start : start + LOOKED_AT])
+                self.counters.delivered += len(group.items) * len(writes[start : start + STEP])
                 if start:
                     yield None
         return others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Self, TypeVar, cast
 
 from .event import Event
@@ -34,7 +34,6 @@ class Subscription(Generic[T]):
     gaps = False  # whether it receives gaps
 
     # A shard reads these of every member. A subscription has no socket and is never excluded.
-    state: None = None
     frames: None = None
     id = 0
     is_stuck = False
@@ -106,7 +105,7 @@ class Subscription(Generic[T]):
             self._waiting = self._loop.create_future()
             await self._waiting
         self._counters.delivered += isinstance(item, Event)
-        return cast(T, item)  # `put` accepts nothing else
+        return cast(T, item)  # `offer` accepts nothing else
 
     async def get(self) -> T:
         """Wait for the next event and return it, like one step of the iteration.
@@ -121,27 +120,30 @@ class Subscription(Generic[T]):
         except StopAsyncIteration:
             raise Unsubscribed(f"the subscription to {self.channel!r} has ended") from None
 
-    def put(self, item: Item) -> bool:
-        """Take an item from the shard, on the loop of the block. Never asks to be written to."""
-        if self._ended:
-            return False
-        if isinstance(item, Close):
-            self.end()
-        elif isinstance(item, (Event, Gap)):
-            try:
-                dropped = self.outbox.offer(item)
-            except OutboxFull:
-                assert isinstance(item, Event)  # a gap takes no space
-                dropped = [item]
-                self._counters.slow_clients += 1
-                self._lagged = True
-                self._leave(self)
+    def offer(self, items: Sequence[Item]) -> None:
+        """Take items from the shard, on the loop of the block."""
+        for item in items:
+            if self._ended:
+                return
+            if isinstance(item, Close):
                 self.end()
-            if dropped:
-                self._counters.dropped += len(dropped)
-                self.outbox.tell_dropped(self, dropped)
+            elif isinstance(item, (Event, Gap)):
+                self._queue(item)
         self._wake()
-        return False
+
+    def _queue(self, item: Event | Gap) -> None:
+        try:
+            dropped = self.outbox.offer(item)
+        except OutboxFull:
+            assert isinstance(item, Event)  # a gap weighs nothing
+            dropped = [item]
+            self._counters.slow_clients += 1
+            self._lagged = True
+            self._leave(self)
+            self.end()
+        if dropped:
+            self._counters.dropped += len(dropped)
+            self.outbox.tell_dropped(self, dropped)
 
     def lose(self, *, drop: bool = False) -> None:
         """End the iteration at once: the client that the block serves has left."""

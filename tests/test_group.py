@@ -121,6 +121,12 @@ def test_rooms_apart_are_a_group_each():
     assert [len(group.items) for group in groups] == [20] * 5
 
 
+def test_large_rooms_share_writes_for_what_follows_each_other():
+    rooms = [tuple(Member(number) for number in range(600)) for _ in range(2)]
+    batch = [(event(10), rooms[number], None) for number in (0, 0, 1, 0)]
+    assert [len(group.items) for group in grouped(batch)] == [2, 1, 1]
+
+
 def test_somebody_on_two_channels_gets_them_as_they_came():
     one, two = (MEMBERS[0], MEMBERS[1]), (MEMBERS[1], MEMBERS[2])
     sent = [event(number) for number in range(4)]

@@ -12,7 +12,7 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, ConfigurationError, Event, Overflowed
 from starcast.event import OVERHEAD
-from starcast.outbox import MAX_BUFFER, OVERFLOWS, Close, Leave, Outbox, OutboxFull, Turn
+from starcast.outbox import MAX_BUFFER, OVERFLOWS, Close, Leave, Outbox, OutboxFull, Send
 from support import DEADLINE, Peer, by_another, until
 
 pytestmark = pytest.mark.anyio
@@ -273,7 +273,8 @@ def test_a_message_larger_than_the_buffer_takes_the_place_of_all_others(overflow
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 async def test_control_items_weigh_nothing_and_are_never_dropped(overflow):
-    items = [Turn(), Leave(), Close(1000)]
+    own = Send({"type": "websocket.send", "text": "own"}, asyncio.get_running_loop())
+    items = [own, Leave(), Close(1000)]
     outbox = Outbox(OVERHEAD, overflow)
     outbox.offer(event(0))
     for item in items:
@@ -301,9 +302,14 @@ async def test_control_items_say_what_they_are_for():
     close = Close(1001, "going away")
     assert (close.code, close.reason) == (1001, "going away")
     assert Close(1000).reason == ""
-    turn = Turn()
-    assert not turn.granted
-    assert not turn.abandoned
+
+
+async def test_a_send_is_finished_once():
+    send = Send({"type": "websocket.close"}, asyncio.get_running_loop())
+    send.finish(False)
+    send.finish(True, OSError())
+    assert await send.sent is False
+    assert send.error is None
 
 
 # The hook

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import itertools
-import time
 import types
 from collections.abc import AsyncIterator
 
@@ -20,8 +19,10 @@ from support import Peer, starcast_tasks, until, until_sync
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("road")]
 
 
-async def joined(hub: Broadcast, count: int, channel: str = "default") -> list[Peer]:
-    peers = [Peer() for _ in range(count)]
+async def joined(
+    hub: Broadcast, count: int, channel: str = "default", peer: type[Peer] = Peer
+) -> list[Peer]:
+    peers = [peer() for _ in range(count)]
     for peer in peers:
         await hub.connect(peer.websocket, channel)
     return peers
@@ -61,26 +62,27 @@ async def test_nobody_waits_for_clients_that_are_behind():
     assert hub.stats().delivered == 600
 
 
+class Suspending(Peer):
+    """A peer whose every send suspends."""
+
+    async def send(self, message):
+        await asyncio.sleep(0)
+        await super().send(message)
+
+
 async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
     hub = Broadcast()
-    peers = await joined(hub, 500)
-    for peer in peers:
-        send = peer.send
-
-        async def suspending(message, send=send):
-            await asyncio.sleep(0)
-            await send(message)
-
-        hub._hub.find(peer.websocket)._handler.send_event = suspending
+    peers = await joined(hub, 500, peer=Suspending)
     async with ticking() as turns:
         await hub.send("hello")
-        await until(lambda: not starcast_tasks())
+        while not all(peer.got for peer in peers):  # noqa: ASYNC110  # its turns are counted
+            await asyncio.sleep(0)
+        assert turns[0] < 100
     assert all(peer.got == ["hello"] for peer in peers)
-    assert turns[0] < 100
 
 
 async def test_many_deliveries_leave_turns_to_other_tasks(monkeypatch):
-    monkeypatch.setattr(shard, "LOOKED_AT", 1)
+    monkeypatch.setattr(shard, "STEP", 1)
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
     peers = await joined(hub, 50)
     async with ticking() as turns:
@@ -90,30 +92,12 @@ async def test_many_deliveries_leave_turns_to_other_tasks(monkeypatch):
     assert all(peer.got == ["hello"] for peer in peers)
 
 
-@pytest.mark.parametrize("road", ["asgi"], indirect=True)
-async def test_a_pause_in_a_large_crew_pauses_all_of_it(monkeypatch):
-    clock = types.SimpleNamespace(monotonic=time.monotonic)
-    ticks = itertools.count(2**40)  # each look at the clock finds that a slice is over
-    monkeypatch.setattr(shard, "time", clock)
+async def test_very_many_get_what_one_of_them_does_not():
     hub = Broadcast()
     peers = await joined(hub, 300)
-    slow = set(map(id, peers[:100]))
-    for peer in peers:
-        send = peer.send
-
-        async def suspending(message, peer=peer, send=send):
-            if peer is peers[99]:
-                clock.monotonic = lambda: next(ticks)
-            if id(peer) in slow:
-                await asyncio.sleep(0)
-            await send(message)
-
-        hub._hub.find(peer.websocket)._handler.send_event = suspending
-    async with ticking() as turns:
-        await hub.send("hello")
-        assert turns[0] >= 200
-    await until(lambda: not starcast_tasks())
-    assert all(peer.got == ["hello"] for peer in peers)
+    await hub.send("hello", exclude=peers[150].websocket)
+    assert [index for index, peer in enumerate(peers) if peer.got != ["hello"]] == [150]
+    assert hub.stats().delivered == 299
 
 
 async def test_exclude_and_the_handlers_own_turn():
@@ -158,29 +142,18 @@ async def test_one_message_for_very_many_that_are_behind_leaves_turns_to_other_t
     assert all(peer.got == ["1", "2"] for peer in peers)
 
 
-@pytest.mark.parametrize("behind", [False, True])
-async def test_a_fan_out_to_ten_thousand_does_not_hold_the_loop(monkeypatch, behind):
-    cost = 10e-6  # seconds of the clock below that a client costs; no other clock is looked at
+async def test_a_fan_out_to_ten_thousand_does_not_hold_the_loop(monkeypatch):
+    """Nothing else waits for longer than 10 ms, by a clock that each send moves on by 10 us."""
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(shard, "time", clock)
-    put = Connection.put
 
     class Sent(list):
         def append(self, message) -> None:
-            clock.now += cost
+            clock.now += 10e-6
             super().append(message)
 
-    def costly_put(self, item):
-        clock.now += cost * behind
-        return put(self, item)
-
-    monkeypatch.setattr(Connection, "put", costly_put)
     hub = Broadcast()
     peers = await joined(hub, 10_000)
-    if behind:
-        for peer in peers:
-            peer.open.clear()
-        await hub.publish("default", "stuck")
     for peer in peers:
         peer.sent = Sent()
     clock.now = 0.0
@@ -194,19 +167,11 @@ async def test_a_fan_out_to_ten_thousand_does_not_hold_the_loop(monkeypatch, beh
     watching = asyncio.create_task(watch())
     await until(lambda: turns)
     await hub.publish("default", "hello")
-    assert clock.now == pytest.approx(10_000 * cost)
+    assert clock.now == pytest.approx(0.1)
     turns.append(clock.now)
     watching.cancel()
-    held = [later - earlier for earlier, later in itertools.pairwise(turns)]
-    assert (
-        max(held) < Tuning().time_slice + (shard.LOOKED_AT + 1) * cost
-    )  # a slice and one step more
-    during = [turn for turn in turns if 0 < turn < 9999 * cost]
-    assert len(set(during)) >= 10_000 * cost / (Tuning().time_slice + shard.LOOKED_AT * cost) - 1
-    for peer in peers:
-        peer.open.set()
-    await until(lambda: not starcast_tasks())
-    assert all(peer.got[-1] == "hello" for peer in peers)
+    assert max(later - earlier for earlier, later in itertools.pairwise(turns)) < 0.01
+    assert all(peer.got == ["hello"] for peer in peers)
 
 
 def test_the_end_of_asyncio_run_destroys_no_task(caplog):
@@ -327,7 +292,7 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
         monkeypatch.undo()
         raise LookupError("a mistake")
 
-    monkeypatch.setattr(Connection, "put", mistaken)
+    monkeypatch.setattr(Connection, "offer", mistaken)
     hub.publish_nowait("default", "lost")
     told = [Waiter(), Waiter()]
     for waiter in told:
@@ -344,7 +309,7 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
 
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_client_falls_behind_while_the_others_are_looked_up(monkeypatch, turns):
-    monkeypatch.setattr(shard, "LOOKED_AT", 2)
+    monkeypatch.setattr(shard, "STEP", 2)
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
     peers = await joined(hub, 12)
     sending = asyncio.create_task(hub.send("1"))

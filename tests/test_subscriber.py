@@ -467,8 +467,8 @@ async def test_what_is_meant_for_clients_alone_does_not_end_a_subscriber():
     subscriber, counters, left = alone()
     event = Event("room", "1", b"1")
     async with subscriber:
-        assert subscriber.put(Leave()) is False
-        assert subscriber.put(event) is False
+        subscriber.offer([Leave()])
+        subscriber.offer([event])
         assert await asyncio.wait_for(anext(subscriber), DEADLINE) is event
         assert left == []
     assert left == [subscriber]
@@ -478,7 +478,7 @@ async def test_what_is_meant_for_clients_alone_does_not_end_a_subscriber():
 async def test_what_arrives_before_the_block_is_entered_is_not_lost():
     subscriber, _, _ = alone()
     event = Event("room", "1", b"1")
-    subscriber.put(event)
+    subscriber.offer([event])
     async with subscriber:
         assert await asyncio.wait_for(anext(subscriber), DEADLINE) is event
 

@@ -59,6 +59,17 @@ SERVERS = {
             ("fastapi", "starlette", *_UVICORN),
         ),
         Server(
+            "starcast_wrapped",
+            "starcast, uvicorn, behind a middleware that wraps `send`",
+            ("starcast", "starlette", *_UVICORN),
+            "/ws/{room}",
+        ),
+        Server(
+            "connection_manager_wrapped",
+            "ConnectionManager of FastAPI's page, behind the same middleware",
+            ("fastapi", "starlette", *_UVICORN),
+        ),
+        Server(
             "broadcaster",
             "encode/broadcaster, uvicorn",
             ("broadcaster", "starlette", *_UVICORN, "redis", "hiredis"),

@@ -6,12 +6,13 @@ done. Otherwise a message goes the way of any other, and `FrameWriter.write` wai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ..event import Event
 from ..frames import Setting
-from ..outbox import Outbox
+from ..outbox import Item, Outbox
 
 # Bytes of frames that are joined for one write.
 MAX_JOIN = 64 * 1024
@@ -55,7 +56,7 @@ class Client(Protocol):
         """Whether nothing is in flight, and the client is neither closed nor left."""
 
     @property
-    def line(self) -> Versioned:
+    def shard(self) -> Versioned:
         """Its shard, whose version changes with any client's `direct`."""
 
     @property
@@ -97,7 +98,7 @@ class FrameWriter:
         # A client with a smaller buffer might not have space for what a group joins.
         if wire.ready and client.outbox.max_buffer >= MAX_JOIN:
             self.direct = wire.write
-            client.line.version += 1
+            client.shard.version += 1
         else:
             self.suspend()
 
@@ -105,25 +106,33 @@ class FrameWriter:
         """Let none be written at once until it is resumed: the client is not idle any more."""
         if self.direct is not None:
             self.direct = None
-            self._client.line.version += 1
+            self._client.shard.version += 1
 
-    async def write(self, event: Event) -> int:
-        """Write an event, joined with what follows it in the outbox.
+    async def write(self, items: Iterable[Item]) -> int:
+        """Write events, joined with each other and with what follows them in the outbox.
 
         Returns:
             How many events were written: none if the client has left.
         """
-        if not await self.wire.drain():
-            return 0
         outbox = self._client.outbox
-        frames = [event.frame(self.setting)]
-        size = len(frames[0])
-        while (following := outbox.next_event()) is not None:
-            frame = following.frame(self.setting)
-            size += len(frame)
-            if size > min(MAX_JOIN, outbox.max_buffer):
-                break
-            frames.append(frame)
-            outbox.take()
-        self.wire.write(b"".join(frames))
-        return len(frames)
+        limit = min(MAX_JOIN, outbox.max_buffer)
+        events = deque(item for item in items if isinstance(item, Event))
+        written = 0
+        while events:
+            if not await self.wire.drain():
+                return 0
+            frames: list[bytes] = []
+            size = 0
+            while (event := events[0] if events else outbox.next_event()) is not None:
+                frame = event.frame(self.setting)
+                size += len(frame)
+                if frames and size > limit:
+                    break
+                frames.append(frame)
+                if events:
+                    events.popleft()
+                else:
+                    outbox.take()
+            self.wire.write(b"".join(frames))
+            written += len(frames)
+        return written
