@@ -1,7 +1,7 @@
-"""Dispatcher: hands what is published to the broker, or in memory to the registry.
+"""Dispatcher: hands each message to the link, and waits if the caller has to wait.
 
-It waits where somebody has to wait: for space, for the broker's confirmation, or until the clients
-of this event loop have the message.
+That is for space in a queue, for the broker's confirmation, or in memory until the message is in
+the sockets or outboxes of this event loop's clients.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 import asyncio
 import enum
 import functools
-import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from . import forks, logs
 from .broker.link import Link
-from .broker.sender import OnLost, Taken
+from .broker.local import LocalLink
+from .broker.sender import Ack, OnLost
 from .event import Event
 from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
 from .registry import Registry
 from .sync.bounded import Full
 from .sync.waiter import Waiter
 
-# Awaited messages after which other tasks get a turn; or sooner, after a time slice.
+# Awaited messages after which other tasks may run, if a time slice has not passed before.
 YIELD_AFTER = 64
 
 NOT_OPEN = (
@@ -31,25 +31,15 @@ NOT_OPEN = (
     "or with await hub.connect()"
 )
 
-NOBODY = (
-    "published to a memory:// hub that has had no client and no subscriber, so nobody got it; its "
-    "clients must be in this process, on this very Broadcast object. To reach those of another "
-    "process, give both the URL of a broker; a job without an event loop uses starcast.Publisher"
-)
-
 # What the log says at DEBUG of each message.
 LOCAL = "published %d bytes to %r"
 REMOTE = "published %d bytes to %r through the broker"
-
-# Seconds that `publish` waits for space before it raises PublishQueueFull.
-PUBLISH_TIMEOUT = 2.0
-
 
 HandedOver = TypeVar("HandedOver")
 
 
 class State(enum.Enum):
-    """What a hub takes messages for."""
+    """Whether a hub accepts messages."""
 
     NEW = enum.auto()  # it was never open; in memory, its first client or message opens it
     OPEN = enum.auto()
@@ -58,19 +48,20 @@ class State(enum.Enum):
 
 
 class Dispatcher:
-    """See the module. Made on any thread.
+    """Publishes messages. Made on any thread.
 
     Attributes:
-        state: Of the hub, which sets it when it closes.
-        published: Messages that were handed over.
-        failed: Messages that could not be.
+        state: The hub's; the `Lifecycle` sets it when it closes.
+        published: How many messages were handed to the link.
+        failed: How many messages were not.
     """
 
-    def __init__(self, registry: Registry, link: Link | None) -> None:
+    def __init__(self, registry: Registry, link: Link | LocalLink) -> None:
         self.state = State.NEW
         self._registry = registry
         self._link = link
         self._lock = registry.lock
+        self._timeout = registry.tuning.publish_timeout
         # Guarded by the lock:
         self.published = 0
         self.failed = 0
@@ -81,14 +72,13 @@ class Dispatcher:
         self._unyielded_since = 0.0
 
     def open_here(self) -> None:
-        """Take messages from now on. On the event loop on which the hub is opened."""
+        """Accept messages from now on. On the event loop on which the hub is opened."""
         self.state, self._opener = State.OPEN, asyncio.get_running_loop()
 
     def after_fork(self) -> None:
         """Belong to the parent, if the hub is open there on an event loop that still exists."""
         loop_exists = self._opener is not None and not self._opener.is_closed()
-        in_use = loop_exists if self._link is None else self._link.alive
-        if self.state is State.OPEN and in_use:
+        if self.state is State.OPEN and loop_exists:
             self.state = State.INHERITED
 
     def check_fork(self) -> None:
@@ -98,7 +88,7 @@ class Dispatcher:
 
     def publish_nowait(self, event: Event) -> None:
         """Hand an event over, or raise at once."""
-        not_open = self._link is not None and self.state in (State.NEW, State.CLOSED)
+        not_open = not self._link.is_local and self.state in (State.NEW, State.CLOSED)
         if not_open and not self.published:
             # A route answers the error with 503, and then nobody would see why.
             logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
@@ -111,26 +101,21 @@ class Dispatcher:
 
     def publish(
         self, event: Event, wait: bool = False, on_lost: OnLost | None = None
-    ) -> Taken | None:
-        """Hand an event over; what comes back is set when the broker has it.
+    ) -> Ack | None:
+        """Publish an event. With `wait`, return what is set when the broker has it.
 
         Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
-        taken = None
-        # A hub in memory that is new has nobody yet who could miss anything.
-        if self.state is not State.OPEN and (self._link is not None or self.state is not State.NEW):
+        link = self._link
+        # A hub in memory that is new has no clients yet who could miss anything.
+        if self.state is not State.OPEN and not (link.is_local and self.state is State.NEW):
             self.check_fork()
             raise BackendUnavailable(NOT_OPEN)
-        if self._link is not None:
-            taken = self._link.publish(event, wait, on_lost)
-        else:
-            self._registry.deliver(event)
-            if not self._registry.shards:
-                logs.once(("published to nobody",), NOBODY, level=logging.INFO)
+        ack = link.publish(event, wait, on_lost)
         with self._lock:
             self.published += 1
-        self._registry.journal.message(LOCAL if self._link is None else REMOTE, event)
-        return taken
+        self._registry.journal.message(LOCAL if link.is_local else REMOTE, event)
+        return ack
 
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
         """Hand an event over, and wait only as long as there is no space for it.
@@ -146,16 +131,16 @@ class Dispatcher:
         """Hand an event over, and wait until the broker, or in memory this loop, has it."""
         deadline = None
         try:
-            taken = self.publish(event, wait=True)
+            ack = self.publish(event, wait=True)
         except PublishQueueFull as exc:
-            deadline = asyncio.get_running_loop().time() + PUBLISH_TIMEOUT
+            deadline = asyncio.get_running_loop().time() + self._timeout
             again = functools.partial(self.publish, event, wait=True)
-            taken = await self.retry(again, exc, deadline)
-        if taken is None:
+            ack = await self.retry(again, exc, deadline)
+        if ack is None:
             await self.settled()
             return
         try:
-            await taken.wait(deadline)
+            await ack.wait(deadline)
         except BackendUnavailable:
             with self._lock:
                 self.failed += 1
@@ -170,7 +155,7 @@ class Dispatcher:
         """Call it again whenever there is space, for two seconds or until the deadline."""
         loop = asyncio.get_running_loop()
         if deadline is None:
-            deadline = loop.time() + PUBLISH_TIMEOUT
+            deadline = loop.time() + self._timeout
         while loop.time() < deadline and isinstance(full, Full):
             await full.queue.wait_for_space(deadline - loop.time())
             try:

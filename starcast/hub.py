@@ -20,7 +20,8 @@ from . import backends, codec, personal
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .broker.claims import Claim
-from .broker.link import Link
+from .broker.link import Link, Owner
+from .broker.local import LocalLink
 from .broker.naming import DEFAULT_NAME, NamedBackend, check_name
 from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
@@ -29,7 +30,6 @@ from .dispatcher import Dispatcher
 from .event import Event
 from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
 from .gap import Gap
-from .guard import Guard
 from .lifecycle import Lifecycle
 from .missed import Missed
 from .outbox import Close, Outbox
@@ -50,7 +50,7 @@ class Hub:
     """See the module. Made on any thread.
 
     Args:
-        backend: What talks to the broker; None in memory.
+        backend: Connects to the broker; None in memory.
         settings: What the hub was told.
     """
 
@@ -60,21 +60,24 @@ class Hub:
         self.lock = self.registry.lock
         name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
-        self.link = None
-        if backend is not None:
-            backends.check(backend)
-            self.link = Link(
-                NamedBackend(backend, name),
-                self.lock,
-                self.registry.deliver_remote,
-                self._tell_gap,
-                settings.open_timeout,
-                settings.probe_interval,
-            )
+        self.link = self._make_link(backend, name)
         self.dispatcher = Dispatcher(self.registry, self.link)
-        self.lifecycle = Lifecycle(self.dispatcher, self.registry, self.link, self.claim)
-        self._guard = None if self.link is None else Guard(self.link, self.registry, self.lifecycle)
+        self.lifecycle = Lifecycle(
+            self.dispatcher, self.registry, self.link, self.claim, settings.open_timeout
+        )
         self.lost_last = -math.inf  # when a client's message was lost last
+
+    def _make_link(self, backend: Backend | None, name: str) -> Link | LocalLink:
+        registry, settings = self.registry, self.settings
+        if backend is None:
+            return LocalLink(registry.deliver, registry.shards)
+        backends.check(backend)
+        owner = Owner(registry.deliver_remote, self._tell_gap, registry.loops, self._reopen)
+        named = NamedBackend(backend, name)
+        return Link(named, self.lock, owner, settings.tuning, settings.probe_interval)
+
+    async def _reopen(self) -> None:
+        await self.lifecycle.reopen()
 
     # Gaps
 
@@ -87,7 +90,7 @@ class Hub:
         """Tell those who have missed messages because their event loop was blocked."""
         gap = missed.gap()
         self.registry.tell_gap(gap, self.settings.gap_close(), missed.members())
-        assert self.link is not None  # only what comes from a broker is missed
+        assert isinstance(self.link, Link)  # only messages from a broker are missed
         # Not here: this is not the loop of the hub, and the lock is held.
         missed.shard.loop.call_soon(self.link.report, gap, self.settings.tell_gap)
 
@@ -112,11 +115,10 @@ class Hub:
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
         registered = False
-        if self.link is not None:
-            if self._is_on(websocket, channel):
-                self.link.subscriptions.want(channel)
-            else:
-                await self.link.subscriptions.hold(channel)
+        if self._is_on(websocket, channel):
+            self.link.acquire_again(channel)
+        else:
+            await self.link.acquire(channel)
         try:
             if websocket.application_state is WebSocketState.CONNECTING:
                 try:
@@ -130,7 +132,7 @@ class Hub:
                 if not closed:
                     registered = self._register(websocket, channel, outbox, protocol)
             self.registry.journal.write()
-            self._watch()
+            self.link.take_over()
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
                 raise ClientGone(GOING_AWAY)
@@ -203,24 +205,18 @@ class Hub:
         """Put a subscriber of this loop on its channel, and return what it counts with."""
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
-        if self.link is not None:
-            await self.link.subscriptions.hold(subscriber.channel)
+        await self.link.acquire(subscriber.channel)
         with self.lock:
-            if self.link is not None and self.lifecycle.closings != closings:
+            if self.lifecycle.closings != closings:
                 self._release(subscriber.channel)
                 raise BackendUnavailable("the hub was closed")
             counters = self.registry.subscribe(subscriber)
         self.registry.journal.write()
-        self._watch()
+        self.link.take_over()
         return counters
 
-    def _watch(self) -> None:
-        if self._guard is not None:
-            self._guard.watch()
-
     def _release(self, channel: str) -> None:
-        if self.link is not None:
-            self.link.subscriptions.release(channel)
+        self.link.release(channel)
 
     # The way of a message
 
@@ -281,9 +277,9 @@ class Hub:
                 buffered=buffered,
                 fast_path=len(registry.connections) - sum(asgi.values()),
                 asgi=asgi,
-                backend=None if self.link is None else self.link.stats(),
+                backend=self.link.stats(),
             )
 
     async def healthy(self) -> bool:
         """Whether it is open and its broker answers within two seconds."""
-        return self.lifecycle.open and (self.link is None or await self.link.healthy())
+        return self.lifecycle.open and await self.link.healthy()

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from .answers import Answered
 from .broker.claims import Claim
 from .broker.link import Link
+from .broker.local import LocalLink
 from .close_codes import GOING_AWAY
 from .connection import Connection
 from .dispatcher import Dispatcher, State
 from .outbox import Close
 from .registry import Registry
-from .servers import workers
 from .sync.waiter import Lock
 
 
@@ -29,9 +29,10 @@ class Lifecycle:
 
     Args:
         dispatcher: Has the hub's state.
-        registry: Knows who is to be closed with the hub.
-        link: The connection to the broker; None in memory.
+        registry: The clients, which are closed with the hub.
+        link: The connection to the broker.
         claim: On the hub's name, while it is open.
+        open_timeout: How long to try to connect, in seconds.
 
     Attributes:
         switching: Held while the connection to the broker starts or stops.
@@ -39,7 +40,12 @@ class Lifecycle:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, registry: Registry, link: Link | None, claim: Claim
+        self,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        link: Link | LocalLink,
+        claim: Claim,
+        open_timeout: float,
     ) -> None:
         self.switching = Lock()
         self.closings = 0
@@ -47,6 +53,7 @@ class Lifecycle:
         self._registry = registry
         self._link = link
         self._claim = claim
+        self._open_timeout = open_timeout
         self._failures = 0
         self._failure: Exception | None = None  # why it did not start last
 
@@ -56,8 +63,8 @@ class Lifecycle:
 
     @property
     def running(self) -> bool:
-        """Whether it is open, and its connection to the broker is looked after."""
-        return self.open and (self._link is None or self._link.alive)
+        """Whether it is open, and its connection to the broker is supervised."""
+        return self.open and self._link.alive
 
     async def ensure_open(self, patient: bool = False) -> None:
         """Open it, unless it is open.
@@ -75,23 +82,20 @@ class Lifecycle:
             if self._failure is not None and self._failures > failures:
                 raise _again(self._failure)  # of the attempt that this one waited for
             try:
-                if self._link is not None:
-                    with self._claim.taken():
-                        await self._link.start(patient or self._failure is None)
+                seconds = self._open_timeout if patient or self._failure is None else 0.0
+                with self._claim.held():
+                    await self._link.start(seconds)
             except Exception as exc:
                 self._failures += 1
                 self._failure = exc
                 raise
             self._dispatcher.open_here()
             self._failure = None
-            if self._link is None:
-                workers.warn_of_workers()
 
     async def ready(self) -> None:
-        """Open it, and wait for a connection that has moved to this loop."""
+        """Open it, and wait for a connection that this loop has just taken over."""
         await self.ensure_open(patient=True)
-        if self._link is not None:
-            await self._link.ready()
+        await self._link.ready()
 
     async def reopen(self) -> None:
         """Open it at first use, but not again after it was closed."""
@@ -103,18 +107,16 @@ class Lifecycle:
         if self._dispatcher.state is State.INHERITED:
             return  # it is the parent's to close
         connections: list[Connection] = []
-        if self._link is not None:
-            self._link.stop_opening()
+        self._link.stop_opening()
         try:
             async with self.switching:
                 self._dispatcher.state = State.CLOSED
                 self.closings += 1
                 connections = self._registry.close_all(Close(GOING_AWAY, "going away"))
-                if self._link is not None:
-                    try:
-                        await self._link.stop()
-                    finally:
-                        self._claim.release()
+                try:
+                    await self._link.stop()
+                finally:
+                    self._claim.release()
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._registry.tuning.close_timeout + 1):

@@ -44,10 +44,7 @@ def is_on(members: Iterable[Member]) -> bool:
 
 def is_on_the_way(hub: Hub, event: Event) -> bool:
     """Whether the broker has so much of this hub that is not back yet. If so, `wait`."""
-    link = hub.link
-    if link is None or not link.connected:
-        return False
-    cost = link.probe.on_their_way()
+    cost = hub.link.outstanding
     return cost > 0 and cost + event.cost > unseen(hub)
 
 
@@ -69,8 +66,8 @@ async def wait(hub: Hub, shard: Shard, event: Event) -> None:
 
 async def _settle(hub: Hub, shard: Shard, event: Event) -> None:
     """Bring what is on its way to the buffers, as far as others do not always add to it."""
-    if hub.link is not None and is_on_the_way(hub, event):
-        await hub.link.probe.round_trip()
+    if is_on_the_way(hub, event):
+        await hub.link.round_trip()
     for _ in range(MAX_TRIES):
         await hub.dispatcher.settled()
         if not shard.awake:

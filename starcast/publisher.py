@@ -38,6 +38,7 @@ IDLE = 60.0
 CLOSE_TIMEOUT = 3.0
 
 # Seconds between two attempts to connect, at most: somebody waits.
+FIRST_WAIT = 0.1
 LONGEST_WAIT = 0.5
 
 # Seconds between two looks at a connection that the hub is trying to restore.
@@ -382,7 +383,7 @@ class _Worker:
         """Wait until there is a connection, however long that takes."""
         task = asyncio.current_task()
         self._connecting.add(task)
-        backoff = Backoff(LONGEST_WAIT)
+        backoff = Backoff(FIRST_WAIT, LONGEST_WAIT)
         try:
             while (backend := self._backend).state != "connected":
                 if backend.state == "reconnecting":  # the hub does it

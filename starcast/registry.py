@@ -69,6 +69,11 @@ class Registry:
                 self.shards[loop] = Shard(loop, self.lock, self.tuning, self.forget)
             return self.shards[loop]
 
+    def loops(self) -> list[asyncio.AbstractEventLoop]:
+        """Return the event loops that have members."""
+        with self.lock:
+            return [shard.loop for shard in self.shards.values() if shard.channels]
+
     def join(self, connection: Connection, channel: str) -> bool:
         """Put a client of this loop on a channel; False if it was there already."""
         with self.lock:

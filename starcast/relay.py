@@ -110,7 +110,7 @@ class Relay:
             if (
                 shard.queue.size + event.cost > self._unseen
                 or ((behind := shard.not_ready(event.channel)) and pressure.is_on(behind))
-                or (hub.link is not None and pressure.is_on_the_way(hub, event))
+                or pressure.is_on_the_way(hub, event)
             ):
                 await pressure.wait(hub, shard, event)
             connection = hub.find(self._websocket)
@@ -118,8 +118,6 @@ class Relay:
                 return  # while the message waited
             if connection is None or self._must_wait(event):
                 await hub.dispatcher.publish_and_wait(event)
-            elif hub.link is None:
-                await hub.dispatcher.publish_soon(event)
             else:
                 on_lost = functools.partial(self._lost_later, data)
                 await hub.dispatcher.publish_soon(event, on_lost)

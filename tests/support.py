@@ -310,26 +310,30 @@ class OtherLoop:
 
 
 class Broker:
-    """What several `Bus`es share; a broker that does what a test wants when it wants it.
+    """What several `Bus`es share: a broker that does what a test wants when it wants it.
 
-    The real ones stand in `tests/backends`. This one can suspend in a given call.
+    The real ones are in `tests/backends`. This one can suspend in a given call.
     """
 
     def __init__(self) -> None:
         self.up = True
         self.open = asyncio.Event()  # while it is clear, every call suspends
         self.open.set()
-        self.buses: dict[Bus, set[str]] = {}
+        self.connections: dict[BusConnection, set[str]] = {}  # and their channels
         self.calls: list[tuple[str, Any]] = []
         self.refused: set[str] = set()  # channels that nobody may have
         self.stalled = 0
 
     def kill(self, error: Exception | None = None) -> None:
-        """Break every connection, and take none until `up` is True."""
+        """Break every connection, and accept none until `up` is True."""
         self.up = False
-        for bus in list(self.buses):
-            del self.buses[bus]
-            bus.lost(error or ConnectionError("the broker was killed"))
+        for connection in list(self.connections):
+            connection.lose(error or ConnectionError("the broker was killed"))
+
+    def restart(self) -> None:
+        """Break every connection, and accept new ones."""
+        self.kill()
+        self.up = True
 
     async def called(self, name: str, what: Any = None) -> None:
         self.calls.append((name, what))
@@ -340,56 +344,147 @@ class Broker:
             finally:
                 self.stalled -= 1
 
+    def asked(self, *names: str) -> list[tuple[str, Any]]:
+        """The calls with one of these names, without those for a hub's probes."""
+        calls = [(name, what) for name, what in self.calls if name in names]
+        return [call for call in calls if "starcast-probe-" not in str(call[1])]
+
+    @property
+    def probe_channel(self) -> str:
+        """The channel of the probes of the hub that has connected last."""
+        names = [what for name, what in self.calls if name == "subscribe"]
+        return next(name for name in reversed(names) if "starcast-probe-" in name)
+
+    @property
+    def probes(self) -> int:
+        """How many probes were published."""
+        batches = [what for name, what in self.calls if name == "publish"]
+        return sum("starcast-probe-" in batch[0][0] for batch in batches)
+
 
 class Bus:
-    """A backend whose broker is in this process, on one event loop."""
+    """A backend whose broker is in this process.
 
-    def __init__(self, broker: Broker | None = None, max_payload: int = 1024 * 1024) -> None:
+    A test that wants a call to do something else passes a hook, `async def hook(it, proceed)` with
+    the connection and what does the usual thing. `on_subscribe`, `on_unsubscribe` and `on_publish`
+    get the channel or the messages in between. `on_connect` gets the bus. A hook of `publish` may
+    be a plain function that returns a future.
+    """
+
+    def __init__(
+        self,
+        broker: Broker | None = None,
+        max_payload: int = 1024 * 1024,
+        *,
+        on_connect: Callable[..., Any] | None = None,
+        on_subscribe: Callable[..., Any] | None = None,
+        on_unsubscribe: Callable[..., Any] | None = None,
+        on_publish: Callable[..., Any] | None = None,
+        on_close: Callable[..., Any] | None = None,
+    ) -> None:
         self.broker = broker or Broker()
         self.max_payload = max_payload
-        self.starts = 0
+        self.connects = 0
+        self.on_connect = on_connect
+        self.on_subscribe = on_subscribe
+        self.on_unsubscribe = on_unsubscribe
+        self.on_publish = on_publish
+        self.on_close = on_close
+        self.connection: BusConnection | None = None  # the last one
 
-    async def start(self, deliver: Callable[[str, bytes], None], lost: Any) -> None:
-        self.starts += 1
-        await self.broker.called("start")
-        if not self.broker.up:
-            raise starcast.BackendUnavailable("the broker is down")
+    async def connect(self, deliver: Callable[[str, bytes], None], lost: Any) -> BusConnection:
+        self.connects += 1
+
+        async def proceed() -> BusConnection:
+            await self.broker.called("connect")
+            if not self.broker.up:
+                raise starcast.BackendUnavailable("the broker is down")
+            self.connection = BusConnection(self, deliver, lost)
+            return self.connection
+
+        return await (proceed() if self.on_connect is None else self.on_connect(self, proceed))
+
+
+class BusConnection:
+    """A connection of a `Bus`."""
+
+    def __init__(self, bus: Bus, deliver: Callable[[str, bytes], None], lost: Any) -> None:
+        self.bus, self.broker = bus, bus.broker
         self.deliver, self.lost = deliver, lost
-        self.broker.buses[self] = set()
-
-    async def stop(self) -> None:
-        self.broker.buses.pop(self, None)
-
-    async def subscribe(self, channel: str) -> None:
-        await self.broker.called("subscribe", channel)
-        self.allowed(channel)
-        self.channels.add(channel)
-
-    async def unsubscribe(self, channel: str) -> None:
-        await self.broker.called("unsubscribe", channel)
-        self.channels.discard(channel)
-
-    async def publish(self, messages: list[tuple[str, bytes]]) -> None:
-        await self.broker.called("publish", list(messages))
-        if self not in self.broker.buses:
-            raise ConnectionError("there is no connection")
-        for channel, data in messages:
-            self.allowed(channel)
-            for bus, channels in list(self.broker.buses.items()):
-                if channel in channels:
-                    bus.deliver(channel, data)
-
-    def allowed(self, channel: str) -> None:
-        if channel in self.broker.refused:
-            raise PermissionError(f"nobody may have {channel}")
+        self.max_payload = bus.max_payload
+        self.broker.connections[self] = set()
 
     @property
     def channels(self) -> set[str]:
         """What it is subscribed to."""
         try:
-            return self.broker.buses[self]
+            return self.broker.connections[self]
         except KeyError:
             raise ConnectionError("there is no connection") from None
+
+    def lose(self, error: Exception) -> None:
+        """Break."""
+        if self.broker.connections.pop(self, None) is not None:
+            self.lost(error)
+
+    async def close(self) -> None:
+        async def proceed() -> None:
+            self.broker.connections.pop(self, None)
+
+        await (proceed() if self.bus.on_close is None else self.bus.on_close(self, proceed))
+
+    async def subscribe(self, channel: str) -> None:
+        async def proceed() -> None:
+            await self.broker.called("subscribe", channel)
+            self.check(channel)
+            self.channels.add(channel)
+
+        hook = self.bus.on_subscribe
+        await (proceed() if hook is None else hook(self, channel, proceed))
+
+    async def unsubscribe(self, channel: str) -> None:
+        async def proceed() -> None:
+            await self.broker.called("unsubscribe", channel)
+            self.channels.discard(channel)
+
+        hook = self.bus.on_unsubscribe
+        await (proceed() if hook is None else hook(self, channel, proceed))
+
+    def publish(self, messages: list[tuple[str, bytes]]) -> Any:
+        async def proceed() -> None:
+            await self.broker.called("publish", list(messages))
+            assert self.channels is not None  # or it raises
+            for channel, data in messages:
+                self.check(channel)
+                for connection, channels in list(self.broker.connections.items()):
+                    if channel in channels:
+                        connection.deliver(channel, data)
+
+        hook = self.bus.on_publish
+        return proceed() if hook is None else hook(self, messages, proceed)
+
+    def check(self, channel: str) -> None:
+        if channel in self.broker.refused:
+            raise PermissionError(f"nobody may have {channel}")
+
+
+class Changed:
+    """A real backend whose connections a test changes when they are made."""
+
+    def __init__(self, backend: Any, change: Callable[[Any], object]) -> None:
+        self.backend = backend
+        self.change = change
+        self.connection: Any = None  # the last one
+        self.delivered: list[str] = []  # the channel of each message
+
+    async def connect(self, deliver: Callable[[str, bytes], None], lost: Any) -> Any:
+        def count(channel: str, payload: bytes) -> None:
+            self.delivered.append(channel)
+            deliver(channel, payload)
+
+        self.connection = await self.backend.connect(count, lost)
+        self.change(self.connection)
+        return self.connection
 
 
 async def joined(hub: starcast.Broadcast, *channels: str) -> Peer:
@@ -400,8 +495,8 @@ async def joined(hub: starcast.Broadcast, *channels: str) -> Peer:
 
 
 def subscribed(broker: Broker) -> set[str]:
-    names = set().union(*broker.buses.values())
-    return {name for name in names if not name.startswith("starcast-probe")}
+    names = set().union(*broker.connections.values())
+    return {name for name in names if "starcast-probe-" not in name}
 
 
 async def stalled(server: Served, path: str) -> socket.socket:

@@ -276,11 +276,11 @@ async def test_a_channel_of_a_broker_is_its_str():
     async with Broadcast(backend=bus) as hub:
         peer = Peer()
         await hub.connect(peer.websocket, UID)
-        assert f"default:{UID}" in bus.channels
+        assert f"default:{UID}" in bus.connection.channels
         await hub.publish(UID, "hello")
         await until(lambda: peer.got == ["hello"])
         await hub.disconnect(peer.websocket, UID)
-        await until(lambda: str(UID) not in bus.channels)
+        await until(lambda: str(UID) not in bus.connection.channels)
 
 
 def test_a_path_parameter_of_a_route_is_a_channel():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import enum
 import functools
 import gc
@@ -207,30 +208,27 @@ async def test_a_backend_of_ones_own():
 
 
 class Slow(Bus):
-    """A backend that takes its time to start, and fails as often as it is told to."""
+    """A backend that connects slowly, and fails as often as a test wants."""
 
     def __init__(self, failures: int = 0) -> None:
-        super().__init__()
+        super().__init__(on_connect=self.wait)
         self.failures = failures
-        self.starts = 0
         self.go = asyncio.Event()
 
-    async def start(self, deliver, lost):
-        starts = self.starts = self.starts + 1
+    async def wait(self, bus, proceed):
         await self.go.wait()
         if self.failures:
             self.failures -= 1
             raise ConnectionError("the broker is down")
-        await super().start(deliver, lost)
-        self.starts = starts
+        return await proceed()
 
 
-async def test_everybody_waits_for_a_backend_that_starts_slowly():
+async def test_everybody_waits_for_a_backend_that_connects_slowly():
     backend = Slow()
     hub = Broadcast(backend=backend)
     peer = Peer()
     tasks = [asyncio.create_task(hub.connect()), asyncio.create_task(hub.connect(peer.websocket))]
-    await until(lambda: backend.starts)
+    await until(lambda: backend.connects)
     publishing = asyncio.create_task(hub.send("hello"))
     for _ in range(10):
         await asyncio.sleep(0)
@@ -238,11 +236,11 @@ async def test_everybody_waits_for_a_backend_that_starts_slowly():
     assert not hub.stats().open
     backend.go.set()
     await asyncio.gather(*tasks, publishing)
-    assert backend.starts == 1
+    assert backend.connects == 1
     assert hub.stats().open
 
 
-async def test_a_backend_that_fails_to_start_is_tried_again():
+async def test_a_backend_that_fails_to_connect_is_tried_again():
     backend = Slow(failures=2)
     backend.go.set()
     hub = Broadcast(backend=backend)
@@ -258,45 +256,37 @@ async def test_an_opening_that_is_cancelled_is_taken_over():
     backend = Slow()
     hub = Broadcast(backend=backend)
     first = asyncio.create_task(hub.connect())
-    await until(lambda: backend.starts == 1)
+    await until(lambda: backend.connects == 1)
     second = asyncio.create_task(hub.connect())
     await asyncio.sleep(0)
     first.cancel()
-    await until(lambda: backend.starts == 2)
+    await until(lambda: backend.connects == 2)
     backend.go.set()
     await second
     assert hub.stats().open
 
 
-async def test_who_waited_for_an_attempt_shares_its_outcome():
+async def test_all_who_wait_for_an_attempt_share_its_outcome():
     backend = Slow(failures=1)
     hub = Broadcast(backend=backend)
     tasks = [asyncio.create_task(hub.connect()) for _ in range(40)]
-    await until(lambda: backend.starts == 1)
+    await until(lambda: backend.connects == 1)
     backend.go.set()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {ConnectionError}
-    assert backend.starts == 1
+    assert backend.connects == 1
     await hub.connect()
     assert hub.stats().open
 
 
 async def test_opening_waits_until_closing_is_done():
-    class SlowToStop(Bus):
-        started = False
-
-        async def start(self, deliver, lost):
-            await super().start(deliver, lost)
-            self.started = True
-
-        async def stop(self):
-            stopping.set()
-            await go.wait()
-            await super().stop()
-            self.started = False
+    async def close(connection, proceed):
+        stopping.set()
+        await go.wait()
+        await proceed()
 
     stopping, go = asyncio.Event(), asyncio.Event()
-    backend = SlowToStop()
+    backend = Bus(on_close=close)
     hub = Broadcast(backend=backend)
     await hub.connect()
     closing = asyncio.create_task(hub.disconnect())
@@ -308,18 +298,17 @@ async def test_opening_waits_until_closing_is_done():
     assert not connecting.done()
     go.set()
     await asyncio.gather(closing, connecting)
-    assert backend.started
+    assert list(backend.broker.connections) == [backend.connection]
     await hub.send("hello")
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
 
 
-async def test_clients_are_told_although_the_backend_fails_to_stop(caplog):
-    class Broken(Bus):
-        async def stop(self):
-            raise ConnectionError("the broker is down")
+async def test_clients_are_closed_although_the_connection_fails_to_close(caplog):
+    async def close(connection, proceed):
+        raise ConnectionError("the broker is down")
 
-    hub = Broadcast(backend=Broken())
+    hub = Broadcast(backend=Bus(on_close=close))
     peer = await joined(hub)
     await hub.disconnect()
     assert "the broker is down" in caplog.text
@@ -1209,9 +1198,8 @@ async def test_publish_waits_for_room(other, blocked, small):
     assert len(there.got) == sent + 1
 
 
-async def test_publish_gives_up_when_no_room_comes(other, blocked, small, monkeypatch):
-    monkeypatch.setattr("starcast.dispatcher.PUBLISH_TIMEOUT", 0.05)
-    hub = Broadcast(tuning=small)
+async def test_publish_gives_up_if_there_is_no_space(other, blocked, small):
+    hub = Broadcast(tuning=dataclasses.replace(small, publish_timeout=0.05))
     other.run(several(hub, 1))
     blocked()
     with contextlib.suppress(PublishQueueFull):

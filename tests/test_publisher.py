@@ -827,7 +827,7 @@ async def test_a_connection_that_is_waited_for_is_not_idle():
         pub._worker._loop.call_soon_threadsafe(broker.open.set)
         await publishing
         await asyncio.to_thread(pub.publish, "room", "third")
-    assert [bus.starts for bus in buses] == [0, 1]  # the first only had its settings checked
+    assert [bus.connects for bus in buses] == [0, 1]  # the first only had its settings checked
 
 
 async def test_a_connection_that_is_never_idle():

@@ -135,14 +135,11 @@ async def test_what_the_broker_refuses_of_clients_is_one_warning_with_its_words(
 
 
 @pytest.mark.parametrize("broker", [RedisServer, NatsServer, PostgresServer])
-async def test_what_is_said_during_a_short_outage_arrives_in_order(
-    serve, broker, caplog, monkeypatch
-):
-    # A busy machine starts brokers slowly.
-    monkeypatch.setattr("starcast.broker.sender.TIMEOUT", 20)
+async def test_what_is_said_during_a_short_outage_arrives_in_order(serve, broker, caplog):
     with contextlib.closing(broker()) as server_of_broker:
         server_of_broker.start()
-        async with Broadcast(server_of_broker.url) as hub:
+        tuning = Tuning(publish_timeout=20)  # a busy machine starts brokers slowly
+        async with Broadcast(server_of_broker.url, tuning=tuning) as hub:
             codes: list[int] = []
             server = await serve(app_of(hub, codes))
             clients = [await server.connect(path) for path in PATHS]

@@ -3,23 +3,26 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, BroadcastEndpoint
 
-everybody = set()
+connections = set()
 
 
 class InProcess:
     """Joins the hubs of one event loop. A broker would be here otherwise."""
 
+    async def connect(self, deliver, lost):
+        return Connection(deliver)
+
+
+class Connection:
     max_payload = 1024 * 1024
 
-    def __init__(self):
-        self.channels = set()
-
-    async def start(self, deliver, lost):
+    def __init__(self, deliver):
         self.deliver = deliver
-        everybody.add(self)
+        self.channels = set()
+        connections.add(self)
 
-    async def stop(self):
-        everybody.discard(self)
+    async def close(self):
+        connections.discard(self)
 
     async def subscribe(self, channel):
         self.channels.add(channel)
@@ -29,9 +32,9 @@ class InProcess:
 
     async def publish(self, messages):
         for channel, payload in messages:
-            for backend in everybody:
-                if channel in backend.channels:
-                    backend.deliver(channel, payload)
+            for connection in connections:
+                if channel in connection.channels:
+                    connection.deliver(channel, payload)
 
 
 class Chat(BroadcastEndpoint):

@@ -9,7 +9,7 @@ import importlib
 import re
 
 from ..exceptions import ConfigurationError
-from .base import Backend
+from .base import Backend, BrokerConnection
 
 # The scheme of a URL: the module here, the class in it, and the extra that brings what it needs.
 SCHEMES: dict[str, tuple[str, str, str] | None] = {
@@ -24,8 +24,6 @@ SCHEMES: dict[str, tuple[str, str, str] | None] = {
     "postgresql": ("postgres", "PostgresBackend", "postgres"),
     "postgres": ("postgres", "PostgresBackend", "postgres"),
 }
-
-CALLS = ("start", "stop", "subscribe", "unsubscribe", "publish")
 
 # What is shown of a URL that is not understood.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}")
@@ -76,21 +74,21 @@ def from_url(url: object, prefix: str | None = None) -> Backend | None:
 
 
 def check(backend: object) -> None:
-    """Raise `ConfigurationError` unless it is a backend, as far as can be seen from here."""
-    missing = [name for name in CALLS if not callable(getattr(backend, name, None))]
+    """Raise `ConfigurationError` if this is obviously not a backend."""
     if isinstance(backend, type):
-        wrong = f"{backend.__name__} is a class; make one of it"
-    elif missing:
-        wrong = f"{type(backend).__name__} has no {', '.join(missing)}"
-        if hasattr(backend, "next_published"):
-            wrong += " (it is made for encode/broadcaster; give its URL in its place)"
-    elif not isinstance(getattr(backend, "max_payload", None), int):
-        wrong = f"{type(backend).__name__} has no max_payload, the bytes that a message may have"
+        wrong = f"{backend.__name__} is a class; pass an instance of it"
+    elif not callable(getattr(backend, "connect", None)):
+        wrong = f"{type(backend).__name__} has none"
+    elif hasattr(backend, "next_published"):
+        wrong = (
+            f"{type(backend).__name__} is made for encode/broadcaster; pass its URL to Broadcast "
+            "instead"
+        )
     else:
         return
     raise ConfigurationError(
-        f"a backend has the calls {', '.join(CALLS)}, and max_payload: {wrong}"
+        f"a backend has a method connect(deliver, lost) that returns a connection: {wrong}"
     )
 
 
-__all__ = ["Backend", "check", "from_url"]
+__all__ = ["Backend", "BrokerConnection", "check", "from_url"]

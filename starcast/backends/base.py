@@ -1,4 +1,9 @@
-"""The contract of a backend: what carries messages between hubs, over a broker."""
+"""The contract of a backend: how messages travel between hubs over a broker.
+
+A `Backend` holds settings and makes connections. A `BrokerConnection` is one of these, from
+`Backend.connect` until `close`: it never reconnects, and everything that a backend has to remember
+while it is connected belongs to it. It is used on the event loop that called `connect`.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +17,28 @@ Lost = Callable[[Exception], None]
 
 
 class LoginRefused(BackendUnavailable):
-    """The broker has answered, and does not let us in: to try again soon makes no sense."""
+    """The broker rejected the user or the password, so trying again soon is pointless."""
 
 
 class MessagesRefused(BackendUnavailable):
-    """The broker has refused some messages of a batch, and has all the others.
+    """The broker refused some messages of a batch and accepted all the others.
 
     Args:
-        message: What the broker says, of one of them.
-        reasons: By the position in the batch, why that message was refused.
+        message: What the broker said about one of them.
+        reasons: Why each refused message was refused, by its position in the batch.
     """
 
-    # Programs that hand errors on make them of their message alone: so the other one has a default.
+    # Some programs rebuild an exception from its message alone, so `reasons` needs a default.
     def __init__(self, message: str, reasons: dict[int, str] | None = None) -> None:
         super().__init__(message)
         self.reasons = reasons or {}
 
 
 class SubscriptionRevoked(BackendUnavailable):
-    """The broker delivers nothing of one channel any more, and the connection goes on.
+    """The broker stopped delivering one channel, and the connection goes on.
 
     Args:
-        message: What the broker says.
+        message: What the broker said.
         channel: The channel.
     """
 
@@ -42,70 +47,103 @@ class SubscriptionRevoked(BackendUnavailable):
         self.channel = channel
 
 
-class Backend(Protocol):
-    """A connection to a broker. Implement these five calls and pass it as `Broadcast(backend=...)`.
+class BrokerConnection(Protocol):
+    """One connection to the broker, made by `Backend.connect`.
 
-    Everything happens on the event loop that called `start`. A backend need not reconnect, wait or
-    remember anything: when its connection breaks it says so once, and the hub stops it, starts it
-    again when the broker is back, and subscribes to what it needs.
+    A connection need not reconnect, retry or remember anything: when it breaks, it reports that
+    once, and the hub closes it, makes another one and subscribes to its channels again.
 
-    A channel is a `str` of up to 265 characters: the hub's name, a colon, and what the app calls
-    the channel. It is taken as it is, and comes back as it is.
+    The hub cancels a `subscribe`, `unsubscribe` or `publish` only when it is about to close the
+    connection, so a cancelled call may leave the connection unusable and need not be undone.
 
     Attributes:
-        max_payload: Bytes that one message may have. It may change in `start`.
-        address: Optional, a `str`: where the channels are, in a form that is the same for every
-            spelling and holds no password, such as `Redis at 127.0.0.1:6379, prefix 'starcast:'`.
-            Two backends with the same address share their channels. With it, the hub refuses to
-            open beside another hub of this process that it would share channels with by accident.
-        heard_at: Optional, a `float`: when a message arrived last, or a part of one, in
-            `time.monotonic()`. A connection that carries messages is not taken for broken, however
-            long one of the hub to itself waits behind them. Without it, whole messages count. If
-            publishing has a connection of its own, and that is silent although an answer is due,
-            it is not later than the beginning of that silence. From any thread.
-        if_silent: What a developer should look for if nothing that is published ever comes back,
-            as a part of a sentence. Optional.
+        max_payload: The size of the largest message that the broker accepts here, in bytes.
+        heard_at: Optional, a `float`: when a message, or a part of one, last arrived, in
+            `time.monotonic()`. A connection that carries messages is not considered broken, however
+            long a probe waits behind them. Without this attribute, whole messages count. If a
+            backend publishes over a separate connection and an answer is overdue there, this is not
+            later than the time at which that connection fell silent. It may be read from any
+            thread.
     """
 
     max_payload: int
 
-    async def start(self, deliver: Deliver, lost: Lost) -> None:
-        """Connect to the broker.
-
-        From then on `deliver(channel, payload)` is called for each message on a channel that is
-        subscribed to, in order; it returns at once and raises nothing. Call `lost(error)` once, if
-        the connection breaks by itself: `stop` follows. If the broker takes away a single channel,
-        call `lost` with a `SubscriptionRevoked`, as often as that happens: nothing is stopped, and
-        the hub subscribes to the channel again when it can.
-
-        Raises:
-            BackendUnavailable: There is no connection. The message names the host, and no password.
-            LoginRefused: One of these: the server has refused the user or the password. A hub that
-                is being opened says so at once, instead of trying again.
-        """
-
-    async def stop(self) -> None:
-        """Disconnect, and let calls that wait for the broker raise. Harmless when it is stopped."""
-
     async def subscribe(self, channel: str) -> None:
-        """Come back when the broker has confirmed it: what is published from then on arrives.
+        """Subscribe, and return when the broker has confirmed it: later messages arrive.
 
-        Several channels may be subscribed to at the same time, one channel only in turn.
+        The hub may subscribe to several channels at the same time, but each channel only has one
+        call in progress.
 
         Raises:
-            Exception: The connection is broken, or the broker refuses the channel.
+            Exception: The connection is broken, or the broker refused the channel.
         """
 
     async def unsubscribe(self, channel: str) -> None:
-        """Undo `subscribe`. Messages that are on their way already may still arrive."""
-
-    def publish(self, messages: Sequence[tuple[str, bytes]]) -> Awaitable[None]:
-        """Hand messages over, pairs of channel and payload; come back when the broker has them.
-
-        They arrive in this order at every process that is subscribed. Only one call at a time. It
-        may be an `async def`; a plain function that returns a future saves a turn of the loop.
+        """Undo `subscribe`. Messages already on their way may still arrive.
 
         Raises:
-            MessagesRefused: The broker has all of them but these.
-            Exception: The connection is broken; the broker has some of them or none.
+            Exception: The connection is broken, or the broker refused.
+        """
+
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> Awaitable[None]:
+        """Publish messages, pairs of channel and payload, until the broker has them.
+
+        They arrive in this order at every process that is subscribed. The hub waits for one call
+        before it makes the next. This may be an `async def`; a plain function that returns a future
+        saves one iteration of the event loop.
+
+        Raises:
+            MessagesRefused: The broker accepted all messages except for these.
+            Exception: The connection is broken; the broker may have any number of the messages.
+        """
+
+    async def close(self) -> None:
+        """Close the connection, within a few seconds even if the broker does not answer.
+
+        Calls in progress raise, no task is left behind, and neither `deliver` nor `lost` needs to
+        be called any more. Calling this again does nothing, and if a call was cancelled, the next
+        one completes it.
+
+        If the event loop of the connection does not run any more, this is called on another one.
+        """
+
+
+class Backend(Protocol):
+    """How to reach a broker. Implement this and pass it as `Broadcast(backend=...)`.
+
+    A backend holds settings only, and makes any number of connections, one after another.
+
+    A channel is a `str` of up to 265 characters: the hub's name, a colon, and the channel as the
+    app calls it. It must reach other hubs unchanged.
+
+    Attributes:
+        address: Optional, a `str`: where the channels are, normalised so that every spelling gives
+            the same text, and without a password, such as
+            `Redis at 127.0.0.1:6379, prefix 'starcast:'`. Two backends with the same address share
+            their channels. With this attribute, the hub refuses to open beside another hub of this
+            process with which it would share channels by accident.
+        if_silent: Optional, a `str`: what a developer should check if nothing that is published
+            ever arrives. It is appended to an error message.
+    """
+
+    async def connect(self, deliver: Deliver, lost: Lost) -> BrokerConnection:
+        """Connect to the broker.
+
+        Nothing may be left behind if this raises or is cancelled.
+
+        Args:
+            deliver: Call `deliver(channel, payload)` for each message on a subscribed channel, in
+                order, on this event loop. It does not block and does not raise.
+            lost: Call `lost(error)` once if the connection breaks by itself; the hub then calls
+                `close`. If the broker takes away a single channel, call it with a
+                `SubscriptionRevoked`, each time this happens: the connection stays open, and the
+                hub tries to subscribe to that channel again. It does not raise.
+
+        Neither has any effect once `close` has been called.
+
+        Raises:
+            BackendUnavailable: There is no connection. The message names the host, never the
+                password.
+            LoginRefused: A `BackendUnavailable`: the broker rejected the user or the password. A
+                hub that is being opened reports that at once instead of trying again.
         """

@@ -1,7 +1,7 @@
 """Claims: which hubs of this process are open on which broker, and under which name.
 
-Two hubs with the same name on the same broker are one room. That is right if somebody asked for it,
-and a leak if both of them just have the default name: then the second one does not open.
+Two hubs with the same name on the same broker share their channels. That is right if somebody asked
+for it, and a leak if both of them just have the default name: then the second one does not open.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Claim:
     """One hub's claim to its name on its broker. The hub keeps it; it ends with the hub.
 
     Args:
-        address: Where the channels are, as the backend says it: see `Backend`. None if the backend
-            does not say, which conflicts with nobody.
+        address: Where the channels are: see `Backend`. None if that is unknown, which conflicts
+            with no other hub.
         name: The name of the hub there.
         chosen: Whether somebody gave the hub that name on purpose.
     """
@@ -35,25 +35,25 @@ class Claim:
         self._chosen = chosen
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """Hold the claim, in the block and after it, until `release`. From any thread.
+    def held(self) -> Iterator[None]:
+        """Hold the claim in the block, and after it until `release`. From any thread.
 
-        If the block raises, a claim that was not held before it is released again.
+        If the block raises, a claim that was not held before is released again.
 
         Raises:
             ConfigurationError: Another open hub has the same name on the same broker, and at least
                 one of the two was not given it on purpose.
         """
-        held = self._take()
+        was_held = self._acquire()
         try:
             yield
         except BaseException:
-            if not held:
+            if not was_held:
                 self.release()
             raise
 
     def waive(self) -> None:
-        """Conflict with nobody: the hub only publishes."""
+        """Conflict with no other hub: this one only publishes."""
         self._address = None
 
     def release(self) -> None:
@@ -61,14 +61,14 @@ class Claim:
         with _lock:
             _held.discard(self)
 
-    def _take(self) -> bool:
+    def _acquire(self) -> bool:
         """Hold the claim; return whether it was held already."""
         with _lock:
             if self in _held:
                 return True
             conflict = self._conflicts()
         if conflict:
-            # The other hub may be one that nobody has any more: hubs are in reference cycles.
+            # The other hub may be garbage that was not collected yet: hubs are in reference cycles.
             gc.collect()
         with _lock:
             if self._conflicts():
@@ -89,12 +89,12 @@ class Claim:
         )
 
 
-def _forget() -> None:
-    """Begin anew in a child process: its parent's hubs are not open here."""
+def forget_all() -> None:
+    """Forget the claims in a child process: its parent's hubs are not open here."""
     global _lock
     _lock = threading.Lock()  # another thread of the parent may have held it
     _held.clear()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=forget_all)

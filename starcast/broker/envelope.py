@@ -41,7 +41,7 @@ def pack(event: Event, hub: bytes) -> bytes:
 
 
 def unpack(channel: str, data: bytes, hub: bytes) -> Event:
-    """Return the event. Connections are excluded only where it comes back to the hub they are on.
+    """Return the event. Connections are excluded only if `hub` published it.
 
     Raises:
         Malformed: It is neither text nor an envelope of a version that is known.

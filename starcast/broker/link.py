@@ -1,401 +1,390 @@
-"""Link: a hub's connection to a broker, which it keeps, loses and finds again.
+"""Link: a hub's connection to a broker, over every outage and on any event loop.
 
-It lives on the event loop that started it, for the time of a `Life`; `publish` may be called from
-any thread. A `Sender` hands over what is published, `Subscriptions` knows what is subscribed to, a
-`Probe` whether the broker is really there, and a `Session` makes a connection.
+It is in one of these states, of which `stats()` calls the first three "closed":
 
-`_live` makes a new connection whenever one is lost, however long that takes, and says that there
-was a gap. `_watch` looks at the probe. When the loop ends, which cancels the tasks, `_live`
-disconnects there, and the link may be started on another one.
+- CLOSED: there is no supervisor, and `publish` raises. `start` opens it.
+- OPENING: `start` makes a first connection, and raises if there is none in time. It is CLOSED then.
+- ENDED: the supervisor's task was cancelled, or its event loop was closed. The other loops that
+  have clients are asked to take over, and so is its own one, in case it goes on after a moment. The
+  next use of the hub does the same. Whichever is first calls `start`, and the link is RECONNECTING:
+  what was waiting is kept.
+- CONNECTED: a session is ready. The supervisor waits until it is lost, and then closes it.
+- RECONNECTING: the supervisor waits a moment, makes a session, and again if that fails, as long as
+  it takes. Messages are queued for up to two seconds. Then the gap is reported, messages that
+  arrived meanwhile are delivered behind it, and the link is CONNECTED.
+
+`stop` closes it from any of these, on the event loop of the connection.
+
+A `Supervisor` belongs to one event loop, a `Session` to one connection. The `Sender` queues what is
+published, `Subscriptions` records which channels are wanted; both outlive sessions and loops.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .. import logs
 from ..backends.base import Backend
 from ..event import Event
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from ..gap import Gap
 from ..logs import LogLimit
 from ..stats import BackendStats
-from ..sync.deadline import Deadline
+from ..sync.waiter import running_loop
+from ..tuning import Tuning
 from . import envelope
 from .health import Health
-from .life import Life, Stopping
-from .opening import CLOSED, Backoff, keep_trying
-from .probe import PROBE_CHANNEL, Probe
-from .sender import LATE, TIMEOUT, OnLost, Sender, Taken
-from .session import Session
+from .opening import CLOSED
+from .probe import PROBE_CHANNEL
+from .round_trips import RoundTrips
+from .sender import LATE, NOT_OPEN, Ack, OnLost, Sender
+from .session import Parts, Session
 from .subscriptions import Subscriptions
+from .supervisor import Supervisor
 
 logger = logging.getLogger("starcast")
 
-# Seconds that a connection must have held for the waits to begin anew.
-HELD = 10.0
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Owner:
+    """What a link calls of its hub.
+
+    Attributes:
+        deliver: Called with each event that arrives, on the link's loop, and with the time before
+            which nothing is missing, in seconds since 1970. Returns whether everybody gets it;
+            those who do not are told of a gap: see `Link.report`.
+        on_gap: Called after each gap, on the link's loop.
+        loops: Returns the event loops that have clients. From any thread.
+        reopen: Starts the link on this event loop, if the hub is open and the link has ended.
+    """
+
+    deliver: Callable[[Event, float], bool]
+    on_gap: Callable[[Gap], None]
+    loops: Callable[[], Iterable[asyncio.AbstractEventLoop]]
+    reopen: Callable[[], Coroutine[Any, Any, None]]
 
 
 class Link:
-    """See the module. Made on any thread.
+    """A hub's connection to a broker. Made on any thread.
 
     Args:
-        backend: What talks to the broker.
+        backend: Connects to the broker.
         lock: The hub's: code that holds it may call this, and the other way round.
-        deliver: Called with each event that arrives, on the link's loop, and with the time before
-            which nothing is missing, in seconds since 1970. Returns whether everybody gets it;
-            those who do not are told of a gap: see `report`.
-        on_gap: Called after each gap, on the link's loop.
-        open_timeout: Seconds for which the first connection is tried to be made.
-        probe_interval: Seconds between two messages to itself.
+        owner: The hub.
+        tuning: The hub's.
+        probe_interval: Seconds between two probes.
 
     Attributes:
-        hub: Names this process's hub to itself, anew with each opening.
-        subscriptions: The channels that somebody wants.
-        probe: Its messages to itself.
+        is_local: Whether there is no broker.
     """
+
+    is_local = False
 
     def __init__(
         self,
         backend: Backend,
         lock: AbstractContextManager[object],
-        deliver: Callable[[Event, float], bool],
-        on_gap: Callable[[Gap], None],
-        open_timeout: float,
+        owner: Owner,
+        tuning: Tuning,
         probe_interval: float,
     ) -> None:
-        self.hub = b""
-        self._backend = backend
-        self._deliver = deliver
-        self._on_gap = on_gap
-        self._timing = (open_timeout, probe_interval)
-        self._limit = LogLimit()
-        self._sender = Sender(backend, lock, self._on_refused)
-        self.subscriptions = Subscriptions(backend, lock, self)
-        self.probe = Probe(backend, self._sender)
-        self._session = Session(backend, self.probe, self.subscriptions, self._arrived, self._break)
         self._lock = lock
+        self._owner = owner
+        self._tuning = tuning
+        self._probe_interval = probe_interval
+        self._limit = LogLimit()
         self._health = Health(lock)
+        self._sender = Sender(lock, tuning, self._on_lost)
+        self._round_trips = RoundTrips(self._sender, tuning.publish_timeout)
+        self._subscriptions = Subscriptions(lock, self._health, tuning, owner.on_gap)
+        self._parts = Parts(
+            backend,
+            tuning,
+            self._health,
+            self._sender,
+            self._subscriptions,
+            self._round_trips,
+            self._receive,
+        )
+        self._hub = b""  # names this process's hub to itself, anew with each opening
         # Guarded by the lock:
-        self._life: Life | None = None
-        self._stopping: Stopping | None = None
+        self._supervisor: Supervisor | None = None
+        self._stop: tuple[Supervisor, concurrent.futures.Future[None]] | None = None
+        # Loops on which the supervisor's task was cancelled a moment ago. They are likely ending,
+        # and would not wait for a new task.
+        self._ending: set[asyncio.AbstractEventLoop] = set()
+        self._reopening: set[asyncio.Task[None]] = set()
 
     # From any thread
 
     @property
     def alive(self) -> bool:
-        """Whether the event loop that it lives on is still there, and its tasks are."""
-        life = self._life
-        return life is not None and life.alive
-
-    @property
-    def resting(self) -> bool:
-        """Whether its tasks were cancelled a moment ago, on this loop."""
-        life = self._life
-        return life is not None and life.resting
+        """Whether a supervisor looks after the connection."""
+        supervisor = self._supervisor
+        return supervisor is not None and supervisor.alive
 
     @property
     def connected(self) -> bool:
-        return self._health.state == "connected"
+        session = self._session
+        return session is not None and session.connected
 
     @property
-    def broken(self) -> bool:
-        return self._life is None or self._life.broken.is_set()
+    def outstanding(self) -> int:
+        """What the messages cost that were published and may not have come back yet."""
+        return self._round_trips.outstanding if self.connected else 0
 
     @property
-    def is_here(self) -> bool:
-        life = self._life
-        return life is not None and life.is_here
+    def _session(self) -> Session | None:
+        supervisor = self._supervisor
+        return None if supervisor is None else supervisor.session
+
+    @property
+    def _probe_channel(self) -> str:
+        return f"{PROBE_CHANNEL}{self._hub.hex()}"
 
     def stats(self) -> BackendStats:
         with self._lock:
             return self._health.snapshot(
                 alive=self.alive,
-                lost=self._sender.lost + self._session.dropped,
-                channels=len(self.subscriptions.holds),
+                lost=self._sender.lost,
+                channels=self._subscriptions.count,
                 queued=len(self._sender.queue),
-                refused=self.subscriptions.refused,
+                refused=len(self._subscriptions.refusals),
             )
 
-    def publish(self, event: Event, wait: bool, on_lost: OnLost | None = None) -> Taken | None:
-        """Hand an event over. What comes back, if `wait`, is set when the broker has it.
+    def publish(
+        self, event: Event, wait: bool = False, on_lost: OnLost | None = None
+    ) -> Ack | None:
+        """Queue an event. With `wait`, return what is set when the broker has it.
 
-        Without `wait` it waits for a broker that is away for two seconds and is then lost, which is
-        counted and logged. `on_lost` is then called with the reason, once, on the link's loop or on
-        the thread that closes the link; it must neither block nor raise.
+        Without `wait`, the event waits up to two seconds for a broker that is away and is then
+        lost, which is counted and logged. `on_lost` is called with the reason, once, on the link's
+        loop or on the thread that closes the link; it must neither block nor raise.
 
         Raises:
-            PayloadTooLarge: The broker takes less.
+            PayloadTooLarge: It is larger than the broker accepts.
             PublishQueueFull: Too much is waiting.
         """
-        data = envelope.pack(event, self.hub)
-        if len(data) > self._backend.max_payload:
+        data = envelope.pack(event, self._hub)
+        if len(data) > self._sender.max_payload:
             raise PayloadTooLarge(
                 f"the message takes {len(data)} bytes, and the broker at most "
-                f"{self._backend.max_payload}"
+                f"{self._sender.max_payload}"
             )
         try:
             return self._sender.put(event.channel, data, wait, on_lost)
         except PublishQueueFull as exc:
             if not wait:
-                self._on_refused(str(exc))
+                self._on_lost(str(exc))
             raise
 
-    def _on_refused(self, why: str) -> None:
-        """Say what became of messages that nobody awaits."""
-        self.note(why)
+    def _on_lost(self, why: str) -> None:
+        """Log that messages were lost that nobody awaits."""
+        self._health.note(why)
         if self._limit.allows(why):
             logger.warning("messages did not reach the broker: %s", why)
-
-    async def healthy(self) -> bool:
-        """Whether a message comes back by way of the broker within two seconds. From any loop.
-
-        Others that arrive meanwhile will do: on a slow line it waits behind them. It is not while
-        the broker refuses a channel that somebody has.
-        """
-        life = self._life
-        if life is None or not self.alive or not self.connected or self.subscriptions.refused:
-            return False
-        answered = Taken()
-        self.call(self._answer, life, answered)
-        try:
-            await answered.wait()
-        except BackendUnavailable:
-            return answered.failed == LATE and self.probe.heard_at() + TIMEOUT > time.monotonic()
-        return True
-
-    def call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call it on the link's loop, in its next turn; here, if there is none."""
-        life = self._life
-        if life is None:
-            function(*arguments)
-        else:
-            life.call(function, *arguments)
-
-    # Open and close
-
-    async def start(self, patient: bool = True) -> None:
-        """Connect, and live on this event loop from now on.
-
-        If the loop that it lived on has ended, and somebody wants a channel, this is like a lost
-        connection: it comes back at once and connects when it can.
-
-        Args:
-            patient: Whether to try again for as long as `open_timeout` says.
-
-        Raises:
-            BackendUnavailable: There is no connection.
-        """
-        if self._stopping is not None:
-            await self._stopping.wait()
-            self._sender.close(CLOSED)  # if that was too long
-            self._stopping = None
-        life = self._life
-        if self.resting:
-            raise BackendUnavailable("the event loop of the connection is ending")
-        moved = life is not None and self.subscriptions.wanted
-        if not moved:
-            self.hub = os.urandom(8)
-            self.probe.channel = f"{PROBE_CHANNEL}{self.hub.hex()}"
-        life = self._life = Life()
-        self._sender.live_here()
-        if moved:
-            lost = RuntimeError("the event loop of the connection ended")
-            self._break(lost, self._session.generation)
-        else:
-
-            async def connect(seconds: float | None) -> None:
-                life.broken.clear()
-                await self._session.open(seconds)
-
-            try:
-                await self._session.close()  # if what stopped it last was cut off
-                await keep_trying(
-                    connect,
-                    self._timing[0] if patient else 0.0,
-                    lambda error: self._health.become("closed", error),
-                    lambda: life.last_attempt,
-                )
-            except BaseException:
-                self._life = None
-                raise
-            self._connected(life)
-            self._session.catch_up()
-        life.living = life.run(self._live(life))
-
-    def stop_opening(self) -> None:
-        """Make no further attempt at a first connection: the hub is to be closed. Any thread."""
-        life = self._life
-        if life is not None:
-            life.last_attempt = True  # one that succeeds is stopped like any other connection
-
-    async def ready(self) -> None:
-        """Wait, for two seconds at most, until a connection that has moved here is there."""
-        life = self._life
-        if life is not None and life.is_here:
-            with contextlib.suppress(TimeoutError):
-                async with Deadline(TIMEOUT):
-                    await life.connected.wait()
-
-    async def stop(self) -> None:
-        """Disconnect, after what waits for the broker, if it takes it within two seconds.
-
-        From any loop; on a loop that is blocked it happens as soon as it can.
-        """
-        with self._lock:
-            life, self._life = self._life, None
-            if life is not None:
-                self._stopping = Stopping(life, self._stop, lambda it: it is self._stopping)
-                self._health.become("closed")
-            stopping = self._stopping
-        if stopping is None:
-            return
-        self.subscriptions.fail(CLOSED)
-        if life is not None:
-            stopping.begin()
-        await stopping.wait()
-
-    async def _stop(self, life: Life) -> None:
-        try:
-            if life.loop is asyncio.get_running_loop():
-                await self._sender.drain()
-        finally:
-            if self._life is None:  # else it has been started anew, elsewhere
-                self._sender.close(CLOSED)
-            await self._leave(life)
-
-    async def _leave(self, life: Life) -> None:
-        """End everything that belongs to a loop, on it; if it is closed, what is left of it."""
-        life.leaving = True
-        if self._life in (life, None):  # else there is a new one already, elsewhere
-            self._sender.pause()
-        try:
-            await life.end()
-        finally:
-            if self._life in (life, None):
-                await self._session.close()
-                self._sender.give_up()
-
-    def _connected(self, life: Life) -> None:
-        self._health.become("connected")
-        self.subscriptions.resume()
-        self._sender.open()
-        if life.watching is not None:
-            life.tasks.discard(life.watching)
-            life.watching.cancel()
-        life.watching = life.run(self._watch(self._session.generation))
-        life.connected.set()
-
-    # Stay connected
-
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
-        life = self._life
-        assert life is not None  # the subscriptions have asked
-        life.run(work)
-
-    def _break(self, error: Exception, generation: int) -> None:
-        life = self._life
-        if generation == self._session.generation and life is not None:
-            if self.connected:
-                logger.warning("lost the connection to the broker: %s", logs.describe(error))
-                self._health.become("reconnecting", error)
-                self._sender.pause()
-            life.broken.set()
-            self.probe.forget()
-
-    async def _live(self, life: Life) -> None:
-        try:
-            await self._keep(life)
-        finally:
-            if not life.leaving:  # nobody has stopped it: the loop is ending
-                await self._leave(life)
-
-    async def _keep(self, life: Life) -> None:
-        backoff = Backoff()
-        while not life.leaving:
-            since = time.monotonic()
-            await life.broken.wait()
-            if time.monotonic() - since > HELD:
-                backoff = Backoff()
-            self._health.become("reconnecting")
-            self._sender.pause()
-            error = self._health.error or ""
-            # While nobody is there, nobody misses anything.
-            heard = self.probe.heard if self.subscriptions.wanted else time.time()
-            while life.broken.is_set() and not life.leaving:
-                await self._session.close()
-                self._sender.give_up()
-                await asyncio.sleep(backoff.next())
-                try:
-                    life.broken.clear()
-                    await self._session.open()
-                except Exception as exc:
-                    self._health.become("reconnecting", exc)
-                    life.broken.set()
-            if not life.leaving:
-                self._tell_gap(life, heard, error)
 
     def report(self, gap: Gap, on_gap: Callable[[Gap], None]) -> None:
         """Count and log a gap that is not the broker's, and call `on_gap` on the link's loop."""
         self._health.count(gaps=1)
         if self._limit.allows(gap.error):
             logger.warning("%s; its clients were told of a gap", gap.error)
-        self.call(on_gap, gap)
+        if (session := self._session) is not None:  # pragma: no branch  # closed just now
+            session.call(on_gap, gap)
 
-    @property
-    def heard(self) -> float:
-        return self.probe.heard
+    async def acquire(self, channel: str) -> None:
+        """Want a channel: see `Subscriptions`."""
+        await self._subscriptions.acquire(channel)
 
-    def hear(self, asked: float) -> None:
-        self.probe.heard = asked
+    def acquire_again(self, channel: str) -> None:
+        """Want a channel that the caller has already."""
+        self._subscriptions.acquire_again(channel)
 
-    def note(self, error: str) -> None:
-        self._health.note(error)
+    def release(self, channel: str) -> None:
+        """Want a channel no more."""
+        self._subscriptions.release(channel)
 
-    def tell_gap(self, gap: Gap) -> None:
-        self._on_gap(gap)
+    async def round_trip(self) -> None:
+        """Wait until everything published so far has come back, or is given up. From any loop."""
+        await self._round_trips.wait(self._probe_channel)
 
-    def _tell_gap(self, life: Life, since: float, error: str) -> None:
-        self._connected(life)
-        gap = Gap(since, time.time() - since, error)
-        self._health.count(gaps=1)
-        logger.warning(
-            "connected to the broker again; messages of the last %.1f seconds may be missing",
-            gap.seconds,
-        )
-        self._on_gap(gap)
-        self._session.catch_up()
+    async def healthy(self) -> bool:
+        """Whether a probe comes back within two seconds. From any loop.
 
-    async def _watch(self, generation: int) -> None:
-        wrong = await self.probe.watch(self._timing[1], lambda: self.subscriptions.wanted)
-        self._break(ConnectionError(wrong), generation)
-
-    def _answer(self, life: Life, answered: Taken) -> None:
-        """Set it when a message to ourselves has come."""
+        Other messages that arrive meanwhile will do: on a slow connection a probe waits behind
+        them. It is False while the broker refuses a channel that somebody has.
+        """
+        session = self._session
+        if session is None or not (self.alive and self.connected) or self._subscriptions.refusals:
+            return False
+        timeout = self._tuning.publish_timeout
+        answer = Ack(timeout)
 
         def tell(probe: asyncio.Future[str]) -> None:
-            if lost := probe.result():
-                answered.fail(lost)
+            if error := probe.result():
+                answer.fail(error)
             else:
-                answered.set()
+                answer.set()
 
-        if life is self._life and self.is_here:
-            self.probe.ask().add_done_callback(tell)
-
-    # Receive
-
-    def _arrived(self, channel: str, data: bytes) -> None:
+        session.call(lambda: session.probe.ask().add_done_callback(tell))
         try:
-            event = envelope.unpack(channel, data, self.hub)
+            await answer.wait()
+        except BackendUnavailable:
+            return answer.failed == LATE and session.heard_at() + timeout > time.monotonic()
+        return True
+
+    # Open and close, one at a time
+
+    async def start(self, seconds: float) -> None:
+        """Connect, and keep the connection on this event loop from now on.
+
+        If the supervisor has ended and a channel is wanted, this is like a lost connection: it
+        returns at once, and there is a connection as soon as possible.
+
+        Args:
+            seconds: How long to try; 0 to try once.
+
+        Raises:
+            BackendUnavailable: There is no connection.
+        """
+        if self._stop is not None:
+            await self._stopped()
+            self._sender.close(CLOSED)  # if that took too long
+            self._stop = None
+        if asyncio.get_running_loop() in self._ending:
+            raise BackendUnavailable("the event loop of the connection is ending")
+        last = self._supervisor
+        taking_over = last is not None and self._subscriptions.wanted
+        if last is not None:
+            await last.stop()
+        if not taking_over:
+            self._hub = os.urandom(8)
+        supervisor = self._supervisor = Supervisor(
+            self._parts,
+            self._probe_channel,
+            self._probe_interval,
+            self._owner.on_gap,
+            self._hand_over,
+        )
+        self._sender.start()
+        if taking_over:
+            supervisor.session.lose(RuntimeError("the event loop of the connection ended"))
+        else:
+            try:
+                await supervisor.open(seconds)
+            except BaseException:
+                self._supervisor = None
+                self._sender.close(NOT_OPEN)
+                raise
+        await supervisor.start()
+
+    def stop_opening(self) -> None:
+        """Make no further attempt at a first connection: the hub is to be closed. Any thread."""
+        supervisor = self._supervisor
+        if supervisor is not None:
+            supervisor.giving_up = True
+
+    async def ready(self) -> None:
+        """Wait, for two seconds at most, for a connection that this loop has taken over."""
+        supervisor = self._supervisor
+        if supervisor is not None and supervisor.loop is asyncio.get_running_loop():
+            await supervisor.wait_connected(self._tuning.publish_timeout)
+
+    async def stop(self) -> None:
+        """Disconnect, after sending what is waiting, if the broker takes it within two seconds.
+
+        From any loop. If the loop of the connection is blocked, this does not wait longer than it
+        should take, and the connection is closed later.
+        """
+        with self._lock:
+            supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            self._health.become("closed")
+            self._subscriptions.fail(CLOSED)
+            self._stop = supervisor, self._begin_stop(supervisor)
+        await self._stopped()
+
+    def _begin_stop(self, supervisor: Supervisor) -> concurrent.futures.Future[None]:
+        """Disconnect on the supervisor's loop; here, if that does not run."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def begin() -> None:
+            task = asyncio.get_running_loop().create_task(self._disconnect(supervisor))
+            task.add_done_callback(lambda task: done.set_result(None))
+
+        loop = supervisor.loop
+        if loop.is_running() and loop is not running_loop():
+            with contextlib.suppress(RuntimeError):  # it was closed in this moment
+                loop.call_soon_threadsafe(begin)
+                return done
+        begin()  # at once: if this loop is ending, it would not wait for a later task
+        return done
+
+    async def _disconnect(self, supervisor: Supervisor) -> None:
+        try:
+            if self._supervisor is None and supervisor.loop is asyncio.get_running_loop():
+                await self._sender.drain()
+        finally:
+            if self._supervisor is None:  # it may have been started anew, elsewhere
+                self._sender.close(CLOSED)
+            await supervisor.stop()
+
+    async def _stopped(self) -> None:
+        """Wait for a stop that is under way; do it here if its loop has ended meanwhile."""
+        if self._stop is None:
+            return
+        supervisor, stop = self._stop
+        await asyncio.wait([asyncio.wrap_future(stop)], timeout=2 * self._tuning.stop_timeout)
+        if not (supervisor.session.closed or supervisor.loop.is_running()):
+            await supervisor.stop()
+
+    # On the loop of the connection
+
+    def _hand_over(self, supervisor: Supervisor, error: BaseException | None) -> None:
+        """The supervisor has ended: let any loop that has clients take over."""
+        if error is not None:
+            logger.error(
+                "the connection to the broker is started again after an error", exc_info=error
+            )
+        if self._supervisor is not supervisor:
+            return
+        own = supervisor.loop
+        self._ending.add(own)
+        own.call_later(self._tuning.restart_delay, self._retake, own)
+        for loop in set(self._owner.loops()) - {own}:
+            with contextlib.suppress(RuntimeError):  # it was closed in this moment
+                loop.call_soon_threadsafe(self.take_over)
+
+    def _retake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop of the connection goes on: it is not ending after all."""
+        self._ending.discard(loop)
+        self.take_over()
+
+    def take_over(self) -> None:
+        """If the supervisor has ended and this loop has clients, let it go on here."""
+        loop = asyncio.get_running_loop()
+        if not self.alive and loop in self._owner.loops():
+            task = loop.create_task(self._reopen())
+            self._reopening.add(task)
+            task.add_done_callback(self._reopening.discard)
+
+    async def _reopen(self) -> None:
+        with contextlib.suppress(BackendUnavailable):  # the next use of the hub tries again
+            await self._owner.reopen()
+
+    def _receive(self, channel: str, data: bytes) -> None:
+        try:
+            event = envelope.unpack(channel, data, self._hub)
         except envelope.Malformed:
             self._health.count(malformed=1)
             return
-        if not self._deliver(event, self.probe.heard):
-            self._health.count(missed=1)
+        if not self._owner.deliver(event, self._health.answered):
+            self._health.count(lost=1)

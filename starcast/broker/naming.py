@@ -6,13 +6,14 @@ import re
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
-from ..backends.base import Backend, Deliver, Lost, SubscriptionRevoked
+from ..backends.base import Backend, BrokerConnection, Deliver, Lost, SubscriptionRevoked
 from ..exceptions import ConfigurationError
 
 DEFAULT_NAME = "default"
 
-# No colon, so the first colon of a name on the broker ends the name of the hub. What every broker
-# and every ACL takes as it is; the length leaves room for a channel in a subject of NATS.
+# There is no colon in it, so the first colon of a name on the broker ends the name of the hub. All
+# brokers and their ACLs accept these characters unchanged, and the length leaves enough of a NATS
+# subject for the channel.
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -30,45 +31,52 @@ def check_name(name: object) -> str:
 
 
 class NamedBackend:
-    """A backend as one hub sees it: with channels that others do not have. See `Backend`."""
+    """A backend whose connections only see the channels of one hub. See `Backend`."""
 
     def __init__(self, backend: Backend, name: str) -> None:
         self._backend = backend
         self._prefix = f"{name}:"
-        self.max_payload = backend.max_payload
         self.if_silent = getattr(backend, "if_silent", "")
         self.address = getattr(backend, "address", None)
 
-    @property
-    def heard_at(self) -> float | None:
-        heard_at: float | None = getattr(self._backend, "heard_at", None)
-        return heard_at
-
-    async def start(self, deliver: Deliver, lost: Lost) -> None:
+    async def connect(self, deliver: Deliver, lost: Lost) -> NamedConnection:
         prefix = self._prefix
         length = len(prefix)
 
-        def deliver_ours(channel: str, payload: bytes) -> None:
+        def deliver_own(channel: str, payload: bytes) -> None:
             if channel.startswith(prefix):
                 deliver(channel[length:], payload)
 
-        def lost_ours(error: Exception) -> None:
+        def lost_own(error: Exception) -> None:
             if isinstance(error, SubscriptionRevoked):
                 error = SubscriptionRevoked(str(error), error.channel.removeprefix(prefix))
             lost(error)
 
-        await self._backend.start(deliver_ours, lost_ours)
-        self.max_payload = self._backend.max_payload
+        return NamedConnection(await self._backend.connect(deliver_own, lost_own), prefix)
 
-    def stop(self) -> Coroutine[Any, Any, None]:
-        return self._backend.stop()
+
+class NamedConnection:
+    """A connection of a `NamedBackend`. See `BrokerConnection`."""
+
+    def __init__(self, connection: BrokerConnection, prefix: str) -> None:
+        self.max_payload = connection.max_payload
+        self._connection = connection
+        self._prefix = prefix
+
+    @property
+    def heard_at(self) -> float | None:
+        heard_at: float | None = getattr(self._connection, "heard_at", None)
+        return heard_at
 
     def subscribe(self, channel: str) -> Coroutine[Any, Any, None]:
-        return self._backend.subscribe(self._prefix + channel)
+        return self._connection.subscribe(self._prefix + channel)
 
     def unsubscribe(self, channel: str) -> Coroutine[Any, Any, None]:
-        return self._backend.unsubscribe(self._prefix + channel)
+        return self._connection.unsubscribe(self._prefix + channel)
 
     def publish(self, messages: Sequence[tuple[str, bytes]]) -> Awaitable[None]:
         prefix = self._prefix
-        return self._backend.publish([(prefix + channel, data) for channel, data in messages])
+        return self._connection.publish([(prefix + channel, data) for channel, data in messages])
+
+    def close(self) -> Coroutine[Any, Any, None]:
+        return self._connection.close()

@@ -13,22 +13,16 @@ from ..exceptions import BackendUnavailable, ConfigurationError
 
 logger = logging.getLogger("starcast")
 
-# Seconds for which a hub that is being opened waits for its broker. One that is started together
-# with the app, as containers are, needs a few; gunicorn kills a worker that is not up within 30.
+# Seconds for which a hub that is being opened waits for its broker. If both are started together,
+# as containers are, it takes a few; gunicorn kills a worker that is not up within 30.
 OPEN_TIMEOUT = 10.0
 
-# Seconds that the last attempt gets, however little is left: it shall say what is wrong.
+# Seconds that the last attempt gets, however little time is left, so that it can say what is wrong.
 LAST_ATTEMPT = 1.0
 
 # Seconds between two probes.
 PROBE_INTERVAL = 3.0
 MAX_PROBE_INTERVAL = 3600.0
-
-# Seconds before the first attempt to connect again, at most; each further one may wait half as long
-# again, up to the longest. Each wait is a random part of that, so that a hundred processes do not
-# come at once, and the longest leaves half a second of the two that it may take.
-FIRST_WAIT = 0.1
-LONGEST_WAIT = 1.5
 
 CLOSED = "the hub was closed"
 
@@ -37,7 +31,7 @@ def check_timing(open_timeout: float, probe_interval: float) -> None:
     """Refuse settings that make no sense.
 
     Raises:
-        ConfigurationError: One of them is not a number of seconds that is possible.
+        ConfigurationError: One of them is not a possible number of seconds.
     """
     if not (isinstance(open_timeout, int | float) and open_timeout >= 0):
         raise ConfigurationError(
@@ -51,42 +45,47 @@ def check_timing(open_timeout: float, probe_interval: float) -> None:
 
 
 class Backoff:
-    """How long to wait before the next attempt to connect.
+    """How long to wait before the next attempt.
+
+    Each wait is a random part of its limit, so that a hundred processes do not try all at once, and
+    each limit is half as long again as the one before.
 
     Args:
-        most: Seconds that a wait takes at most; `LONGEST_WAIT` by default.
+        first: The limit of the first wait, in seconds.
+        longest: The limit that is not exceeded, in seconds.
     """
 
-    def __init__(self, most: float | None = None) -> None:
-        self._most = LONGEST_WAIT if most is None else most
-        self._longest = FIRST_WAIT
+    def __init__(self, first: float, longest: float) -> None:
+        self._limit = first
+        self._longest = longest
 
     def next(self) -> float:
-        """Return the seconds, more each time."""
-        wait = random.uniform(0, self._longest)
-        self._longest = min(1.5 * self._longest, self._most)
+        """Return how long to wait now, in seconds."""
+        wait = random.uniform(0, self._limit)
+        self._limit = min(1.5 * self._limit, self._longest)
         return wait
 
 
 async def keep_trying(
     connect: Callable[[float | None], Awaitable[None]],
     seconds: float,
+    backoff: Backoff,
     on_failure: Callable[[Exception], None],
     is_closing: Callable[[], bool],
 ) -> None:
-    """Connect for the first time, again and again until there is no time left.
+    """Connect for the first time, trying again until there is no time left.
 
     Args:
-        connect: Called with the seconds that it has; None leaves that to it.
-        seconds: How long to try; 0 for once.
-        on_failure: Called with the reason of each attempt that failed.
-        is_closing: Whether nobody wants it any more.
+        connect: Called with the seconds that it may take; None if that is up to it.
+        seconds: How long to try; 0 to try once.
+        backoff: How long to wait between two attempts.
+        on_failure: Called with the error of each attempt.
+        is_closing: Returns whether to give up.
 
     Raises:
-        BackendUnavailable: The last attempt failed, the login was refused, or nobody wants it.
+        BackendUnavailable: The last attempt failed, the login was refused, or the hub is closing.
     """
     until = time.monotonic() + seconds
-    backoff = Backoff()
     while True:
         left = max(until - time.monotonic(), LAST_ATTEMPT) if seconds else None
         try:

@@ -1,172 +1,260 @@
-"""Session: one connection to the broker after another, from its making to its end.
+"""Session: one connection to the broker, from its making to its end, on one event loop.
 
-A connection is open when the backend has connected, a message to ourselves has come back and all
-that is wanted is subscribed to. What arrives before that is kept, for it belongs behind the gap.
-All of this happens on one event loop at a time.
+A session is ready when the backend has connected, a probe has come back, all channels that are
+wanted are subscribed to, and the gap before it was reported. Messages that arrive earlier are held
+back until then. Once it is lost or closed, nothing that the connection still calls has any effect.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from .. import logs
-from ..backends.base import Backend, SubscriptionRevoked
+from ..backends.base import Backend, BrokerConnection, SubscriptionRevoked
 from ..event import OVERHEAD
 from ..exceptions import BackendUnavailable
 from ..sync.bounded import BoundedQueue
 from ..sync.deadline import Deadline
-from . import life
+from ..sync.waiter import running_loop
+from ..tuning import Tuning
+from .health import Health
 from .probe import Probe, location
+from .round_trips import RoundTrips
+from .sender import Sender
 from .subscriptions import Subscriptions
 
 logger = logging.getLogger("starcast")
 
-# Seconds that a backend has to connect, and for a thousand subscriptions.
-CONNECT_TIMEOUT = 10.0
 
-# Bytes of messages that wait until everything is subscribed to, and so stand behind the gap; each
-# counts `event.OVERHEAD` more. Half of what may wait for an event loop (`Tuning.max_pending`), for
-# they are handed over in one turn of it.
-MAX_EARLY = 8 * 1024 * 1024
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """What all sessions of a link share.
+
+    Attributes:
+        backend: Makes the connections.
+        receive: Called with the channel and the payload of each message.
+    """
+
+    backend: Backend
+    tuning: Tuning
+    health: Health
+    sender: Sender
+    subscriptions: Subscriptions
+    round_trips: RoundTrips
+    receive: Callable[[str, bytes], None]
 
 
 class Session:
-    """See the module.
+    """One connection to the broker. Made on its event loop.
 
     Args:
-        backend: What talks to the broker.
-        probe: Makes sure that the broker delivers.
-        subscriptions: What is wanted.
-        on_message: Called with the channel and the payload of each message.
-        on_lost: Called with the reason and the generation when a connection breaks.
+        parts: What it shares with the sessions before and after it.
+        channel: The channel that probes are sent to.
 
     Attributes:
-        generation: Of the connection: what an earlier one brings does not count.
-        dropped: Messages that were lost because there was no space for them before everything was
-            subscribed to, or because it never was. They were the oldest ones, so they belong to the
-            gap before the others.
+        loop: Its event loop.
+        lost: Done with the reason when the connection has broken.
+        ready: Whether it delivers messages; see the module.
+        dropped: How many messages it has lost that it was holding back.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        probe: Probe,
-        subscriptions: Subscriptions,
-        on_message: Callable[[str, bytes], None],
-        on_lost: Callable[[Exception, int], None],
-    ) -> None:
-        self.generation = 0
-        self._backend = backend
-        self._probe = probe
-        self._subscriptions = subscriptions
-        self._on_message = on_message
-        self._on_lost = on_lost
-        self._started = False  # the backend has to be stopped
+    def __init__(self, parts: Parts, channel: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[Exception] = self.loop.create_future()
+        self.ready = False
         self.dropped = 0
-        self._excess = 0  # how many of these since the connection was lost
-        # What came before everything was subscribed to; None once it is.
-        self._early: BoundedQueue[tuple[str, bytes]] | None = None
+        self.probe = Probe(channel, parts.backend, parts.sender, parts.health, parts.tuning)
+        self._parts = parts
+        self._connection: BrokerConnection | None = None
+        self._closing = False
+        self._message_at = 0.0  # when a message arrived last, in `time.monotonic()`
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Of this loop only, so its lock need not lock.
+        self._held_back = BoundedQueue[tuple[str, bytes]](
+            contextlib.nullcontext(), parts.tuning.max_held_back
+        )
+
+    @property
+    def connection(self) -> BrokerConnection:
+        assert self._connection is not None  # only asked for once it is connected
+        return self._connection
+
+    @property
+    def connected(self) -> bool:
+        return self.ready and not self.lost.done()
+
+    @property
+    def closed(self) -> bool:
+        """Whether there is nothing to close."""
+        return self._connection is None
+
+    def heard_at(self) -> float:
+        """Return when there was a sign of life last, in `time.monotonic()`. From any thread.
+
+        The backend may know it to the byte: a single message may take minutes to arrive.
+        """
+        heard_at: float | None = getattr(self._connection, "heard_at", None)
+        return self._message_at if heard_at is None else heard_at
 
     async def open(self, seconds: float | None = None) -> None:
-        """Connect and subscribe, once a message to ourselves has come back.
+        """Connect, and subscribe once a probe has come back.
 
         Args:
-            seconds: How long connecting may take, 10 at most, and the message to ourselves.
+            seconds: How long connecting may take, and the probe, if that is less than the tuning
+                allows.
 
         Raises:
             BackendUnavailable: There is no connection, or it delivers nothing.
         """
-        seconds = CONNECT_TIMEOUT if seconds is None else min(seconds, CONNECT_TIMEOUT)
-        self.generation = generation = self.generation + 1
-        self._started = True
-
-        def deliver(channel: str, data: bytes) -> None:
-            if generation == self.generation:
-                self._probe.message_at = time.monotonic()
-                if channel == self._probe.channel:
-                    self._probe.came(data)
-                elif self._early is not None:
-                    self._hold_back(self._early, channel, data)
-                else:
-                    if channel in self._subscriptions.refusals:
-                        self._subscriptions.come_back(channel)
-                    self._on_message(channel, data)
-
-        def lost(error: Exception) -> None:
-            if not isinstance(error, SubscriptionRevoked) or error.channel == self._probe.channel:
-                self._on_lost(error, generation)
-            elif generation == self.generation:
-                self._subscriptions.revoke(error.channel, str(error))
-
-        self._early = BoundedQueue(contextlib.nullcontext(), MAX_EARLY)  # of this loop only
+        parts = self._parts
+        limit = parts.tuning.connect_timeout
+        seconds = limit if seconds is None else min(seconds, limit)
         try:
             async with Deadline(seconds):
-                await self._backend.start(deliver, lost)
+                self._connection = await parts.backend.connect(self._deliver, self.lose)
                 await self._subscribe_to_probe()
-            await self._probe.prove(seconds)
-            await self._subscriptions.restore(CONNECT_TIMEOUT, self._probe.heard_at)
+            await self.probe.prove(self.connection, seconds)
+            await parts.subscriptions.attach(self)
         except TimeoutError:
             await self.close()
             raise BackendUnavailable(
-                f"the broker did not answer in time{location(self._backend)}"
+                f"the broker did not answer in time{location(parts.backend)}"
             ) from None
         except BaseException:
             await self.close()
             raise
 
     async def _subscribe_to_probe(self) -> None:
-        channel = self._probe.channel
+        channel = self.probe.channel
         try:
-            await self._backend.subscribe(channel)
+            await self.connection.subscribe(channel)
         except Exception as exc:
             raise BackendUnavailable(
                 f"the hub cannot subscribe to its own channel {channel!r}: {logs.describe(exc)}"
-                f"{location(self._backend)}"
+                f"{location(self._parts.backend)}"
             ) from None
 
-    def _hold_back(self, early: BoundedQueue[tuple[str, bytes]], channel: str, data: bytes) -> None:
-        cost = len(data) + OVERHEAD
-        while not early.has_space(cost):
-            _, oldest = early.entries[0]
-            early.drop_first(len(oldest) + OVERHEAD)
-            self._excess += 1
-        early.append((channel, data), cost)
-
-    def catch_up(self) -> None:
-        """Let in what came, and who came, before it was all back: the gap is not theirs."""
-        early, self._early = self._early, None
-        assert early is not None  # `open` has made it
-        excess, self._excess = self._excess, 0
-        if excess:
-            self.dropped += excess
-            logger.warning(
-                "%d messages were lost that arrived before all channels were subscribed to again: "
-                "of the last attempt only %d bytes are kept",
-                excess,
-                MAX_EARLY,
-            )
-        for channel, data in early.entries:
-            self._on_message(channel, data)
-        self._subscriptions.confirm()
+    def catch_up(self, probe_interval: float) -> None:
+        """Deliver what was held back, and confirm waiting subscribers. They come after the gap."""
+        self.ready = True
+        for channel, data in self._held_back.take_all():
+            self._parts.receive(channel, data)
+        subscriptions = self._parts.subscriptions
+        subscriptions.confirm()
+        self.run(
+            self.probe.keep_asking(probe_interval, lambda: subscriptions.wanted, self.heard_at)
+        )
 
     async def close(self) -> None:
-        """Disconnect, if there is something to disconnect."""
-        self.generation += 1
-        if self._early is not None:
-            self._excess += len(self._early)
-            self._early = None
-        self._subscriptions.lose()
-        self._probe.forget()
-        if not self._started:
+        """Disconnect. If this was cancelled, it may be called again.
+
+        It is called on another loop if that of the session does not run any more.
+        """
+        self._closing = True
+        self._detach()
+        self.dropped += len(self._held_back)
+        self._held_back.take_all()
+        tuning = self._parts.tuning
+        if self.loop is running_loop():
+            tasks = self._tasks - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            try:
+                if tasks:
+                    await asyncio.wait(tasks, timeout=tuning.stop_timeout)
+            finally:
+                await self._disconnect()
+        else:
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        if self._connection is None:
             return
         try:
-            async with Deadline(life.STOP_TIMEOUT):
-                await self._backend.stop()
-            self._started = False
+            async with Deadline(self._parts.tuning.stop_timeout):
+                await self._connection.close()
         except Exception as exc:
             logger.warning(
                 "the connection to the broker was not closed cleanly: %s", logs.describe(exc)
             )
+        self._connection = None
+
+    # From any thread
+
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call it on the session's loop in its next iteration, or never if that is closed."""
+        if running_loop() is self.loop:
+            self.loop.call_soon(function, *arguments)  # not now: the caller may hold a lock
+        else:
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(function, *arguments)
+
+    # On its loop
+
+    def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Make a task of it, which ends with the session."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """A task has ended. The session only goes on if it ended well."""
+        self._tasks.discard(task)
+        if task.cancelled():
+            self.lose(ConnectionError("a task of the connection was cancelled"))
+        elif error := task.exception():
+            if not isinstance(error, BackendUnavailable):
+                logger.error("the connection to the broker ends after an error", exc_info=error)
+            self.lose(ConnectionError(logs.describe(error)))
+
+    def lose(self, error: Exception) -> None:
+        """The connection is lost, or one channel of it."""
+        if self._closing or self.lost.done():
+            return
+        if isinstance(error, SubscriptionRevoked) and error.channel != self.probe.channel:
+            self._parts.subscriptions.revoke(error.channel, str(error))
+            return
+        if self.ready:
+            self._parts.health.become("reconnecting", error)
+        self.lost.set_result(error)
+        self._detach()
+
+    def _detach(self) -> None:
+        """End everything that waits for this connection."""
+        self._parts.subscriptions.detach(self)
+        self._parts.sender.detach(self._connection)
+        self._parts.round_trips.fail()
+        self.probe.fail()
+
+    def _deliver(self, channel: str, data: bytes) -> None:
+        if self._closing or self.lost.done():
+            return
+        self._message_at = time.monotonic()
+        subscriptions = self._parts.subscriptions
+        if channel == self.probe.channel:
+            if data:
+                self._parts.round_trips.arrived(data)
+            else:
+                self.probe.arrived()
+        elif not self.ready:
+            self._hold_back(channel, data)
+        else:
+            if channel in subscriptions.refusals:
+                subscriptions.restored(channel)
+            self._parts.receive(channel, data)
+
+    def _hold_back(self, channel: str, data: bytes) -> None:
+        held_back = self._held_back
+        cost = len(data) + OVERHEAD
+        while not held_back.has_space(cost):
+            _, oldest = held_back.entries[0]
+            held_back.drop_first(len(oldest) + OVERHEAD)
+            self.dropped += 1
+        held_back.append((channel, data), cost)

@@ -1,12 +1,12 @@
 """Subscriptions: the channels that this process wants from the broker, and those that it has.
 
-`hold`, `want` and `release` may be called from any thread: they note what is wanted under the lock
-and have the event loop of the connection make both agree. Each channel has a task while its
-subscription changes, so that the changes of one channel happen in turn.
+`acquire`, `acquire_again` and `release` may be called from any thread: they record what is wanted,
+and the loop of the session makes what is confirmed agree with it. A channel has a task while its
+subscription changes, so the changes of one channel happen one after another.
 
-A channel that the broker refuses to those who ask for it is not theirs. One that somebody has
-already, and that is refused after an outage or taken away, is asked for again and again, and when
-it is back there is a gap: of this channel, while the others go on.
+If the broker refuses a channel to the clients that join it, they get the error. A channel that
+somebody already has, and that is refused after an outage or revoked, is tried again and again. When
+it is restored there is a gap, of this channel only.
 """
 
 from __future__ import annotations
@@ -15,354 +15,300 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from .. import logs
-from ..backends.base import Backend
 from ..gap import Gap
 from ..logs import LogLimit
 from ..sync.deadline import Deadline
+from ..tuning import Tuning
+from .health import Health
 from .opening import Backoff
-from .sender import Taken
+from .sender import Ack
+
+if TYPE_CHECKING:
+    from .session import Session
 
 logger = logging.getLogger("starcast")
 
-# Subscriptions that are asked for at the same time when the connection is back.
-AT_ONCE = 1000
-
-# Seconds after which a channel that was refused is asked for again, at most.
-LONGEST_WAIT = 10.0
-
-
-class Host(Protocol):
-    """What the subscriptions need of the connection."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether the event loop of the connection is still there."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is a connection, with all its subscriptions."""
-
-    @property
-    def broken(self) -> bool:
-        """Whether the connection has broken. On its loop."""
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this is the loop of the connection, and it goes on."""
-
-    def call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call it on the loop of the connection."""
-
-    def run(self, work: Coroutine[Any, Any, None]) -> object:
-        """Have a task for it, on this loop, which ends with the connection."""
-
-    @property
-    def heard(self) -> float:
-        """When something was asked that the broker has answered, in seconds since 1970."""
-
-    def hear(self, asked: float) -> None:
-        """Note that the broker has answered what was asked then."""
-
-    def note(self, error: str) -> None:
-        """Note what the broker has refused."""
-
-    def tell_gap(self, gap: Gap) -> None:
-        """Say that a channel is back that was refused."""
-
-
-class Refusal:
-    """That the broker refuses a channel which somebody has."""
-
-    __slots__ = ("backoff", "pending", "since", "why")
-
-    def __init__(self, since: float) -> None:
-        self.why = ""
-        self.since = since
-        self.backoff = Backoff(LONGEST_WAIT)
-        self.pending = False  # the next attempt has its time
-
-    def over(self, channel: str) -> Gap:
-        """Return the gap that it was."""
-        return Gap(self.since, time.time() - self.since, self.why, channel)
-
 
 class Subscription:
-    """A channel that somebody wants."""
+    """A channel that is wanted: how often, and by whom it was not confirmed yet."""
 
-    __slots__ = ("changing", "count", "subscribed", "waiting")
+    __slots__ = ("count", "waiting")
 
     def __init__(self) -> None:
         self.count = 0
-        self.subscribed = False
-        self.changing = False
-        self.waiting: list[Taken] = []
+        self.waiting: list[Ack] = []
+
+
+class Refusal:
+    """A channel that somebody has and the broker refuses."""
+
+    __slots__ = ("backoff", "retry", "since", "why")
+
+    def __init__(self, since: float, backoff: Backoff) -> None:
+        self.why = ""
+        self.since = since
+        self.backoff = backoff
+        self.retry: asyncio.TimerHandle | None = None
 
 
 class Subscriptions:
-    """See the module.
+    """Makes the channels that the broker has confirmed agree with those that are wanted.
+
+    Args:
+        lock: The hub's.
+        health: Of the link.
+        tuning: The hub's.
+        on_gap: Called with the gap of a channel that is restored.
 
     Attributes:
-        holds: The channels, guarded by the lock.
-        refusals: Those of them that the broker refuses and somebody has, guarded by the lock.
+        refusals: The channels that somebody has and the broker refuses. Guarded by the lock.
     """
 
-    def __init__(self, backend: Backend, lock: AbstractContextManager[object], host: Host) -> None:
-        self.holds: dict[str, Subscription] = {}
-        self.refusals: dict[str, Refusal] = {}
-        self._backend = backend
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        health: Health,
+        tuning: Tuning,
+        on_gap: Callable[[Gap], None],
+    ) -> None:
         self._lock = lock
-        self._host = host
-        # For channels that somebody has, and for those that strangers may ask for without end.
-        self._limits = {True: LogLimit(), False: LogLimit()}
-        self._back_limit = LogLimit()
-        self._generation = 0  # of the connection: what was asked of an earlier one does not count
+        self._health = health
+        self._tuning = tuning
+        self._on_gap = on_gap
+        # Guarded by the lock:
+        self.refusals: dict[str, Refusal] = {}
+        self._wanted: dict[str, Subscription] = {}
+        self._confirmed: set[str] = set()
+        self._session: Session | None = None
+        # On the loop of the session:
+        self._changing: dict[str, asyncio.Task[None]] = {}
+        # Of channels that somebody has, and of those that clients may ask for without end.
+        self._refused_limits = {True: LogLimit(), False: LogLimit()}
+        self._restored_limit = LogLimit()
 
     # From any thread
 
-    async def hold(self, channel: str) -> None:
+    async def acquire(self, channel: str) -> None:
         """Want a channel, and return when the broker has confirmed it.
 
         Raises:
-            BackendUnavailable: It has not within two seconds. The channel is not held then.
+            BackendUnavailable: It did not within two seconds. The channel is not acquired then.
         """
         with self._lock:
-            hold = self.holds.setdefault(channel, Subscription())
-            hold.count += 1
-            if hold.subscribed and self._host.connected:
+            subscription = self._wanted.setdefault(channel, Subscription())
+            subscription.count += 1
+            session = self._session
+            if session is not None and session.ready and channel in self._confirmed:
                 return
-            taken = Taken()
-            hold.waiting.append(taken)
+            ack = Ack(self._tuning.publish_timeout)
+            subscription.waiting.append(ack)
         try:
-            self._host.call(self._change, channel)
-            await taken.wait()
+            self._schedule(channel)
+            await ack.wait()
         except BaseException:
             with self._lock, contextlib.suppress(ValueError):
-                hold.waiting.remove(taken)
+                subscription.waiting.remove(ack)
             self.release(channel)
             raise
 
-    def want(self, channel: str) -> None:
-        """Want a channel that is wanted already, without waiting."""
+    def acquire_again(self, channel: str) -> None:
+        """Want a channel that the caller has already, without waiting."""
         with self._lock:
-            self.holds.setdefault(channel, Subscription()).count += 1
-        self._host.call(self._change, channel)
+            self._wanted.setdefault(channel, Subscription()).count += 1
+        self._schedule(channel)
 
     def release(self, channel: str) -> None:
-        """Want it no more; once for each `hold` or `want`."""
+        """Want it no more. Call this once for each `acquire` and `acquire_again`."""
         with self._lock:
-            hold = self.holds[channel]
-            hold.count -= 1
-            if hold.count:
+            subscription = self._wanted[channel]
+            subscription.count -= 1
+            if subscription.count:
                 return
-        self._host.call(self._change, channel)
+            del self._wanted[channel]
+            self.refusals.pop(channel, None)
+        self._schedule(channel)
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody wants any channel."""
-        with self._lock:
-            return any(hold.count for hold in self.holds.values())
+        """Whether any channel is wanted."""
+        return bool(self._wanted)
 
     @property
-    def refused(self) -> int:
-        """How many channels the broker refuses that somebody has."""
-        with self._lock:
-            return sum(
-                bool(hold.count) for name, hold in self.holds.items() if name in self.refusals
-            )
+    def count(self) -> int:
+        """How many channels are wanted, or still subscribed to. With the lock held."""
+        return len(self._wanted.keys() | self._confirmed)
 
     def fail(self, why: str) -> None:
-        """Tell everybody who waits that they wait in vain."""
+        """Fail every `acquire` that is waiting."""
         with self._lock:
-            waiting = [taken for hold in self.holds.values() for taken in hold.waiting]
-        for taken in waiting:
-            taken.fail(why)
+            waiting = [ack for it in self._wanted.values() for ack in it.waiting]
+        for ack in waiting:
+            ack.fail(why)
 
-    # On the loop of the connection
+    def _schedule(self, channel: str) -> None:
+        session = self._session
+        if session is not None:
+            session.call(self._reconcile, session, channel)
 
-    def lose(self) -> None:
-        """The connection is gone, and all subscriptions with it."""
-        self._generation += 1
-        with self._lock:
-            self.holds = {name: hold for name, hold in self.holds.items() if hold.count}
-            for hold in self.holds.values():
-                hold.subscribed = hold.changing = False
-            self.refusals = {name: it for name, it in self.refusals.items() if name in self.holds}
-            for refusal in self.refusals.values():
-                refusal.pending = False
+    # On the loop of the session
 
-    async def restore(self, seconds: float, heard_at: Callable[[], float]) -> None:
-        """Subscribe to everything that is wanted, before the connection counts as open.
+    async def attach(self, session: Session) -> None:
+        """Subscribe to everything that is wanted, and follow changes from now on.
 
         Raises:
-            TimeoutError: The broker was silent for so many seconds and had not confirmed a thousand
-                of them: its answers may wait behind what arrives on the channels before. See
-                `Overdue`.
+            TimeoutError: The broker was silent for too long, with a thousand of them unconfirmed.
         """
-        tried: set[str] = set()
-        while not self._host.broken and (missing := self._missing(tried)):
-            tried.update(missing)
-            for start in range(0, len(missing), AT_ONCE):
-                some = missing[start : start + AT_ONCE]
-                async with Deadline(seconds, heard_at):
-                    await asyncio.gather(*map(self._subscribe, some))
-
-    def _missing(self, tried: set[str]) -> list[str]:
-        """Return the channels to subscribe to. Nobody else changes those until it is connected."""
         with self._lock:
-            missing = [
-                channel
-                for channel, hold in self.holds.items()
-                if hold.count and not hold.subscribed and channel not in tried
-            ]
-            for channel in missing:
-                self.holds[channel].changing = True
-        return missing
-
-    def resume(self) -> None:
-        """Follow changes again, and catch up on those that came meanwhile."""
-        with self._lock:
-            channels = list(self.holds)
-            for hold in self.holds.values():
-                hold.changing = False
-        for channel in channels:
-            self._change(channel)
+            self._session = session
+            channels = list(self._wanted)
+        at_once = self._tuning.max_subscribing
+        for start in range(0, len(channels), at_once):
+            some = channels[start : start + at_once]
+            for channel in some:
+                self._reconcile(session, channel)
+            tasks = [self._changing[channel] for channel in some if channel in self._changing]
+            # The answers may wait behind messages of the channels that are confirmed already.
+            async with Deadline(self._tuning.connect_timeout, session.heard_at):
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def confirm(self) -> None:
-        """Tell those who came while it was connecting."""
-        waiting: list[Taken] = []
+        """The session is ready: confirm the channels that were acquired while it was opened."""
+        waiting: list[Ack] = []
         with self._lock:
-            for hold in self.holds.values():
-                if hold.subscribed:
-                    waiting += hold.waiting
-                    hold.waiting = []
-        for taken in waiting:
-            taken.set()
+            for channel in self._confirmed & self._wanted.keys():
+                subscription = self._wanted[channel]
+                waiting += subscription.waiting
+                subscription.waiting = []
+        for ack in waiting:
+            ack.set()
 
-    def _change(self, channel: str) -> None:
-        """Begin to do what is wanted, unless that is being done."""
-        host = self._host
+    def detach(self, session: Session) -> None:
+        """The session has ended, and all subscriptions with it."""
         with self._lock:
-            hold = self.holds.get(channel)
-            if hold is None or hold.changing:
+            if self._session is not session:
                 return
-            if not hold.count and not (hold.subscribed and host.alive):
-                del self.holds[channel]
-                self.refusals.pop(channel, None)
-                return
-            if not (host.is_here and host.connected):
-                return  # whoever connects next will do it
-            if bool(hold.count) == hold.subscribed:
-                return
-            hold.changing = True
-        host.run(self._settle(channel, hold, self._generation))
+            self._session = None
+            self._confirmed.clear()
+            refusals = list(self.refusals.values())
+        self._changing.clear()
+        for refusal in refusals:
+            refusal.retry = None
 
-    async def _settle(self, channel: str, hold: Subscription, generation: int) -> None:
-        refused = False
-        while generation == self._generation and bool(hold.count) != hold.subscribed:
-            if hold.count and refused:
-                break  # until somebody wants it again
-            if hold.count:
-                refused = not await self._subscribe(channel)
-            else:
+    def _reconcile(self, session: Session, channel: str) -> None:
+        """Begin to do what is wanted, unless that is done or being done."""
+        if session is self._session and channel not in self._changing and self._differs(channel):
+            self._changing[channel] = session.run(self._settle(session, channel))
+
+    def _differs(self, channel: str) -> bool:
+        with self._lock:
+            return (channel in self._wanted) != (channel in self._confirmed)
+
+    async def _settle(self, session: Session, channel: str) -> None:
+        while session is self._session and self._differs(channel):
+            if channel not in self._wanted:
                 with self._lock:
-                    hold.subscribed = False  # who wants it now has to wait
-                with contextlib.suppress(Exception):  # the connection is broken: see `Sender`
-                    await self._backend.unsubscribe(channel)
-        if generation == self._generation:
-            hold.changing = False
-            if not hold.count:
-                self._change(channel)
+                    self._confirmed.discard(channel)  # whoever wants it now has to wait
+                with contextlib.suppress(Exception):  # the connection is broken
+                    await session.connection.unsubscribe(channel)
+            elif not await self._subscribe(session, channel):
+                break  # until somebody acquires it, or it is tried again
+        if session is self._session:
+            del self._changing[channel]
 
-    async def _subscribe(self, channel: str) -> bool:
-        """Subscribe, and tell whoever waits for it, if it is connected; False if it was refused."""
-        generation = self._generation
+    async def _subscribe(self, session: Session, channel: str) -> bool:
+        """Subscribe, and confirm it if the session is ready; return False if it was refused."""
         asked = time.time()
         why = ""
-        waiting: list[Taken] = []
         try:
-            await self._backend.subscribe(channel)
+            await session.connection.subscribe(channel)
         except Exception as exc:
             why = logs.describe(exc)
+        is_held = False
+        waiting: list[Ack] = []
         with self._lock:
-            hold = self.holds.get(channel)
-            if hold is None or not self._host.is_here or generation != self._generation:
-                return False
-            if why and self._host.broken:
-                return False  # and nobody is told: it may be back in time
-            hold.subscribed = not why
-            had = hold.count > len(hold.waiting)
-            if why or self._host.connected:
-                waiting, hold.waiting = hold.waiting, []
+            if session is not self._session:
+                return False  # and nobody is told: the next session may be in time
+            if not why:
+                self._confirmed.add(channel)
+            if subscription := self._wanted.get(channel):
+                is_held = subscription.count > len(subscription.waiting)
+                if why or session.ready:
+                    waiting, subscription.waiting = subscription.waiting, []
         if why:
-            self._refuse(channel, why, had)
+            self._refuse(session, channel, why, is_held)
         else:
-            if self._host.connected:
-                self._host.hear(asked)
-            self.come_back(channel)
-        for taken in waiting:
+            if session.ready:
+                self._health.answered = asked
+            self.restored(channel)
+        for ack in waiting:
             if why:
-                taken.fail(why)
+                ack.fail(why)
             else:
-                taken.set()
+                ack.set()
         return not why
 
-    def come_back(self, channel: str) -> None:
-        """If a channel was refused, say that it is back.
+    def restored(self, channel: str) -> None:
+        """The broker delivers a channel. If it was refused until now, report the gap.
 
-        Its first message may come in the same turn as the confirmation, which the task that waits
-        for it sees only in the next one: the gap goes before that message.
+        A message may arrive in the same iteration as the confirmation, which the task that awaits
+        it only sees in the next one: the gap goes before that message.
         """
         with self._lock:
             refusal = self.refusals.pop(channel, None)
         if refusal is None:
             return
-        gap = refusal.over(channel)
-        if self._back_limit.allows("back", channel):
+        gap = Gap(refusal.since, time.time() - refusal.since, refusal.why, channel)
+        if self._restored_limit.allows("restored", channel):
             logger.warning(
                 "subscribed to the channel %r again; messages of the last %.1f seconds "
                 "may be missing",
                 channel,
                 gap.seconds,
             )
-        self._host.tell_gap(gap)
+        self._on_gap(gap)
 
     def revoke(self, channel: str, why: str) -> None:
-        """The broker has taken a channel away."""
+        """The broker has stopped delivering a channel."""
+        session = self._session
         with self._lock:
-            hold = self.holds.get(channel)
-            if hold is None or not hold.subscribed or self._host.broken:
-                return
-            hold.subscribed = False
-        self._refuse(channel, why, had=True)
+            is_held = channel in self._confirmed and channel in self._wanted
+            self._confirmed.discard(channel)
+        if session is not None and is_held:
+            self._refuse(session, channel, why, is_held=True)
 
-    def _refuse(self, channel: str, why: str, had: bool) -> None:
-        """Say that a channel was refused; if somebody has it, ask for it again in a while."""
-        if (channel not in self.refusals or not had) and self._limits[had].allows(
-            "refused", channel
-        ):
+    def _refuse(self, session: Session, channel: str, why: str, is_held: bool) -> None:
+        """Log that a channel is refused. If somebody has it, try it again later."""
+        limit = self._refused_limits[is_held]
+        if not (is_held and channel in self.refusals) and limit.allows("refused", channel):
             logger.warning(
                 "the broker refused the subscription to the channel %r%s: %s",
                 channel,
-                ", which is asked for again until it is back" if had else "",
+                ", which is tried again until it is restored" if is_held else "",
                 logs.escape(why),
             )
-        if not had:
+        if not is_held:
             return
+        self._health.note(why)
         with self._lock:
-            refusal = self.refusals.setdefault(channel, Refusal(self._host.heard))
+            if (
+                channel not in self._wanted
+            ):  # pragma: no cover  # another thread released it just now
+                return
+            if channel not in self.refusals:
+                backoff = Backoff(self._tuning.first_backoff, self._tuning.subscribe_backoff)
+                self.refusals[channel] = Refusal(self._health.answered, backoff)
+            refusal = self.refusals[channel]
         refusal.why = why
-        self._host.note(why)
-        if not refusal.pending:
-            refusal.pending = True
-            loop = asyncio.get_running_loop()
-            loop.call_later(refusal.backoff.next(), self._again, channel, refusal, self._generation)
+        if refusal.retry is None:
+            wait = refusal.backoff.next()
+            refusal.retry = session.loop.call_later(wait, self._retry, session, channel, refusal)
 
-    def _again(self, channel: str, refusal: Refusal, generation: int) -> None:
-        if generation == self._generation:
-            refusal.pending = False
-            self._change(channel)
+    def _retry(self, session: Session, channel: str, refusal: Refusal) -> None:
+        if session is self._session:
+            refusal.retry = None
+            self._reconcile(session, channel)

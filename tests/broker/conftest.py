@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
-from starcast import Broadcast, guard
-from starcast.broker import life, link, opening, sender
+from starcast import Broadcast, Tuning
 from support import Broker, Bus, starcast_tasks, until
+
+# With short waits.
+TUNING = Tuning(publish_timeout=0.5, restart_delay=0.05, first_backoff=0.01, max_backoff=0.02)
+
+
+def quick(**changes: float) -> Tuning:
+    """Return these timings with changes."""
+    return dataclasses.replace(TUNING, **changes)
+
+
+def tuned(**changes: float) -> pytest.MarkDecorator:
+    """Give the fixture `hub` these timings with changes."""
+    return pytest.mark.parametrize("tuning", [quick(**changes)], ids=["tuned"])
+
+
+def make_hub(backend: Bus, **options: Any) -> Broadcast:
+    """Return a hub with short waits."""
+    return Broadcast(backend=backend, **{"tuning": TUNING, **options})
 
 
 @pytest.fixture(autouse=True)
 def no_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the backends of these tests see channels as an app calls them.
 
-    That the hub's name goes before them is the matter of `test_naming.py` and
-    `scenarios/test_two_hubs.py`.
+    `test_naming.py` and `scenarios/test_two_hubs.py` test that the hub's name goes before them.
     """
     monkeypatch.setattr("starcast.hub.NamedBackend", lambda backend, name: backend)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender, "TIMEOUT", 0.5)
-    monkeypatch.setattr(link, "TIMEOUT", 0.5)
-    monkeypatch.setattr(guard, "GUARD_EVERY", 0.02)
-    monkeypatch.setattr(life, "REST", 0.05)
-    monkeypatch.setattr(life, "STOP_LOOK", 0.02)
-    monkeypatch.setattr(opening, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(opening, "LONGEST_WAIT", 0.02)
 
 
 @pytest.fixture
@@ -36,11 +44,21 @@ def broker(anyio_backend: str) -> Broker:
 
 
 @pytest.fixture
-async def hub(broker: Broker):
-    hub = Broadcast(backend=Bus(broker), open_timeout=0.5)
+def bus(broker: Broker) -> Bus:
+    return Bus(broker)
+
+
+@pytest.fixture
+def tuning() -> Tuning:
+    return TUNING
+
+
+@pytest.fixture
+async def hub(broker: Broker, bus: Bus, tuning: Tuning):
+    hub = make_hub(bus, open_timeout=0.5, tuning=tuning)
     yield hub
     broker.open.set()
     await hub.disconnect()
     await until(lambda: not starcast_tasks())
-    assert not hub._hub.link.subscriptions.holds
-    assert not len(hub._hub.link._sender.queue)
+    backend = hub.stats().backend
+    assert backend.channels == backend.queued == 0

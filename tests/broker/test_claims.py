@@ -124,8 +124,8 @@ async def test_a_hub_that_did_not_open_is_in_nobodys_way():
 
 async def test_an_open_hub_that_fails_to_open_again_is_still_open():
     """It does if it opens anew on an event loop that is about to end."""
-    claim = hub()._hub.claim
-    with claim.taken(), pytest.raises(ZeroDivisionError), claim.taken():
+    claim = claims.Claim(Placed.address, "default", chosen=False)
+    with claim.held(), pytest.raises(ZeroDivisionError), claim.held():
         raise ZeroDivisionError
     await refused(hub())
     claim.release()
@@ -213,7 +213,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 async def test_what_a_child_process_forgets():
     async with hub():
-        claims._forget()
+        claims.forget_all()
         async with hub() as second:
             assert second.stats().open
 

@@ -8,48 +8,18 @@ import threading
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, dispatcher, guard
-from starcast.broker import life, link, probe, sender
+from broker.conftest import TUNING, make_hub, quick, tuned
+from starcast import BackendUnavailable, Broadcast
 from starcast.sync.waiter import Lock, running_loop
 from support import Broker, Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
 
-class Slow(Bus):
-    """Its `stop` takes as long as a test wants."""
-
-    async def stop(self):
-        await self.broker.called("stop")
-        await super().stop()
-
-
-class Strict(Bus):
-    """Notes what is called on another loop than its own, while that one runs."""
-
-    home = None
-
-    def __init__(self, broker):
-        super().__init__(broker)
-        self.wrong = []
-
-    def look(self, call):
-        if self.home is not None and self.home is not running_loop() and self.home.is_running():
-            self.wrong.append(call)
-
-    async def start(self, deliver, lost):
-        self.look("start")
-        await super().start(deliver, lost)
-        self.home = running_loop()
-
-    async def stop(self):
-        self.look("stop")
-        self.home = None
-        await super().stop()
-
-    async def publish(self, messages):
-        self.look("publish")
-        await super().publish(messages)
+async def slow(connection, proceed):
+    """Close as slowly as a test wants."""
+    await connection.broker.called("close")
+    await proceed()
 
 
 async def on_another_loop(hub: Broadcast) -> OtherLoop:
@@ -63,37 +33,49 @@ async def on_another_loop(hub: Broadcast) -> OtherLoop:
 
 
 async def test_a_loop_that_ends_while_it_connects(broker):
-    """What it still does to its connection is no harm to the next one."""
+    """What it still does to its connection does not affect the next one."""
 
-    class Clinging(Bus):
-        async def start(self, deliver, lost):
-            if self.starts == 1:
-                self.starts = 2
-                try:
-                    await asyncio.Event().wait()
-                finally:
-                    await asyncio.sleep(0.1)  # as NATS, which takes some time to close
-            await super().start(deliver, lost)
+    async def clinging(bus, proceed):
+        if bus.connects == 2:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0.1)  # as NATS, which takes some time to close
+        return await proceed()
 
-    hub = Broadcast(backend=Clinging(broker), probe_interval=0.1)
+    bus = Bus(broker, on_connect=clinging)
+    hub = make_hub(bus, probe_interval=0.1)
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
     first.loop.call_soon_threadsafe(broker.kill)
-    await until(lambda: hub._hub.link._backend.starts == 2)
+    await until(lambda: bus.connects == 2)
     broker.up = True
     await asyncio.to_thread(first.close)
     await until(lambda: hub.stats().backend.gaps)
-    heard = hub._hub.link.probe.heard
-    await until(lambda: hub._hub.link.probe.heard > heard)  # it is being watched
+    probes = broker.probes
+    await until(lambda: broker.probes > probes)  # it is being probed
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
     await hub.disconnect()
 
 
-@pytest.mark.parametrize("which", ["_live", "_watch", "all"])
+@pytest.mark.parametrize("which", ["supervise", "keep_asking", "all"])
 async def test_nothing_is_called_from_another_loop(broker, which):
-    backend = Strict(broker)
-    hub = Broadcast(backend=backend, probe_interval=0.05)
+    wrong, homes = [], {}
+
+    async def remember(bus, proceed):
+        connection = await proceed()
+        homes[connection] = running_loop()
+        return connection
+
+    async def check(connection, *what):
+        *what, proceed = what
+        if homes[connection] is not running_loop():
+            wrong.append(what)
+        await proceed()
+
+    bus = Bus(broker, on_connect=remember, on_subscribe=check, on_publish=check, on_close=check)
+    hub = make_hub(bus, probe_interval=0.05)
     first = await on_another_loop(hub)
     await joined(hub, "room")
     tasks = [
@@ -104,12 +86,11 @@ async def test_nothing_is_called_from_another_loop(broker, which):
     for task in tasks:
         first.loop.call_soon_threadsafe(task.cancel)
     await until(lambda: hub.stats().backend.gaps)
-    await until(lambda: not asyncio.all_tasks(first.loop))
-    heard = hub._hub.link.probe.heard
-    await until(lambda: hub._hub.link.probe.heard > heard)
+    probes = broker.probes
+    await until(lambda: broker.probes > probes)
     await hub.disconnect()
     await asyncio.to_thread(first.close)
-    assert not backend.wrong
+    assert not wrong
 
 
 async def test_a_loop_that_is_stopped_and_nobody_there(hub, broker):
@@ -146,13 +127,12 @@ async def test_opening_waits_for_the_new_connection(hub, broker):
     assert hub.stats().backend.lost == 0
 
 
-async def test_opening_does_not_wait_for_ever(hub, broker, monkeypatch):
-    monkeypatch.setattr(link, "TIMEOUT", 0.05)
+@tuned(publish_timeout=0.05)
+async def test_opening_waits_for_a_limited_time(hub, broker):
     first = await on_another_loop(hub)
     await joined(hub, "room")
-    async with hub._hub.lifecycle.switching:  # or it moves at once
-        await asyncio.to_thread(first.close)
-        broker.up = False
+    broker.up = False
+    await asyncio.to_thread(first.close)
     await hub.connect()
     assert hub.stats().backend.state == "reconnecting"
 
@@ -169,8 +149,8 @@ async def test_opening_says_that_there_is_no_broker_if_nobody_is_there(hub, brok
     assert hub.stats().backend.gaps == 0
 
 
-async def test_who_is_excluded_stays_so_after_a_move(hub, broker, monkeypatch):
-    monkeypatch.setattr(sender, "TIMEOUT", 10)
+@tuned(publish_timeout=10)
+async def test_excluded_clients_stay_excluded_when_another_loop_takes_over(hub, broker):
     first = await on_another_loop(hub)
     me, you = await joined(hub, "room"), await joined(hub, "room")
     first.loop.call_soon_threadsafe(broker.kill)
@@ -187,10 +167,10 @@ async def test_who_is_excluded_stays_so_after_a_move(hub, broker, monkeypatch):
 async def test_leaving_after_the_loop_has_ended(hub, broker):
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
-    async with hub._hub.lifecycle.switching:  # or it moves at once
-        await asyncio.to_thread(first.close)
-        await hub.disconnect(peer.websocket)
-        assert hub.stats().backend.channels == 0
+    broker.up = False
+    await asyncio.to_thread(first.close)
+    await hub.disconnect(peer.websocket)
+    assert hub.stats().backend.channels == 0
 
 
 async def test_a_subscriber_whose_loop_was_closed():
@@ -212,68 +192,45 @@ async def test_a_subscriber_whose_loop_was_closed():
     assert hub.stats().subscribers == 0
 
 
-async def test_wanting_a_channel_while_there_is_no_loop(hub, broker):
+async def test_subscribing_while_there_is_no_loop(hub, broker):
     first = await on_another_loop(hub)
-    async with hub._hub.lifecycle.switching:  # or it moves at once
-        await asyncio.to_thread(first.close)
-        with pytest.raises(BackendUnavailable):
-            await hub._hub.link.subscriptions.hold("room")
-        assert hub.stats().backend.channels == 0
-
-
-async def test_an_earlier_life_that_is_left_late(hub, broker):
-    first = await on_another_loop(hub)
-    life = hub._hub.link._life
-    await joined(hub, "room")
+    broker.up = False
     await asyncio.to_thread(first.close)
-    await hub.connect()
-    await hub._hub.link._leave(life)
-    assert await hub.healthy()
+    with pytest.raises(BackendUnavailable):
+        await hub.connect(Peer().websocket, "room")
+    assert hub.stats().backend.channels == 0
 
 
-async def test_opening_what_is_open_elsewhere(hub, broker):
+async def test_opening_on_another_loop_leaves_the_connection_where_it_is(hub, broker, bus):
     first = await on_another_loop(hub)
     await hub.connect()
-    assert hub._hub.link._life.loop is first.loop
+    assert bus.connects == 1
     await hub.disconnect()
     await asyncio.to_thread(first.close)
-
-
-async def test_asking_on_a_loop_that_is_not_its_own_any_more(hub, broker):
-    first = await on_another_loop(hub)
-    life = hub._hub.link._life
-    await asyncio.to_thread(first.close)
-    await hub.connect()
-    answered = sender.Taken()
-    hub._hub.link._answer(life, answered)
-    assert not answered._future.done()
-    assert await hub.healthy()
 
 
 # Of the hub
 
 
 async def test_closing_from_another_loop_is_cancelled(broker, other):
-    """It goes on: half of it would be no end."""
-    hub = Broadcast(backend=Slow(broker))
+    """It goes on."""
+    hub = make_hub(Bus(broker, on_close=slow))
     await asyncio.to_thread(other.run, hub.connect())
     other.loop.call_soon_threadsafe(broker.open.clear)
     closing = asyncio.create_task(hub.disconnect())
-    await until(lambda: ("stop", None) in broker.calls)
+    await until(lambda: ("close", None) in broker.calls)
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
     again = asyncio.create_task(hub.disconnect())  # waits for the same end
     other.loop.call_soon_threadsafe(broker.open.set)
     await again
-    assert not broker.buses
-    assert not hub._hub.link._sender._open
+    assert not broker.connections
 
 
-async def test_a_closing_that_comes_late(broker, other, monkeypatch):
+async def test_a_closing_that_comes_late(broker, other):
     """The loop of the connection was blocked, and the hub is open again elsewhere."""
-    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker), tuning=quick(stop_timeout=0.1))
     await asyncio.to_thread(other.run, hub.connect())
     go, blocked = threading.Event(), threading.Event()
     other.loop.call_soon_threadsafe(lambda: (blocked.set(), go.wait(20)))
@@ -290,8 +247,8 @@ async def test_a_closing_that_comes_late(broker, other, monkeypatch):
 
 
 async def test_a_closing_that_ends_when_the_hub_is_open_again(broker, other):
-    """Its loop has ended as well, so that what was left of it was to be done here."""
-    hub = Broadcast(backend=Bus(broker))
+    """Its loop has ended as well, so the rest was done here."""
+    hub = make_hub(Bus(broker))
     await asyncio.to_thread(other.run, hub.connect())
     asyncio.get_running_loop().call_soon(other.close)  # this loop is blocked until then
     await hub.disconnect()
@@ -303,15 +260,14 @@ async def test_a_closing_that_ends_when_the_hub_is_open_again(broker, other):
 
 @pytest.mark.parametrize("where", ["the same loop", "another loop"])
 async def test_a_closing_that_is_cut_off_by_the_end_of_its_loop(broker, where):
-    class Stuck(Bus):
-        async def stop(self):
-            if len(stops) < 1:
-                stops.append(None)
-                await asyncio.Event().wait()
-            await super().stop()
+    async def stuck(connection, proceed):
+        if not stops:
+            stops.append(None)
+            await asyncio.Event().wait()
+        await proceed()
 
     stops = []
-    hub = Broadcast(backend=Stuck(broker))
+    hub = make_hub(Bus(broker, on_close=stuck))
     first = await on_another_loop(hub)
     if where == "another loop":
         closing = asyncio.create_task(hub.disconnect())
@@ -326,9 +282,9 @@ async def test_a_closing_that_is_cut_off_by_the_end_of_its_loop(broker, where):
     assert closing.cancelled() is (where == "the same loop")
     await hub.connect()
     assert hub.stats().backend.state == "connected"
-    assert len(broker.buses) == 1
+    assert len(broker.connections) == 1
     await hub.disconnect()
-    assert not broker.buses
+    assert not broker.connections
 
 
 @pytest.mark.parametrize("steps", range(6))
@@ -337,7 +293,7 @@ async def test_the_loop_ends_while_the_hub_is_closed(steps):
 
     async def main():
         broker = Broker()
-        hub = Broadcast(backend=Bus(broker))
+        hub = make_hub(Bus(broker))
         await joined(hub, "room")
         tasks.append(asyncio.create_task(hub.disconnect()))
         for _ in range(steps):
@@ -346,13 +302,12 @@ async def test_the_loop_ends_while_the_hub_is_closed(steps):
 
     tasks = []
     broker = await asyncio.to_thread(asyncio.run, main())
-    assert not broker.buses
+    assert not broker.connections
 
 
-@pytest.mark.parametrize("how", ["guard", "publish"])
-async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
+@pytest.mark.parametrize("how", ["wait", "publish"])
+async def test_it_is_not_opened_on_a_loop_that_ends(how):
     """A handler takes a moment to end, or says goodbye."""
-    monkeypatch.setattr(life, "REST", 60)
 
     async def main():
         async def handler():
@@ -361,9 +316,9 @@ async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
             try:
                 await asyncio.Event().wait()
             finally:
-                await until(lambda: not hub._hub.link.alive)
-                if how == "guard":
-                    await asyncio.sleep(3 * guard.GUARD_EVERY)
+                await until(lambda: hub.stats().backend.state == "closed")
+                if how == "wait":
+                    await asyncio.sleep(3 * TUNING.restart_delay)
                 else:
                     with pytest.raises(BackendUnavailable, match="is ending"):
                         await hub.publish("room", "bye")
@@ -371,7 +326,7 @@ async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
                 ended.append(True)
 
         going, broker = asyncio.Event(), Broker()
-        hub = Broadcast(backend=Bus(broker))
+        hub = make_hub(Bus(broker), tuning=quick(restart_delay=60))
         await hub.connect()
         tasks.append(asyncio.create_task(handler()))
         await going.wait()
@@ -380,46 +335,64 @@ async def test_it_is_not_opened_on_a_loop_that_ends(monkeypatch, how):
     tasks, ended = [], []
     broker = await asyncio.to_thread(asyncio.run, main())
     assert ended
-    assert not broker.buses
+    assert not broker.connections
 
 
 async def test_closing_for_a_loop_that_closes_without_a_word(broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     first = await on_another_loop(hub)
     await asyncio.to_thread(first.stop)
-    closing = asyncio.create_task(hub.disconnect())
-    await until(lambda: hub._hub.link._stopping and hub._hub.link._stopping.waiters)
     tasks = asyncio.all_tasks(first.loop)
+    closing = asyncio.create_task(hub.disconnect())
+    await asyncio.sleep(0)
     first.loop.close()
     await closing
-    assert not broker.buses
+    assert not broker.connections
     for _ in range(3):
         await hub.disconnect()
-    assert not hub._hub.link._stopping.waiters
     for task in tasks:
         task._log_destroy_pending = False
         task.get_coro().close()
 
 
-async def test_what_waits_goes_out_before_it_closes(broker):
-    async with Broadcast(backend=Bus(broker)) as listening:
+async def test_closing_for_a_loop_that_closes_before_it_gets_there(broker):
+    hub = make_hub(Bus(broker), tuning=quick(stop_timeout=0.1))
+    first = await on_another_loop(hub)
+    go, blocked = threading.Event(), threading.Event()
+    first.loop.call_soon_threadsafe(lambda: (blocked.set(), go.wait(20), first.loop.stop()))
+    await asyncio.to_thread(blocked.wait, 20)
+    await hub.disconnect()
+    assert broker.connections
+    go.set()
+    await asyncio.to_thread(first.stop)
+    tasks = asyncio.all_tasks(first.loop)
+    first.loop.close()
+    await hub.disconnect()
+    assert not broker.connections
+    for task in tasks:
+        task._log_destroy_pending = False
+        task.get_coro().close()
+
+
+async def test_queued_messages_are_sent_before_it_closes(broker):
+    async with make_hub(Bus(broker)) as listening:
         peer = await joined(listening, "room")
-        hub = Broadcast(backend=Bus(broker))
+        hub = make_hub(Bus(broker))
         await hub.connect()
         broker.open.clear()
         hub.publish_nowait("room", "under way")
         await until(lambda: broker.stalled)
         hub.publish_nowait("room", "waiting")
         closing = asyncio.create_task(hub.disconnect())
-        await until(lambda: hub._hub.link._stopping)
+        await until(lambda: hub.stats().backend.state == "closed")
         broker.open.set()
         await closing
         await until(lambda: peer.got == ["under way", "waiting"])
         assert hub.stats().backend.lost == 0
 
 
-async def test_closing_does_not_wait_for_ever_for_what_waits(broker):
-    hub = Broadcast(backend=Bus(broker))
+async def test_closing_waits_for_queued_messages_for_a_limited_time(broker):
+    hub = make_hub(Bus(broker))
     await hub.connect()
     broker.open.clear()
     hub.publish_nowait("room", "under way")
@@ -429,8 +402,8 @@ async def test_closing_does_not_wait_for_ever_for_what_waits(broker):
     assert hub.stats().backend.lost == 2
 
 
-async def test_clients_do_not_wait_for_the_broker_to_be_told(broker):
-    hub = Broadcast(backend=Slow(broker))
+async def test_clients_are_closed_before_the_broker_confirms(broker):
+    hub = make_hub(Bus(broker, on_close=slow))
     peer = await joined(hub, "room")
     broker.open.clear()
     closing = asyncio.create_task(hub.disconnect())
@@ -440,19 +413,16 @@ async def test_clients_do_not_wait_for_the_broker_to_be_told(broker):
     await closing
 
 
-async def test_a_backend_that_ignores_a_cancellation(broker, monkeypatch):
-    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
+async def test_a_backend_that_ignores_a_cancellation(broker):
     go = asyncio.Event()
 
-    class Stubborn(Bus):
-        async def subscribe(self, channel):
-            if channel == "room":
-                while not go.is_set():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await go.wait()
-            await super().subscribe(channel)
+    async def stubborn(connection, channel, proceed):
+        while channel == "room" and not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go.wait()
+        await proceed()
 
-    hub = Broadcast(backend=Stubborn(broker))
+    hub = make_hub(Bus(broker, on_subscribe=stubborn), tuning=quick(stop_timeout=0.1))
     await hub.connect()
     with pytest.raises(BackendUnavailable):
         await joined(hub, "room")
@@ -460,25 +430,16 @@ async def test_a_backend_that_ignores_a_cancellation(broker, monkeypatch):
     go.set()
 
 
-async def test_a_publish_while_the_hub_is_being_closed(hub, broker):
-    await hub.connect()
-    hub._hub.link._sender.close("the hub was closed")
-    with pytest.raises(BackendUnavailable, match="closed"):
-        await hub.publish("room", "x")
-    assert not len(hub._hub.link._sender.queue)
-
-
 # Of a connection, and of what is on its way
 
 
 async def test_a_connection_that_breaks_in_the_moment_in_which_it_is_made(broker):
-    class Fragile(Bus):
-        async def publish(self, messages):
-            await super().publish(messages)
-            if self.starts == 1:
-                self.broker.kill()
+    async def fragile(connection, messages, proceed):
+        await proceed()
+        if connection.bus.connects == 1:
+            broker.kill()
 
-    hub = Broadcast(backend=Fragile(broker))
+    hub = make_hub(Bus(broker, on_publish=fragile))
     await hub.connect()
     await until(lambda: hub.stats().backend.state == "reconnecting")
     publishing = asyncio.create_task(hub.publish("room", "patient"))
@@ -488,47 +449,39 @@ async def test_a_connection_that_breaks_in_the_moment_in_which_it_is_made(broker
     await hub.disconnect()
 
 
-async def test_publish_raises_within_its_time_also_when_it_waits_for_room(hub, broker, monkeypatch):
-    """Two seconds in all, not two for room and two more."""
-    hub._hub.link._sender.queue.bound = 1000
+@tuned(max_queued=1000, publish_timeout=1)
+async def test_publish_waits_for_space_and_confirmation_together(hub, broker):
+    """Two seconds in all, not two for space and two more."""
     await hub.connect()
     broker.open.clear()
     hub.publish_nowait("room", "first")
     await until(lambda: broker.stalled)
     hub.publish_nowait("room", "x" * 2000)
-    deadlines = []
-
-    async def wait(taken, deadline=None):
-        deadlines.append(deadline)
-
-    monkeypatch.setattr(sender.Taken, "wait", wait)
     clock = asyncio.get_running_loop().time
     began = clock()
     waiting = asyncio.create_task(hub.publish("room", "y"))
-    await until(lambda: hub._hub.link._sender.queue.waiters)
-    latest = clock() + dispatcher.PUBLISH_TIMEOUT
+    await asyncio.sleep(0.7)
     broker.open.set()
-    await waiting
-    assert began + dispatcher.PUBLISH_TIMEOUT <= deadlines[0] <= latest
+    broker.open.clear()  # there is space now, and nothing is confirmed
+    with pytest.raises(BackendUnavailable, match="did not answer in time"):
+        await waiting
+    assert clock() - began < 1.6
 
 
 async def test_a_connection_that_breaks_while_it_subscribes_is_one_line(broker, caplog):
     asked, go = [], asyncio.Event()
 
-    class Gated(Bus):
-        async def subscribe(self, channel):
-            if self.starts == 2 and channel.isdigit():
-                asked.append(channel)
-                await go.wait()
-            await super().subscribe(channel)
+    async def gated(connection, channel, proceed):
+        if connection.bus.connects == 2 and channel.isdigit():
+            asked.append(channel)
+            await go.wait()
+        await proceed()
 
-    hub = Broadcast(backend=Gated(broker))
+    hub = make_hub(Bus(broker, on_subscribe=gated))
     peer = await joined(hub, *map(str, range(50)))
-    broker.kill()
-    broker.up = True
+    broker.restart()
     await until(lambda: len(asked) == 50)
-    broker.kill()
-    broker.up = True
+    broker.restart()
     go.set()
     await until(lambda: hub.stats().backend.gaps)
     assert len(caplog.records) < 5
@@ -537,35 +490,40 @@ async def test_a_connection_that_breaks_while_it_subscribes_is_one_line(broker, 
     await hub.disconnect()
 
 
-async def test_health_checks_at_the_wrong_moment(broker, monkeypatch):
-    """Somebody asks in the turn in which the answer to the watch is there."""
-    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.2)
-    hub = Broadcast(backend=Bus(broker), probe_interval=0.05)
+async def test_health_checks_at_the_wrong_moment(broker):
+    """Somebody asks in the iteration in which the answer to a probe arrives."""
+    checks = []
+
+    async def ask(connection, messages, proceed):
+        await proceed()
+        if len(checks) < 2 and connection.bus.connects and broker.probes > 1:
+            checks.append(asyncio.create_task(hub.healthy()))
+
+    bus = Bus(broker, on_publish=ask)
+    hub = make_hub(bus, probe_interval=0.05, tuning=quick(probe_timeout=0.2))
     await joined(hub, "room")
-    real, times = hub._hub.link.probe.came, []
-
-    def came(mark):
-        if len(times) < 2:
-            times.append(asyncio.get_running_loop().call_soon(hub._hub.link.probe.ask))
-        real(mark)
-
-    monkeypatch.setattr(hub._hub.link.probe, "came", came)
-    heard = 0
-    for _ in range(4):
-        await until(lambda heard=heard: hub._hub.link.probe.heard > heard)
-        heard = hub._hub.link.probe.heard
-    assert len(times) == 2
+    await until(lambda: broker.probes > 6)
+    assert await asyncio.gather(*checks) == [True, True]
     assert hub.stats().backend.error is None
     await hub.disconnect()
 
 
-async def test_no_task_is_made_under_the_lock(hub, broker):
+async def test_no_task_is_made_under_the_lock(broker, monkeypatch):
     """A task factory of the app's may run it at once."""
+    locks, under = [], []
+
+    def lock():
+        locks.append(real())
+        return locks[-1]
+
+    real = threading.RLock
+    monkeypatch.setattr("starcast.registry.threading.RLock", lock)
+    hub = make_hub(Bus(broker))
+    monkeypatch.undo()
     peer = await joined(hub, "room")
-    under = []
 
     def factory(loop, coro, **options):
-        if hub._hub.lock._is_owned():
+        if any(it._is_owned() for it in locks):
             under.append(coro)
         return asyncio.Task(coro, loop=loop, **options)
 
@@ -574,63 +532,58 @@ async def test_no_task_is_made_under_the_lock(hub, broker):
     await hub.disconnect(peer.websocket)
     await until(lambda: hub.stats().backend.channels == 1)
     asyncio.get_running_loop().set_task_factory(None)
+    assert locks
     assert not under
+    await hub.disconnect()
 
 
-async def test_a_cancellation_that_a_backend_swallows(broker, monkeypatch):
-    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.1)
+async def test_a_cancellation_that_a_backend_swallows(broker):
+    async def swallows(bus, proceed):
+        if bus.connects > 1:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.05)
+            raise BackendUnavailable("no")
+        return await proceed()
 
-    class Swallows(Bus):
-        async def start(self, deliver, lost):
-            if self.starts:
-                self.starts += 1
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.sleep(0.05)
-                raise BackendUnavailable("no")
-            await super().start(deliver, lost)
-
-    backend = Swallows(broker)
-    hub = Broadcast(backend=backend)
+    backend = Bus(broker, on_connect=swallows)
+    hub = make_hub(backend, tuning=quick(stop_timeout=0.1))
     await hub.connect()
     broker.kill()
-    await until(lambda: backend.starts > 2)
+    await until(lambda: backend.connects > 2)
     await hub.disconnect()
     await until(lambda: not starcast_tasks())
 
 
-async def test_a_publish_inside_a_publish(hub, broker, monkeypatch):
+async def test_a_publish_inside_a_publish(hub, bus):
     """Something publishes in the middle of a backend's call: it is the next batch."""
     peer = await joined(hub, "room")
-    backend = hub._hub.link._backend
-    real, inner = backend.publish, []
+    inner = []
 
-    def publish(messages):
+    def publish(connection, messages, proceed):
         if not inner:
-            inner.append(hub._hub.link._sender.put("room", b"inner", True))
-        return real(messages)
+            inner.append(hub.publish_nowait("room", "inner"))
+        return proceed()
 
-    monkeypatch.setattr(backend, "publish", publish)
+    bus.on_publish = publish
     await hub.publish("room", "outer")
-    await inner[0].wait()
     await until(lambda: peer.got == ["outer", "inner"])
 
 
-async def test_a_large_message_over_a_thin_line(broker, monkeypatch):
+async def test_a_large_message_over_a_slow_connection(broker):
     """The probe waits behind it, and that is no outage."""
-    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.1)
-    monkeypatch.setattr(probe, "SLOWEST", 1000)
 
-    class Thin(Bus):
-        async def publish(self, messages):
-            await asyncio.sleep(sum(len(data) for _, data in messages) / 20_000)
-            await super().publish(messages)
+    async def publish_slowly(connection, messages, proceed):
+        await asyncio.sleep(sum(len(data) for _, data in messages) / 20_000)
+        await proceed()
 
-    hub = Broadcast(backend=Thin(broker), probe_interval=0.05)
+    tuning = quick(probe_timeout=0.1, min_throughput=1000)
+    bus = Bus(broker, on_publish=publish_slowly)
+    hub = make_hub(bus, probe_interval=0.05, tuning=tuning)
     peer = await joined(hub, "room")
     hub.publish_nowait("room", "x" * 10_000)
     await until(lambda: peer.got)
-    heard = hub._hub.link.probe.heard
-    await until(lambda: hub._hub.link.probe.heard > heard)
+    probes = broker.probes
+    await until(lambda: broker.probes > probes + 1)
     assert hub.stats().backend.gaps == 0
     await hub.disconnect()
 

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from starcast import Broadcast, Gap, guard
+from broker.conftest import make_hub
+from starcast import Broadcast, Gap
 from starcast.broker import opening
 from support import Bus, OtherLoop, joined, starcast_tasks, until
 
@@ -20,12 +21,12 @@ async def on_another_loop(hub: Broadcast) -> OtherLoop:
     return other
 
 
-async def test_who_only_listens_is_found_a_new_connection(hub, broker):
+async def test_clients_that_only_listen_get_a_new_connection(hub, broker):
     first = await on_another_loop(hub)
     peer = await joined(hub, "room")
     async with (
         hub.subscribe("room", gaps=True) as subscriber,
-        Broadcast(backend=Bus(broker)) as publisher,
+        make_hub(Bus(broker)) as publisher,
     ):
         await asyncio.to_thread(first.close)
         gap = await anext(subscriber)  # nobody here has published or connected
@@ -33,45 +34,44 @@ async def test_who_only_listens_is_found_a_new_connection(hub, broker):
         await until(lambda: peer.got == ["hello"])
         assert isinstance(gap, Gap)
         assert "event loop" in gap.error
-        assert hub._hub.link._life.loop is asyncio.get_running_loop()
         assert await hub.healthy()
 
 
-async def test_two_loops_that_end_together(hub, broker):
+async def test_two_loops_that_end_together(hub, broker, bus):
     first = await on_another_loop(hub)
     second = OtherLoop()
     await asyncio.to_thread(second.run, joined(hub, "room"))
     peer = await joined(hub, "room")
-    async with hub._hub.lifecycle.switching:
-        await asyncio.to_thread(first.close)
-        await until(lambda: hub._hub._guard._moves[hub._hub.registry.shards[second.loop]])
-        await asyncio.to_thread(second.close)
+    broker.open.clear()
+    await asyncio.to_thread(first.close)
+    await asyncio.to_thread(second.close)
+    broker.open.set()
     await until(lambda: hub.stats().backend.gaps)
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
-    assert hub._hub.link._life.loop is asyncio.get_running_loop()
 
 
-async def test_a_loop_that_ends_before_it_has_taken_over(hub, broker, monkeypatch):
-    """It cancels its tasks, and waits for no new ones: each would be one line in the log."""
-    monkeypatch.setattr(guard, "GUARD_EVERY", 0.0)
+async def test_a_loop_that_ends_right_after_it_has_taken_over(hub, broker):
     first = await on_another_loop(hub)
     second = OtherLoop()
     await asyncio.to_thread(second.run, joined(hub, "room"))
-    async with hub._hub.lifecycle.switching:
-        await asyncio.to_thread(first.close)
-        await until(lambda: hub._hub._guard._moves[hub._hub.registry.shards[second.loop]])
-        await asyncio.to_thread(second.close)
+    await asyncio.to_thread(first.close)
+    await until(lambda: hub.stats().backend.gaps)
+    peer = await joined(hub, "room")
+    await asyncio.to_thread(second.close)
     assert not asyncio.all_tasks(second.loop)
+    await until(lambda: hub.stats().backend.gaps == 2)
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
 
 
 async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
+    """A loop that cancels tasks is probably ending, but this one is not."""
     peer = await joined(hub, "room")
-    async with Broadcast(backend=Bus(broker)) as publisher:
-        for task in starcast_tasks():
-            if task in hub._hub.link._life.tasks:
-                task.cancel()
-        await until(lambda: hub.stats().backend.gaps)
+    for task in starcast_tasks():
+        task.cancel()
+    await until(lambda: hub.stats().backend.gaps)
+    async with make_hub(Bus(broker)) as publisher:
         await publisher.publish("room", "hello")
         await until(lambda: peer.got == ["hello"])
 
@@ -79,26 +79,38 @@ async def test_its_tasks_are_cancelled_and_the_loop_lives_on(hub, broker):
 async def test_a_hub_that_is_closed_is_not_opened_again(hub, broker):
     first = await on_another_loop(hub)
     await joined(hub, "room")
-    async with hub._hub.lifecycle.switching:
-        closing = asyncio.create_task(hub.disconnect())
-        await until(lambda: hub._hub.lifecycle.switching._waiting)
-        await asyncio.to_thread(first.close)
-        await until(lambda: len(hub._hub.lifecycle.switching._waiting) > 1)
-        moving = hub._hub._guard._moves[hub._hub.registry.here()]
+    broker.open.clear()
+    closing = asyncio.create_task(hub.disconnect())
+    await asyncio.sleep(0)
+    await asyncio.to_thread(first.close)
+    broker.open.set()
     await closing
-    await until(moving.done)
-    assert not broker.buses
+    await until(lambda: not starcast_tasks())
+    assert not broker.connections
     assert hub.stats().backend.state == "closed"
 
 
 async def test_a_mistake_of_ours_is_no_end(hub, broker, monkeypatch, caplog):
     peer = await joined(hub, "room")
     monkeypatch.setattr(opening.random, "uniform", None)
-    broker.kill()
-    broker.up = True
+    broker.restart()
     await until(lambda: caplog.records and caplog.records[-1].levelname == "ERROR")
     monkeypatch.undo()
     await until(lambda: hub.stats().backend.gaps)
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    caplog.clear()
+
+
+async def test_a_mistake_of_ours_in_a_task_of_the_session(hub, broker, monkeypatch, caplog):
+    peer = await joined(hub, "room", "secret")
+    monkeypatch.setattr("starcast.broker.subscriptions.Backoff", None)
+    broker.refused.add("secret")
+    broker.restart()
+    await until(lambda: caplog.records and caplog.records[-1].levelname == "ERROR")
+    monkeypatch.undo()
+    broker.refused.clear()
+    await until(lambda: hub.stats().backend.state == "connected")
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
     caplog.clear()

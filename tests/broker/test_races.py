@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast, PublishQueueFull, Tuning
-from starcast.broker import link, opening, sender, session, subscriptions
+from broker.conftest import TUNING, make_hub, quick
+from starcast import BackendUnavailable, PublishQueueFull
+from starcast.broker import opening
 from starcast.event import OVERHEAD
 from support import Bus, OtherLoop, Peer, joined, starcast_tasks, subscribed, until
 
@@ -23,33 +24,40 @@ async def turns(n):
         await asyncio.sleep(0)
 
 
-class Twice(Bus):
-    """As NATS: each subscribe is one more subscription."""
-
-    async def start(self, deliver, lost):
-        await super().start(deliver, lost)
-        self.times = {}
-
-    async def subscribe(self, channel):
-        await super().subscribe(channel)
-        self.times[channel] = self.times.get(channel, 0) + 1
-
-    async def unsubscribe(self, channel):
-        await super().unsubscribe(channel)
-        self.times[channel] -= 1
-        if self.times[channel]:
-            self.channels.add(channel)
-
-
 async def test_release_during_the_resubscribing_leaves_no_subscription(broker):
-    bus = Twice(broker)
-    hub = Broadcast(backend=bus)
+    """With a backend like that of NATS, where each subscribe is one more subscription."""
+    times = 0
+
+    async def count_subscribe(connection, channel, proceed):
+        nonlocal times
+        await proceed()
+        times += channel == "room"
+
+    async def count_unsubscribe(connection, channel, proceed):
+        nonlocal times
+        await proceed()
+        times -= channel == "room"
+        if times:
+            connection.channels.add(channel)
+
+    async def count_none(bus, proceed):
+        nonlocal times
+        times = 0
+        return await proceed()
+
+    bus = Bus(
+        broker,
+        on_connect=count_none,
+        on_subscribe=count_subscribe,
+        on_unsubscribe=count_unsubscribe,
+    )
+    hub = make_hub(bus)
     peer = await joined(hub, "room")
     broker.kill()
     await until(lambda: hub.stats().backend.state == "reconnecting")
     broker.open.clear()
     broker.up = True
-    for _ in ("start", "the probe's channel", "the probe"):
+    for _ in ("connect", "the probe's channel", "the probe"):
         await until(lambda: broker.stalled)
         broker.open.set()
         broker.open.clear()
@@ -61,21 +69,19 @@ async def test_release_during_the_resubscribing_leaves_no_subscription(broker):
     await turns(20)
     left = subscribed(broker)
     await joined(hub, "room")
-    times = bus.times["room"]
-    await hub.disconnect()
     assert times == 1, "subscribed twice: NATS delivers each message twice"
+    await hub.disconnect()
     assert not left
 
 
 @pytest.mark.parametrize("steps", range(1, 8))
 async def test_closing_is_cancelled(broker, steps):
-    class Slow(Bus):
-        async def stop(self):
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            await super().stop()
+    async def slow(connection, proceed):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await proceed()
 
-    hub = Broadcast(backend=Slow(broker))
+    hub = make_hub(Bus(broker, on_close=slow))
     await joined(hub, "room")
     closing = asyncio.create_task(hub.disconnect())
     await turns(steps)
@@ -83,7 +89,7 @@ async def test_closing_is_cancelled(broker, steps):
     with contextlib.suppress(asyncio.CancelledError):
         await closing
     await turns(20)
-    buses = len(broker.buses)
+    buses = len(broker.connections)
     peer = await joined(hub, "room")
     await hub.publish("room", "hello")
     await turns(10)
@@ -94,7 +100,7 @@ async def test_closing_is_cancelled(broker, steps):
 
 
 async def test_a_blocked_loop_costs_the_others_nothing(broker, other):
-    hub = Broadcast(backend=Bus(broker), tuning=Tuning(max_pending=100))
+    hub = make_hub(Bus(broker), tuning=quick(max_pending=100))
     peer = await joined(hub, "room")
     elsewhere = Peer()
     await asyncio.to_thread(other.run, hub.connect(elsewhere.websocket, "room"))
@@ -117,24 +123,18 @@ async def test_a_blocked_loop_costs_the_others_nothing(broker, other):
 
 
 async def test_publish_nowait_after_the_loop_of_the_connection_ended(broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     first = OtherLoop()
     await asyncio.to_thread(first.run, hub.connect())
     peer = await joined(hub, "room")
     await asyncio.to_thread(first.close)
-    before = hub.stats().backend
-    hub.publish_nowait("room", "x")
-    await asyncio.sleep(0.3)
-    after = hub.stats().backend
-    try:
-        assert before.state != "connected"
-        assert peer.got == ["x"] or after.lost == 1, after
-    finally:
-        await hub.disconnect()
+    hub.publish_nowait("room", "x")  # this loop may have taken over already
+    await until(lambda: peer.got == ["x"] or hub.stats().backend.lost == 1)
+    await hub.disconnect()
 
 
 async def test_the_tasks_are_cancelled_but_the_loop_goes_on(broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     peer = await joined(hub, "room")
     for task in starcast_tasks():
         task.cancel()
@@ -149,9 +149,8 @@ async def test_the_tasks_are_cancelled_but_the_loop_goes_on(broker):
         await hub.disconnect()
 
 
-async def test_empty_messages_are_bounded_too(broker, monkeypatch):
-    monkeypatch.setattr(sender, "MAX_WAITING", 10_000)
-    hub = Broadcast(backend=Bus(broker))
+async def test_empty_messages_are_bounded_too(broker):
+    hub = make_hub(Bus(broker), tuning=quick(max_queued=10_000))
     await hub.connect()
     broker.open.clear()
     hub.publish_nowait("room", "x")
@@ -165,49 +164,52 @@ async def test_empty_messages_are_bounded_too(broker, monkeypatch):
         await hub.disconnect()
 
 
-async def test_the_lock_and_the_garbage_collector(broker):
-    """The collector may end a handler while the link's lock is held; it leaves its channel."""
-    hub = Broadcast(backend=Bus(broker))
-    peer = await joined(hub, "room")
+async def test_the_lock_and_the_garbage_collector(broker, monkeypatch):
+    """The collector may end a subscriber while the hub's lock is held; it leaves its channel."""
+    collecting = []
 
     class Eager:  # the collector, at the worst moment
+        def __init__(self):
+            self._lock = real()
+
         def __enter__(self):
-            real.acquire()
-            gc.collect()
+            self._lock.acquire()
+            if collecting:
+                gc.collect()
 
         def __exit__(self, *exc):
-            real.release()
+            self._lock.release()
 
-    real, hub._hub.link._lock = hub._hub.link._lock, Eager()
+    real = threading.RLock
+    monkeypatch.setattr("starcast.registry.threading.RLock", Eager)
+    hub = make_hub(Bus(broker))
+    monkeypatch.undo()
+    await joined(hub, "room")
 
-    def handler():
-        try:
-            yield
-        finally:
-            hub._hub.leave(peer.websocket)  # as in `serve`
+    async def listen():
+        async with hub.subscribe("room") as subscriber:
+            await anext(subscriber)
 
-    suspended = handler()
-    next(suspended)
-    cycle = [suspended]
-    cycle.append(cycle)
+    listening = listen()
+    listening.send(None)
+    assert hub.stats().subscribers == 1
     gc.disable()
-    del suspended, cycle
-    done = threading.Event()
-    thread = threading.Thread(target=lambda: (hub.stats(), done.set()), daemon=True)
+    cycle = [listening]
+    cycle.append(cycle)
+    del listening, cycle
+    collecting.append(True)
+    thread = threading.Thread(target=hub.stats, daemon=True)
     thread.start()
-    ok = await asyncio.to_thread(done.wait, 2)
+    await asyncio.to_thread(thread.join, 20)
     gc.enable()
-    if not ok:
-        real.release()
-        await asyncio.to_thread(thread.join, 2)
-    hub._hub.link._lock = real if ok else threading.Lock()
+    assert not thread.is_alive(), "deadlock"
+    collecting.clear()
+    assert hub.stats().subscribers == 0
     await hub.disconnect()
-    assert ok, "deadlock"
 
 
-async def test_closing_while_a_client_waits_for_the_confirmation(broker, monkeypatch):
-    monkeypatch.setattr(link, "TIMEOUT", 60)
-    hub = Broadcast(backend=Bus(broker))
+async def test_closing_while_a_client_waits_for_the_confirmation(broker):
+    hub = make_hub(Bus(broker), tuning=quick(publish_timeout=60))
     await hub.connect()
     broker.open.clear()
     connecting = asyncio.create_task(hub.connect(Peer().websocket, "room"))
@@ -220,18 +222,17 @@ async def test_closing_while_a_client_waits_for_the_confirmation(broker, monkeyp
 
 
 async def test_closing_while_a_channel_is_left(broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     peer = await joined(hub, "room")
     broker.open.clear()
     await hub.disconnect(peer.websocket)
     await until(lambda: broker.stalled)
     await hub.disconnect()
-    assert not hub._hub.link.subscriptions.holds
     assert hub.stats().backend.channels == 0
 
 
 async def test_subscribing_while_another_loop_closes_the_hub(broker, other):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     await hub.connect()
     broker.open.clear()
     subscriber = hub.subscribe("room")
@@ -247,11 +248,11 @@ async def test_subscribing_while_another_loop_closes_the_hub(broker, other):
     with contextlib.suppress(Exception):
         await asyncio.wrap_future(entering)
     assert hub.stats().subscribers == 0
-    assert not hub._hub.link.subscriptions.holds
+    assert hub.stats().backend.channels == 0
 
 
 async def test_healthy_while_the_loop_of_the_connection_ends(broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     first = OtherLoop()
     await asyncio.to_thread(first.run, hub.connect())
     first.run(_clear(broker))
@@ -269,29 +270,26 @@ async def _clear(broker):
 
 
 @pytest.mark.parametrize("space", [100, 3, 0])
-async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, caplog, space):
-    """And what is lost because there was no space for it until then is missing in its place."""
-    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
-    monkeypatch.setattr(session, "MAX_EARLY", space * (len(b"after 0") + OVERHEAD))
+async def test_a_gap_stands_before_messages_that_come_after_it(broker, caplog, space):
+    """Messages that are lost because too many are held back belong to the same gap."""
     reached, go = asyncio.Event(), asyncio.Event()
 
-    class Slow(Bus):
-        async def subscribe(self, channel):
-            await super().subscribe(channel)
-            if channel == "b" and self.starts == 2:
-                reached.set()
-                await go.wait()
+    async def slow(connection, channel, proceed):
+        await proceed()
+        if channel == "b" and connection.bus.connects == 2:
+            reached.set()
+            await go.wait()
 
-    bus = Slow(broker)
-    hub = Broadcast(backend=bus)
+    bus = Bus(broker, on_subscribe=slow)
+    max_held_back = space * (len(b"after 0") + OVERHEAD) or 1
+    hub = make_hub(bus, tuning=quick(max_subscribing=1, max_held_back=max_held_back))
     async with hub.subscribe("a", gaps=True) as a, hub.subscribe("b"):
         await hub.publish("a", "before")
-        broker.kill()
-        broker.up = True
+        broker.restart()
         await reached.wait()
         after = [f"after {number}" for number in range(5)]
         for message in after:
-            bus.deliver("a", message.encode())  # "a" is subscribed to, "b" not yet
+            bus.connection.deliver("a", message.encode())  # "a" is subscribed to, "b" not yet
         go.set()
         await until(lambda: hub.stats().backend.gaps)
         await hub.publish("a", "last")
@@ -306,18 +304,15 @@ async def test_a_gap_stands_before_what_came_after_it(broker, monkeypatch, caplo
 
 
 async def test_what_arrives_in_an_attempt_that_fails_is_counted_as_lost(broker, caplog):
-    class Fragile(Bus):
-        async def subscribe(self, channel):
-            await super().subscribe(channel)
-            if channel == "room" and self.starts in (2, 3):
-                self.deliver("room", b"early")
-                broker.kill()
-                broker.up = True
+    async def fragile(connection, channel, proceed):
+        await proceed()
+        if channel == "room" and connection.bus.connects in (2, 3):
+            connection.deliver("room", b"early")
+            broker.restart()
 
-    hub = Broadcast(backend=Fragile(broker))
+    hub = make_hub(Bus(broker, on_subscribe=fragile))
     async with hub, hub.subscribe("room", gaps=True) as subscriber:
-        broker.kill()
-        broker.up = True
+        broker.restart()
         await until(lambda: hub.stats().backend.gaps)
         await hub.publish("room", "last")
         seen = [await anext(subscriber) for _ in range(2)]
@@ -329,13 +324,12 @@ async def test_what_arrives_in_an_attempt_that_fails_is_counted_as_lost(broker, 
 async def test_a_start_waits_for_the_stop_before_it(broker):
     stopping, go = asyncio.Event(), asyncio.Event()
 
-    class Slow(Bus):
-        async def stop(self):
-            stopping.set()
-            await go.wait()
-            await super().stop()
+    async def slow(connection, proceed):
+        stopping.set()
+        await go.wait()
+        await proceed()
 
-    hub = Broadcast(backend=Slow(broker))
+    hub = make_hub(Bus(broker, on_close=slow))
     await joined(hub, "room")
     closing = asyncio.create_task(hub.disconnect())
     await stopping.wait()
@@ -354,10 +348,9 @@ async def test_a_start_waits_for_the_stop_before_it(broker):
 
 
 async def test_one_of_its_tasks_is_cancelled(broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     peer = await joined(hub, "room")
-    (watching,) = [task for task in starcast_tasks() if "_watch" in repr(task)]
-    watching.cancel()
+    next(task for task in starcast_tasks() if "keep_asking" in repr(task)).cancel()
     await until(lambda: hub.stats().backend.gaps)
     await hub.publish("room", "hello")
     await until(lambda: peer.got == ["hello"])
@@ -366,7 +359,7 @@ async def test_one_of_its_tasks_is_cancelled(broker):
 
 
 async def test_who_asks_whether_it_is_healthy_may_be_cancelled(broker):
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     await hub.connect()
     broker.open.clear()
     asking = asyncio.create_task(hub.healthy())
@@ -378,53 +371,48 @@ async def test_who_asks_whether_it_is_healthy_may_be_cancelled(broker):
     await hub.disconnect()
 
 
-async def test_many_channels_over_a_long_way(broker, monkeypatch):
-    """Connecting takes longer than CONNECT_TIMEOUT as a whole, though every answer is quick."""
-    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.2)
+async def test_many_channels_over_a_long_way(broker):
+    """Connecting takes longer than `connect_timeout` in all, though every answer is quick."""
 
-    class Far(Bus):
-        async def subscribe(self, channel):
-            await asyncio.sleep(0.01)
-            await super().subscribe(channel)
+    async def far(connection, channel, proceed):
+        await asyncio.sleep(0.01)
+        await proceed()
 
-    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
-    hub = Broadcast(backend=Far(broker))
+    tuning = quick(connect_timeout=0.2, max_subscribing=1)
+    hub = make_hub(Bus(broker, on_subscribe=far), tuning=tuning)
     for n in range(40):
         await joined(hub, str(n))
-    broker.kill()
-    broker.up = True
+    broker.restart()
     try:
         await until(lambda: hub.stats().backend.gaps)
     finally:
         await hub.disconnect()
 
 
-async def test_each_start_has_a_name_of_its_own(broker):
+async def test_each_opening_has_a_name_of_its_own(broker):
     """Hubs that were made before a fork are different hubs."""
-    hub = Broadcast(backend=Bus(broker))
+    hub = make_hub(Bus(broker))
     names = set()
     for _ in range(2):
         await hub.connect()
-        names.add(hub._hub.link.hub)
+        names.add(broker.probe_channel)
         await hub.disconnect()
     assert len(names) == 2
 
 
-async def test_a_connection_that_does_not_hold_is_waited_for_longer_and_longer(broker, monkeypatch):
+@pytest.mark.parametrize("stable", [False, True])
+async def test_connections_that_do_not_last_are_tried_less_and_less_often(
+    broker, monkeypatch, stable
+):
     waits = []
     monkeypatch.setattr(opening.random, "uniform", lambda least, most: waits.append(most) or 0)
-    hub = Broadcast(backend=Bus(broker))
+    tuning = quick(stable_after=1e-9) if stable else TUNING
+    hub = make_hub(Bus(broker), tuning=tuning)
     await joined(hub, "room")
     for gaps in range(1, 5):
-        broker.kill()
-        broker.up = True
+        broker.restart()
         await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
     assert waits == sorted(waits)
-    assert waits[-1] == opening.LONGEST_WAIT
-    monkeypatch.setattr(link, "HELD", -1)
-    for gaps in range(5, 7):
-        broker.kill()
-        broker.up = True
-        await until(lambda: hub.stats().backend.gaps == gaps)  # noqa: B023  # awaited here
-    assert waits[-1] == opening.FIRST_WAIT
+    assert waits[0] == TUNING.first_backoff
+    assert waits[-1] == (TUNING.first_backoff if stable else TUNING.max_backoff)
     await hub.disconnect()

@@ -7,7 +7,8 @@ import contextlib
 
 import pytest
 
-from starcast import Broadcast, PublishQueueFull
+from broker.conftest import make_hub, quick, tuned
+from starcast import PublishQueueFull, Tuning
 from support import Bus, Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -16,9 +17,14 @@ MUCH = "x" * 9000  # more than an eighth of the buffer
 
 
 @pytest.fixture
-async def room(broker):
-    """A hub, and a client of it that has said much already."""
-    hub = Broadcast(backend=Bus(broker), max_buffer=64 * 1024)
+def tuning() -> Tuning:
+    return quick()
+
+
+@pytest.fixture
+async def room(broker, tuning):
+    """A hub, and a client of it that has sent much already."""
+    hub = make_hub(Bus(broker), max_buffer=64 * 1024, tuning=tuning)
     async with hub:
         peer = Peer()
         serving = asyncio.create_task(hub.serve(peer.websocket, "room"))
@@ -32,35 +38,42 @@ async def room(broker):
     await until(lambda: not starcast_tasks())
 
 
-async def test_what_never_comes_back_is_not_waited_for_long(broker, room):
+async def test_messages_wait_until_earlier_ones_are_back(broker, room):
     hub, peer = room
-    ((bus, channels),) = broker.buses.items()
-    channels.discard(hub._hub.link.probe.channel)
+    for _ in range(20):
+        peer.say(MUCH)
+    await until(lambda: len(peer.got) == 21)
+    assert hub.stats().dropped == hub.stats().slow_clients == 0
+    probes = broker.probes
+    assert probes > 1
+
+
+async def test_what_never_comes_back_is_not_waited_for_long(broker, room):
+    _, peer = room
+    ((connection, channels),) = broker.connections.items()
+    channels.discard(broker.probe_channel)
     peer.say(MUCH)
     peer.say("and more")
     await until(lambda: peer.got == [MUCH, MUCH, "and more"])
-    bus.deliver(hub._hub.link.probe.channel, b"too late")
+    connection.deliver(broker.probe_channel, b"too late")
 
 
-async def test_a_connection_that_breaks_brings_nothing_back(broker, room, monkeypatch):
+@tuned(publish_timeout=1000.0)
+async def test_a_connection_that_breaks_brings_nothing_back(broker, room):
     hub, peer = room
-    monkeypatch.setattr("starcast.broker.sender.TIMEOUT", 1000.0)
-    channels = next(iter(broker.buses.values()))
-    channels.discard(hub._hub.link.probe.channel)
+    channels = next(iter(broker.connections.values()))
+    channels.discard(broker.probe_channel)
     calls = len(broker.calls)
     peer.say(MUCH)
     await until(lambda: len(broker.calls) > calls)
-    broker.kill()
-    broker.up = True
+    broker.restart()
     await until(lambda: len(peer.got) == 2)
     assert hub.stats().backend.gaps == 1
 
 
-async def test_nothing_is_asked_of_a_broker_for_which_too_much_waits(
-    broker, room, monkeypatch, caplog
-):
+@tuned(publish_timeout=0.1)
+async def test_nothing_is_asked_of_a_broker_for_which_too_much_waits(broker, room, caplog):
     hub, peer = room
-    monkeypatch.setattr("starcast.dispatcher.PUBLISH_TIMEOUT", 0.1)
     broker.open.clear()
     hub.publish_nowait("elsewhere", "x")
     await until(lambda: broker.stalled)

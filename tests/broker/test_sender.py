@@ -1,4 +1,4 @@
-"""Messages that nobody awaits: while the broker is away, refuses them, or takes no more."""
+"""Messages that nobody awaits: while the broker is away, refuses them, or accepts no more."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 
 import pytest
 
+from broker.conftest import make_hub, quick, tuned
 from starcast import BackendUnavailable, Broadcast, PublishQueueFull, logs
-from starcast.broker import sender
-from starcast.event import Event
+from starcast.backends.base import MessagesRefused
+from starcast.broker.sender import Ack
 from starcast.logs import LogLimit
-from support import Broker, Bus, Peer, joined, until
+from support import Broker, Bus, OtherLoop, Peer, joined, until
 
 pytestmark = pytest.mark.anyio
 
-
-def event(text: str, channel: str = "room") -> Event:
-    return Event(channel, text, text.encode())
+LOST = "the connection to the broker was lost"
+EXPIRED = "the broker was away for too long"
 
 
 async def away(hub: Broadcast, broker: Broker) -> None:
@@ -29,8 +29,8 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [text for text in caplog.messages if "did not reach the broker" in text]
 
 
-async def test_they_wait_for_a_broker_that_is_back_in_time(hub, broker, monkeypatch):
-    monkeypatch.setattr(sender, "TIMEOUT", 10)
+@tuned(publish_timeout=10)
+async def test_messages_wait_for_a_broker_that_returns_in_time(hub, broker):
     peer = await joined(hub, "room")
     await away(hub, broker)
     hub.publish_nowait("room", "0")
@@ -46,8 +46,8 @@ async def test_they_wait_for_a_broker_that_is_back_in_time(hub, broker, monkeypa
     assert hub.stats().backend.lost == 0
 
 
-async def test_what_a_client_says_during_a_short_outage_is_not_lost(hub, broker, monkeypatch):
-    monkeypatch.setattr(sender, "TIMEOUT", 10)
+@tuned(publish_timeout=10)
+async def test_messages_of_clients_are_not_lost_in_a_short_outage(hub, broker):
     peer = Peer()
     serving = asyncio.create_task(hub.serve(peer.websocket, "room"))
     await until(lambda: len(hub) == 1)
@@ -63,56 +63,45 @@ async def test_what_a_client_says_during_a_short_outage_is_not_lost(hub, broker,
     await serving
 
 
-async def test_after_two_seconds_they_are_lost(hub, broker, caplog):
-    """Each by itself, whoever else waits, and with a word to who wants to know."""
+async def test_messages_expire(hub, broker, caplog):
+    """Each by itself, whatever else is waiting."""
     peer = await joined(hub, "room")
     await away(hub, broker)
-    lost: list[str] = []
     awaited = asyncio.create_task(hub.publish("room", "awaited"))
     await until(lambda: hub.stats().backend.queued)
-    hub._hub.link.publish(event("1"), wait=False, on_lost=lost.append)
-    hub._hub.link.publish(event("2"), wait=False)
+    hub.publish_nowait("room", "1")
+    hub.publish_nowait("room", "2")
     await until(lambda: hub.stats().backend.lost == 2)
-    assert lost == [sender.EXPIRED]
-    assert said(caplog) == [f"messages did not reach the broker: {sender.EXPIRED}"]
+    assert said(caplog) == [f"messages did not reach the broker: {EXPIRED}"]
     await asyncio.gather(awaited, return_exceptions=True)
-    hub._hub.link.publish(event("3"), wait=False, on_lost=lost.append)
+    hub.publish_nowait("room", "3")
     broker.up = True
     await until(lambda: peer.got == ["3"])
-    assert lost == [sender.EXPIRED]
+    assert hub.stats().backend.lost == 2
 
 
-async def test_one_after_the_other(hub, broker, monkeypatch):
+@tuned(publish_timeout=1)
+async def test_messages_expire_one_after_the_other(hub, broker):
     await hub.connect()
     await away(hub, broker)
-    lost: list[str] = []
-    hub._hub.link.publish(event("1"), wait=False, on_lost=lambda why: lost.append("1"))
-    monkeypatch.setattr(sender, "TIMEOUT", 60)
-    hub._hub.link.publish(event("2"), wait=False, on_lost=lambda why: lost.append("2"))
-    await until(lambda: lost)
-    assert lost == ["1"]
-    assert hub.stats().backend.queued == 1
+    hub.publish_nowait("room", "1")
+    await asyncio.sleep(0.5)
+    hub.publish_nowait("room", "2")
+    await until(lambda: hub.stats().backend.lost)
+    assert hub.stats().backend.lost == hub.stats().backend.queued == 1
     await hub.disconnect()
-    assert lost == ["1", "2"]
+    assert hub.stats().backend.lost == 2
 
 
-async def test_a_message_that_was_under_way_is_lost(hub, broker):
+async def test_an_unconfirmed_message_is_lost_with_the_connection(hub, broker):
     await hub.connect()
     broker.open.clear()
-    lost: list[str] = []
-    hub._hub.link.publish(event("1"), wait=False, on_lost=lost.append)
+    hub.publish_nowait("room", "1")
     await until(lambda: broker.stalled)
     broker.kill()
     broker.open.set()
-    await until(lambda: lost)
-    assert lost == [sender.LOST]
-
-
-async def test_an_answer_that_comes_with_the_last_turn_counts():
-    taken = sender.Taken()
-    taken.set()
-    taken._give_up()
-    await taken.wait()
+    await until(lambda: hub.stats().backend.lost)
+    assert hub.stats().backend.lost == 1
 
 
 async def test_a_message_that_nobody_awaits_any_more_is_not_sent(hub, broker):
@@ -127,20 +116,57 @@ async def test_a_message_that_nobody_awaits_any_more_is_not_sent(hub, broker):
     await until(lambda: peer.got == ["under way", "last"])
 
 
-async def test_a_message_that_is_refused(hub, broker, caplog):
+async def test_a_refused_message(hub, broker, caplog):
     await hub.connect()
     broker.refused.add("secret")
-    lost: list[str] = []
-    for _ in range(3):
-        hub._hub.link.publish(event("x", "secret"), wait=False, on_lost=lost.append)
-        await until(lambda: not hub.stats().backend.queued and not hub._hub.link._sender._sending)
-    assert lost == ["nobody may have secret"] * 3
+    for number in range(1, 4):
+        hub.publish_nowait("secret", "x")
+        await until(lambda: hub.stats().backend.lost == number)  # noqa: B023  # awaited here
     assert hub.stats().backend.error == "nobody may have secret"
     assert said(caplog) == ["messages did not reach the broker: nobody may have secret"]
 
 
-async def test_a_queue_that_is_full(hub, broker, caplog):
-    hub._hub.link._sender.queue.bound = 100
+async def test_some_messages_of_a_batch_are_refused(hub, broker, bus):
+    peer = await joined(hub, "room")
+
+    async def refuse_one(connection, messages, proceed):
+        await proceed()
+        raise MessagesRefused(
+            "no", {number: "no" for number, it in enumerate(messages) if not it[1]}
+        )
+
+    bus.on_publish = refuse_one
+    published = [hub.publish("room", text) for text in ("a", "", "b")]
+    outcomes = await asyncio.gather(*published, return_exceptions=True)
+    assert [type(it) for it in outcomes] == [type(None), BackendUnavailable, type(None)]
+    await until(lambda: peer.got == ["a", "", "b"])
+
+
+async def test_a_publish_that_somebody_cancels(hub, broker, bus):
+    await hub.connect()
+    sending = []
+
+    def publish(connection, messages, proceed):
+        sending.append(asyncio.get_running_loop().create_future())
+        return sending[0]
+
+    bus.on_publish = publish
+    publishing = asyncio.create_task(hub.publish("room", "x"))
+    await until(lambda: sending)
+    sending[0].cancel()
+    with pytest.raises(BackendUnavailable, match=LOST):
+        await publishing
+
+
+async def test_the_first_outcome_counts():
+    ack = Ack(0.0)
+    ack.set()
+    ack.fail("too late")
+    await ack.wait()
+
+
+@tuned(max_queued=100)
+async def test_a_full_queue(hub, broker, caplog):
     await hub.connect()
     await away(hub, broker)
     hub.publish_nowait("room", "x" * 200)
@@ -151,29 +177,46 @@ async def test_a_queue_that_is_full(hub, broker, caplog):
     assert len(said(caplog)) == 1
 
 
-async def test_without_a_loop_a_message_is_lost_at_once():
-    lost: list[str] = []
-    box = sender.Sender(Bus(), threading.RLock())
-    assert box.put("room", b"x", False, lost.append) is None
-    assert lost == [sender.LOST]
-    assert box.lost == 1
+async def test_a_message_that_has_become_too_large(hub, broker, bus):
+    """After an outage the broker accepts less than before."""
+    peer = await joined(hub, "room")
+    bus.max_payload = 10
+    await away(hub, broker)
+    hub.publish_nowait("room", "x" * 11)
+    broker.up = True
+    await until(lambda: hub.stats().backend.lost == 1)
+    assert hub.stats().backend.error == "the broker now takes 10 bytes at most"
+    await hub.publish("room", "x" * 10)
+    await until(lambda: peer.got == ["x" * 10])
 
 
-async def test_what_waited_on_a_loop_that_ended_is_not_sent_later(broker, other, monkeypatch):
-    monkeypatch.setattr(sender, "TIMEOUT", 0.05)
-    box = sender.Sender(Bus(broker), threading.RLock())
+async def test_messages_that_waited_on_a_loop_that_has_ended_expire(broker):
+    hub = make_hub(Bus(broker), tuning=quick(publish_timeout=0.3))
+    first = OtherLoop()
+    await asyncio.to_thread(first.run, hub.connect())
+    first.loop.call_soon_threadsafe(broker.kill)
+    await until(lambda: hub.stats().backend.state == "reconnecting")
+    hub.publish_nowait("room", "x")
+    await asyncio.to_thread(first.close)
+    assert hub.stats().backend.queued == 1
+    await asyncio.sleep(0.4)
+    broker.up = True
+    await hub.connect()
+    assert hub.stats().backend.queued == 0
+    assert hub.stats().backend.lost == 1
+    assert not broker.asked("publish")
+    await hub.disconnect()
 
-    async def put() -> None:
-        box.live_here()
-        box.put("room", b"x", False)
 
-    await asyncio.to_thread(other.run, put())
-    await asyncio.to_thread(other.close)
-    await asyncio.sleep(0.1)
-    assert len(box.queue) == 1
-    box.give_up()  # by whoever closes what is left
-    assert len(box.queue) == 0
-    assert box.lost == 1
+async def test_a_message_is_lost_at_once_without_a_loop(broker):
+    hub = make_hub(Bus(broker))
+    first = OtherLoop()
+    await asyncio.to_thread(first.run, hub.connect())
+    await asyncio.to_thread(first.close)
+    hub.publish_nowait("room", "x")
+    assert hub.stats().backend.lost == 1
+    assert hub.stats().backend.error == LOST
+    await hub.disconnect()
 
 
 # The log

@@ -207,15 +207,16 @@ async def test_a_backend_that_says_nothing_of_itself():
     await module.check(Bus(), "default", False, lines.append)
     assert [line.partition(":")[0] for line in lines] == STEPS[2:]
 
-    class Broken(Bus):
-        async def subscribe(self, channel):
-            raise KeyError
+    async def subscribe(connection, channel, proceed):
+        raise KeyError
 
-        async def publish(self, messages):
-            raise AssertionError("never")
+    async def publish(connection, messages, proceed):
+        raise AssertionError("never")
 
     with pytest.raises(BackendUnavailable, match="subscribe failed: KeyError"):
-        await module.check(Broken(), "default", False, lines.append)
+        await module.check(
+            Bus(on_subscribe=subscribe, on_publish=publish), "default", False, lines.append
+        )
 
 
 @pytest.mark.parametrize(

@@ -1322,7 +1322,7 @@ def test_own_backend(example):
     with TestClient(module.app).websocket_connect("/ws") as ann:
         ann.send_text("hello")
         assert ann.receive_text() == "hello"
-        assert module.everybody
+        assert module.connections
 
 
 async def test_await_order(example, serve):

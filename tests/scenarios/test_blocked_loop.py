@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from starcast import BackendUnavailable, Broadcast
-from starcast.broker import probe, sender
+from starcast import BackendUnavailable, Broadcast, Tuning
+from starcast.backends import from_url
 from starcast.sync.deadline import Deadline
-from support import Peer, until
+from support import Changed, Peer, until
 
 pytestmark = pytest.mark.anyio
 
@@ -41,10 +41,9 @@ async def test_publish_and_connect_succeed_after_a_handler_that_sleeps(url):
 
 
 @pytest.mark.parametrize("seconds", [0.45, 0.5, 0.51, 0.6])
-async def test_whenever_the_timer_fires(url, monkeypatch, seconds):
+async def test_whenever_the_timer_fires(url, seconds):
     """Before the loop is free, in that moment, and after it."""
-    monkeypatch.setattr(sender, "TIMEOUT", 0.5)
-    async with Broadcast(url) as hub:
+    async with Broadcast(url, tuning=Tuning(publish_timeout=0.5)) as hub:
         for number in range(3):
             peer = Peer()
             channel = f"room {number}"
@@ -54,16 +53,28 @@ async def test_whenever_the_timer_fires(url, monkeypatch, seconds):
             await hub.disconnect(peer.websocket)
 
 
-async def test_opening_and_probing(url, monkeypatch):
-    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.2)
-    hub = Broadcast(url, probe_interval=0.05)
+async def test_opening_and_probing(url):
+    probes = []
+
+    def count(connection):
+        publish = connection.publish
+
+        def counting(messages):
+            probes.append(messages)
+            return publish(messages)
+
+        connection.publish = counting
+
+    backend = Changed(from_url(url), count)
+    hub = Broadcast(backend=backend, probe_interval=0.05, tuning=Tuning(probe_timeout=0.2))
     await blocked(hub.connect, 0.3)
     async with hub.subscribe("room"):
         for _ in range(5):
-            heard = hub._hub.link.probe.heard
-            await until(lambda: hub._hub.link.probe._pending)
+            sent = len(probes)
+            await until(lambda: len(probes) > sent)  # noqa: B023  # awaited here
             time.sleep(0.3)  # noqa: ASYNC251  # that is the point
-            await until(lambda: hub._hub.link.probe.heard > heard)  # noqa: B023  # awaited here
+        sent = len(probes)
+        await until(lambda: len(probes) > sent)
     assert hub.stats().backend.gaps == 0
     assert hub.stats().backend.error is None
     await hub.disconnect()

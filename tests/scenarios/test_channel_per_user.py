@@ -10,7 +10,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from starcast import Broadcast
-from support import until
+from starcast.backends import from_url
+from support import Changed, until
 
 pytestmark = pytest.mark.anyio
 
@@ -19,8 +20,19 @@ USERS = 50
 
 @pytest.mark.parametrize("ws", ["auto", "starcast.uvicorn:BroadcastProtocol"])
 @pytest.mark.parametrize("end", ["dies", "returns", "gets bytes"])
-async def test_handlers_that_end_leave_no_subscription(url, serve, ws, end, caplog, monkeypatch):
-    async with Broadcast(url) as hub:
+async def test_handlers_that_end_leave_no_subscription(url, serve, ws, end, caplog):
+    left: set[str] = set()
+
+    def note(connection):
+        unsubscribe = connection.unsubscribe
+
+        async def noting(channel: str) -> None:
+            await unsubscribe(channel)  # until the broker has confirmed it
+            left.add(channel.removeprefix("default:"))
+
+        connection.unsubscribe = noting
+
+    async with Broadcast(backend=Changed(from_url(url), note)) as hub:
 
         async def endpoint(websocket: WebSocket):
             await hub.connect(websocket, websocket.path_params["user"])
@@ -30,15 +42,6 @@ async def test_handlers_that_end_leave_no_subscription(url, serve, ws, end, capl
             if end == "dies":
                 raise ValueError("not what was expected")
 
-        backend = hub._hub.link._backend
-        left: list[str] = []
-        unsubscribe = backend.unsubscribe
-
-        async def noting(channel: str) -> None:
-            await unsubscribe(channel)  # comes back when the broker knows
-            left.append(channel)
-
-        monkeypatch.setattr(backend, "unsubscribe", noting)
         app = Starlette(routes=[WebSocketRoute("/{user}", endpoint)])
         web = await serve(app, ws=ws)
         clients = [await web.connect(f"/user-{number}") for number in range(USERS)]
@@ -49,7 +52,7 @@ async def test_handlers_that_end_leave_no_subscription(url, serve, ws, end, capl
             await client.send(b"binary")
         await until(lambda: hub.channels == {}, 2)
         await until(lambda: hub.stats().backend.channels == 0)
-        await until(lambda: set(left) == users)
+        await until(lambda: left == users)
         await asyncio.gather(*(client.close() for client in clients))
     assert all(record.name == "uvicorn.error" for record in caplog.records)
     caplog.clear()

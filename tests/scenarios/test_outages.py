@@ -15,9 +15,9 @@ from backends.front import front
 from backends.nats_server import Flood, NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, backends
-from starcast.broker import life, link, opening, probe, session, subscriptions
-from support import Peer, free_port, starcast_tasks, until
+from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, Tuning, backends
+from starcast.broker.opening import PROBE_INTERVAL
+from support import Changed, Peer, free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -50,7 +50,7 @@ async def test_row_11_killed_and_back_after_a_second(server, all_back):
             assert not await hub.healthy()
             await asyncio.sleep(1)  # what the row says
             server.start()
-            assert opening.LONGEST_WAIT < 2  # so that it takes less than two seconds
+            assert Tuning().max_backoff < 2  # so that it takes less than two seconds
             await until(lambda: gaps)
             await until(lambda: other.stats().backend.state == "connected")
             await other.publish("room", "after")
@@ -75,7 +75,7 @@ async def test_row_12_away_for_a_while(server, all_back):
             began = time.monotonic()
             with pytest.raises(BackendUnavailable):
                 await hub.publish("room", "in vain")
-            assert time.monotonic() - began < link.TIMEOUT + 1  # for a busy machine
+            assert time.monotonic() - began < Tuning().publish_timeout + 1  # for a busy machine
         for number in range(1000):
             hub.publish_nowait("room", str(number))
         await until(lambda: not hub.stats().backend.queued)
@@ -96,10 +96,9 @@ def hub_is_back(hub: Broadcast):
     return lambda: hub.stats().backend.state == "connected"
 
 
-async def test_row_13_frozen(server, all_back, monkeypatch):
-    assert opening.PROBE_INTERVAL + probe.PROBE_TIMEOUT < 10
-    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.7)
-    hub = Broadcast(server.url, probe_interval=0.3)
+async def test_row_13_frozen(server, all_back):
+    assert PROBE_INTERVAL + Tuning().probe_timeout < 10
+    hub = Broadcast(server.url, probe_interval=0.3, tuning=Tuning(probe_timeout=0.7))
     async with hub, hub.subscribe("room", gaps=True) as subscriber:
         peer = await joined(hub)
         server.freeze()
@@ -193,16 +192,18 @@ async def test_a_hub_closes_while_its_broker_is_frozen(server, all_back):
     server.freeze()
     began = time.monotonic()
     await hub.disconnect()
-    assert time.monotonic() - began < life.STOP_TIMEOUT + 5
+    assert time.monotonic() - began < Tuning().stop_timeout + 5
     assert peer.closed == 1001
     server.thaw()
 
 
-async def test_row_16_larger_than_the_broker_takes(url, all_back, monkeypatch):
-    async with Broadcast(url) as hub:
+async def test_row_16_larger_than_the_broker_takes(url, all_back):
+    def limit(connection):
+        connection.max_payload = 600_000
+
+    async with Broadcast(backend=Changed(backends.from_url(url), limit)) as hub:
         peer = await joined(hub)
         await hub.publish("room", "x" * 500_000)
-        monkeypatch.setattr(hub._hub.link._backend, "max_payload", 600_000)
         with pytest.raises(PayloadTooLarge):
             await hub.publish("room", "x" * 600_001)
         await hub.publish("room", "small")
@@ -211,8 +212,8 @@ async def test_row_16_larger_than_the_broker_takes(url, all_back, monkeypatch):
 
 
 async def test_row_17_foreign_bytes(url, all_back):
-    foreign, lost = backends.from_url(url), []
-    await foreign.start(lambda channel, data: None, lost.append)
+    lost = []
+    foreign = await backends.from_url(url).connect(lambda channel, data: None, lost.append)
     async with Broadcast(url) as hub:
         peer = await joined(hub)
         pickled = b"\x80\x04\x95\x10\x00\x00\x00"
@@ -221,7 +222,7 @@ async def test_row_17_foreign_bytes(url, all_back):
         await until(lambda: len(peer.got) == 2)
         assert peer.got == ["text", "{}"]
         assert hub.stats().backend.malformed == 4
-    await foreign.stop()
+    await foreign.close()
     assert not lost
 
 
@@ -284,27 +285,29 @@ async def test_row_27_an_unknown_host(url, all_back):
     assert "secret" not in str(caught.value)
 
 
-async def test_row_33_more_comes_than_is_held_until_everything_is_back(
-    server, all_back, monkeypatch, caplog
-):
-    monkeypatch.setattr(subscriptions, "AT_ONCE", 1)
-    monkeypatch.setattr(session, "MAX_EARLY", 10_000)
-    async with (
-        Broadcast(server.url, name="both") as hub,
-        Broadcast(server.url, name="both") as near,
-        hub.subscribe("first", gaps=True) as first,
-        hub.subscribe("second"),
-    ):
-        backend = hub._hub.link._backend
-        subscribe, reached, go = backend.subscribe, asyncio.Event(), asyncio.Event()
+async def test_row_33_more_comes_than_is_held_until_everything_is_back(server, all_back, caplog):
+    reached, go, connections = asyncio.Event(), asyncio.Event(), []
 
-        async def slow(channel: str) -> None:
-            if channel == "second":
+    def slow(connection):
+        connections.append(connection)
+        subscribe = connection.subscribe
+
+        async def wait(channel: str) -> None:
+            if channel.endswith("second") and connection is not connections[0]:
                 reached.set()
                 await go.wait()
             await subscribe(channel)
 
-        monkeypatch.setattr(backend, "subscribe", slow)
+        connection.subscribe = wait
+
+    backend = Changed(backends.from_url(server.url), slow)
+    tuning = Tuning(max_subscribing=1, max_held_back=10_000)
+    async with (
+        Broadcast(backend=backend, name="both", tuning=tuning) as hub,
+        Broadcast(server.url, name="both") as near,
+        hub.subscribe("first", gaps=True) as first,
+        hub.subscribe("second"),
+    ):
         await hub.publish("first", "before")
         await asyncio.to_thread(server.empty)
         await asyncio.wait_for(reached.wait(), 20)
@@ -312,7 +315,7 @@ async def test_row_33_more_comes_than_is_held_until_everything_is_back(
         for number in range(300):
             near.publish_nowait("first", str(number))
         await near.publish("first", "300")
-        await until(lambda: hub._hub.link._session._excess)
+        await until(lambda: backend.delivered.count("both:first") == 302)
         go.set()
         async with asyncio.timeout(10):
             assert (await anext(first)).message == "before"

@@ -23,9 +23,9 @@ from starcast import (
     Gap,
     GapSubscriber,
     Subscriber,
+    Tuning,
 )
 from starcast.backends.nats import NatsBackend
-from starcast.broker import sender
 from support import DEADLINE, Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -301,11 +301,10 @@ async def test_a_message_too_large_for_the_broker_that_came_back(own_nats, all_b
 # A goodbye
 
 
-async def test_goodbyes_during_an_outage_are_one_line(all_back, serve, caplog, monkeypatch):
-    monkeypatch.setattr(sender, "TIMEOUT", 0.3)
+async def test_goodbyes_during_an_outage_are_one_line(all_back, serve, caplog):
     server = RedisServer()
     server.start()
-    hub = Broadcast(server.url)
+    hub = Broadcast(server.url, tuning=Tuning(publish_timeout=0.3))
     said = 0
 
     async def say_goodbye() -> None:

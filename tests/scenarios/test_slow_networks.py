@@ -15,36 +15,40 @@ import pytest
 from backends.front import SlowLine
 from starcast import BackendUnavailable, Broadcast, Gap, Tuning
 from starcast.backends import from_url
-from starcast.broker import link, probe, sender
-from support import Peer, until
+from support import Changed, Peer, until
 
 pytestmark = pytest.mark.anyio
 
 PATIENCE = 0.2  # seconds without any sign of life
+PATIENT = Tuning(probe_timeout=PATIENCE)
 RATE = 200_000  # bytes a second that a slow line carries
 
 
 @pytest.fixture
-async def line(url, monkeypatch) -> AsyncIterator[SlowLine]:
+async def line(url) -> AsyncIterator[SlowLine]:
     """A line to each broker."""
-    monkeypatch.setattr(probe, "PROBE_TIMEOUT", PATIENCE)
     async with SlowLine(urlsplit(url).port) as line:
         yield line
 
 
-def by(line: SlowLine, url: str, **options: object) -> Broadcast:
-    """A hub at the end of the line."""
+def url_of(line: SlowLine, url: str) -> str:
+    """The URL of a broker at the end of the line."""
     parts = urlsplit(url)
     netloc = parts.netloc.replace(f":{parts.port}", f":{line.port}")
-    return Broadcast(parts._replace(netloc=netloc).geturl(), probe_interval=0.05, **options)
+    return parts._replace(netloc=netloc).geturl()
+
+
+def by(line: SlowLine, url: str, **options: object) -> Broadcast:
+    """A hub at the end of the line."""
+    options = {"probe_interval": 0.05, "tuning": PATIENT, **options}
+    return Broadcast(url_of(line, url), **options)
 
 
 @pytest.mark.parametrize("size", [500, 120_000])
-async def test_what_arrives_is_a_sign_of_life(line, url, size, monkeypatch):
+async def test_what_arrives_is_a_sign_of_life(line, url, size):
     """The probe waits behind more than its time, be it in many messages or in a single one."""
-    monkeypatch.setattr(sender, "TIMEOUT", PATIENCE)
-    monkeypatch.setattr(link, "TIMEOUT", PATIENCE)
-    async with by(line, url) as hub, Broadcast(url) as near:
+    tuning = Tuning(probe_timeout=PATIENCE, publish_timeout=PATIENCE)
+    async with by(line, url, tuning=tuning) as hub, Broadcast(url) as near:
         peer = Peer()
         await hub.connect(peer.websocket, "room")
         line.rate = RATE
@@ -99,9 +103,21 @@ async def test_one_of_two_connections_is_dead(line, url, dead):
 
 async def test_answers_are_no_messages(line, url):
     """A broker that confirms whatever it is asked, and delivers nothing any more."""
-    async with by(line, url) as hub:
+    channels = []
+
+    def note(connection):
+        subscribe = connection.subscribe
+
+        async def noting(channel):
+            channels.append(channel)
+            await subscribe(channel)
+
+        connection.subscribe = noting
+
+    backend = Changed(from_url(url_of(line, url)), note)
+    async with Broadcast(backend=backend, probe_interval=0.05, tuning=PATIENT) as hub:
         await hub.connect(Peer().websocket, "quiet")
-        await hub._hub.link._backend.unsubscribe(hub._hub.link.probe.channel)
+        await backend.connection.unsubscribe(channels[0])  # that of its probes
         busy = asyncio.create_task(_come_and_go(hub))
         await until(lambda: hub.stats().backend.gaps)
         busy.cancel()
@@ -160,11 +176,3 @@ async def test_a_blocked_loop_is_told_what_it_misses_of_a_broker(url, other, cap
     assert numbers == [*range(500 - lost), gaps[0], 500]
     assert [int(message) for message in peer.got] == list(range(501))
     assert f"missed {lost} messages" in caplog.text
-
-
-async def test_a_backend_that_is_not_started_has_heard_nothing(url):
-    backend = from_url(url)
-    assert backend.heard_at == 0.0
-    await backend.start(lambda channel, payload: None, lambda error: None)
-    await backend.stop()
-    assert backend.heard_at == 0.0

@@ -30,7 +30,6 @@ from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, Event, Gap, Tuning
-from starcast.broker import opening, probe, sender, session, subscriptions
 from support import OtherLoop, starcast_tasks, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1200)]
@@ -105,17 +104,21 @@ class Postgres(PostgresServer):
         asyncio.run(terminate())
 
 
+TUNING = Tuning(
+    max_pending=200_000,
+    probe_timeout=0.4,
+    publish_timeout=0.5,
+    max_backoff=0.2,
+    subscribe_backoff=0.2,
+    max_held_back=20_000,
+)
+
 SERVERS = {"redis": Redis, "nats": Nats, "postgres": Postgres}
 
 
 # The short one leaves out PostgreSQL, which takes a second to start and can deny nothing.
 @pytest.fixture(params=SERVERS if "STARCAST_STORM" in os.environ else ["redis", "nats"])
-def stormy(request, monkeypatch):
-    monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.4)
-    monkeypatch.setattr(sender, "TIMEOUT", 0.5)
-    monkeypatch.setattr(opening, "LONGEST_WAIT", 0.2)
-    monkeypatch.setattr(subscriptions, "LONGEST_WAIT", 0.2)
-    monkeypatch.setattr(session, "MAX_EARLY", 20_000)
+def stormy(request):
     server = SERVERS[request.param]()
     server.start()
     yield server
@@ -197,7 +200,7 @@ class Storm:
                 name=NAME,
                 probe_interval=0.05,
                 max_buffer=2**24,
-                tuning=Tuning(max_pending=200_000),
+                tuning=TUNING,
             )
             for name, url in [
                 ("near", server.user_url),
