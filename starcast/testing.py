@@ -5,9 +5,9 @@
     async def test_my_backend(check):
         await check(lambda: MyBackend("my://localhost"))
 
-Each check takes a function that makes a backend, and makes as many as it needs; all of them talk to
-the same broker. It raises AssertionError if something is not as it must be, and leaves nothing
-behind. The channels that it uses begin with `check-`. Nothing here needs pytest.
+Each check takes a function that makes a backend, and calls it as often as it needs to; all of these
+backends must use the same broker. A check raises AssertionError if the backend breaks the contract,
+and leaves nothing behind. Its channels begin with `check-`. Nothing here needs pytest.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from .backends import Backend
+from .backends.base import Backend, BrokerConnection
 from .broadcast import Broadcast
 
 Make = Callable[[], Backend]
 Check = Callable[[Make], Awaitable[None]]
 
-# Seconds that a check waits for something before it fails.
+# Seconds that a check waits for something until it fails.
 DEADLINE = 10.0
 
-# Names that a broker might take for something else, and the longest there is.
+# Names that a broker might mistake for something else, and the longest ones.
 ODD_NAMES = [
     *("*", ">", "a.b", "a..b", ".", "a b", "a*", "'", '"', "\\", "%s", "%20", "{}", "$1", "#", "?"),
     *(
@@ -52,7 +52,7 @@ MESSAGES = [
 
 
 class Inbox:
-    """Takes what a backend delivers, and its word that the connection is lost."""
+    """Records what a connection delivers, and the errors that it reports."""
 
     def __init__(self) -> None:
         self.got: list[tuple[str, bytes]] = []
@@ -68,7 +68,7 @@ class Inbox:
         self._news.set()
 
     async def until(self, count: int) -> list[tuple[str, bytes]]:
-        """Wait until so many messages have come, and return all."""
+        """Wait until so many messages have arrived, and return all of them."""
         deadline = time.monotonic() + DEADLINE
         while len(self.got) < count:
             assert not self.errors, f"the connection was lost: {self.errors}"
@@ -82,15 +82,15 @@ class Inbox:
 
 
 @contextlib.asynccontextmanager
-async def _started(make: Make) -> AsyncIterator[tuple[Backend, Inbox]]:
-    backend, inbox = make(), Inbox()
+async def _connected(make: Make) -> AsyncIterator[tuple[BrokerConnection, Inbox]]:
+    inbox = Inbox()
     async with asyncio.timeout(DEADLINE):
-        await backend.start(inbox.deliver, inbox.lost)
+        connection = await make().connect(inbox.deliver, inbox.lost)
     try:
-        yield backend, inbox
+        yield connection, inbox
     finally:
         async with asyncio.timeout(DEADLINE):
-            await backend.stop()
+            await connection.close()
         assert not inbox.errors, f"`lost` was called: {inbox.errors}"
 
 
@@ -99,9 +99,9 @@ def _channel(name: str = "") -> str:
 
 
 async def what_is_published_arrives(make: Make) -> None:
-    """At every backend that is subscribed, the publishing one too."""
+    """At every connection that is subscribed, including the one that publishes."""
     channel = _channel()
-    async with _started(make) as (one, ones), _started(make) as (two, twos):
+    async with _connected(make) as (one, ones), _connected(make) as (two, twos):
         await one.subscribe(channel)
         await two.subscribe(channel)
         await one.publish([(channel, b"1")])
@@ -112,89 +112,88 @@ async def what_is_published_arrives(make: Make) -> None:
 
 async def a_payload_arrives_as_it_was(make: Make) -> None:
     channel = _channel()
-    async with _started(make) as (backend, inbox):
-        await backend.subscribe(channel)
-        sent = [message for message in MESSAGES if len(message) <= backend.max_payload]
+    async with _connected(make) as (connection, inbox):
+        await connection.subscribe(channel)
+        sent = [message for message in MESSAGES if len(message) <= connection.max_payload]
         for message in sent:
-            await backend.publish([(channel, message)])
+            await connection.publish([(channel, message)])
         assert [message for _, message in await inbox.until(len(sent))] == sent
 
 
 async def equal_messages_of_one_batch_all_arrive(make: Make) -> None:
     channel = _channel()
-    async with _started(make) as (backend, inbox):
-        await backend.subscribe(channel)
-        await backend.publish([(channel, b"same")] * 5)
-        await backend.publish([(channel, b"last")])
+    async with _connected(make) as (connection, inbox):
+        await connection.subscribe(channel)
+        await connection.publish([(channel, b"same")] * 5)
+        await connection.publish([(channel, b"last")])
         assert [payload for _, payload in await inbox.until(6)] == [b"same"] * 5 + [b"last"]
 
 
 async def order_is_kept_within_and_across_channels(make: Make) -> None:
     channels = [_channel(str(number)) for number in range(3)]
-    async with _started(make) as (backend, inbox):
+    async with _connected(make) as (connection, inbox):
         for channel in channels:
-            await backend.subscribe(channel)
+            await connection.subscribe(channel)
         sent = [(channels[number % 3], str(number).encode()) for number in range(1000)]
         for start in range(0, 1000, 100):
-            await backend.publish(sent[start : start + 100])
+            await connection.publish(sent[start : start + 100])
         assert await inbox.until(1000) == sent
 
 
 async def odd_names_are_names_and_nothing_else(make: Make) -> None:
-    """None is a pattern or a command, and none is taken for another."""
-    async with _started(make) as (backend, inbox):
+    """No name is a pattern or a command, and none is mistaken for another."""
+    async with _connected(make) as (connection, inbox):
         for name in ODD_NAMES:
-            await backend.subscribe(name)
+            await connection.subscribe(name)
         sent = [(name, f"to {index}".encode()) for index, name in enumerate(ODD_NAMES)]
-        await backend.publish(sent)
+        await connection.publish(sent)
         assert await inbox.until(len(sent)) == sent
         for name in ODD_NAMES:
-            await backend.unsubscribe(name)
+            await connection.unsubscribe(name)
 
 
 async def a_channel_that_is_left_is_silent(make: Make) -> None:
     left, kept = _channel("left"), _channel("kept")
-    async with _started(make) as (backend, inbox):
+    async with _connected(make) as (connection, inbox):
         for channel in (left, kept):
-            await backend.subscribe(channel)
-        await backend.unsubscribe(left)
-        await backend.publish([(left, b"1"), (kept, b"2")])
+            await connection.subscribe(channel)
+        await connection.unsubscribe(left)
+        await connection.publish([(left, b"1"), (kept, b"2")])
         assert await inbox.until(1) == [(kept, b"2")]
-        await backend.subscribe(left)
-        await backend.publish([(left, b"3")])
+        await connection.subscribe(left)
+        await connection.publish([(left, b"3")])
         assert await inbox.until(2) == [(kept, b"2"), (left, b"3")]
 
 
 async def many_may_be_subscribed_to_at_once(make: Make) -> None:
     channels = [_channel(str(number)) for number in range(50)]
-    async with _started(make) as (backend, inbox):
+    async with _connected(make) as (connection, inbox):
         async with asyncio.timeout(DEADLINE):
-            await asyncio.gather(*map(backend.subscribe, channels))
-        await backend.publish([(channel, b"x") for channel in channels])
+            await asyncio.gather(*map(connection.subscribe, channels))
+        await connection.publish([(channel, b"x") for channel in channels])
         assert await inbox.until(50) == [(channel, b"x") for channel in channels]
 
 
-async def a_backend_can_be_started_again(make: Make) -> None:
+async def a_backend_connects_again_and_again(make: Make) -> None:
     channel = _channel()
     backend = make()
-    await backend.stop()
     for number in range(2):
         inbox = Inbox()
         async with asyncio.timeout(DEADLINE):
-            await backend.start(inbox.deliver, inbox.lost)
-            await backend.subscribe(channel)
-            await backend.publish([(channel, str(number).encode())])
+            connection = await backend.connect(inbox.deliver, inbox.lost)
+            await connection.subscribe(channel)
+            await connection.publish([(channel, str(number).encode())])
         assert await inbox.until(1) == [(channel, str(number).encode())]
         async with asyncio.timeout(DEADLINE):
-            await backend.stop()
-            await backend.stop()
+            await connection.close()
+            await connection.close()
         assert not inbox.errors
 
 
 async def nothing_is_left_behind(make: Make) -> None:
     before = asyncio.all_tasks()
-    async with _started(make) as (backend, _):
-        await backend.subscribe(_channel())
+    async with _connected(make) as (connection, _):
+        await connection.subscribe(_channel())
     deadline = time.monotonic() + DEADLINE
     while left := asyncio.all_tasks() - before:
         assert time.monotonic() < deadline, f"tasks are left: {left}"
@@ -202,7 +201,7 @@ async def nothing_is_left_behind(make: Make) -> None:
 
 
 async def two_hubs_are_one_room(make: Make) -> None:
-    """With all that a hub does with it."""
+    """With everything that a hub does."""
     channel = _channel()
     async with (
         Broadcast(backend=make(), name="check") as one,
@@ -229,7 +228,7 @@ CHECKS: list[Check] = [
     odd_names_are_names_and_nothing_else,
     a_channel_that_is_left_is_silent,
     many_may_be_subscribed_to_at_once,
-    a_backend_can_be_started_again,
+    a_backend_connects_again_and_again,
     nothing_is_left_behind,
     two_hubs_are_one_room,
 ]

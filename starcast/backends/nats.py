@@ -298,6 +298,15 @@ class NatsBackend:
         self._session: _Session | None = None
         self.max_payload = 1024 * 1024
 
+    async def connect(self, deliver: Deliver, lost: Lost) -> NatsBackend:
+        """Connect, and return this object, which is its own connection: one at a time."""
+        await self.start(deliver, lost)
+        return self
+
+    async def close(self) -> None:
+        """Close the connection. See `BrokerConnection`."""
+        await self.stop()
+
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         session = self._session = _Session(f"{self._prefix}%-{token_hex(8)}", self._name, deliver)
         failed: BackendUnavailable | None = None

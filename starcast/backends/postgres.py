@@ -140,6 +140,15 @@ class PostgresBackend:
         self._pieces: list[bytes] = []
         self.max_payload = MAX_PAYLOAD
 
+    async def connect(self, deliver: Deliver, lost: Lost) -> PostgresBackend:
+        """Connect, and return this object, which is its own connection: one at a time."""
+        await self.start(deliver, lost)
+        return self
+
+    async def close(self) -> None:
+        """Close the connection. See `BrokerConnection`."""
+        await self.stop()
+
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         """Open both connections, within 5 seconds."""
         failed: Exception | None = None

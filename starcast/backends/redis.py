@@ -112,6 +112,15 @@ class RedisBackend:
         self._lost: Lost | None = None  # None if stopped, or told
         self._broken = False
 
+    async def connect(self, deliver: Deliver, lost: Lost) -> RedisBackend:
+        """Connect, and return this object, which is its own connection: one at a time."""
+        await self.start(deliver, lost)
+        return self
+
+    async def close(self) -> None:
+        """Close the connection. See `BrokerConnection`."""
+        await self.stop()
+
     async def start(self, deliver: Deliver, lost: Lost) -> None:
         connections = [self._class(**self._settings) for _ in (_SUBSCRIBER, _PUBLISHER)]
         failed: BackendUnavailable | None = None

@@ -14,7 +14,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import logs
 from ..backends import Backend
@@ -22,6 +22,8 @@ from ..backends.base import LoginRefused
 from ..backends.urls import Endpoint
 from ..broker.naming import NamedBackend
 from ..exceptions import BackendUnavailable, ConfigurationError
+
+Result = TypeVar("Result")
 
 ROUND_TRIPS = 20
 
@@ -67,7 +69,7 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
     """Check the way to a broker and back, and say what each step brought.
 
     Args:
-        backend: For the broker; stopped.
+        backend: For the broker.
         name: Of the hub.
         tls: Whether the URL asks for TLS, by its scheme.
         say: Called with a line for each step that went well.
@@ -88,13 +90,15 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
     def lost(error: Exception) -> None:
         """Whatever waits for the broker raises by itself, or takes too long."""
 
-    async def step(at: str, work: Callable[[], Awaitable[object]], seconds: float) -> float:
-        """Take a step, and return how long it took, in milliseconds."""
+    async def step(
+        at: str, work: Callable[[], Awaitable[Result]], seconds: float
+    ) -> tuple[Result, float]:
+        """Take a step, and return its result and how long it took, in milliseconds."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(seconds):
-                await work()
-            return _since(began)
+                result = await work()
+            return result, _since(began)
         except ConfigurationError:
             raise
         except TimeoutError:
@@ -106,7 +110,7 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
         raise _failed(at, why, named.if_silent if at == "delivery" else "")
 
     def step_of(why: str) -> str:
-        """Return which step of `start` failed: a backend connects and logs in at once."""
+        """Return which step of `connect` failed: it connects and logs in at once."""
         if "Permissions Violation" in why:  # NATS has a subject of its own for answers
             return "subscribe" if "Subscription" in why else "publish"
         for endpoint in endpoints:  # `tls.example.com` is no reason
@@ -116,25 +120,29 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
         is_tls = tls and ("no answer" in why or "No such file" in why)
         return "TLS" if is_tls or _TLS.search(why) else "login"
 
+    connection, took = await step("login", lambda: named.connect(deliver, lost), STEP_TIMEOUT)
+
     async def there_and_back() -> None:
-        await named.publish([(channel, b"again")])
+        await connection.publish([(channel, b"again")])
         await arrived.get()
 
     try:
-        for at, work in (
-            ("login", lambda: named.start(deliver, lost)),
-            ("subscribe", lambda: named.subscribe(channel)),
-            ("publish", lambda: named.publish([(channel, b"first")])),
-        ):
-            say(f"{at}: {await step(at, work, STEP_TIMEOUT):.1f} ms")
+        say(f"login: {took:.1f} ms")
+        _, took = await step("subscribe", lambda: connection.subscribe(channel), STEP_TIMEOUT)
+        say(f"subscribe: {took:.1f} ms")
+        first = [(channel, b"first")]
+        _, took = await step("publish", lambda: connection.publish(first), STEP_TIMEOUT)
+        say(f"publish: {took:.1f} ms")
         await step("delivery", arrived.get, TRIP_TIMEOUT)
-        took = [await step("delivery", there_and_back, TRIP_TIMEOUT) for _ in range(ROUND_TRIPS)]
+        trips = [
+            (await step("delivery", there_and_back, TRIP_TIMEOUT))[1] for _ in range(ROUND_TRIPS)
+        ]
         say(
-            f"delivery: {ROUND_TRIPS} round trips, median {statistics.median(took):.2f} ms, "
-            f"slowest {max(took):.2f} ms"
+            f"delivery: {ROUND_TRIPS} round trips, median {statistics.median(trips):.2f} ms, "
+            f"slowest {max(trips):.2f} ms"
         )
     finally:
-        await named.stop()
+        await connection.close()
 
 
 def _since(began: float) -> float:

@@ -24,7 +24,7 @@ ALL = "*"
 
 
 class AllChannels:
-    """A backend on which the channel `ALL` has the messages of all channels of its hub.
+    """A backend, and its connection, on which the channel `ALL` has all messages of its hub.
 
     Each is a binary message that holds the name of its channel: see `reader`. Whatever is not
     defined here is the other backend's.
@@ -41,11 +41,12 @@ class AllChannels:
             raise ConfigurationError(
                 "a * stands for any characters, and this broker has no patterns: name the channels"
             )
-        self._backend: Any = backend
+        self._backend = backend
+        self._connection: Any = None
         self._names: set[str] = set()  # what is subscribed to by its own name
         self._all = ""  # what stands for all
 
-    async def start(self, deliver: Deliver, lost: Lost) -> None:
+    async def connect(self, deliver: Deliver, lost: Lost) -> AllChannels:
         self._names.clear()
         self._all = ""
 
@@ -55,19 +56,20 @@ class AllChannels:
             else:
                 deliver(self._all, _wrap(channel.partition(":")[2], payload))
 
-        await self._backend.start(deliver_named, lost)
+        self._connection = await self._backend.connect(deliver_named, lost)
+        return self
 
     async def subscribe(self, channel: str) -> None:
         hub, _, name = channel.partition(":")
         if name == ALL:
             self._all = channel
-            await self._backend.subscribe_all(hub)
+            await self._connection.subscribe_all(hub)
         else:
             self._names.add(channel)
-            await self._backend.subscribe(channel)
+            await self._connection.subscribe(channel)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+        return getattr(self._connection or self._backend, name)
 
 
 def _wrap(channel: str, payload: bytes) -> bytes:
