@@ -9,8 +9,8 @@ import pytest
 
 from backends.servers import BROKERS
 from starcast import Broadcast, ConfigurationError, InvalidChannel, backends, testing
-from starcast.backends import SCHEMES, Backend, from_url
-from support import Peer, until
+from starcast.backends import SCHEMES, Backend, BrokerConnection, from_url
+from support import Changed, Peer, until
 
 pytestmark = pytest.mark.anyio
 
@@ -22,23 +22,43 @@ async def test_a_backend_keeps_the_contract(make_backend, check):
     await check(make_backend)
 
 
-def test_a_backend_has_the_calls_of_the_contract(make_backend):
-    calls = {name for name in vars(Backend) if not name.startswith("_")}
-    assert calls == {"start", "stop", "subscribe", "unsubscribe", "publish"}
-    for name in calls:
-        ours, contract = (getattr(cls, name) for cls in (make_backend(), Backend))
-        # `publish` may return a future of its own.
-        assert inspect.iscoroutinefunction(ours) or name == "publish"
-        wanted = [p for p in inspect.signature(contract).parameters if p != "self"]
-        assert list(inspect.signature(ours).parameters) == wanted
+def calls_of(contract):
+    return {name for name in vars(contract) if not name.startswith("_")}
 
 
-async def test_a_hub_refuses_bad_channels_before_the_backend_sees_them(make_backend, monkeypatch):
+async def test_a_backend_has_the_calls_of_the_contract(make_backend):
+    assert calls_of(Backend) == {"connect"}
+    assert calls_of(BrokerConnection) == {"subscribe", "unsubscribe", "publish", "close"}
     backend = make_backend()
+    connection = await backend.connect(lambda channel, payload: None, lambda error: None)
+    for ours, contract in ((backend, Backend), (connection, BrokerConnection)):
+        for name in calls_of(contract):
+            call = getattr(ours, name)
+            # `publish` may return a future of its own.
+            assert inspect.iscoroutinefunction(call) or name == "publish"
+            wanted = list(inspect.signature(getattr(contract, name)).parameters)
+            assert ["self", *inspect.signature(call).parameters] == wanted
+    await connection.close()
+
+
+async def test_a_hub_refuses_bad_channels_before_the_backend_sees_them(make_backend):
     seen: list[str] = []
-    async with Broadcast(backend=backend) as hub:
-        monkeypatch.setattr(backend, "subscribe", seen.append)
-        monkeypatch.setattr(backend, "publish", seen.append)
+
+    def spy(connection):
+        subscribe, publish = connection.subscribe, connection.publish
+
+        def noting_subscribe(channel):
+            seen.append(channel)
+            return subscribe(channel)
+
+        def noting_publish(messages):
+            seen.extend(channel for channel, _ in messages)
+            return publish(messages)
+
+        connection.subscribe, connection.publish = noting_subscribe, noting_publish
+
+    async with Broadcast(backend=Changed(make_backend(), spy)) as hub:
+        await hub.publish("good", "x")
         for channel in BAD_CHANNELS:
             with pytest.raises(InvalidChannel):
                 await hub.publish(channel, "x")
@@ -50,8 +70,8 @@ async def test_a_hub_refuses_bad_channels_before_the_backend_sees_them(make_back
             with pytest.raises(InvalidChannel):
                 await hub.connect(peer.websocket, channel)
             assert not peer.sent
-        assert not seen
-        monkeypatch.undo()
+    assert "default:good" in seen
+    assert not {f"default:{channel}" for channel in BAD_CHANNELS} & {*seen}
 
 
 async def test_excluded_clients_are_those_of_the_hub_that_published(make_backend):
