@@ -782,7 +782,10 @@ async def test_clients_that_send_during_an_outage_stay_if_the_hook_lets_them(hub
     await until(lambda: hub.stats().backend.lost == 299)  # one is waited for
     await until(lambda: hub.stats().failed == 1)
     await until(lambda: len(told) == 300)
-    assert told == [str(number) for number in range(300)]
+    # The 256th is awaited. Its own timeout may end before the earlier ones are found to be late.
+    assert "255" in told
+    told.remove("255")
+    assert told == [str(number) for number in range(300) if number != 255]
     assert [r.levelname for r in caplog.records].count("ERROR") == 1
     caplog.clear()
     broker.up = True
