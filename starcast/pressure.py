@@ -68,10 +68,10 @@ async def _settle(hub: Hub, shard: Shard, event: Event) -> None:
     """Bring what is on its way to the buffers, as far as others do not always add to it."""
     if is_on_the_way(hub, event):
         await hub.link.round_trip()
-    for _ in range(MAX_TRIES):
+    await hub.dispatcher.settled()
+    tries = MAX_TRIES
+    while shard.awake and (tries := tries - 1):
         await hub.dispatcher.settled()
-        if not shard.awake:
-            return
 
 
 def _is_much(hub: Hub, shard: Shard, event: Event) -> bool:

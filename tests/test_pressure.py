@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import struct
 
@@ -13,7 +14,7 @@ from starlette.routing import WebSocketRoute
 from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged, Tuning
 from starcast.frames import TEXT
 from starcast.sync import space
-from support import Served, stalled, starcast_tasks, until
+from support import Peer, Served, stalled, starcast_tasks, until
 from test_uvicorn import masked
 
 pytestmark = pytest.mark.anyio
@@ -247,3 +248,27 @@ async def test_a_client_that_is_closed_and_does_not_read_says_nothing_more(serve
         await hub.publish("room", "the end")
         assert await listener.recv() == "the end"
     dead.close()
+
+
+async def test_a_publisher_that_never_pauses_does_not_silence_clients():
+    """What is on its way to the loop is waited for, but not if more is always added to it."""
+    hub = Broadcast(max_buffer=16 * KIB)
+    peer = Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket, "room"))
+    await until(lambda: len(hub) == 1)
+
+    async def publish() -> None:
+        for number in itertools.count():
+            if number < 50:
+                peer.say(f"{number}")
+            for _ in range(20):
+                hub.publish_nowait("other", "x" * 200)
+            await asyncio.sleep(0)
+
+    async with hub.subscribe("other", overflow="drop_oldest"):
+        publishing = asyncio.create_task(publish())
+        await until(lambda: len(peer.got) == 50)
+        publishing.cancel()
+    assert peer.got == [f"{number}" for number in range(50)]
+    peer.leave()
+    await serving

@@ -1087,7 +1087,7 @@ async def test_an_extension_that_does_not_compress_changes_no_frame():
     )
     wire = Wire(protocol)
     assert not handshake.headers
-    assert wire.setting == 0
+    assert wire.wire_format == 0
     assert wire.buffered == 0
     assert not wire.ready
     transport.abort()

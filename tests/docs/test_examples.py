@@ -1221,8 +1221,9 @@ def test_logging_setup(tmp_path):
         server.kill()
 
 
-async def test_the_lines_of_a_page_at_debug(caplog):
+async def test_the_lines_of_a_page_at_debug(caplog, monkeypatch):
     caplog.set_level("DEBUG", "starcast")
+    monkeypatch.setattr(Peer, "frames", True)  # as on uvicorn
     hub = Broadcast()
     await hub.connect(Peer().websocket, "tea")
     for channel in ("tea", "milk"):
