@@ -120,7 +120,7 @@ class Connection:
         self._presence = Presence(self, websocket, protocol)
         wire: Wire | str = fastpath.READY_FRAMES
         if ready_frames:
-            is_free = owner(websocket.send) is websocket
+            is_free = not isinstance(owner(websocket.send), Handler)
             wire = fastpath.open_wire(websocket, protocol) if is_free else fastpath.OTHER_HUB
         self.asgi_reason = wire if isinstance(wire, str) else None  # None on the fast path
         if not isinstance(wire, str):

@@ -9,11 +9,12 @@ Middleware that wraps `send` or `receive` keeps its client on ASGI, and so does 
 from __future__ import annotations
 
 import sys
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from starlette.websockets import WebSocket
 
+from .handler import has_plain_send
 from .servers import served
 from .servers.wire import Wire
 
@@ -36,6 +37,8 @@ def open_wire(websocket: WebSocket, protocol: Any) -> Wire | str:
         websocket: The client's.
         protocol: uvicorn's protocol object of the client; None on another server.
     """
+    if not has_plain_send(websocket):
+        return MIDDLEWARE
     announced = (websocket.scope.get("extensions") or {}).get("starcast")
     if announced is not None:
         wire: Wire | None = announced.open()
@@ -65,7 +68,5 @@ def open_wire(websocket: WebSocket, protocol: Any) -> Wire | str:
 
 
 def _is_method(method: Any, function: FunctionType, owner: object) -> bool:
-    """Whether it is this very function, bound to this object."""
-    return (
-        getattr(method, "__func__", None) is function and getattr(method, "__self__", None) is owner
-    )
+    """Whether it is this very function, bound to this object, and no proxy for it."""
+    return type(method) is MethodType and method.__func__ is function and method.__self__ is owner

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
+from types import FunctionType, MethodType
+from typing import Any, Protocol, TypeGuard
 
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -67,7 +68,7 @@ class Handler:
         # What `WebSocket.send` calls after its checks. The connection makes them itself, and a
         # coroutine less for each message is worth the look behind it.
         self.send_event = self.send
-        if owner(self.send) is websocket:
+        if has_plain_send(websocket):
             self.send_event = getattr(websocket, "_send", self.send)
         self._set(self._guarded_send, self._guarded_receive)
 
@@ -157,5 +158,20 @@ class Handler:
 
 
 def owner(method: object) -> object:
-    """Return what a bound method is bound to."""
-    return getattr(method, "__self__", None)
+    """Return what a bound method is bound to; None if it is no method, but a proxy for one."""
+    return method.__self__ if type(method) is MethodType else None
+
+
+def is_defined_in(modules: tuple[str, ...], function: object) -> TypeGuard[FunctionType]:
+    """Whether it is a function whose code is in one of these modules.
+
+    A proxy has the attributes of the function that it wraps, including its class. A function to
+    which `functools.wraps` was applied has the other one's `__module__`.
+    """
+    return type(function) is FunctionType and function.__globals__.get("__name__") in modules
+
+
+def has_plain_send(websocket: WebSocket) -> bool:
+    """Whether `websocket.send` is Starlette's: no hub, subclass or patch has replaced it."""
+    send: Any = websocket.send
+    return owner(send) is websocket and is_defined_in(("starlette.websockets",), send.__func__)

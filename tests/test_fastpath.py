@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import sys
 
@@ -68,6 +69,40 @@ class Passing:
 
     async def send(self, message):
         await self._send(message)
+
+
+class Proxy:
+    """What libraries that patch functions put in place of one: it seems to be the function."""
+
+    def __init__(self, wrapped, sent):
+        self._wrapped = wrapped
+        self._sent = sent
+
+    @property
+    def __class__(self):
+        return type(self._wrapped)
+
+    def __getattr__(self, name):
+        return getattr(self._wrapped, name)
+
+    async def __call__(self, message):
+        self._sent.append(message)
+        await self._wrapped(message)
+
+
+# Otherwise it would be that of this module, which a lookup finds before `__getattr__`.
+Proxy.__module__ = "starlette._exception_handler"
+
+
+def in_disguise(send, sent):
+    """A wrapper that has the name and the module of what it wraps."""
+
+    @functools.wraps(send)
+    async def sees(message):
+        sent.append(message)
+        await send(message)
+
+    return sees
 
 
 def endpoint_of(hub):
@@ -173,6 +208,54 @@ async def test_middleware_below_a_mount_too(serve):
         *("hello",) * 2,
         *("x" * 3000,) * 2,
     ]
+
+
+@pytest.mark.parametrize("wrap", [Proxy, in_disguise])
+@pytest.mark.parametrize("below", [False, True], ids=["above the app", "below its routing"])
+async def test_a_wrapper_that_looks_like_what_it_wraps(serve, wrap, below):
+    hub, sent = Broadcast(), []
+
+    def middleware(app):
+        async def call(scope, receive, send):
+            await app(scope, receive, wrap(send, sent))
+
+        return call
+
+    route = WebSocketRoute("/ws", endpoint_of(hub), middleware=[Middleware(middleware)] * below)
+    app = Starlette(routes=[route])
+    server = await serve(app if below else middleware(app))
+    await talk(server, hub, fast_path=0, asgi={MIDDLEWARE: 2})
+    assert len([message for message in sent if "text" in message]) == 4
+
+
+@pytest.mark.parametrize("ready_frames", [True, False])
+@pytest.mark.parametrize("how", ["a subclass", "a patch of the class", "a function", "a proxy"])
+async def test_an_app_that_replaces_the_send_of_its_websocket(
+    serve, how, ready_frames, monkeypatch
+):
+    hub, sent = Broadcast(ready_frames=ready_frames), []
+    original = WebSocket.send
+
+    async def send(self, message):
+        sent.append(message)
+        await original(self, message)
+
+    if how == "a patch of the class":
+        monkeypatch.setattr(WebSocket, "send", send)
+
+    async def app(scope, receive, server_send):
+        cls = type("Subclass", (WebSocket,), {"send": send}) if how == "a subclass" else WebSocket
+        websocket = cls(scope, receive, server_send)
+        if how == "a function":
+            websocket.send = in_disguise(websocket.send, sent)
+        elif how == "a proxy":
+            websocket.send = Proxy(websocket.send, sent)
+        await endpoint_of(hub)(websocket)
+
+    server = await serve(app)
+    reason = MIDDLEWARE if ready_frames else "ready_frames=False"
+    await talk(server, hub, fast_path=0, asgi={reason: 2})
+    assert len([message for message in sent if "text" in message]) == 4
 
 
 async def test_another_protocol_of_uvicorns(serve):

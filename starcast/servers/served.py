@@ -12,10 +12,12 @@ import itertools
 import sys
 from contextvars import ContextVar
 from types import CellType, FrameType, FunctionType
-from typing import Any, TypeGuard
+from typing import Any
 
 from starlette.types import Scope, Send
 from starlette.websockets import WebSocket
+
+from ..handler import is_defined_in
 
 # How many connections one task is remembered to serve. A handler has one, a load generator more.
 MAX_SERVED = 64
@@ -77,7 +79,7 @@ def unwrap(websocket: WebSocket) -> tuple[Any, FunctionType | None]:
     """
     send: Any = getattr(websocket, "_send", None)
     wrapper = None
-    while _is_wrapper(send):
+    while is_defined_in(_WRAPPERS, send) and "send" in send.__code__.co_freevars:
         wrapper = send
         send = _wrapped(wrapper).cell_contents
     return send, wrapper
@@ -86,14 +88,6 @@ def unwrap(websocket: WebSocket) -> tuple[Any, FunctionType | None]:
 def rewrap(wrapper: FunctionType, send: Send) -> None:
     """Have a wrapper call this `send`."""
     _wrapped(wrapper).cell_contents = send
-
-
-def _is_wrapper(send: object) -> TypeGuard[FunctionType]:
-    return (
-        isinstance(send, FunctionType)
-        and send.__module__ in _WRAPPERS
-        and "send" in send.__code__.co_freevars
-    )
 
 
 def _wrapped(wrapper: FunctionType) -> CellType:
