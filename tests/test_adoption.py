@@ -374,7 +374,7 @@ async def test_middleware_that_closes_behind_the_hubs_back(serve, app):
 
 # At any moment
 
-SIZES = [0, 1, 126, 1000, 5000, 70_000]
+SIZES = [0, 1, 126, 1000, 5000, 20_000]
 ACTIONS = ["own", "hub", "said", "begin", "continue", "end", "ping", "turn"]
 STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.sampled_from(SIZES)), max_size=25)
 
@@ -430,7 +430,7 @@ async def adopt_amid(steps, then, window: int, send_buffer: int) -> None:
     reader = asyncio.create_task(read_on())
     try:
         talk = Talk(app, client)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for action, size in steps:
                 await talk.step(action, size, False)
             await app.adopt()
@@ -452,7 +452,7 @@ async def adopt_amid(steps, then, window: int, send_buffer: int) -> None:
 def test_whatever_is_under_way(any_window, loop):
     with asyncio.Runner(loop_factory=loop) as runner:
 
-        @settings(max_examples=25)
+        @settings(max_examples=15)
         @given(STEPS, STEPS, st.sampled_from([0, *WINDOWS]), st.sampled_from([0, 4 * KIB]))
         def check(steps, then, window: int, send_buffer: int) -> None:
             runner.run(adopt_amid(steps, then, window, send_buffer))

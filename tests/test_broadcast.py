@@ -19,7 +19,7 @@ from starlette.exceptions import WebSocketException
 from starlette.responses import Response
 from starlette.routing import Mount, WebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect, WebSocketState
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from starcast import (
@@ -1314,4 +1314,14 @@ async def test_a_client_is_in_the_hub_while_it_is_registered():
     assert peer.websocket not in hub
     assert None not in hub
     assert "one" not in hub
+    await hub.disconnect()
+
+
+async def test_a_client_that_starlette_knows_to_be_gone_is_forgotten_at_once():
+    hub, peer = Broadcast(), Peer()
+    await hub.connect(peer.websocket)
+    peer.websocket.client_state = WebSocketState.DISCONNECTED  # read behind the hub's back
+    await hub.disconnect(peer.websocket)
+    assert peer.websocket not in hub
+    assert not peer.sent[1:]
     await hub.disconnect()

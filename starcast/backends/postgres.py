@@ -215,9 +215,8 @@ class PostgresBackend:
     def heard_at(self) -> float:
         """See `Backend`. A large message comes in many notifications."""
         listener, publisher = self._listener, self._publisher
-        if listener is None or publisher is None:
-            return 0.0
-        return float(min(listener.heard_at, publisher.asked_at))
+        closed = listener is None or publisher is None
+        return 0.0 if closed else float(min(listener.heard_at, publisher.asked_at))
 
     # Inside
 

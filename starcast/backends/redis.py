@@ -195,10 +195,7 @@ class RedisBackend:
     def heard_at(self) -> float:
         """See `Backend`."""
         pipes = self._pipes  # which another thread may not change meanwhile
-        if not pipes:
-            return 0.0
-        listening, publishing = pipes
-        return min(listening.message_at, publishing.silent_since)
+        return min(pipes[0].message_at, pipes[1].silent_since) if pipes else 0.0
 
     def _name(self, channel: str) -> bytes:
         return (self._prefix + channel).encode()

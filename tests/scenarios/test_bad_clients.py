@@ -452,6 +452,21 @@ async def test_a_message_in_many_fragments_with_pings_in_between(start):
     client.close()
 
 
+async def test_fragments_after_a_close_are_discarded(start):
+    app = App()
+    server = await start(app)
+    client = await Client.connect(server)
+    await until(lambda: app.websockets)
+    await app.websockets[0].close(4000)
+    await client.send(b"too ", frames.TEXT, 0)
+    await client.send(b"late", CONTINUATION)
+    await client.send(struct.pack("!H", 4000), CLOSE)
+    assert [frame.opcode for frame in await client.rest()] == [CLOSE]
+    await until(lambda: not server.server.server_state.connections)
+    assert app.asked == []
+    client.close()
+
+
 async def test_endless_empty_fragments_take_no_memory(start):
     app = App()
     server = await start(app)
