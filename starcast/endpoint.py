@@ -9,18 +9,16 @@ from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 from starlette.endpoints import WebSocketEndpoint
-from starlette.exceptions import WebSocketException
 from starlette.types import Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketState
 
 from . import attributes, codec, heartbeats, inbound, serving
 from .admission import refusals, subprotocols
 from .admission.hooks import Refuse, check_refuse
-from .answers import Answered
 from .broadcast import DEFAULT_CHANNEL, Broadcast
-from .close_codes import ABNORMAL, INTERNAL_ERROR
+from .close_codes import ABNORMAL
 from .codec import Channel
-from .exceptions import BackendUnavailable, ClientGone, InvalidMessage, PublishQueueFull
+from .exceptions import BackendUnavailable, PublishQueueFull
 from .heartbeats import Heartbeats
 from .relay import Relay
 
@@ -202,30 +200,15 @@ class BroadcastEndpoint(WebSocketEndpoint):
         was_accepted = False
         try:
             await self.on_connect(websocket)
-            # Who is refused by a close has not even received the handshake.
+            # A client that is refused by a close has not even received the handshake.
             was_accepted = websocket.client_state is not WebSocketState.CONNECTING
-            code = await self._converse(websocket)
-        except InvalidMessage as exc:
-            code = exc.code
-            await serving.reject(hub, websocket, exc)
-        except (WebSocketException, Answered) as exc:
-            code = exc.code
-            if serving.has_handler(websocket, exc):
-                raise
-            subprotocol = subprotocols.choose(websocket, self.subprotocols)
-            await serving.close_for(hub, websocket, exc, subprotocol)
+            code = await serving.converse(
+                hub, websocket, self._on_message, self.heartbeats, self.max_message
+            )
         except Exception as exc:
-            if isinstance(exc, WebSocketDisconnect) and (
-                isinstance(exc, ClientGone) or hub.has_left(websocket)
-            ):
-                code = exc.code  # a hook found its client gone
-                return
-            code = INTERNAL_ERROR
-            refusals.log_http(websocket, exc)
-            accepted = websocket.application_state is WebSocketState.CONNECTED
-            if accepted and not serving.has_handler(websocket, exc):
-                await hub.close_client(websocket, code, "")
-            raise
+            code = serving.code_for(hub, websocket, exc)
+            if not await serving.answer(hub, websocket, exc, self.subprotocols):
+                raise
         finally:
             try:
                 await self._relay.end()
@@ -234,21 +217,11 @@ class BroadcastEndpoint(WebSocketEndpoint):
             finally:
                 hub.leave(websocket)
 
-    async def _converse(self, websocket: WebSocket) -> int:
-        bound = self.max_message or self.broadcast._hub.settings.max_message
-        while True:
-            message = await websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return serving.disconnect_code(message)
-            if message["type"] != "websocket.receive":
-                continue  # the handshake of a client that on_connect has refused
-            inbound.check_size(message, bound)
-            beats = self.heartbeats
-            if beats and await heartbeats.answer(self.broadcast._hub, websocket, message, beats):
-                continue
-            try:
-                await self.on_receive(websocket, await self.decode(websocket, message))
-            except serving.validation_errors() as exc:
-                if serving.has_handler(websocket, exc):
-                    raise
-                raise serving.invalid(exc) from None
+    async def _on_message(self, message: Message) -> None:
+        websocket = self._websocket
+        try:
+            await self.on_receive(websocket, await self.decode(websocket, message))
+        except serving.validation_errors() as exc:
+            if serving.has_handler(websocket, exc):
+                raise
+            raise serving.invalid(exc) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 
-from starlette.exceptions import WebSocketException
 from starlette.routing import Router, WebSocketRoute
 from starlette.types import Scope
 from starlette.websockets import WebSocket
@@ -16,13 +15,12 @@ from .admission import hooks as admission
 from .admission import refusals
 from .admission import subprotocols as _subprotocols
 from .admission.hooks import Refuse, check_refuse
-from .answers import Answered
 from .arguments import check_channel
 from .codec import Encoding
 from .exceptions import ConfigurationError
 from .heartbeats import Heartbeats
 from .hub import Hub
-from .serving import close_for, has_handler
+from .serving import answer
 
 Authorize = Callable[[WebSocket, str], Awaitable[bool] | bool]
 Serve = Callable[..., Awaitable[object]]
@@ -67,14 +65,9 @@ def make_app(
         refusals.note(websocket, refuse)
         try:
             await endpoint(websocket)
-        except (WebSocketException, Answered) as exc:
-            if has_handler(websocket, exc):
-                raise
-            subprotocol = _subprotocols.choose(websocket, subprotocols)
-            await close_for(hub, websocket, exc, subprotocol)
         except Exception as exc:
-            refusals.log_http(websocket, exc)
-            raise
+            if not await answer(hub, websocket, exc, subprotocols):
+                raise
 
     return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifecycle.lifespan)
 

@@ -1,10 +1,14 @@
-"""Serving: the life of a client, from its `connect` to what an error of its own becomes."""
+"""Serving: the life of a client, from `connect` to the close code that an error stands for.
+
+`BroadcastEndpoint`, `Broadcast.serve` and the mount all receive with `converse`, and answer an
+error with `answer`.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.exceptions import WebSocketException
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -14,10 +18,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from . import codec, inbound, logs
 from . import heartbeats as _heartbeats
 from .admission import refusals
+from .admission import subprotocols as _subprotocols
 from .answers import Answered
-from .close_codes import INVALID_DATA, NORMAL, POLICY_VIOLATION
+from .close_codes import INTERNAL_ERROR, INVALID_DATA, NORMAL, POLICY_VIOLATION
 from .codec import Channel, Encoding
-from .exceptions import InvalidChannel, InvalidMessage, OriginRefused
+from .exceptions import ClientGone, InvalidChannel, InvalidMessage, OriginRefused
 from .heartbeats import Heartbeats
 from .hub import Hub
 from .relay import OnPublishError, Relay, close_sender
@@ -54,33 +59,26 @@ async def serve(
     connect: Callable[[], Awaitable[None]],
     on_publish_error: OnPublishError | None,
 ) -> int:
-    """Live a client's life, which `connect` begins, and return its close code."""
+    """Call `connect`, publish what the client sends until it leaves, and return its close code."""
     codec.check_encoding(encoding)
     beats = _heartbeats.check(heartbeats)
-    bound = inbound.check(max_message) or hub.settings.max_message
+    bound = inbound.check(max_message)
     relay = Relay(hub, websocket, on_publish_error or close_sender)
+
+    async def on_message(message: Message) -> None:
+        if not publish:
+            raise InvalidMessage(POLICY_VIOLATION, "listen only")
+        await relay.publish(channel, codec.decode(message, encoding), encoding)
+
     try:
         await connect()
-        while True:
-            message = await websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return disconnect_code(message)
-            inbound.check_size(message, bound)
-            if beats and await _heartbeats.answer(hub, websocket, message, beats):
-                continue
-            if not publish:
-                raise WebSocketException(POLICY_VIOLATION, "listen only")
-            await relay.publish(channel, codec.decode(message, encoding), encoding)
+        return await converse(hub, websocket, on_message, beats, bound)
     except (OriginRefused, InvalidChannel):
         raise
-    except WebSocketException as exc:
-        await reject(hub, websocket, exc)
-        return exc.code
-    except Answered as exc:
-        await close_for(hub, websocket, exc)
-        return exc.code
-    except WebSocketDisconnect as exc:
-        return exc.code
+    except Exception as exc:
+        if not await answer(hub, websocket, exc):
+            raise
+        return code_for(hub, websocket, exc)
     finally:
         try:
             await relay.end()
@@ -88,9 +86,95 @@ async def serve(
             hub.leave(websocket)
 
 
-def disconnect_code(message: Message) -> int:
-    """Return the close code of a `websocket.disconnect` message."""
-    return int(message.get("code") or NORMAL)
+async def converse(
+    hub: Hub,
+    websocket: WebSocket,
+    on_message: Callable[[Message], Awaitable[None]],
+    heartbeats: Heartbeats | None,
+    max_message: int | None,
+) -> int:
+    """Receive a client's messages until it leaves, and return its close code.
+
+    Args:
+        hub, websocket: The hub and the client.
+        on_message: Awaited for each `websocket.receive` message that is not a heartbeat.
+        heartbeats: The heartbeats and their answers.
+        max_message: The size of the longest message, in bytes; None for the hub's setting.
+    """
+    bound = max_message or hub.settings.max_message
+    while True:
+        message = await websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            return int(message.get("code") or NORMAL)
+        if message["type"] != "websocket.receive":
+            continue  # the handshake of a client that `on_connect` has refused
+        inbound.check_size(message, bound)
+        if heartbeats and await _heartbeats.answer(hub, websocket, message, heartbeats):
+            continue
+        await on_message(message)
+
+
+def code_for(hub: Hub, websocket: WebSocket, exc: Exception) -> int:
+    """Return the close code that an error in the code that serves a client stands for."""
+    if isinstance(exc, WebSocketException | Answered) or _is_told_gone(hub, websocket, exc):
+        code: int = exc.code  # type: ignore[attr-defined]  # a WebSocketDisconnect has it too
+        return code
+    return INTERNAL_ERROR
+
+
+async def answer(
+    hub: Hub, websocket: WebSocket, exc: Exception, subprotocols: Sequence[str] = ()
+) -> bool:
+    """Answer a client for an error in the code that serves it.
+
+    Args:
+        hub, websocket, exc: The hub, the client and the error.
+        subprotocols: One of these is selected if a new client is accepted to be closed.
+
+    Returns:
+        Whether that is all. If not, raise the error: the app has a handler for it, or it is a bug,
+        for which the client has been closed with 1011 and which belongs into the server's log.
+    """
+    if isinstance(exc, InvalidMessage):
+        await reject(hub, websocket, exc)
+        return True
+    if _is_told_gone(hub, websocket, exc):
+        return True
+    if isinstance(exc, WebSocketException | Answered):
+        if has_handler(websocket, exc):
+            return False
+        if not refusals.is_new(websocket):
+            await hub.close_client(websocket, exc.code, exc.reason)
+        elif await refusals.prepare(
+            websocket, exc, hub.settings.refuse, _subprotocols.choose(websocket, subprotocols)
+        ):
+            await refusals.answer(websocket, exc)
+        return True
+    refusals.log_http(websocket, exc)
+    accepted = websocket.application_state is WebSocketState.CONNECTED
+    if accepted and not has_handler(websocket, exc):
+        await hub.close_client(websocket, INTERNAL_ERROR, "")
+    return False
+
+
+def _is_told_gone(hub: Hub, websocket: WebSocket, exc: Exception) -> bool:
+    """Whether the error only says that this client has left."""
+    return isinstance(exc, ClientGone) or (
+        isinstance(exc, WebSocketDisconnect) and hub.has_left(websocket)
+    )
+
+
+async def reject(hub: Hub, websocket: WebSocket, exc: WebSocketException) -> None:
+    """Close a client for what it sent, with one line in the log."""
+    address = websocket.client
+    logger.warning(
+        "closed the client %s with %d: %s",
+        # Behind a proxy that is trusted too much, the host is whatever the client has said it is.
+        "?" if address is None else f"{logs.escape(address.host)}:{address.port}",
+        exc.code,
+        logs.escape(exc.reason + getattr(exc, "hint", "")),
+    )
+    await hub.close_client(websocket, exc.code, exc.reason)
 
 
 def validation_errors() -> tuple[type[Exception], ...]:
@@ -105,35 +189,3 @@ def invalid(exc: Exception) -> InvalidMessage:
     # A close frame has room for a reason of 123 bytes.
     reason = f"not a valid {title}".encode()[:123].decode(errors="ignore")
     return InvalidMessage(INVALID_DATA, reason)
-
-
-async def close_for(
-    hub: Hub,
-    websocket: WebSocket,
-    exc: WebSocketException | Answered,
-    subprotocol: str | None = None,
-) -> None:
-    """Close a client for an error, or refuse it if it was not accepted yet.
-
-    Args:
-        hub, websocket, exc: The hub, the client and the error.
-        subprotocol: What the client is to be accepted with if it is refused by a close.
-    """
-    if refusals.is_new(websocket):
-        if await refusals.prepare(websocket, exc, hub.settings.refuse, subprotocol):
-            await refusals.answer(websocket, exc)
-    else:
-        await hub.close_client(websocket, exc.code, exc.reason)
-
-
-async def reject(hub: Hub, websocket: WebSocket, exc: WebSocketException) -> None:
-    """Close a client for what it sent, with one line in the log."""
-    address = websocket.client
-    logger.warning(
-        "closed the client %s with %d: %s",
-        # Behind a proxy that is trusted too much, the host is whatever the client has said it is.
-        "?" if address is None else f"{logs.escape(address.host)}:{address.port}",
-        exc.code,
-        logs.escape(exc.reason + getattr(exc, "hint", "")),
-    )
-    await hub.close_client(websocket, exc.code, exc.reason)
