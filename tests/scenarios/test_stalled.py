@@ -142,7 +142,7 @@ async def test_a_client_that_leaves_with_bytes_unsent_is_gone_within_the_close_t
     closing = [asyncio.create_task(app.hub.close(app.websockets[name], 4000)) for name in "23"]
     await until(lambda: len(app.hub) == 0, SOON)
     await until(lambda: not connections, SOON)
-    assert app.ended == ["endpoint"] * 4
+    await until(lambda: app.ended == ["endpoint"] * 4)
     await asyncio.gather(*closing)
     forget(*clients)
     await until(lambda: not starcast_tasks())
