@@ -1,14 +1,15 @@
-"""Pressure: what a client says waits until its room can take it.
+"""Backpressure: a client's message waits until the other members of its channel can take it.
 
-`publish` waits for nobody. Of a client that is relayed, nothing more is read meanwhile, so the
-sender is slowed before a reader of the same event loop is lost who keeps up with anything his line
-can carry. What one reader may cost the others has a bound: see `space.Draining`.
+`publish` does not wait for slow clients, but a message that a client sends does: nothing more is
+read from the sender until then. So a sender slows down before another client of the same event
+loop, which reads as fast as its connection allows, is cut off. How long one client may delay the
+others is bounded: see `space.Draining`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 from .event import Event
@@ -17,56 +18,61 @@ from .hub import Hub
 from .shard import Shard
 from .sync.space import Draining
 
-# What may be on its way to the buffers, as a part of one, without being looked at. As much again is
-# perhaps being delivered in this moment. What clients say fills half of a buffer; so this, and a
-# message as long as the default allows, still find space in the other half.
-UNSEEN = 8
+# Messages that are on their way to the buffers may take this part of one buffer without a check.
+# As much again may be being delivered at the moment. Clients' messages fill at most half of a
+# buffer, so both, and one more message of the default maximum size, fit into the other half.
+UNCHECKED_PART = 8
 
-# How often a message waits for others that are on their way, if ever more of them come.
+# How often a message waits for others to be delivered if more of them keep coming.
 MAX_TRIES = 8
 
-# Whoever hands much over to a loop, one after another. See `wait`.
-_turns: WeakKeyDictionary[Shard, asyncio.Lock] = WeakKeyDictionary()
+# Held by the sender that waits for messages to be delivered, one for each loop. See `wait`.
+_locks: WeakKeyDictionary[Shard, asyncio.Lock] = WeakKeyDictionary()
 
 
-def unseen(hub: Hub) -> int:
+def max_unchecked(hub: Hub) -> int:
     """Return how many bytes may be on their way to a loop before a message has to `wait`."""
-    return hub.settings.max_buffer // UNSEEN
+    return hub.settings.max_buffer // UNCHECKED_PART
 
 
-def is_on(members: Iterable[Member]) -> bool:
-    """Whether something waits for one of them. If not, and little is on its way, don't `wait`."""
-    for member in members:  # noqa: SIM110  # a generator costs more than the few members of a room
+def is_behind(members: Iterable[Member]) -> bool:
+    """Whether something is buffered for one of them. Then a message has to `wait`."""
+    for member in members:  # noqa: SIM110  # a generator costs more than a few members
         if member.outbox.size:
             return True
     return False
 
 
-def is_on_the_way(hub: Hub, event: Event) -> bool:
-    """Whether the broker has so much of this hub that is not back yet. If so, `wait`."""
+def is_broker_busy(hub: Hub, event: Event) -> bool:
+    """Whether too many of this hub's messages have not come back from the broker yet."""
     cost = hub.link.outstanding
-    return cost > 0 and cost + event.cost > unseen(hub)
+    return cost > 0 and cost + event.cost > max_unchecked(hub)
 
 
 async def wait(hub: Hub, shard: Shard, event: Event) -> None:
-    """Wait until the event may be handed over: at once, before the loop does anything else."""
+    """Wait until the event may be published. Publish it at once when this returns."""
     while True:
-        if _is_much(hub, shard, event):
+        if _is_unchecked(hub, shard, event):
             with hub.lock:
-                turn = _turns.setdefault(shard, asyncio.Lock())
-            async with turn:  # or several would find the same space, and all of them use it
-                await _settle(hub, shard, event)
-                draining = _find(hub, shard, event)
+                lock = _locks.setdefault(shard, asyncio.Lock())
+            async with lock:  # or several senders would find the same space, and all would use it
+                await _deliver_pending(hub, shard, event)
+                draining = _find_full(hub, shard, event)
         else:
-            draining = _find(hub, shard, event)
+            draining = _find_full(hub, shard, event)
         if draining is None:
             return
         await draining.wait()
 
 
-async def _settle(hub: Hub, shard: Shard, event: Event) -> None:
-    """Bring what is on its way to the buffers, as far as others do not always add to it."""
-    if is_on_the_way(hub, event):
+def _is_unchecked(hub: Hub, shard: Shard, event: Event) -> bool:
+    """Whether so much is on its way to the buffers that their sizes say too little."""
+    return shard.queue.size + event.cost > max_unchecked(hub) or is_broker_busy(hub, event)
+
+
+async def _deliver_pending(hub: Hub, shard: Shard, event: Event) -> None:
+    """Wait until pending messages are in the buffers, unless others keep adding more."""
+    if is_broker_busy(hub, event):
         await hub.link.round_trip()
     await hub.dispatcher.settled()
     tries = MAX_TRIES
@@ -74,21 +80,16 @@ async def _settle(hub: Hub, shard: Shard, event: Event) -> None:
         await hub.dispatcher.settled()
 
 
-def _is_much(hub: Hub, shard: Shard, event: Event) -> bool:
-    """Whether so much is on its way to the buffers that these do not yet say what they can take."""
-    return shard.queue.size + event.cost > unseen(hub) or is_on_the_way(hub, event)
-
-
-def _find(hub: Hub, shard: Shard, event: Event) -> Draining | None:
-    """Return what the event has to wait for, at one of those who will get it."""
+def _find_full(hub: Hub, shard: Shard, event: Event) -> Draining | None:
+    """Return what to wait for: one of the members without space for the event."""
     members = shard.not_ready(event.channel)
     timeout = hub.settings.tuning.space_timeout
-    for member in filter(_may_be_waited_for, members):
+    for member in filter(_may_delay, members):
         outbox = member.outbox
         draining = outbox.draining
         if (draining is None or not draining.full) and not outbox.has_space(event.cost):
             if draining is None:
-                _begin(members, timeout)
+                _watch(members, timeout)
                 draining = outbox.draining
             assert draining is not None
             draining.full = True
@@ -97,12 +98,12 @@ def _find(hub: Hub, shard: Shard, event: Event) -> Draining | None:
     return None
 
 
-def _begin(members: Iterable[Member], timeout: float) -> None:
-    """Begin to look at everybody who is behind, or they would be waited for one after another."""
-    for member in filter(_may_be_waited_for, members):
+def _watch(members: Sequence[Member], timeout: float) -> None:
+    """Watch all members that are behind, or they would be waited for one after another."""
+    for member in filter(_may_delay, members):
         member.outbox.draining = member.outbox.draining or Draining(member, timeout)
 
 
-def _may_be_waited_for(member: Member) -> bool:
-    """Whether it is behind. A policy that drops messages says that nobody has to wait."""
+def _may_delay(member: Member) -> bool:
+    """Whether it is behind. No sender waits for a member whose policy is to drop messages."""
     return member.outbox.size > 0 and member.outbox.overflow == "disconnect"

@@ -1,4 +1,4 @@
-"""Relay: publishes what one client says, and tells a hook what could not be published."""
+"""Relay: publishes what one client sends, and tells a hook what could not be published."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ OnPublishError = Callable[[WebSocket, Any, PublishError], Awaitable[object] | ob
 
 
 def close_sender(websocket: WebSocket, data: Any, exc: PublishError) -> None:
-    """Close the client with 1013, so that nobody believes that it was said."""
+    """Close the client with 1013, so that it does not believe that the message was published."""
     raise exc
 
 
 class Relay:
-    """See the module. Made on the client's event loop, for one life of the client.
+    """See the module. Made on the client's event loop, each time that the client is served.
 
     Args:
         on_error: The hook. What it raises closes the client as if its handler had raised it.
@@ -61,12 +61,12 @@ class Relay:
         "_hub",
         "_loop",
         "_lost",
+        "_max_unchecked",
         "_on_error",
         "_shard",
         "_telling",
         "_unconfirmed",
         "_unconfirmed_cost",
-        "_unseen",
         "_websocket",
     )
 
@@ -76,7 +76,7 @@ class Relay:
         self._on_error = on_error
         self._loop = asyncio.get_running_loop()
         self._shard = hub.registry.here()
-        self._unseen = pressure.unseen(hub)
+        self._max_unchecked = pressure.max_unchecked(hub)
         self._unconfirmed = 0  # messages that were handed over since one of them was waited for,
         self._unconfirmed_cost = 0  # and what they cost
         # What was lost after `publish` had returned. While some of it is here, `publish` waits, so
@@ -86,7 +86,7 @@ class Relay:
         self._ended = False
 
     async def publish(self, channel: Channel, data: Any, encoding: Encoding | None) -> None:
-        """Publish a message of the client, as soon as its room can take it.
+        """Publish a message of the client, as soon as the channel's members can take it.
 
         It does not wait for that to be confirmed unless too much is unconfirmed.
 
@@ -100,7 +100,7 @@ class Relay:
         except EncodingError as exc:
             # It could be read and cannot be written: a number too large for `dumps=`, say.
             raise InvalidMessage(INVALID_DATA, "cannot be sent on") from exc
-        # A hook that says the message again runs in that very task.
+        # A hook that publishes the message again runs in that very task.
         if self._telling is not None and self._telling is not asyncio.current_task():
             await asyncio.wait([self._telling])
         try:
@@ -108,9 +108,9 @@ class Relay:
                 await hub.lifecycle.reopen()
             shard = self._shard
             if (
-                shard.queue.size + event.cost > self._unseen
-                or ((behind := shard.not_ready(event.channel)) and pressure.is_on(behind))
-                or pressure.is_on_the_way(hub, event)
+                shard.queue.size + event.cost > self._max_unchecked
+                or ((others := shard.not_ready(event.channel)) and pressure.is_behind(others))
+                or pressure.is_broker_busy(hub, event)
             ):
                 await pressure.wait(hub, shard, event)
             connection = hub.find(self._websocket)

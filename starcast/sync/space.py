@@ -1,4 +1,4 @@
-"""Space: senders that wait until there is space in the outbox of a client."""
+"""Space: senders wait until there is space in the outbox of a client."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ class _Sender:
 
 
 class Measured(Protocol):
-    """What is known of somebody for whom something waits."""
+    """A client or a subscriber with a buffer."""
 
     @property
     def waiting(self) -> int:
-        """How many bytes that are."""
+        """How many bytes it has not taken yet."""
 
 
 class Draining:
-    """A buffer that had no space, as those see it whose messages go to a whole room.
+    """A client that is behind, for the senders of messages to its channel.
 
-    They wait until it is empty, not until there is space for one message more. A client that reads
-    as fast as it can gets there soon. One that takes nothing for a fifth of the timeout, or has
-    not caught up when that is over, is waited for no more until it has, so that it cannot hold its
-    room up at will. Nor
-    can many of them one after another: who still has space is looked at meanwhile too.
+    They wait until its buffer is empty, not only until there is space for one more message. A
+    client that reads as fast as it can gets there soon. If it takes nothing for a fifth of the
+    timeout, or has not caught up after the timeout, nobody waits for it until it has, so that it
+    cannot stop a channel. Neither can several clients by stalling one after another: all that are
+    behind are watched at the same time.
 
     Args:
-        client: Whose buffer it is.
-        timeout: How many seconds a room waits for it at most.
+        client: The client, or subscriber.
+        timeout: How many seconds senders wait for it at most.
 
     Attributes:
-        full: Whether there was no space, so that they wait.
-        over: Whether nobody waits any more.
+        full: Whether its buffer was full, so that senders wait.
+        over: Whether senders wait no longer.
     """
 
     __slots__ = (
+        "_checks",
         "_client",
-        "_idle",
+        "_ended",
+        "_idle_checks",
         "_interval",
-        "_looks",
         "_loop",
-        "_seen",
         "_timer",
         "_waiting",
         "full",
@@ -69,37 +69,37 @@ class Draining:
         self.over = False
         self._client = client
         self._interval = timeout / MAX_CHECKS
-        self._seen = client.waiting
-        # They are counted, not timed: a loop that was blocked is no fault of the client's.
-        self._looks = self._idle = 0
-        self._waiting = asyncio.Event()
+        self._waiting = client.waiting
+        # Checks are counted, not seconds: a blocked event loop is not the client's fault.
+        self._checks = self._idle_checks = 0
+        self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(self._interval, self._look)
+        self._timer = self._loop.call_later(self._interval, self._check)
 
-    def _look(self) -> None:
-        before, self._seen = self._seen, self._client.waiting
-        self._idle = self._idle + 1 if before == self._seen else 0
-        self._looks += self.full
-        if self._idle >= MAX_IDLE_CHECKS or self._looks >= MAX_CHECKS:
+    def _check(self) -> None:
+        before, self._waiting = self._waiting, self._client.waiting
+        self._idle_checks = self._idle_checks + 1 if before == self._waiting else 0
+        self._checks += self.full
+        if self._idle_checks >= MAX_IDLE_CHECKS or self._checks >= MAX_CHECKS:
             self.end()
         else:
-            self._timer = self._loop.call_later(self._interval, self._look)
+            self._timer = self._loop.call_later(self._interval, self._check)
 
     def end(self) -> None:
-        """Let everybody go on."""
+        """Let all senders continue."""
         self.over = True
         self._timer.cancel()
-        self._waiting.set()
+        self._ended.set()
 
     async def wait(self) -> None:
         """Return when it is over."""
-        await self._waiting.wait()
+        await self._ended.wait()
 
 
 class SpaceQueue:
-    """First come, first served; only the first one in the queue is woken and looks for space.
+    """Serves senders in order: only the first one in the queue is woken and checks for space.
 
-    Senders may live on any event loop. The queue is as long as there are tasks that wait in it.
+    Senders may be on any event loop. Each waiting task is one entry of the queue.
 
     Args:
         timeout: After how many seconds without any progress of the client a sender stops waiting.
@@ -107,7 +107,7 @@ class SpaceQueue:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._lock = threading.RLock()  # the garbage collector may end a sender under it
+        self._lock = threading.RLock()  # the garbage collector may end a sender while it is held
         self._senders: deque[_Sender] = deque()
         self._progress = 0.0  # when something has left the outbox last
 
@@ -115,12 +115,12 @@ class SpaceQueue:
         return len(self._senders)
 
     def progress(self) -> None:
-        """Note that something has left the outbox, and let the first sender look."""
+        """Note that something has left the outbox, and let the first sender check for space."""
         self._progress = time.monotonic()
         self.wake()
 
     def wake(self) -> None:
-        """Let the first sender look. From any thread."""
+        """Let the first sender check for space. From any thread."""
         with self._lock:
             if self._senders:
                 self._senders[0].waiter.set()
@@ -145,7 +145,7 @@ class SpaceQueue:
                             await sender.waiter
                 else:
                     return
-                # A new one before the next look: what changes after the look sets it.
+                # Make the new one before the next check: a change after the check sets it.
                 sender.waiter = Waiter()
         finally:
             with self._lock:
