@@ -1,4 +1,4 @@
-"""Group: messages of one turn of the event loop for the same members, one write for each."""
+"""Group: consecutive messages for the same members, so that each member needs one write only."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ Write = Callable[[bytes], None]
 Done = Callable[[], None]
 Entry = tuple[Item | None, tuple[Member, ...], Done | None]
 
-# Members of several channels that are compared in one step, to find out whether messages that do
-# not follow each other may share a write. With more of them, only those that do share one.
+# If a batch has messages for several channels, those that are not consecutive may share a write
+# provided that no member is on two of the channels. That is only checked for this many members.
 MAX_COMPARED = 1024
 
 
 class Snapshot(tuple[Member, ...]):
-    """Who is on a channel, and how frames are written to those who take them, looked up once.
+    """The members of a channel, with the bound methods that write frames to those on the fast path.
+
+    Without these, a fan-out would look up each client, its writer and its method, and the processor
+    finds little of that in a cache after a system call: it took 9 to 25 percent longer.
 
     Attributes:
-        writers: By wire format: the calls that write, and whose each is.
-        others: Everybody else.
-        version: Of the shard, when these were right; it changes whenever a client's state does.
+        writers: For each wire format, the methods that write and the members that they belong to.
+        others: All other members.
+        version: The shard's version for which these are valid. It changes with any client's state.
     """
 
     version = -1
     writers: dict[WireFormat, tuple[list[Write], list[Member]]]
     others: list[Member]
 
-    def look(self, version: int) -> None:
-        """Begin to look them up: `add` follows for each member."""
+    def reset(self, version: int) -> None:
+        """Begin to collect the writers: `add` follows for all members."""
         self.version = version
         self.writers = {}
         self.others = []
@@ -47,16 +50,13 @@ class Snapshot(tuple[Member, ...]):
             if frames is None or frames.direct is None:
                 self.others.append(member)
             else:
-                writes, whose = self.writers.setdefault(frames.wire_format, ([], []))
+                writes, members_of = self.writers.setdefault(frames.wire_format, ([], []))
                 writes.append(frames.direct)
-                whose.append(member)
+                members_of.append(member)
 
 
 class Group:
-    """Items that the same members get one after another; more than one only if they are events.
-
-    Together these cost at most `MAX_JOIN` bytes, like anything that waits.
-    """
+    """Consecutive items for the same members: events of up to `MAX_JOIN` bytes, or one other item."""
 
     __slots__ = ("_joined", "_size", "done", "exclude", "items", "members")
 
@@ -64,7 +64,7 @@ class Group:
         self.items = [] if item is None else [item]
         self.members = members
         self.done: list[Done] = []
-        self.exclude: frozenset[int] | None = None  # None: it takes no further event
+        self.exclude: frozenset[int] | None = None  # None if it takes no event
         self._size = 0
         self._joined: dict[WireFormat, bytes] = {}
         if isinstance(item, Event):
@@ -91,15 +91,15 @@ class Group:
 
 
 def grouped(batch: Collection[Entry]) -> list[Group]:
-    """Group what was added to a shard; each member gets its items in the order of the batch."""
+    """Group the entries of a shard. Each member gets its items in the order of the batch."""
     groups: list[Group] = []
     disjoint = _disjoint(batch)
-    last: dict[int, Group] = {}  # the group of each tuple of members that may take more
+    last: dict[int, Group] = {}  # by tuple of members: its last group, if that may take more
     for item, members, done in batch:
         group = groups[-1] if item is None and groups else last.get(id(members))
         if group is None or (item is not None and not group.add(item)):
             if not disjoint:
-                last.clear()  # somebody is in two of them, and must not get the later item first
+                last.clear()  # a member of two groups must not get the later item first
             group = last[id(members)] = Group(item, members)
             groups.append(group)
         if done is not None:
@@ -108,7 +108,7 @@ def grouped(batch: Collection[Entry]) -> list[Group]:
 
 
 def _disjoint(batch: Collection[Entry]) -> bool:
-    """Whether nobody is in two different tuples of members; False if there are too many."""
+    """Whether no member is in two different tuples; False if there are too many to compare."""
     distinct = {id(members): members for _, members, _ in batch}
     size = sum(map(len, distinct.values()))
     if len(distinct) > 1 and size > MAX_COMPARED:

@@ -1,9 +1,9 @@
 """Handler: the sends and receives of a client's own handler while the client is registered.
 
 Starlette's `accept`, `send_text`, `close` and the like all call `websocket.send`, and
-`receive_text` and the like `websocket.receive`. Attributes of the instance take the place of both,
-so that a send stands in line behind what the hub has for the client, and a receive ends when the
-hub has given the client up.
+`receive_text` and the like call `websocket.receive`. Attributes of the instance replace both, so
+that a send waits for the messages that the hub has queued for the client, and a receive ends when
+the hub has given up the client.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Handler:
     __slots__ = (
         "_client",
         "_interrupted",
-        "_patience",
         "_receive",
         "_receiving",
+        "_timer",
         "_told",
         "_websocket",
         "over",
@@ -58,15 +58,15 @@ class Handler:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._websocket = websocket = client.websocket
-        self.over = False  # `websocket.receive` has nothing more to say
-        self._told = False  # `receive` has said that the client has left
+        self.over = False  # do not wait for the server to report the disconnect
+        self._told = False  # `receive` has returned the disconnect
         self._receiving: asyncio.Task[Any] | None = None
         self._interrupted = False  # whether we have cancelled that
-        self._patience: asyncio.TimerHandle | None = None
-        # If another hub's are there already, that hub takes us for the handler.
+        self._timer: asyncio.TimerHandle | None = None
+        # If another hub has replaced them already, this handler sends through that hub.
         self.send, self._receive = websocket.send, websocket.receive
-        # What `WebSocket.send` calls after its checks. The connection makes them itself, and a
-        # coroutine less for each message is worth the look behind it.
+        # What `WebSocket.send` calls after its checks. The connection checks the same, and skipping
+        # the method saves a coroutine for each message.
         self.send_event = self.send
         if has_plain_send(websocket):
             self.send_event = getattr(websocket, "_send", self.send)
@@ -77,10 +77,10 @@ class Handler:
             setattr(self._websocket, name, call)
 
     def uninstall(self) -> None:
-        """Give the socket back: from now on the handler's calls are Starlette's own."""
+        """Restore Starlette's own methods."""
         above = owner(self._websocket.send)
         if above is self and owner(self.send) is self._websocket:
-            del self._websocket.send, self._websocket.receive  # as if nobody had been there
+            del self._websocket.send, self._websocket.receive
         elif above is self:
             self._set(self.send, self._receive)
         while isinstance(above, Handler):
@@ -102,14 +102,14 @@ class Handler:
     # Receive
 
     async def _guarded_receive(self) -> Message:
-        """Like `websocket.receive`, but a client that was closed or given up has left.
+        """Like `websocket.receive`, but report a client that was closed or given up as gone.
 
-        A server that has nothing to say any more, because its client does not read, would let the
-        handler wait for as long as the TCP connection lasts.
+        If the client does not read, the server may report nothing for as long as the TCP connection
+        lasts, and the handler would wait.
         """
         client = self._client
-        if self._told or not self.over:  # if it was told already, Starlette says so
-            # What asyncio.timeout does, without an object for each message.
+        if self._told or not self.over:  # after a disconnect, let Starlette raise
+            # What `asyncio.timeout` does, which would take twice as long for each message.
             task = self._receiving = asyncio.current_task()
             assert task is not None  # Starlette's own receive needs one too
             cancelled = task.cancelling()
@@ -121,7 +121,7 @@ class Handler:
                     client.code is not None
                     and not client.ended
                     and message["type"] == "websocket.receive"
-                ):  # it is being closed: one that does not read could go on talking meanwhile
+                ):  # it is being closed, so what it still sends is ignored
                     message = await self._receive()
                 if message["type"] == "websocket.disconnect":
                     self._told = True
@@ -138,20 +138,20 @@ class Handler:
 
     def _received(self, task: asyncio.Task[Any]) -> None:
         self._receiving = None
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
             if self._interrupted:
                 self._interrupted = False
                 task.uncancel()
 
     def limit(self) -> None:
-        """Give the server time for what it still has of this client; then that is all."""
-        if self._receiving is not None and self._patience is None:
-            self._patience = self._client.call_after_close_timeout(self.interrupt)
+        """Give the server time to hand over what the client has sent, then stop receiving."""
+        if self._receiving is not None and self._timer is None:
+            self._timer = self._client.call_after_close_timeout(self.interrupt)
 
     def interrupt(self) -> None:
-        """Let `receive` say now that the client has left."""
+        """Let `receive` report now that the client has left."""
         if self._receiving is not None and not self._interrupted:
             self._interrupted = True
             self._receiving.cancel()

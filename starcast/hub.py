@@ -87,14 +87,14 @@ class Hub:
         self.settings.tell_gap(gap)
 
     def _tell_missed(self, missed: Missed) -> None:
-        """Tell those who have missed messages because their event loop was blocked."""
+        """Tell the members that have missed messages because their event loop was blocked."""
         gap = missed.gap()
         self.registry.tell_gap(gap, self.settings.gap_close(), missed.members())
         assert isinstance(self.link, Link)  # only messages from a broker are missed
         # Not here: this is not the loop of the hub, and the lock is held.
         missed.shard.loop.call_soon(self.link.report, gap, self.settings.tell_gap)
 
-    # Who is there
+    # Clients and subscribers
 
     async def connect(
         self,
@@ -218,7 +218,7 @@ class Hub:
     def _release(self, channel: str) -> None:
         self.link.release(channel)
 
-    # The way of a message
+    # Messages
 
     def event(
         self,
@@ -227,7 +227,7 @@ class Hub:
         exclude: Exclude,
         encoding: Encoding | None,
     ) -> Event:
-        """Encode a message, once for everybody."""
+        """Encode a message, once for all members."""
         if encoding is not None:
             codec.check_encoding(encoding)
         content, payload = codec.encode(message, encoding, self.settings.dumps)
@@ -249,7 +249,7 @@ class Hub:
             handed_over = post()
         except PublishQueueFull as exc:
             handed_over = await self.dispatcher.retry(post, exc)
-        if not handed_over:  # it has left in this moment
+        if not handed_over:  # it has just left
             personal.refuse(websocket, connection)
         await self.dispatcher.settled()
         return handed_over

@@ -1,4 +1,4 @@
-"""Personal: messages to one client, whose sender waits for it and learns that it has left."""
+"""Personal: messages to one client. The sender waits for space, and learns if it has left."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ async def _wait_for_space(registry: Registry, connection: Connection, cost: int)
 
 
 def refuse(websocket: WebSocket, connection: Connection | None) -> None:
-    """Raise what `claim` raises; return if the client has left and that is no error.
+    """Raise what `claim` raises for a client that is not registered, if that is an error.
 
-    A client that the hub is closing has left, although nobody may have seen it yet.
+    A client that the hub is closing has left, even if its handler does not know that yet.
     """
     unregistered = connection is None or connection.leaving is not None
     if unregistered and not (is_gone(websocket) or (connection and connection.departed)):
@@ -62,7 +62,7 @@ def refuse(websocket: WebSocket, connection: Connection | None) -> None:
 
 
 def tell_gone(websocket: WebSocket, connection: Connection | None) -> None:
-    """Tell whoever serves the client that it has left; to others that is no error.
+    """Raise an error if this task serves the client, which has left. Other tasks go on.
 
     Raises:
         ClientGone: This task serves it.

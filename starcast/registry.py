@@ -1,8 +1,8 @@
 """Registry: who is connected, on which channel and which event loop, and how messages get there.
 
-It is guarded by one short lock, which also gives messages their order. Nothing is awaited while it
-is held. Foreign code runs under it only when the garbage collector steps in, and finds a lock that
-its own thread may take again. Methods may be called from any thread, unless they say otherwise.
+One lock guards it, which also gives messages their order. It is held briefly, and nothing is
+awaited meanwhile. It is reentrant, because a finalizer that the garbage collector runs may publish.
+Methods may be called from any thread, unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Registry:
 
     Args:
         tuning: The hub's timings and bounds.
-        release: Called with a channel whenever somebody has left it, with the lock held.
+        release: Called with a channel whenever a member has left it, with the lock held.
         on_missed: Called with what an event loop has missed of what a broker sent, on that loop and
             with the lock held.
     """
@@ -172,21 +172,21 @@ class Registry:
                 self.journal.note("a subscriber left", subscriber.channel)
 
     def close_all(self, close: Close) -> list[Connection]:
-        """Close everybody, and return the clients among them."""
+        """Close all clients and subscribers, and return the clients."""
         with self.lock:
             self._sweep()
             connections = list(self.connections)
             members: dict[Shard, list[Member]] = {}
             for member, shard in self._members():
                 members.setdefault(shard, []).append(member)
-            wake = [shard for shard, mine in members.items() if shard.add(close, tuple(mine))]
+            wake = [shard for shard, own in members.items() if shard.add(close, tuple(own))]
             for connection in connections:
                 self.remove(connection)
         self._wake(wake, connections)
         return connections
 
     def _members(self, channel: str | None = None) -> Iterator[tuple[Member, Shard]]:
-        """Return who is there, or who is on a channel, and on which loop."""
+        """Return all members, or those of a channel, each with its shard."""
         if channel is None:
             return itertools.chain(self.connections.items(), self.subscribers.items())
         shards = self.shards.values()
@@ -197,13 +197,13 @@ class Registry:
             self._drop(shard)
 
     def _drop(self, shard: Shard) -> None:
-        """Forget a shard whose loop is closed, and who was on it."""
+        """Forget a shard whose loop is closed, with its members."""
         if self.shards.pop(shard.loop, None) is not None:
             self._retired.add(shard.counters)
             self._missed.pop(shard, None)
-            for connection in [c for c, its in self.connections.items() if its is shard]:
+            for connection in [c for c, own in self.connections.items() if own is shard]:
                 self.remove(connection)
-            for subscriber in [s for s, its in self.subscribers.items() if its is shard]:
+            for subscriber in [s for s, own in self.subscribers.items() if own is shard]:
                 self._remove_subscriber(subscriber)
 
     # Look
@@ -250,51 +250,51 @@ class Registry:
 
     @property
     def buffered(self) -> int:
-        """Bytes that wait for their client or subscriber. Don't hold the lock for so many."""
+        """Bytes that wait for clients and subscribers, added up without holding the lock."""
         members: list[Member] = [*list(self.connections), *list(self.subscribers)]
         return sum(member.outbox.size for member in members)
 
     # The way of a message
 
     def deliver(self, event: Event) -> None:
-        """Add an event to every loop that has somebody on its channel.
+        """Queue an event on every loop with members on its channel.
 
         Raises:
-            Full: A loop has no space. Nobody gets it.
+            Full: A loop has no space. No member gets the event.
         """
         with self.lock:
             wake = self._add(event, self._targets(event.channel))
-        if wake:  # only the first message of a turn has somebody to wake
+        if wake:  # a loop is woken once for all messages of one iteration
             self._wake(wake)
 
     def deliver_remote(self, event: Event, since: float) -> bool:
-        """The same with what comes from a broker: every loop that has space gets it.
+        """Queue an event from the broker on every loop that has space, and return whether all had.
 
-        Returns False if some had none. They miss what comes from now on, until they have taken what
-        they have, and are told then. `since` is the time before which nothing is missing.
+        A loop without space misses what follows until its queue is empty; its members are told
+        then. `since` is the time before which nothing is missing.
         """
         wake = []
-        taken = True
+        all_had_space = True
         with self.lock:
             for shard, members in self._targets(event.channel):
                 if shard not in self._missed and shard.queue.has_space(event.cost):
                     if shard.add(event, members):
                         wake.append(shard)
                     continue
-                taken = False
+                all_had_space = False
                 if shard not in self._missed:
                     self._missed[shard] = Missed(shard, since, self._end_missed)
                 self._missed[shard].add(event.channel)
         self._wake(wake)
         self.journal.message("received %d bytes for %r from the broker", event)
-        return taken
+        return all_had_space
 
     def _end_missed(self, missed: Missed) -> None:
         del self._missed[missed.shard]
         self._on_missed(missed)
 
     def post(self, event: Event, connection: Connection) -> bool:
-        """Add an event for one client; False if it is not registered any more.
+        """Queue an event for one client; False if it is not registered any more.
 
         Raises:
             Full: Its loop has no space.
@@ -305,7 +305,7 @@ class Registry:
             with self.lock:
                 outbox.promised -= event.cost
             if outbox.space is not None:
-                outbox.space.wake()  # the client may have taken it at once
+                outbox.space.wake()  # it may have been sent at once
 
         with self.lock:
             shard = self.connections.get(connection)
@@ -319,35 +319,35 @@ class Registry:
     def tell_gap(
         self, gap: Gap, close: Close | None, members: dict[Member, Shard] | None = None
     ) -> None:
-        """Add a gap for the subscribers who want it, and close the clients if asked to.
+        """Queue a gap for the subscribers that want it, and close the clients if asked to.
 
         Args:
             gap: The gap.
             close: What closes the clients, or None.
-            members: Who is told, and on which loop; everybody if None, or all on the gap's channel.
-                These are told with the lock held, and the rest is done in the next turn of this
-                loop.
+            members: The members to tell, each with its shard, in which case the caller holds the
+                lock, and their loops are woken in the next iteration of this one. By default, all
+                members of the gap's channel, or of the hub.
         """
-        told: list[tuple[Item, Member, Shard]] = []
+        notices: list[tuple[Item, Member, Shard]] = []
         closed: list[Connection] = []
         with self.lock:
-            told_of = dict(self._members(gap.channel)) if members is None else members
-            for member, shard in told_of.items():
+            affected = dict(self._members(gap.channel)) if members is None else members
+            for member, shard in affected.items():
                 if isinstance(member, Connection):
                     if close is not None:
-                        told.append((close, member, shard))
+                        notices.append((close, member, shard))
                         closed.append(member)
                         self.remove(member)
                 elif member.gaps:
-                    told.append((gap, member, shard))
-            wake = [shard for item, member, shard in told if shard.add(item, (member,))]
+                    notices.append((gap, member, shard))
+            wake = [shard for item, member, shard in notices if shard.add(item, (member,))]
         if members is None:
             self._wake(wake, closed)
         else:
             asyncio.get_running_loop().call_soon(self._wake, wake, closed)
 
     def _targets(self, channel: str) -> list[Target]:
-        """Return who is on a channel, on which loop."""
+        """Return the members of a channel, for each loop that has any."""
         while True:
             targets = []
             for shard in list(self.shards.values()):
@@ -372,11 +372,11 @@ class Registry:
         return wake
 
     def _wake(self, shards: Iterable[Shard], left: Iterable[Connection] = ()) -> None:
-        """Let the loops deliver, and whoever waits for space at a client that has left go on."""
+        """Let the loops deliver, and end waits for space in the buffers of clients that left."""
         for shard in shards:
             try:
                 shard.wake()
-            except RuntimeError:  # its loop was closed in this moment
+            except RuntimeError:  # its loop has just been closed
                 with self.lock:
                     self._drop(shard)
         for connection in left:

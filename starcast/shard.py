@@ -1,14 +1,14 @@
-"""Shard: the channels and the clients of one event loop, and the way of a message to them.
+"""Shard: the channels and the clients of one event loop, and how messages are delivered to them.
 
 `add` may be called from any thread, with the hub's lock held. Everything else happens on the
 shard's own loop and needs no lock.
 
-Deliveries are synchronous. A generator, `_deliveries`, writes frames to the clients that take them
-now, and offers the items to all others; after every step of it the clock is looked at, and what
-takes longer than a time slice goes on in the next turn of the loop. A client that was offered
+Deliveries are synchronous. A generator, `_deliveries`, writes frames to the clients on the fast
+path and offers the items to all others. The clock is checked after every step, and what takes
+longer than a time slice continues in the next iteration of the loop. A client that was offered
 something while it was idle is in `ready`: a task sends to one such client after another. As long as
-nothing suspends, a single task serves everybody. One that has to wait for its client stays with it,
-and another task goes on with the rest.
+no send suspends, a single task serves all clients. A task that has to wait for a client stays with
+it, and another task continues with the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .tuning import Tuning
 
 logger = logging.getLogger("starcast")
 
-# Members that are written to or offered an item before the time is looked at.
+# Members that are written to or offered an item before the clock is checked.
 STEP = 128
 
 # Whether a task can take its first step where it is made (Python 3.12).
@@ -89,7 +89,7 @@ class Shard:
             del self.channels[channel]
 
     def members(self, channel: str) -> tuple[Member, ...]:
-        """Who is on the channel now. What is published later does not reach who left before."""
+        """Return the members of the channel now. A later message does not reach those that left."""
         snapshot = self._snapshots.get(channel)
         if snapshot is None:
             members = self.channels.get(channel)
@@ -101,7 +101,7 @@ class Shard:
     def add(
         self, item: Item | None, members: tuple[Member, ...] = (), done: Done | None = None
     ) -> bool:
-        """Queue an item; `done` is called when it has reached all of them.
+        """Queue an item; `done` is called when it has been written or offered to all members.
 
         If this returns True, the caller must call `wake`, after releasing the lock.
         """
@@ -123,7 +123,7 @@ class Shard:
             self.loop.call_soon_threadsafe(self._begin)
 
     def not_ready(self, channel: str) -> Sequence[Member]:
-        """Those of the channel who may be behind: nothing waits where frames go out at once."""
+        """Return the members that may be behind: on the fast path, nothing is buffered."""
         snapshot = self._snapshots.get(channel)
         if snapshot is not None and snapshot.version == self.version:
             return snapshot.others
@@ -131,7 +131,7 @@ class Shard:
             return self.members(channel)
 
     def post(self, item: Send, connection: Connection) -> None:
-        """Offer an item after everything that is still to be delivered: it is awake."""
+        """Offer an item after everything that is still to be delivered. Only while awake."""
         with self._lock:
             self.add(item, (connection,))
 
@@ -142,9 +142,10 @@ class Shard:
             self.flush()
 
     def flush(self) -> bool:
-        """Deliver here and now; False if it does not end here, or is done elsewhere already.
+        """Deliver now, and return whether everything has been delivered.
 
-        What takes longer than a time slice goes on in the next turns of the loop.
+        It has not if that takes longer than a time slice, or has been started before and is not
+        finished. It then continues in the next iterations of the loop.
         """
         if self._work is not None:
             return False
@@ -170,13 +171,13 @@ class Shard:
             self._start(self.ready.popleft().drain())
 
     def _send_ready(self, deadline: float) -> bool:
-        """Let a task send to the clients in `ready`; False if some are left for the next turn.
+        """Let tasks send to the clients in `ready`; False if some are left for the next iteration.
 
-        If the task has to wait for one of them, another task goes on with the rest.
+        If a task has to wait for one of them, another task continues with the rest.
         """
         while self.ready:
             self._start(self._drain_ready(deadline))
-            # Before Python 3.12, the task begins in the next turn.
+            # Before Python 3.12, the task starts in the next iteration.
             if not EAGER or time.monotonic() > deadline:  # pragma: no branch
                 return False
         return True
@@ -211,7 +212,7 @@ class Shard:
                         arrived()
                     yield
         except Exception:
-            # This is a bug, which must not be the end of everything that is still to come.
+            # This is a bug, and later messages must still be delivered.
             logger.exception("messages were lost")
             for _, _, done in batch:
                 if done is not None:
@@ -234,7 +235,7 @@ class Shard:
     def _write_each(
         self, group: Group, members: Sequence[Member]
     ) -> Generator[None, None, list[Member]]:
-        """Write to those who take frames now, and return the others."""
+        """Write to the members on the fast path, and return the others."""
         others: list[Member] = []
         wire_format: WireFormat | None = None
         joined = b""  # in this wire format
@@ -256,10 +257,10 @@ class Shard:
         return others
 
     def _write(self, group: Group, snapshot: Snapshot) -> Generator[None, None, Sequence[Member]]:
-        """Write to all who take frames; return the others, and those who may not take them now."""
+        """Write to the members on the fast path, and return those that are not on it now."""
         version = self.version
         if snapshot.version != version:
-            snapshot.look(version)
+            snapshot.reset(version)
             for start in range(0, len(snapshot), STEP):
                 if start:
                     yield None
