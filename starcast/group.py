@@ -56,7 +56,7 @@ class Snapshot(tuple[Member, ...]):
 
 
 class Group:
-    """Consecutive items for the same members: events of up to `MAX_JOIN` bytes, or one other item."""
+    """Items for the same members: events of up to `MAX_JOIN` bytes together, or one other item."""
 
     __slots__ = ("_joined", "_size", "done", "exclude", "items", "members")
 

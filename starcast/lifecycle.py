@@ -20,7 +20,7 @@ from .sync.waiter import Lock
 
 
 def _again(exc: Exception) -> Exception:
-    """Return an error for another one to raise. An `Answered` one may be answered differently."""
+    """Return an error that another caller may raise. An `Answered` one keeps state, so copy it."""
     return copy.copy(exc) if isinstance(exc, Answered) else exc.with_traceback(None)
 
 
@@ -31,7 +31,7 @@ class Lifecycle:
         dispatcher: Has the hub's state.
         registry: The clients, which are closed with the hub.
         link: The connection to the broker.
-        claim: On the hub's name, while it is open.
+        claim: Claims the hub's name while it is open.
         open_timeout: How long to try to connect, in seconds.
 
     Attributes:
@@ -80,7 +80,7 @@ class Lifecycle:
             if self.running:
                 return
             if self._failure is not None and self._failures > failures:
-                raise _again(self._failure)  # of the attempt that this one waited for
+                raise _again(self._failure)  # of the attempt that this call waited for
             try:
                 seconds = self._open_timeout if patient or self._failure is None else 0.0
                 with self._claim.held():
@@ -103,9 +103,9 @@ class Lifecycle:
             await self.ensure_open()
 
     async def close(self) -> None:
-        """Close everybody and the connection to the broker. Waits for 11 seconds at most."""
+        """Close all clients and the connection to the broker, within 11 seconds at most."""
         if self._dispatcher.state is State.INHERITED:
-            return  # it is the parent's to close
+            return  # the parent closes it
         connections: list[Connection] = []
         self._link.stop_opening()
         try:

@@ -1,8 +1,8 @@
 """Publisher: publishing for code that has no event loop.
 
-A `Publisher` has one thread per process. On it runs an event loop with a hub that nobody joins, and
+A `Publisher` has one thread per process, which runs an event loop and a hub without clients.
 `publish` hands a message to that loop and waits. The thread starts with the first message, and a
-process that was forked starts its own.
+forked process starts its own.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ IDLE = 60.0
 # Seconds that `close` and the interpreter's exit wait for the connection to be closed.
 CLOSE_TIMEOUT = 3.0
 
-# Seconds between two attempts to connect, at most: somebody waits.
-FIRST_WAIT = 0.1
-LONGEST_WAIT = 0.5
+# The longest waits, in seconds, before the second attempt to connect and between later ones.
+FIRST_BACKOFF = 0.1
+MAX_BACKOFF = 0.5
 
-# Seconds between two looks at a connection that the hub is trying to restore.
-LOOK_EVERY = 0.02
+# How often to check whether the hub has restored its connection, in seconds.
+POLL_INTERVAL = 0.02
 
-# Seconds without a message after which the connection is looked at before it is used, and the turns
-# of the event loop that this takes, with some to spare.
-PAUSE = 0.01
-TURNS = 8
+# After this many seconds without a message, the event loop first runs for some iterations, in which
+# it notices if the connection has been lost meanwhile.
+STALE_AFTER = 0.01
+ITERATIONS = 8
 
 CLOSED = "the publisher is closed"
 
@@ -131,9 +131,9 @@ class Publisher:
 
     def _make_hub(self) -> Broadcast:
         backend = None if self._backend is None else self._backend()
-        # `_Worker` tries again itself, for as long as somebody waits.
+        # The worker tries again itself, for as long as a caller waits.
         hub = Broadcast(self._url or "memory://", backend=backend, name=self._name, open_timeout=0)
-        hub._hub.claim.waive()  # nobody ever joins this hub, so it hears nobody else's messages
+        hub._hub.claim.waive()  # a hub without clients receives no other hub's messages
         return hub
 
     def publish(
@@ -234,7 +234,7 @@ class _Loop(asyncio.SelectorEventLoop):
 class _Worker:
     """The thread, the event loop and the hub of one publisher in one process.
 
-    It does not know its publisher, so that the garbage collector can tell when nobody else does.
+    It does not refer to its publisher, which the garbage collector could not delete otherwise.
     """
 
     def __init__(self, hub: Broadcast, idle: float | None) -> None:
@@ -245,7 +245,7 @@ class _Worker:
         self._loop = _Loop(self._selector)
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="starcast-publisher", daemon=True)
-        self._maker = threading.get_native_id()
+        self._creator = threading.get_native_id()
         self._error = ""  # why there is no connection
         # On the loop:
         self._publishing = 0
@@ -267,7 +267,7 @@ class _Worker:
 
     @property
     def usable(self) -> bool:
-        """Whether it is this process's, and has not ended."""
+        """Whether it belongs to this process and has not ended."""
         return self._pid == os.getpid() and not self._loop.is_closed()
 
     def publish(self, channel: str, content: str | bytes, timeout: float) -> None:
@@ -288,12 +288,12 @@ class _Worker:
         except CancelledError:
             raise BackendUnavailable(CLOSED) from None
         except StarcastError as exc:
-            raise exc.with_traceback(None) from None  # what it went through here is no help
+            raise exc.with_traceback(None) from None  # the frames of this module are no help
         finally:
-            future.cancel()  # whoever is interrupted does not want it published later
+            future.cancel()  # an interrupted caller does not want it published later
 
     def stop(self) -> None:
-        """Begin to end. Does not wait, because the garbage collector may call it."""
+        """Start to stop. Does not wait, because the garbage collector may call it."""
         if self._pid == os.getpid():
             with contextlib.suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._stop.set)
@@ -303,11 +303,11 @@ class _Worker:
             self._thread.join(timeout)
 
     def sever(self) -> None:
-        """Let go of the parent's connections, in a child process that was forked.
+        """Replace copies of the parent's sockets by /dev/null, in a forked child.
 
-        Its descriptors are copies. If the child ever closed a transport, it would say goodbye in
-        the parent's name; if it kept them, the broker would not notice when the parent closes its
-        own. So they are made to lead nowhere.
+        If the child ever closed a transport, it would tell the broker goodbye on the parent's
+        connection. As long as it has copies, the broker does not notice that the parent has closed
+        its own.
         """
         null = os.open(os.devnull, os.O_RDWR)
         for key in (self._selector.get_map() or {}).values():
@@ -318,12 +318,12 @@ class _Worker:
 
     @property
     def _is_green(self) -> bool:
-        """Whether the thread is none to the operating system: a greenlet in its maker's."""
-        return self._thread.native_id == self._maker
+        """Whether the thread is a greenlet, which the operating system does not know."""
+        return self._thread.native_id == self._creator
 
     def _run(self) -> None:
         try:
-            if not self._is_green:  # or the loop would block every greenlet
+            if not self._is_green:  # the loop would block all greenlets
                 self._loop.run_until_complete(self._main())
         finally:
             # Not `shutdown_default_executor`, which starts a thread, and at exit none may start.
@@ -333,9 +333,9 @@ class _Worker:
     async def _main(self) -> None:
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._rest()):
+                async with asyncio.timeout(self._seconds_left()):
                     await self._stop.wait()
-            if self._rest() == 0:
+            if self._seconds_left() == 0:
                 await self._hub.disconnect()
                 self._used = self._loop.time()
         for task in self._connecting:
@@ -348,8 +348,8 @@ class _Worker:
         if publishing:
             await asyncio.wait(publishing, timeout=CLOSE_TIMEOUT)
 
-    def _rest(self) -> float | None:
-        """Seconds until the connection will have been idle for long enough."""
+    def _seconds_left(self) -> float | None:
+        """Return the seconds until an idle connection is closed; None if it never is."""
         if self._idle is None:
             return None
         if self._publishing:
@@ -361,10 +361,10 @@ class _Worker:
             raise BackendUnavailable(CLOSED)
         self._publishing += 1
         try:
-            if self._loop.time() > self._used + PAUSE:
+            if self._loop.time() > self._used + STALE_AFTER:
                 # The process may have been suspended, or busy in code that holds the interpreter's
-                # lock. What has come meanwhile is read first: that the broker has gone, say.
-                for _ in range(TURNS):
+                # lock. Read first what has arrived meanwhile, such as the end of the connection.
+                for _ in range(ITERATIONS):
                     await asyncio.sleep(0)
             if self._backend.state != "connected":
                 await self._connect()
@@ -383,12 +383,12 @@ class _Worker:
         """Wait until there is a connection, however long that takes."""
         task = asyncio.current_task()
         self._connecting.add(task)
-        backoff = Backoff(FIRST_WAIT, LONGEST_WAIT)
+        backoff = Backoff(FIRST_BACKOFF, MAX_BACKOFF)
         try:
             while (backend := self._backend).state != "connected":
                 if backend.state == "reconnecting":  # the hub does it
                     self._error = backend.error or ""
-                    await asyncio.sleep(LOOK_EVERY)
+                    await asyncio.sleep(POLL_INTERVAL)
                     continue
                 try:
                     await self._hub.connect()
@@ -405,15 +405,15 @@ _lock = threading.RLock()
 
 _running: set[_Worker] = set()  # in this process
 
-# Workers of processes that this one was forked from. Were they garbage, their transports would be
-# closed, and with them what the parent has under way.
+# Workers of processes that this one was forked from. The garbage collector would close their
+# transports, and so end what the parent is sending.
 _inherited: list[_Worker] = []
 
 
 def _after_fork() -> None:
     """Forget the parent's workers, in the child."""
     global _lock
-    _lock = threading.RLock()  # a thread that is not in the child may have held it
+    _lock = threading.RLock()  # a thread that does not exist in the child may have held it
     for worker in _running:
         worker.sever()
     _inherited.extend(_running)
