@@ -1,4 +1,4 @@
-"""Outbox: what a client that is behind still has to get, and what happens when that is too much."""
+"""Outbox: the messages that wait for one client, their bound, and the policy when it is reached."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Overflowed:
     dropped: tuple[Event, ...]
 
     def tell(self, on_overflow: OnOverflow | None) -> None:
-        """Call the hook. An error in it is logged: whoever published can't do anything about it."""
+        """Call the hook. An error in it is logged, because the publisher cannot do anything."""
         if on_overflow is not None:
             try:
                 on_overflow(self)
@@ -56,7 +56,7 @@ OnOverflow = Callable[[Overflowed], None]
 
 
 class Close:
-    """Ends a client with a close frame, after what it still has to get."""
+    """Closes a client with a close frame, after the messages before it."""
 
     __slots__ = ("code", "reason")
 
@@ -66,7 +66,7 @@ class Close:
 
 
 class Leave:
-    """Ends the hub's part in a client, after what it still has to get; the socket stays open."""
+    """Ends a client's registration after the messages before it; the socket stays open."""
 
     __slots__ = ("waiter",)
 
@@ -98,12 +98,12 @@ class Send:
     def finish(self, sent: bool, error: Exception | None = None) -> None:
         if not self.sent.done():
             self.error = error
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no task waits
                 self.sent.set_result(sent)
 
 
-# What reaches a client in order. The control items weigh nothing and are never dropped. There is at
-# most one Close and one Leave a client, and one Send for each of its handler's tasks that sends.
+# What a client gets, in order. Control items cost nothing and are never dropped. A client has one
+# Close and one Leave at most, and one Send for each task of its handler that is sending.
 Item = Event | Gap | Close | Leave | Send
 
 
@@ -112,7 +112,7 @@ class OutboxFull(Exception):
 
 
 def discard(item: Item) -> None:
-    """Let go of an item that will not be sent, and tell whoever waits for it."""
+    """Tell the task that waits for an item, if there is one, that it will not be sent."""
     if isinstance(item, Send):
         item.finish(False)
     elif isinstance(item, Leave):
@@ -120,9 +120,9 @@ def discard(item: Item) -> None:
 
 
 class LatestQueue:
-    """What waits if of each channel only the newest event does: a deque that finds it by channel.
+    """A deque that has one event for each channel at most, and finds it by the channel.
 
-    A plain dict would not do: it steps over all that was removed before to find what is first.
+    A plain dict would be slow: to find its first item, it steps over all that have been removed.
     """
 
     __slots__ = ("_items",)
@@ -140,7 +140,7 @@ class LatestQueue:
         del self._items[next(itertools.islice(self._items, index, None))]
 
     def append(self, item: Item) -> None:
-        """Add an item at the end. Of its channel there is no event any more: see `pop`."""
+        """Add an item at the end. An older event of its channel has been removed with `pop`."""
         channel = item.channel if isinstance(item, Event) else ""
         self._items[channel or object()] = item
 
@@ -155,9 +155,9 @@ class LatestQueue:
 class Outbox:
     """A queue with a bound in bytes and a policy. It belongs to one event loop.
 
-    A single event may be larger than the bound: it is taken when no other one waits. Whatever the
-    policy drops, the rest goes out in the order in which it was offered. So with `latest` a new
-    event does not take the place of the one before it, but goes to the end.
+    A single event may be larger than the bound if no other one waits. Whatever the policy drops,
+    the rest is sent in the order in which it was offered. So with `latest`, a new event does not
+    take the place of the older one, but goes to the end.
     """
 
     __slots__ = (
@@ -188,14 +188,14 @@ class Outbox:
         self.overflow: Overflow = overflow
         self._on_overflow = on_overflow
         self.size = 0
-        # What is being sent, or is about to be: one item, or the events of a turn of the loop.
+        # What is being sent, or is about to be: one item, or the events of one delivery.
         self.in_flight: Sequence[Item] | None = None
         # None until it is needed: an empty deque takes 760 bytes.
         self.items: deque[Item] | LatestQueue | None = None
-        self.draining: Draining | None = None  # once a room had to wait for it, until it is empty
+        self.draining: Draining | None = None  # once senders had to wait for it, until it is empty
         # Guarded by the hub's lock:
-        self.promised = 0  # the cost of messages addressed to this client that are on their way
-        self.space: SpaceQueue | None = None  # of the senders of such messages, once one waits
+        self.promised = 0  # the cost of messages to this client alone that are not here yet
+        self.space: SpaceQueue | None = None  # for their senders, once one has to wait
 
     def __len__(self) -> int:
         return len(self.items or ())
@@ -223,7 +223,7 @@ class Outbox:
         return dropped
 
     def tell_dropped(self, client: Any, dropped: list[Event]) -> None:
-        """Tell the hook, if there is one, what the owner of this outbox will not get."""
+        """Tell the hook, if there is one, which messages the client will not get."""
         Overflowed(client, self.overflow, tuple(dropped)).tell(self._on_overflow)
 
     def _drop_first(self, dropped: list[Event]) -> None:
@@ -251,10 +251,10 @@ class Outbox:
         return item
 
     def has_space(self, cost: int) -> bool:
-        """Whether a message addressed to this client may be added. From any thread.
+        """Whether there is space for a message to this client alone. From any thread.
 
-        Such messages fill at most half of the buffer. The other half is for what is published
-        meanwhile, which would otherwise be too much for a client that is being sent a backlog.
+        Such messages fill at most half of the buffer. The other half is for messages to its
+        channels, which would otherwise overflow the buffer of a client that is sent a backlog.
         """
         waiting = self.size + self.promised
         return not waiting or waiting + cost <= self.max_buffer // 2

@@ -1,4 +1,4 @@
-"""Sender: messages on their way to the broker, in batches.
+"""Sender: queues messages for the broker and publishes them in batches.
 
 Messages that arrive while the broker has not confirmed a batch form the next one. `put` may be
 called from any thread; everything else happens on the event loop of the connection.
@@ -24,7 +24,8 @@ from ..sync.deadline import Deadline, Overdue
 from ..sync.waiter import Waiter, running_loop
 from ..tuning import Tuning
 
-# Seconds between two searches for expired messages, at least: each goes through the whole queue.
+# The shortest interval between two searches for expired messages, in seconds. Each search goes
+# through the whole queue.
 EXPIRE_EVERY = 0.1
 
 NOT_OPEN = "the hub is not open"
@@ -47,7 +48,7 @@ class Ack(Waiter):
     def __init__(self, timeout: float) -> None:
         super().__init__()
         self.timeout = timeout
-        self.failed: str | None = None  # why
+        self.failed: str | None = None  # the reason, if it has failed
         self.abandoned = False  # the caller no longer waits
 
     def fail(self, why: str) -> None:
@@ -91,7 +92,7 @@ class Entry:
     ) -> None:
         self.channel = channel
         self.data = data
-        self.expires = expires  # unless somebody awaits it
+        self.expires = expires  # unless a caller awaits it
         self.ack = ack
         self.on_lost = on_lost
         self.is_probe = is_probe
@@ -129,7 +130,7 @@ class Sender:
         self.lost = 0
         self.published = 0
         self.published_cost = 0
-        self._closed = NOT_OPEN  # why messages are not accepted, or empty
+        self._closed = NOT_OPEN  # the reason why messages are not accepted; empty if they are
         self._connection: BrokerConnection | None = None
         # On the loop:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -182,7 +183,7 @@ class Sender:
         elif at_once:
             self._send()
         else:
-            loop.call_soon(self._send)  # together with what else is published in this iteration
+            loop.call_soon(self._send)  # together with other messages of this iteration
 
     def close(self, why: str) -> None:
         """Accept no more messages until `start`, and fail those that are waiting."""
@@ -299,7 +300,7 @@ class Sender:
                     batch.append(entry)
                     size += len(entry.data)
                 if entry.is_probe:
-                    break  # so that an error of the broker is about the probe alone
+                    break  # so that an error of the broker concerns the probe alone
             self.queue.tell()
         self._fail(too_large, f"the broker now takes {max_payload} bytes at most")
         return batch
