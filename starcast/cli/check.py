@@ -1,7 +1,7 @@
-"""Check: the way to a broker and back, step by step, for the command line.
+"""`starcast check`: tests the connection to a broker step by step.
 
-The broker's name is resolved and its port is reached as any program would do it. Then the backend
-itself connects, subscribes and publishes, as it does for a hub.
+It resolves the broker's name and opens a TCP connection. Then the backend itself connects,
+subscribes and publishes, as it does for a hub.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def _failed(step: str, why: object, advice: str = "") -> BackendUnavailable:
 
 
 async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], None]) -> None:
-    """Check the way to a broker and back, and say what each step brought.
+    """Publish to a broker and receive the message, and report the result of each step.
 
     Args:
         backend: For the broker.
         name: Of the hub.
         tls: Whether the URL asks for TLS, by its scheme.
-        say: Called with a line for each step that went well.
+        say: Called with a line for each step that succeeds.
 
     Raises:
         BackendUnavailable: A step failed.
@@ -88,12 +88,12 @@ async def check(backend: Backend, name: str, tls: bool, say: Callable[[str], Non
         arrived.put_nowait(payload)
 
     def lost(error: Exception) -> None:
-        """Whatever waits for the broker raises by itself, or takes too long."""
+        """Ignored: the step that waits for the broker raises, or takes too long."""
 
     async def step(
         at: str, work: Callable[[], Awaitable[Result]], seconds: float
     ) -> tuple[Result, float]:
-        """Take a step, and return its result and how long it took, in milliseconds."""
+        """Run a step, and return its result and how long it took, in milliseconds."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(seconds):

@@ -1,8 +1,8 @@
 """Patterns: the channels of a hub whose names match, for the command line.
 
-The broker is asked for all channels of the hub at once, under the name `ALL`, and what does not
-match is dropped here: a user of the broker who may follow the hub may do that, and wildcards of
-NATS know no parts of names. A hub connects again and tells gaps as for any other channel.
+The command subscribes to all channels of the hub at once, under the name `ALL`, and drops messages
+of channels that do not match: the wildcards of NATS match whole tokens only. Reconnecting and gaps
+work as for any other channel.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ ALL = "*"
 
 
 class AllChannels:
-    """A backend, and its connection, on which the channel `ALL` has all messages of its hub.
+    """A backend, and its connection, whose channel `ALL` carries all messages of a hub.
 
-    Each is a binary message that holds the name of its channel: see `reader`. Whatever is not
-    defined here is the other backend's.
+    Each of these is a binary message that contains the name of its channel: see `reader`.
+    Attributes that are not defined here are those of the wrapped backend.
 
     Args:
-        backend: One that has `subscribe_all`.
+        backend: The backend to wrap. It needs `subscribe_all`.
 
     Raises:
-        ConfigurationError: It has not.
+        ConfigurationError: It does not have that.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -43,8 +43,8 @@ class AllChannels:
             )
         self._backend = backend
         self._connection: Any = None
-        self._names: set[str] = set()  # what is subscribed to by its own name
-        self._all = ""  # what stands for all
+        self._names: set[str] = set()  # the channels subscribed to by name
+        self._all = ""  # the full name of `ALL`, once it is subscribed to
 
     async def connect(self, deliver: Deliver, lost: Lost) -> AllChannels:
         self._names.clear()
@@ -78,7 +78,7 @@ def _wrap(channel: str, payload: bytes) -> bytes:
 
 
 def reader(channels: Sequence[str]) -> Callable[[Event | Gap], list[tuple[str, Event | Gap]]]:
-    """Return a function that makes pairs of a channel and its item out of an item of `ALL`.
+    """Return a function that turns an item of `ALL` into pairs of a channel and its item.
 
     Args:
         channels: The names that are wanted; a `*` stands for any characters.

@@ -1,4 +1,4 @@
-"""`starcast subscribe`: prints messages, for people on a terminal and else for programs."""
+"""`starcast subscribe`: prints messages as text on a terminal, and as lines of JSON elsewhere."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .patterns import ALL, AllChannels, reader
 
 
 async def subscribe(backend: Backend, name: str, channels: list[str], out: TextIO) -> None:
-    """Print what comes on the channels, and gaps, until the hub is closed."""
+    """Print the messages and the gaps of the channels until the hub is closed."""
     channels = list(dict.fromkeys(channels))
     wanted, read = channels, None
     if any("*" in channel for channel in channels):
         backend = cast(Backend, AllChannels(backend))
         wanted, read = [ALL], reader(channels)
-    show = _for_people if out.isatty() else _for_programs
+    show = _format_text if out.isatty() else _format_json
 
     async def follow(subscriber: GapSubscriber) -> None:
         async for item in subscriber:
@@ -49,7 +49,7 @@ async def subscribe(backend: Backend, name: str, channels: list[str], out: TextI
             raise exc.exceptions[0] from None
 
 
-def _for_programs(channel: str, item: Event | Gap) -> str:
+def _format_json(channel: str, item: Event | Gap) -> str:
     line: dict[str, object] = {"channel": channel}
     if isinstance(item, Gap):
         line["gap"] = {"since": item.since, "seconds": item.seconds}
@@ -60,7 +60,7 @@ def _for_programs(channel: str, item: Event | Gap) -> str:
     return json.dumps(line)
 
 
-def _for_people(channel: str, item: Event | Gap) -> str:
+def _format_text(channel: str, item: Event | Gap) -> str:
     start = f"{time.strftime('%H:%M:%S')} {escape(channel)}"
     if isinstance(item, Gap):
         return f"{start} -- messages of the last {item.seconds:.1f} s may be missing"
