@@ -27,7 +27,7 @@ async def subscribe(backend: Backend, name: str, channels: list[str], out: TextI
     if any("*" in channel for channel in channels):
         backend = cast(Backend, AllChannels(backend))
         wanted, read = [ALL], reader(channels)
-    show = _format_text if out.isatty() else _format_json
+    show = format_text if out.isatty() else format_json
 
     async def follow(subscriber: GapSubscriber) -> None:
         async for item in subscriber:
@@ -49,7 +49,7 @@ async def subscribe(backend: Backend, name: str, channels: list[str], out: TextI
             raise exc.exceptions[0] from None
 
 
-def _format_json(channel: str, item: Event | Gap) -> str:
+def format_json(channel: str, item: Event | Gap) -> str:
     line: dict[str, object] = {"channel": channel}
     if isinstance(item, Gap):
         line["gap"] = {"since": item.since, "seconds": item.seconds}
@@ -60,7 +60,7 @@ def _format_json(channel: str, item: Event | Gap) -> str:
     return json.dumps(line)
 
 
-def _format_text(channel: str, item: Event | Gap) -> str:
+def format_text(channel: str, item: Event | Gap) -> str:
     start = f"{time.strftime('%H:%M:%S')} {escape(channel)}"
     if isinstance(item, Gap):
         return f"{start} -- messages of the last {item.seconds:.1f} s may be missing"

@@ -429,16 +429,16 @@ async def test_who_prints_too_slowly(redis, monkeypatch, capsys):
 
 def test_what_is_printed():
     gap = Gap(since=1.5, seconds=2.25, error="killed")
-    assert json.loads(subscribe._for_programs("room", gap)) == {
+    assert json.loads(subscribe.format_json("room", gap)) == {
         "channel": "room",
         "gap": {"since": 1.5, "seconds": 2.25},
     }
     assert (
-        subscribe._for_people("room", gap)[9:]
+        subscribe.format_text("room", gap)[9:]
         == "room -- messages of the last 2.2 s may be missing"
     )
     binary = Event("a\u202eb", b"\0", b"\0")
-    assert subscribe._for_people(binary.channel, binary)[9:] == "a\\u202eb: b'\\x00'"
+    assert subscribe.format_text(binary.channel, binary)[9:] == "a\\u202eb: b'\\x00'"
 
 
 def test_what_a_terminal_cannot_show():
