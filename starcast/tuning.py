@@ -75,7 +75,18 @@ class Tuning:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kind = int if field.type == "int" else (int, float)
-            is_number = isinstance(value, kind) and not isinstance(value, bool)
-            if not (is_number and 0 < value < math.inf):
-                raise ConfigurationError(f"{field.name} must be a number above 0, not {value!r}")
+            if field.type == "int" and isinstance(value, float):
+                raise ConfigurationError(f"{field.name} must be an integer, not {value!r}")
+            check_positive(field.name, value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return a number of seconds or bytes if it is valid.
+
+    Raises:
+        ConfigurationError: It is not a finite number above 0.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf):
+        raise ConfigurationError(f"{name} must be a number above 0, not {value!r}")
+    return value

@@ -30,23 +30,21 @@ class AllChannels:
     Attributes that are not defined here are those of the wrapped backend.
 
     Args:
-        backend: The backend to wrap. It needs `subscribe_all`.
-
-    Raises:
-        ConfigurationError: It does not have that.
+        backend: The backend to wrap.
     """
 
     def __init__(self, backend: Backend) -> None:
-        if not hasattr(backend, "subscribe_all"):
-            raise ConfigurationError(
-                "a * stands for any characters, and this broker has no patterns: name the channels"
-            )
         self._backend = backend
         self._connection: Any = None
         self._names: set[str] = set()  # the channels subscribed to by name
         self._all = ""  # the full name of `ALL`, once it is subscribed to
 
     async def connect(self, deliver: Deliver, lost: Lost) -> AllChannels:
+        """Connect.
+
+        Raises:
+            ConfigurationError: The broker has no patterns: the connection has no `subscribe_all`.
+        """
         self._names.clear()
         self._all = ""
 
@@ -57,6 +55,11 @@ class AllChannels:
                 deliver(self._all, _wrap(channel.partition(":")[2], payload))
 
         self._connection = await self._backend.connect(deliver_named, lost)
+        if not hasattr(self._connection, "subscribe_all"):
+            await self._connection.close()
+            raise ConfigurationError(
+                "a * stands for any characters, and this broker has no patterns: name the channels"
+            )
         return self
 
     async def subscribe(self, channel: str) -> None:

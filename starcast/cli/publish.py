@@ -7,9 +7,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ..backends import Backend
+from ..backends import Backend, BrokerConnection
+from ..backends.base import Deliver, Lost
 from ..codec import Encoding
 from ..exceptions import ConfigurationError
 from ..logs import escape
@@ -57,13 +58,29 @@ def _read_bytes(file: str | None, argument: str) -> bytes:
     return sys.stdin.buffer.read()
 
 
+class _KeepConnection:
+    """A backend whose connection can be asked how many processes received a message."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.connection: BrokerConnection | None = None
+
+    async def connect(self, deliver: Deliver, lost: Lost) -> BrokerConnection:
+        self.connection = await self._backend.connect(deliver, lost)
+        return self.connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
 async def publish(
     backend: Backend, name: str, channel: str, message: Any, encoding: Encoding | None, quiet: bool
 ) -> None:
     """Publish a message and, unless `quiet`, print what was published and who subscribes to it."""
-    async with open_hub(backend, name) as hub:
+    kept = _KeepConnection(backend)
+    async with open_hub(cast(Backend, kept), name) as hub:
         await hub.publish(channel, message, encoding=encoding)
-        receivers: int | None = getattr(backend, "receivers", None)
+        receivers: int | None = getattr(kept.connection, "receivers", None)
     if quiet:
         return
     if encoding == "json":
