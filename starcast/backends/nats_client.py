@@ -1,4 +1,4 @@
-"""What stands in for parts of nats-py: the transport, where messages go, what was refused."""
+"""Replacements for parts of nats-py: the client, its transport, and where messages go."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ..exceptions import BackendUnavailable
 from ..sync.deadline import Deadline
 from .base import MessagesRefused
 
-# What a server says, in lower case, when it refuses something and keeps the connection.
+# The messages, in lower case, with which a server refuses something and keeps the connection.
 _SURVIVED = ("permissions violation", "maximum subscriptions exceeded")
 
 _REFUSED = re.compile(r'(?:Publish|Subscription) to ("(?:[^"\\]|\\.)*")(?: \(sid "(\d+)"\))?')
 
 
 class RefusalClient(Client):
-    """The client, with those errors of the server that a connection survives.
+    """A client that reports the errors of a server which do not end the connection.
 
-    nats-py tells of those in lower case, in which two subjects may be the same, and takes most of
-    them for the end of the connection.
+    nats-py reports these in lower case, in which two subjects may be equal, and takes most of them
+    for the end of the connection.
 
     Args:
-        refused: Called with what the server says, in the turn in which it was read.
+        refused: Called with the server's message as soon as it has been read.
     """
 
     def __init__(self, refused: Callable[[str], Awaitable[None]]) -> None:
@@ -48,19 +48,19 @@ class RefusalClient(Client):
             await super()._process_err(err_msg)
 
 
-class Sink(asyncio.Future[Msg]):
-    """Takes every message of one subscription, in the turn in which it was read."""
+class Callback(asyncio.Future[Msg]):
+    """Calls a function with every message of one subscription, as soon as it has been read."""
 
-    def __init__(self, take: Callable[[Msg], None]) -> None:
+    def __init__(self, receive: Callable[[Msg], None]) -> None:
         super().__init__()
-        self._take = take
+        self._receive = receive
 
     def set_result(self, result: Msg, /) -> None:
-        self._take(result)
+        self._receive(result)
 
 
-class Wire(TcpTransport):
-    """The transport of nats-py, made to end at once and to insist on TLS for `tls://`."""
+class Transport(TcpTransport):
+    """The transport of nats-py, which closes at once and insists on TLS for `tls://`."""
 
     _plain = False  # tls:// was asked for, and there is no TLS yet
     _login = b""
@@ -80,8 +80,8 @@ class Wire(TcpTransport):
         buffer_size: int,
         connect_timeout: int,
     ) -> None:
-        # nats-py's own leaves the streams not knowing of TLS: asyncio logs a warning at the end,
-        # and a reader that is full stops nobody.
+        # nats-py's own does not tell the streams of TLS: asyncio logs a warning at the end, and a
+        # reader that is full does not pause the socket.
         assert self._io_writer is not None
         host = uri if isinstance(uri, str) else uri.hostname
         async with Deadline(connect_timeout):
@@ -92,8 +92,8 @@ class Wire(TcpTransport):
         if self._plain:  # this would be the password; nats-py would send it
             raise nats.errors.SecureConnWantedError
         if payload.startswith(b"CONNECT "):
-            # It goes with the PING that follows. A server that refuses the login and then finds a
-            # PING unread resets the connection, and its reason may be lost.
+            # Send it together with the PING that follows. A server that refuses the login while a
+            # PING is unread resets the connection, and its reason may be lost.
             self._login = payload
             return
         self.writelines([self._login, payload])
@@ -101,9 +101,10 @@ class Wire(TcpTransport):
 
     def writelines(self, payload: list[bytes]) -> None:
         assert self._io_writer is not None
-        # On uvloop an error, which would break nats-py's closing. The task that reads sees the end.
+        # On uvloop this would be an error that breaks nats-py's closing. The task that reads
+        # notices that the connection has ended.
         if not self._io_writer.transport.is_closing():
-            # Not `writelines`: in some versions of Python 3.12 and 3.13 nothing bounds its buffer.
+            # Not `writelines`, whose buffer has no bound in some versions of Python 3.12 and 3.13.
             super().write(b"".join(payload))
 
     async def read(self, buffer_size: int) -> bytes:
@@ -116,17 +117,17 @@ class Wire(TcpTransport):
             await super().drain()
 
     def close(self) -> None:
-        # An orderly close waits for a broker that may be frozen, with TLS for 30 seconds.
+        # An orderly close waits for a server that may be frozen, with TLS for 30 seconds.
         if self._io_writer is not None:
             self._io_writer.transport.abort()
 
 
-def refused_subject(said: str) -> tuple[str, int | None]:
-    """Return the subject that a server refuses; empty if it does not say which.
+def refused_subject(error: str) -> tuple[str, int | None]:
+    """Return the subject that a server refuses, or an empty one if its message names none.
 
-    With it comes the number of the subscription, if it had been granted and is taken away.
+    The second value is the number of the subscription if the server takes it away again.
     """
-    found = _REFUSED.search(said)
+    found = _REFUSED.search(error)
     if found is None:
         return "", None
     return json.loads(found[1]), int(found[2]) if found[2] else None
@@ -136,13 +137,13 @@ def refusal(name: str, refused: dict[str, str], subjects: Sequence[str]) -> Back
     """Return the error of a call that was refused, or of some of its messages.
 
     Args:
-        name: The server's.
-        refused: What it said, by subject.
-        subjects: Those of the messages.
+        name: What errors call the servers.
+        refused: By subject, the server's message.
+        subjects: The subjects of the call's messages.
     """
     message = f"{name}: {next(iter(refused.values()))}"
     if not refused.keys() <= set(subjects):
-        return BackendUnavailable(message)  # a subscription, or it does not say which
-    # All that went to such a subject, even if it was refused only from some moment on.
+        return BackendUnavailable(message)  # a subscription, or no subject was named
+    # All messages to such a subject, even if the first ones may have been accepted.
     places = [place for place, subject in enumerate(subjects) if subject in refused]
     return MessagesRefused(message, {at: f"{name}: {refused[subjects[at]]}" for at in places})

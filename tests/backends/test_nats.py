@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import socket
 import ssl
 import time
@@ -18,9 +19,9 @@ import trustme
 
 from backends.nats_server import Flood, NatsServer
 from starcast import Broadcast
-from starcast.backends import nats as module
 from starcast.backends.base import MessagesRefused, SubscriptionRevoked
 from starcast.backends.nats import NatsBackend
+from starcast.backends.nats_names import read
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from support import free_port, starcast_tasks, until
 
@@ -62,7 +63,7 @@ def own_server():
 
 
 class Inbox:
-    """Takes what a backend says."""
+    """Records what a backend's connection delivers and reports; one connection at a time."""
 
     def __init__(self):
         self.got = []
@@ -72,23 +73,26 @@ class Inbox:
         self.got.append((channel, payload))
 
     async def start(self, backend):
-        await backend.start(self.deliver, self.lost.append)
+        self.connection = await backend.connect(self.deliver, self.lost.append)
         return self
+
+    async def stop(self):
+        await self.connection.close()
 
 
 @pytest.fixture
 async def connect(server, anyio_backend):
-    """`backend, inbox = await connect()`, stopped at the end."""
-    backends = []
+    """`connection, inbox = await connect()`, closed at the end."""
+    inboxes = []
 
     async def make(url=None, **options):
-        backend = NatsBackend(url or server.url, **options)
-        backends.append(backend)
-        return backend, await Inbox().start(backend)
+        inbox = await Inbox().start(NatsBackend(url or server.url, **options))
+        inboxes.append(inbox)
+        return inbox.connection, inbox
 
     yield make
-    for backend in backends:
-        await backend.stop()
+    for inbox in inboxes:
+        await inbox.stop()
 
 
 def sockets():
@@ -135,9 +139,6 @@ async def refused(backend, *secrets):
     assert not any(secret in texts for secret in secrets), texts
     assert "127.0.0.1" in str(raised.value) or ".invalid" in str(raised.value)
     assert inbox.lost == []
-    with pytest.raises(BackendUnavailable, match="not connected"):
-        await backend.subscribe("x")
-    await backend.stop()
     return str(raised.value)
 
 
@@ -158,12 +159,12 @@ async def test_round_trip(connect):
 
 
 async def test_the_sender_gets_it_too(connect):
-    backend, inbox = await connect()
-    await backend.subscribe("room")
-    await backend.publish([("room", b"1")])
+    connection, inbox = await connect()
+    await connection.subscribe("room")
+    await connection.publish([("room", b"1")])
     # The answer to the publish is behind the message itself.
     assert inbox.got == [("room", b"1")]
-    await backend.publish([])
+    await connection.publish([])
 
 
 async def test_order_across_channels(connect):
@@ -178,9 +179,8 @@ async def test_order_across_channels(connect):
     assert inbox.got == messages
 
 
-async def test_what_arrives_together_is_delivered_in_one_turn(connect):
+async def test_what_arrives_together_is_delivered_in_one_turn(server, connect):
     sender, _ = await connect()
-    receiver = NatsBackend(sender._servers[0])
     turns, turn = [], 0
 
     async def count():
@@ -189,7 +189,9 @@ async def test_what_arrives_together_is_delivered_in_one_turn(connect):
             turn += 1
             await asyncio.sleep(0)
 
-    await receiver.start(lambda channel, payload: turns.append(turn), lambda error: None)
+    receiver = await NatsBackend(server.url).connect(
+        lambda channel, payload: turns.append(turn), lambda error: None
+    )
     for channel in "ab":
         await receiver.subscribe(channel)
     counter = asyncio.create_task(count())
@@ -199,7 +201,7 @@ async def test_what_arrives_together_is_delivered_in_one_turn(connect):
         assert len(set(turns)) < 20
     finally:
         counter.cancel()
-        await receiver.stop()
+        await receiver.close()
 
 
 async def test_channels_are_apart(connect):
@@ -215,38 +217,37 @@ async def test_channels_are_apart(connect):
 
 
 async def test_the_longest_prefix_and_channel(connect):
-    backend, inbox = await connect(prefix="p" * 200)
+    connection, inbox = await connect(prefix="p" * 200)
     channel = "n" * 64 + ":" + "\N{GRINNING FACE}" * 200
-    await backend.subscribe(channel)
-    await backend.publish([(channel, b"x")])
+    await connection.subscribe(channel)
+    await connection.publish([(channel, b"x")])
     assert inbox.got == [(channel, b"x")]
 
 
 async def test_prefixes_are_apart(connect):
     subscribed = []
     for prefix in ["starcast:", "", "a.b.", "starcast", "app/1,"]:
-        backend, inbox = await connect(prefix=prefix)
-        await backend.subscribe("room")
-        subscribed.append((backend, inbox, prefix.encode()))
-    for backend, _, prefix in subscribed:
-        await backend.publish([("room", prefix)])
-    for backend, inbox, prefix in subscribed:
-        await backend.publish([("room", b"end")])
+        connection, inbox = await connect(prefix=prefix)
+        await connection.subscribe("room")
+        subscribed.append((connection, inbox, prefix.encode()))
+    for connection, _, prefix in subscribed:
+        await connection.publish([("room", prefix)])
+    for connection, inbox, prefix in subscribed:
+        await connection.publish([("room", b"end")])
         assert inbox.got == [("room", prefix), ("room", b"end")]
 
 
 async def test_unsubscribe(connect):
-    backend, inbox = await connect()
-    await backend.subscribe("a")
-    await backend.subscribe("b")
-    await backend.unsubscribe("a")
-    await backend.unsubscribe("never")
-    await backend.publish([("a", b"1"), ("b", b"2")])
+    connection, inbox = await connect()
+    await connection.subscribe("a")
+    await connection.subscribe("b")
+    await connection.unsubscribe("a")
+    await connection.unsubscribe("never")
+    await connection.publish([("a", b"1"), ("b", b"2")])
     assert inbox.got == [("b", b"2")]
-    await backend.subscribe("a")
-    await backend.publish([("a", b"3")])
+    await connection.subscribe("a")
+    await connection.publish([("a", b"3")])
     assert inbox.got == [("b", b"2"), ("a", b"3")]
-    assert len(backend._session.client._subs) == 3  # these and the one for answers
 
 
 async def test_many_subscribe_at_once(connect):
@@ -270,9 +271,9 @@ async def test_many_subscribe_at_once(connect):
 
 
 async def test_foreign_programs(server, connect):
-    backend, inbox = await connect()
-    await backend.subscribe("room 1.b")
-    await backend.subscribe("lobby")
+    connection, inbox = await connect()
+    await connection.subscribe("room 1.b")
+    await connection.subscribe("lobby")
     client = await nats.connect(server.url)
     try:
         heard = await client.subscribe("starcast:lobby")
@@ -284,7 +285,7 @@ async def test_foreign_programs(server, connect):
         await until(lambda: len(inbox.got) == 2)
         assert inbox.got == [("room 1.b", b"\xfe not text"), ("lobby", b"hello")]
         assert (await heard.next_msg()).data == b"hello"
-        await backend.publish([("lobby", b"answer")])
+        await connection.publish([("lobby", b"answer")])
         assert (await heard.next_msg()).data == b"answer"
     finally:
         await client.close()
@@ -330,23 +331,29 @@ async def test_a_user_with_the_rights_of_one_hub(own_server):
     backend = NatsBackend(url, prefix="app.")
     inbox = await Inbox().start(backend)
     with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
-        await backend.subscribe("staff:news")
+        await inbox.connection.subscribe("staff:news")
     with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
-        await backend.publish([("staff:news", b"x")])
+        await inbox.connection.publish([("staff:news", b"x")])
     assert inbox.got == []
-    await backend.stop()
+    await inbox.stop()
 
 
 async def test_answers_that_nobody_waits_for(server, connect):
-    backend, _ = await connect()
+    connection, inbox = await connect()
     client = await nats.connect(server.url)
     try:
+        heard = await client.subscribe(">")
+        await client.flush()
+        await connection.publish([])
+        subject = (await heard.next_msg()).subject
+        assert subject.startswith("starcast:%-")
         for payload in [b"", b"0", b"1000000", b"\xff"]:
-            await client.publish(backend._session._inbox, payload)
+            await client.publish(subject, payload)
         await client.flush()
     finally:
         await client.close()
-    await backend.publish([("x", b"y")])
+    await connection.publish([("x", b"y")])
+    assert inbox.lost == []
 
 
 # Limits
@@ -356,14 +363,14 @@ async def test_a_payload_that_is_too_large(own_server):
     server = own_server("max_payload: 1000")
     backend = NatsBackend(server.url)
     inbox = await Inbox().start(backend)
-    assert backend.max_payload == 1000
-    await backend.subscribe("room")
+    assert inbox.connection.max_payload == 1000
+    await inbox.connection.subscribe("room")
     with pytest.raises(PayloadTooLarge, match=r"1001 bytes .* 1000 .* 127\.0\.0\.1"):
-        await backend.publish([("room", b"fits"), ("room", b"x" * 1001)])
-    await backend.publish([("room", b"x" * 1000)])
+        await inbox.connection.publish([("room", b"fits"), ("room", b"x" * 1001)])
+    await inbox.connection.publish([("room", b"x" * 1000)])
     assert inbox.got == [("room", b"x" * 1000)]
     assert inbox.lost == []
-    await backend.stop()
+    await inbox.stop()
 
 
 async def test_permissions(own_server):
@@ -374,16 +381,17 @@ async def test_permissions(own_server):
     backend = NatsBackend(server.url.replace("//", "//u:p@"))
     inbox = await Inbox().start(backend)
     results = await asyncio.gather(
-        *(backend.subscribe(channel) for channel in ["a", "deaf", "b"]), return_exceptions=True
+        *(inbox.connection.subscribe(channel) for channel in ["a", "deaf", "b"]),
+        return_exceptions=True,
     )
     assert [type(result) for result in results] == [type(None), BackendUnavailable, type(None)]
     assert 'Subscription to "starcast:deaf"' in str(results[1])
     with pytest.raises(BackendUnavailable, match='Publish to "starcast:mute"'):
-        await backend.publish([("mute", b"x"), ("a", b"1")])
-    await backend.publish([("b", b"2")])
+        await inbox.connection.publish([("mute", b"x"), ("a", b"1")])
+    await inbox.connection.publish([("b", b"2")])
     assert inbox.got == [("a", b"1"), ("b", b"2")]
     assert inbox.lost == []
-    await backend.stop()
+    await inbox.stop()
 
 
 async def test_subjects_that_differ_only_in_case(own_server):
@@ -394,29 +402,51 @@ async def test_subjects_that_differ_only_in_case(own_server):
     )
     backend = NatsBackend(server.url.replace("//", "//u:p@"), prefix='A"\\')
     inbox = await Inbox().start(backend)
-    await backend.subscribe("Room")
+    await inbox.connection.subscribe("Room")
     with pytest.raises(MessagesRefused) as raised:
-        await backend.publish([(name, b"x") for name in ("Room", "room", "Room", "room")])
+        await inbox.connection.publish([(name, b"x") for name in ("Room", "room", "Room", "room")])
     assert raised.value.reasons.keys() == {1, 3}
     assert all('to "A\\"\\\\room"' in why for why in raised.value.reasons.values())
     assert inbox.got == [("Room", b"x")] * 2
-    await backend.stop()
+    await inbox.stop()
 
 
-async def test_a_subscription_that_is_taken_away_as_it_is_granted(connect):
-    backend, inbox = await connect()
-    subscribing = asyncio.create_task(backend.subscribe("room"))
-    session = backend._session
-    while not session._channels:  # noqa: ASYNC110  # not a turn more than it takes
-        await asyncio.sleep(0)
-    (number,) = session._channels
-    said = f'Permissions Violation for Subscription to "starcast:room" (sid "{number}")'
-    for _ in range(2):  # of what is not there any more it is told in vain
-        await session._on_refused(said)
-    with pytest.raises(BackendUnavailable, match="taken away at once"):
-        await subscribing
-    assert [(type(error), error.channel) for error in inbox.lost] == [(SubscriptionRevoked, "room")]
-    assert not session._channels
+@contextlib.asynccontextmanager
+async def revoking(port):
+    """Yield the port of a proxy that tells a client twice that its subscription is refused."""
+    tasks = set()
+
+    async def relay(reader, writer, replies=None):
+        while data := await reader.read(2**16):
+            if found := re.search(rb"SUB (starcast:room) +(\d+)\r\n", data):
+                said = '-ERR \'Permissions Violation for Subscription to "%s" (sid "%s")\'\r\n'
+                replies.write(2 * (said % (found[1].decode(), found[2].decode())).encode())
+            writer.write(data)
+        writer.transport.abort()
+
+    async def accept(reader, writer):
+        tasks.add(asyncio.current_task())
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(OSError):
+            await asyncio.gather(relay(reader, back, replies=writer), relay(there, writer))
+
+    proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
+    yield proxy.sockets[0].getsockname()[1]
+    proxy.close()
+    await asyncio.wait(tasks)
+
+
+async def test_a_subscription_that_is_taken_away_as_it_is_granted(server):
+    async with revoking(server.port) as port:
+        inbox = await Inbox().start(NatsBackend(f"nats://127.0.0.1:{port}"))
+        with pytest.raises(BackendUnavailable, match="taken away at once"):
+            await inbox.connection.subscribe("room")
+        revoked = [(type(error), error.channel) for error in inbox.lost]
+        assert revoked == [(SubscriptionRevoked, "room")]
+        await inbox.connection.subscribe("another")
+        await inbox.connection.publish([("room", b"1"), ("another", b"2")])
+        assert inbox.got == [("another", b"2")]
+        await inbox.stop()
 
 
 async def test_a_password_that_is_changed_ends_the_connection(own_server):
@@ -427,23 +457,22 @@ async def test_a_password_that_is_changed_ends_the_connection(own_server):
     server.reload(config.format("q"))
     await until(lambda: inbox.lost)
     assert "authorization failed" in str(inbox.lost[0])
-    await backend.stop()
+    await inbox.stop()
 
 
-async def test_no_permission_for_answers(own_server, monkeypatch):
+async def test_no_permission_for_answers(own_server):
     server = own_server(
         """authorization: {users: [{user: u, password: p,
             permissions: {publish: "a", subscribe: "a"}}]}"""
     )
-    monkeypatch.setattr(module, "START_TIMEOUT", 0.5)
-    text = await refused(NatsBackend(server.url.replace("//", "//u:p@")))
+    text = await refused(NatsBackend(server.url.replace("//", "//u:p@"), connect_timeout=0.5))
     assert "Permissions Violation" in text
 
 
 async def test_a_slow_loop_loses_nothing_that_the_server_has_sent(server, connect):
     """nats-py drops messages when a queue of its own is full. There is none."""
-    backend, inbox = await connect()
-    await backend.subscribe("room")
+    connection, inbox = await connect()
+    await connection.subscribe("room")
     flood = Flood(server.port, b"starcast:room", b"x" * 1000, 20_000)
     flood.start()
     await until(lambda: inbox.got)
@@ -457,24 +486,29 @@ async def test_a_loop_so_slow_that_the_server_gives_up(own_server):
     server = own_server('max_payload: 65536\nmax_pending: 65536\nwrite_deadline: "200ms"')
     backend = NatsBackend(server.url)
     inbox = await Inbox().start(backend)
-    await backend.subscribe("room")
+    await inbox.connection.subscribe("room")
     flood = Flood(server.port, b"starcast:room", b"x" * 60_000, 2_000)
     flood.start()
     flood.join()  # meanwhile the loop reads nothing
     await until(lambda: inbox.lost)
     assert len(inbox.got) < 2_000
     assert len(inbox.lost) == 1
-    await backend.stop()
+    await inbox.stop()
 
 
 # Outages
 
 
-async def pending_calls(backend):
+async def pending_calls(inbox):
     """A call of each kind, waiting for a broker that does not answer."""
-    calls = [backend.subscribe("c"), backend.unsubscribe("a"), backend.publish([("a", b"x")])]
+    calls = [
+        inbox.connection.subscribe("c"),
+        inbox.connection.unsubscribe("a"),
+        inbox.connection.publish([("a", b"x")]),
+    ]
     tasks = [asyncio.ensure_future(call) for call in calls]
-    await until(lambda: len(backend._session._waiters) == 3)
+    for _ in range(3):  # each task runs until it waits for an answer
+        await asyncio.sleep(0)
     return tasks
 
 
@@ -489,13 +523,13 @@ async def test_killed_while_calls_wait(own_server):
     server = own_server()
     backend = NatsBackend(server.url)
     inbox = await Inbox().start(backend)
-    await backend.subscribe("a")
+    await inbox.connection.subscribe("a")
     server.freeze()
-    tasks = await pending_calls(backend)
+    tasks = await pending_calls(inbox)
     server.kill()
     for _ in range(1000):  # nats-py has something to send in every turn, also when it closes
         with contextlib.suppress(BackendUnavailable):  # it is closed
-            tasks.append(backend.publish([("a", b"x")]))
+            tasks.append(inbox.connection.publish([("a", b"x")]))
         await asyncio.sleep(0)
     await until(lambda: inbox.lost)
     await all_raise(tasks, 10)
@@ -503,13 +537,13 @@ async def test_killed_while_calls_wait(own_server):
     assert isinstance(inbox.lost[0], BackendUnavailable)
     assert str(server.port) in str(inbox.lost[0])
     for call, argument in [
-        (backend.subscribe, "d"),
-        (backend.unsubscribe, "a"),
-        (backend.publish, [("a", b"")]),
+        (inbox.connection.subscribe, "d"),
+        (inbox.connection.unsubscribe, "a"),
+        (inbox.connection.publish, [("a", b"")]),
     ]:
         with pytest.raises(BackendUnavailable, match="not connected"):
             await call(argument)
-    await backend.stop()
+    await inbox.stop()
     assert len(inbox.lost) == 1
 
 
@@ -519,22 +553,22 @@ async def test_killed_under_load(own_server):
         server = own_server()
         backend = NatsBackend(server.url)
         inbox = await Inbox().start(backend)
-        await backend.subscribe("a")
+        await inbox.connection.subscribe("a")
 
-        async def load(backend=backend):
+        async def load(inbox=inbox):
             while True:
-                await backend.publish([("a", b"x" * 20_000)] * 20)
+                await inbox.connection.publish([("a", b"x" * 20_000)] * 20)
 
-        async def more(backend=backend):
+        async def more(inbox=inbox):
             for number in range(10**9):
-                await backend.subscribe(str(number))
+                await inbox.connection.subscribe(str(number))
 
         tasks = [asyncio.create_task(load()), asyncio.create_task(more())]
         await until(lambda inbox=inbox, round=round: len(inbox.got) > 50 + 37 * round)
         server.kill()
         await until(lambda inbox=inbox: inbox.lost)
         await all_raise(tasks, 10)
-        await backend.stop()
+        await inbox.stop()
         assert len(inbox.lost) == 1
         gc.collect()
 
@@ -544,17 +578,17 @@ async def test_shut_down_and_started_again(own_server):
     backend = NatsBackend(server.url)
     inbox = await Inbox().start(backend)
     for restart in range(1, 4):
-        await backend.subscribe("a")
-        await backend.publish([("a", b"x")])
+        await inbox.connection.subscribe("a")
+        await inbox.connection.publish([("a", b"x")])
         assert len(inbox.got) == restart
         server.stop()
         await until(lambda restart=restart: len(inbox.lost) == restart)
-        await backend.stop()
+        await inbox.stop()
         await refused(backend)
         server.start()
         await inbox.start(backend)
-    await backend.stop()
-    await backend.stop()
+    await inbox.stop()
+    await inbox.stop()
     assert len(inbox.lost) == 3
 
 
@@ -562,13 +596,13 @@ async def test_frozen(own_server):
     server = own_server()
     backend = NatsBackend(server.url)
     inbox = await Inbox().start(backend)
-    await backend.subscribe("a")
+    await inbox.connection.subscribe("a")
     server.freeze()
-    tasks = await pending_calls(backend)
+    tasks = await pending_calls(inbox)
     cancelled = tasks.pop()
     cancelled.cancel()
     start = time.monotonic()
-    await backend.stop()
+    await inbox.stop()
     assert time.monotonic() - start < 4
     await all_raise(tasks, 4)
     assert cancelled.cancelled()
@@ -578,54 +612,27 @@ async def test_frozen(own_server):
 
 async def test_frozen_with_a_full_socket(own_server):
     server = own_server()
-    backend = NatsBackend(server.url)
-    await Inbox().start(backend)
+    inbox = await Inbox().start(NatsBackend(server.url))
     server.freeze()
-    batch = [("a", b"x" * 1_000_000)] * 9
-    publishes = []
-    with pytest.raises(BackendUnavailable, match="does not take what is sent"):  # noqa: PT012  # the last of a loop
-        for _ in range(10):
-            publishes.append(backend.publish(batch))
+    publishing = inbox.connection.publish([("a", b"x" * 1_000_000)] * 20)
+    subscribing = asyncio.create_task(inbox.connection.subscribe("a"))
+    await asyncio.sleep(0)
     start = time.monotonic()
-    await backend.stop()
+    await inbox.stop()
     assert time.monotonic() - start < 4
-    await all_raise(publishes, 4)
+    await all_raise([publishing, subscribing], 4)
 
 
-async def test_no_answer(own_server, monkeypatch):
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.2)
+async def test_closed_while_it_ends_by_itself(own_server):
     server = own_server()
-    backend = NatsBackend(server.url)
-    inbox = await Inbox().start(backend)
-    server.freeze()
-    with pytest.raises(BackendUnavailable, match=r"no answer within 0\.2 seconds"):
-        await backend.subscribe("a")
-    server.thaw()
-    # The answer that came too late is no harm.
-    await until(lambda: not backend._session.unsent)
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 10.0)
-    await backend.subscribe("a")
-    await backend.publish([("a", b"x")])
-    assert inbox.got == [("a", b"x")]
-    assert inbox.lost == []
-    await backend.stop()
-
-
-async def test_stopped_while_it_ends_by_itself(own_server):
-    server = own_server()
-    for turns in range(10):
-        backend = NatsBackend(server.url)
-        inbox = await Inbox().start(backend)
+    for turns in range(30):
+        inbox = await Inbox().start(NatsBackend(server.url))
         server.kill()
-        session = backend._session
-        while not session.client._transport.at_eof():  # noqa: ASYNC110  # to the very turn of the loop
-            await asyncio.sleep(0)
         for _ in range(turns):
             await asyncio.sleep(0)
-        told = len(inbox.lost)
-        await backend.stop()
-        assert len(inbox.lost) == told
-        assert session.client.is_closed
+        reported = len(inbox.lost)
+        await inbox.stop()
+        assert len(inbox.lost) == reported
         assert not tasks()
         server.start()
 
@@ -640,9 +647,9 @@ async def test_wrong_credentials(own_server):
     text = await refused(NatsBackend(right.replace("%25", "SECRET")), "SECRET", "me%40x", "me@x")
     assert "authorization violation" in text.lower()
     backend = NatsBackend(right)
-    await Inbox().start(backend)
-    await backend.stop()
-    assert "p:/@" not in repr(vars(backend)["_name"])
+    inbox = await Inbox().start(backend)
+    await inbox.stop()
+    assert "p:/@" not in backend.address
 
 
 @pytest.mark.parametrize("by", ["url", "option"])
@@ -653,8 +660,8 @@ async def test_a_token(own_server, by):
         backend = NatsBackend(server.url.replace("//", "//s3cr%25t@"))
     else:
         backend = NatsBackend(server.url, token="s3cr%t")
-    await Inbox().start(backend)
-    await backend.stop()
+    inbox = await Inbox().start(backend)
+    await inbox.stop()
 
 
 async def test_refused_and_unknown():
@@ -670,9 +677,9 @@ async def test_refused_and_unknown():
 async def test_several_servers(server, connect):
     url = f"nats://127.0.0.1:{free_port()},127.0.0.1:{server.port}"
     for _ in range(5):  # in any order
-        backend, inbox = await connect(url)
-        await backend.subscribe("a")
-        await backend.publish([("a", b"x")])
+        connection, inbox = await connect(url)
+        await connection.subscribe("a")
+        await connection.publish([("a", b"x")])
         assert inbox.got == [("a", b"x")]
 
 
@@ -700,26 +707,11 @@ async def test_something_else_listens_there(says, expected):
     await listener.wait_closed()
 
 
-async def test_nobody_answers_there(monkeypatch):
-    monkeypatch.setattr(module, "START_TIMEOUT", 0.5)
+async def test_nobody_answers_there():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert "no answer in time" in await refused(NatsBackend(f"nats://127.0.0.1:{port}"))
-
-
-async def test_stopped_while_it_starts(server):
-    for turns in range(1, 100, 3):
-        backend, inbox = NatsBackend(server.url), Inbox()
-        start = asyncio.create_task(inbox.start(backend))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        await backend.stop()
-        with contextlib.suppress(BackendUnavailable):
-            await start  # it had started before
-        with pytest.raises(BackendUnavailable, match="not connected"):
-            await backend.publish([])
-        await backend.stop()
-        assert inbox.lost == []
+        backend = NatsBackend(f"nats://127.0.0.1:{port}", connect_timeout=0.5)
+        assert "no answer in time" in await refused(backend)
 
 
 # TLS
@@ -751,20 +743,20 @@ async def test_tls(tls_server, trusting, scheme, caplog):
     url = tls_server.url.replace("tls://", f"{scheme}://u:p@")
     backend = NatsBackend(url, tls=trusting)
     inbox = await Inbox().start(backend)
-    await backend.subscribe("a")
-    await backend.publish([("a", b"x" * 1_000_000)])
+    await inbox.connection.subscribe("a")
+    await inbox.connection.publish([("a", b"x" * 1_000_000)])
     assert inbox.got == [("a", b"x" * 1_000_000)]
-    await backend.stop()
+    await inbox.stop()
     await inbox.start(backend)
     tls_server.freeze()
     start = time.monotonic()
-    await backend.stop()
+    await inbox.stop()
     assert time.monotonic() - start < 4
     tls_server.thaw()
     await inbox.start(backend)
     tls_server.stop()
     await until(lambda: inbox.lost)
-    await backend.stop()
+    await inbox.stop()
     assert len(inbox.lost) == 1
     assert not caplog.records
 
@@ -811,24 +803,24 @@ def cancelled_at(number, when, coroutine, cancelled):
 
 
 async def starting(backend, inbox):
-    await backend.stop()
+    await inbox.stop()
     await inbox.start(backend)
 
 
 async def subscribing(backend, inbox):
-    await backend.subscribe("b")
+    await inbox.connection.subscribe("b")
 
 
 async def unsubscribing(backend, inbox):
-    await backend.unsubscribe("a")
+    await inbox.connection.unsubscribe("a")
 
 
 async def publishing(backend, inbox):
-    await backend.publish([("c", b"1"), ("c", b"2")])
+    await inbox.connection.publish([("c", b"1"), ("c", b"2")])
 
 
 async def stopping(backend, inbox):
-    await backend.stop()
+    await inbox.stop()
 
 
 @pytest.mark.parametrize("when", ["waiting", "done"])
@@ -838,7 +830,7 @@ async def test_cancelled_at_every_await(server, call, when, monkeypatch):
     for number in range(1000):
         backend = NatsBackend(server.url)
         inbox = await Inbox().start(backend)
-        await backend.subscribe("a")
+        await inbox.connection.subscribe("a")
 
         cancelled = []
 
@@ -853,24 +845,14 @@ async def test_cancelled_at_every_await(server, call, when, monkeypatch):
             if task.cancelled():
                 await until(lambda: sockets() <= open_before)
                 assert not tasks()
-            await backend.stop()
+            await inbox.stop()
             await inbox.start(backend)
-        else:
-            session = backend._session
-            assert not session._waiters
-            subscribed = {"a", "b"} if call is subscribing else {"a"}
-            if task.cancelled() and call is subscribing:
-                subscribed = {"a"}
-            if call is unsubscribing:
-                subscribed = set()
-            assert session._subscriptions.keys() == subscribed
-            assert len(session.client._subs) == 1 + len(subscribed)
-        await backend.publish([("b", b"b")])
-        await backend.subscribe("d")
-        await backend.publish([("d", b"d")])
+        await inbox.connection.publish([("b", b"b")])
+        await inbox.connection.subscribe("d")
+        await inbox.connection.publish([("d", b"d")])
         assert inbox.got[-1] == ("d", b"d")
         assert (("b", b"b") in inbox.got) == (call is subscribing and not task.cancelled())
-        await backend.stop()
+        await inbox.stop()
         assert inbox.lost == []
         if not task.cancelled():
             break
@@ -895,10 +877,6 @@ def test_urls_that_make_no_sense(url):
 
 
 def test_urls():
-    def read(url):
-        backend = NatsBackend(url)
-        return backend._servers, backend._options
-
     assert read("nats://h") == (["nats://h:4222"], {})
     assert read("tls://[::1]:1/") == (["tls://[::1]:1"], {})
     assert read("nats://:p@h") == (["nats://h:4222"], {"user": "", "password": "p"})
@@ -913,6 +891,12 @@ def test_urls():
 def test_prefixes_that_make_no_sense(prefix):
     with pytest.raises(ConfigurationError, match="prefix"):
         NatsBackend("nats://h", prefix=prefix)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), "5", None])
+def test_a_timeout_that_makes_no_sense(seconds):
+    with pytest.raises(ConfigurationError, match="connect_timeout must be a number above 0"):
+        NatsBackend("nats://h", connect_timeout=seconds)
 
 
 def test_options_that_are_not_the_users():
