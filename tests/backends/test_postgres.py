@@ -11,18 +11,20 @@ import os
 import ssl
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import asyncpg
 import pytest
 import trustme
 
-from backends.front import front
+from backends.front import SlowLine, front
 from backends.postgres_server import PASSWORD, QUOTED, USER, PostgresServer
-from starcast.backends import postgres
 from starcast.backends.base import MessagesRefused
-from starcast.backends.postgres import MAX_NOTIFY, MAX_PAYLOAD, PIECE_SIZE, PostgresBackend
+from starcast.backends.postgres import PostgresBackend
+from starcast.backends.postgres_connection import PostgresConnection
+from starcast.backends.postgres_messages import MAX_NOTIFY, MAX_PAYLOAD, PIECE_SIZE
+from starcast.backends.postgres_url import Server
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from support import DEADLINE, starcast_tasks, until
 
@@ -47,18 +49,21 @@ def server(one_server) -> Iterator[PostgresServer]:
 
 
 class Box:
-    """A backend, what it delivered, and how often it was lost."""
+    """A backend, its connection, and what that delivered and reported."""
 
     def __init__(self, url: str, **options: Any) -> None:
         self.backend = PostgresBackend(url, **options)
         self.got: list[tuple[str, bytes]] = []
         self.lost: list[Exception] = []
+        self.connection: PostgresConnection | None = None
 
-    async def start(self, *channels: str) -> PostgresBackend:
-        await self.backend.start(lambda *message: self.got.append(message), self.lost.append)
+    async def start(self, *channels: str) -> PostgresConnection:
+        self.connection = await self.backend.connect(
+            lambda *message: self.got.append(message), self.lost.append
+        )
         for channel in channels:
-            await self.backend.subscribe(channel)
-        return self.backend
+            await self.connection.subscribe(channel)
+        return self.connection
 
     async def expect(self, *messages: tuple[str, bytes]) -> None:
         await until(lambda: len(self.got) >= len(messages))
@@ -69,7 +74,8 @@ class Box:
 async def box(server):
     box = Box(server.url)
     yield box
-    await box.backend.stop()
+    if box.connection is not None:
+        await box.connection.close()
     assert not starcast_tasks()
 
 
@@ -132,73 +138,73 @@ PAYLOADS = {
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
 async def test_a_message_arrives_as_it_was(box, payload):
-    backend = await box.start("room")
-    await backend.publish([("room", payload), ("room", b"after")])
+    connection = await box.start("room")
+    await connection.publish([("room", payload), ("room", b"after")])
     await box.expect(("room", payload), ("room", b"after"))
 
 
-async def test_a_later_transaction_of_a_batch_is_refused(box, monkeypatch):
+async def test_a_later_transaction_of_a_batch_is_refused(box):
     """What was committed before counts as delivered, and nothing if it is the first one."""
-    monkeypatch.setattr(postgres, "MAX_BATCH", 2)
-    backend = await box.start("a", "b")
+    connection = await box.start("a", "b")
     bad = ("\0", b"4")  # no name of PostgreSQL has that
+    one, two, three = (digit * 600_000 for digit in (b"1", b"2", b"3"))  # a transaction each
     with pytest.raises(MessagesRefused, match="invalid byte sequence") as raised:
-        await backend.publish([("a", b"1"), ("b", b"2"), ("a", b"3"), bad, ("a", b"5")])
+        await connection.publish([("a", one), ("b", two), ("a", three), bad, ("a", b"5")])
     assert list(raised.value.reasons) == [2, 3, 4]
     with pytest.raises(BackendUnavailable, match="invalid byte sequence") as first:
-        await backend.publish([bad, ("a", b"5")])
+        await connection.publish([bad, ("a", b"5")])
     assert not isinstance(first.value, MessagesRefused)
-    await backend.publish([("a", b"6")])
-    await box.expect(("a", b"1"), ("b", b"2"), ("a", b"6"))
+    await connection.publish([("a", b"6")])
+    await box.expect(("a", one), ("b", two), ("a", b"6"))
 
 
 async def test_a_larger_message_is_refused_and_nothing_is_sent(box):
-    backend = await box.start("room")
-    assert backend.max_payload == MAX_PAYLOAD == 16 * 2**20
+    connection = await box.start("room")
+    assert connection.max_payload == MAX_PAYLOAD == 16 * 2**20
     with pytest.raises(PayloadTooLarge, match="16777217 bytes"):
-        await backend.publish([("room", b"before"), ("room", bytes(MAX_PAYLOAD + 1))])
-    await backend.publish([("room", b"after")])
+        await connection.publish([("room", b"before"), ("room", bytes(MAX_PAYLOAD + 1))])
+    await connection.publish([("room", b"after")])
     await box.expect(("room", b"after"))
 
 
 async def test_order_over_batches_channels_and_pieces(box):
     channels = ["a", "b", "c"]
-    backend = await box.start(*channels)
+    connection = await box.start(*channels)
     sent = [
         (channels[number % 3], b"%d" % number + bytes(20_000 if number % 50 == 0 else 0))
         for number in range(1_000)
     ]
     for batch in (sent[start : start + 64] for start in range(0, len(sent), 64)):
-        await backend.publish(batch)
+        await connection.publish(batch)
     await box.expect(*sent)
 
 
 async def test_every_process_sees_the_same_order(server, box):
     second = Box(server.url)
-    backends = [await box.start("room"), await second.start("room")]
+    connections = [await box.start("room"), await second.start("room")]
 
-    async def publish(backend, name):
+    async def publish(connection, name):
         for number in range(100):
-            await backend.publish([("room", b"%s%d" % (name, number))])
+            await connection.publish([("room", b"%s%d" % (name, number))])
 
-    await asyncio.gather(publish(backends[0], b"a"), publish(backends[1], b"b"))
+    await asyncio.gather(publish(connections[0], b"a"), publish(connections[1], b"b"))
     await until(lambda: len(box.got) == len(second.got) == 200)
     assert box.got == second.got
     for name in (b"a", b"b"):
         own = [payload for _, payload in box.got if payload.startswith(name)]
         assert own == [b"%s%d" % (name, number) for number in range(100)]
-    await second.backend.stop()
+    await second.connection.close()
 
 
 async def test_a_batch_of_nothing(box):
-    backend = await box.start()
-    await backend.publish([])
+    connection = await box.start()
+    await connection.publish([])
 
 
 async def test_a_batch_that_is_too_much_for_one_transaction(box):
-    backend = await box.start("room")
+    connection = await box.start("room")
     sent = [("room", b"%d" % number + bytes(400_000)) for number in range(8)]
-    await backend.publish(sent)
+    await connection.publish(sent)
     await box.expect(*sent)
 
 
@@ -206,25 +212,25 @@ async def test_a_batch_that_is_too_much_for_one_transaction(box):
     "payload", [b"hi", b"", b"\xff\0", b"x" * 20_000], ids=["text", "empty", "bytes", "long"]
 )
 async def test_equal_messages_of_one_batch_all_arrive(box, payload):
-    backend = await box.start("room", "other")
+    connection = await box.start("room", "other")
     sent = [("room", payload), ("other", payload)] * 20
-    await backend.publish(sent)
+    await connection.publish(sent)
     await box.expect(*sent)
 
 
 async def test_what_arrives_together_is_delivered_in_one_turn(box):
-    backend = await box.start("room")
+    connection = await box.start("room")
     turns: set[int] = set()
     turn = itertools.count()
-    await backend.stop()
+    await connection.close()
 
     def deliver(channel, payload):
         turns.add(now)
 
-    await backend.start(deliver, box.lost.append)
-    await backend.subscribe("room")
+    connection = box.connection = await box.backend.connect(deliver, box.lost.append)
+    await connection.subscribe("room")
     now = next(turn)
-    publish = asyncio.create_task(backend.publish([("room", b"%d" % n) for n in range(50)]))
+    publish = asyncio.create_task(connection.publish([("room", b"%d" % n) for n in range(50)]))
     while not (turns and publish.done()):
         await asyncio.sleep(0)
         now = next(turn)
@@ -277,17 +283,17 @@ ODD = [
 @pytest.mark.parametrize("prefix", ["starcast:", "", 'a"b', "p" * 80])
 async def test_odd_channels_are_kept_apart(server, prefix):
     box = Box(server.url, prefix=prefix)
-    backend = await box.start()
-    await asyncio.gather(*map(backend.subscribe, ODD))
+    connection = await box.start()
+    await asyncio.gather(*map(connection.subscribe, ODD))
     sent = [(channel, f"to {channel}".encode()) for channel in ODD]
-    await backend.publish(sent)
+    await connection.publish(sent)
     await box.expect(*sent)
     for channel in ODD[::2]:
-        await backend.unsubscribe(channel)
+        await connection.unsubscribe(channel)
     box.got.clear()
-    await backend.publish(sent)
+    await connection.publish(sent)
     await box.expect(*sent[1::2])
-    await backend.stop()
+    await connection.close()
 
 
 @pytest.mark.parametrize("channel", ["room", "x" * 54, "x" * 55, "\xe9" * 100, "sha256:x"])
@@ -311,37 +317,44 @@ async def test_two_prefixes_are_apart(server, box):
     await two.publish([("room", b"3"), ("x" * 100, b"4")])
     await box.expect(("room", b"1"), ("x" * 100, b"2"))
     await second.expect(("room", b"3"), ("x" * 100, b"4"))
-    await two.stop()
+    await two.close()
 
 
 async def test_what_is_left_is_not_heard_any_more(box):
-    backend = await box.start("a", "b")
-    await backend.unsubscribe("a")
-    await backend.publish([("a", b"1"), ("b", b"2")])
+    connection = await box.start("a", "b")
+    await connection.unsubscribe("a")
+    await connection.publish([("a", b"1"), ("b", b"2")])
     await box.expect(("b", b"2"))
-    await backend.subscribe("a")
-    await backend.publish([("a", b"3"), ("b", b"4")])
+    await connection.subscribe("a")
+    await connection.publish([("a", b"3"), ("b", b"4")])
     await box.expect(("b", b"2"), ("a", b"3"), ("b", b"4"))
-    await backend.unsubscribe("never subscribed to")
+    await connection.unsubscribe("never subscribed to")
 
 
-async def test_what_was_left_a_moment_ago_is_not_delivered(box, other):
-    backend = await box.start("room")
-    await backend._listener.execute('LISTEN "starcast:left"')  # as if it was still to be undone
-    await notify(other, "starcast:left", "1")
-    await notify(other, "starcast:room", "2")
-    await box.expect(("room", b"2"))
+async def test_what_was_left_a_moment_ago_is_not_delivered(server, other):
+    async with SlowLine(server.port) as line:
+        box = Box(server.url.replace(str(server.port), str(line.port)) + "?sslmode=disable")
+        connection = await box.start("room", "left")
+        line.silent.update(range(line.made))
+        await notify(other, "starcast:left", "1")
+        await notify(other, "starcast:room", "2")
+        leaving = asyncio.create_task(connection.unsubscribe("left"))
+        await asyncio.sleep(0)
+        line.silent.clear()
+        await leaving
+        await box.expect(("room", b"2"))
+        await connection.close()
 
 
 async def test_many_subscribe_at_once(box):
-    backend = await box.start()
+    connection = await box.start()
     channels = [str(number) for number in range(500)]
-    await asyncio.gather(*map(backend.subscribe, channels))
+    await asyncio.gather(*map(connection.subscribe, channels))
     sent = [(channel, channel.encode()) for channel in channels]
-    await backend.publish(sent)
+    await connection.publish(sent)
     await box.expect(*sent)
-    await asyncio.gather(*map(backend.unsubscribe, channels[1:]))
-    await backend.publish(sent)
+    await asyncio.gather(*map(connection.unsubscribe, channels[1:]))
+    await connection.publish(sent)
     await box.expect(*sent, sent[0])
 
 
@@ -395,20 +408,18 @@ async def test_pieces_that_do_not_belong_together_are_dropped(box, other):
     ]
     for channel, head in pieces:
         await notify(other, f"starcast:{channel}", f"\x10{head}:aGVsbG8=")
-    assert len(box.backend._pieces) <= 1
     await notify(other, "starcast:room", "\x104.1/2:aGVs")
     await notify(other, "starcast:room", "\x104.2/2:bG8=")
     await notify(other, "starcast:room", "after")
     await box.expect(("room", b"hello"), ("room", b"after"))
-    assert box.backend._pieces == []
 
 
 async def test_text_travels_bare(box, other):
     heard: list[tuple[str, str]] = []
     await other.add_listener("starcast:room", lambda _, __, *message: heard.append(message))
-    backend = await box.start()
+    connection = await box.start()
     texts = [b"hi", b"", "\N{GRINNING FACE}".encode(), b"x" * MAX_NOTIFY, b" \x10", b"hi"]
-    await backend.publish([("room", text) for text in texts])
+    await connection.publish([("room", text) for text in texts])
     await until(lambda: len(heard) == len(texts))
     assert [text.encode() for _, text in heard[:-1]] == texts[:-1]
     assert heard[-1] == ("starcast:room", "\x105.1/1:aGk=")  # else it would have been dropped
@@ -419,65 +430,65 @@ async def test_a_database_of_another_encoding(server, other, encoding):
     name = f"starcast_{encoding.lower()}"
     await other.execute(f"CREATE DATABASE {name} ENCODING {encoding} TEMPLATE template0")
     box = Box(server.url_of(name))
-    backend = await box.start()
-    await asyncio.gather(*map(backend.subscribe, ODD))
+    connection = await box.start()
+    await asyncio.gather(*map(connection.subscribe, ODD))
     sent = [(channel, f"to {channel}".encode()) for channel in ODD]
-    await backend.publish(sent)
+    await connection.publish(sent)
     await box.expect(*sent)
-    await backend.publish([("room", payload) for payload in list(PAYLOADS.values())[:-1]])
+    await connection.publish([("room", payload) for payload in list(PAYLOADS.values())[:-1]])
     await until(lambda: len(box.got) == len(sent) + len(PAYLOADS) - 1)
     assert [payload for _, payload in box.got[len(sent) :]] == list(PAYLOADS.values())[:-1]
     there = await asyncpg.connect(server.url_of(name))
     await notify(there, "starcast:room", "h\xe9")
     await until(lambda: box.got[-1] == ("room", "h\xe9".encode()))
     there.terminate()
-    await backend.stop()
+    await connection.close()
 
 
 # Ends
 
 
-async def left_alone(backend, other, before):
-    """Nothing of a backend that was stopped is left."""
+async def left_alone(other, before):
+    """Nothing of a connection that was closed is left."""
     assert not starcast_tasks()
     await until(lambda: sockets() <= before)
     deadline = time.monotonic() + DEADLINE
     while await ours(other):
         assert time.monotonic() < deadline
-    assert backend._listener is backend._publisher is backend._lost is None
-    assert (backend._channels, backend._statements, backend._pieces) == ({}, [], [])
 
 
 async def test_after_the_stop_nothing_is_left_and_a_start_may_follow(box, other):
     before = sockets()
-    await box.backend.stop()
     for text in [b"1", b"2"]:
-        backend = await box.start("room")
+        connection = await box.start("room")
         assert len(await ours(other)) == 2
-        await backend.publish([("room", text)])
+        await connection.publish([("room", text)])
         await until(lambda text=text: box.got[-1:] == [("room", text)])
-        await backend.stop()
-        await backend.stop()
-        await left_alone(backend, other, before)
+        await connection.close()
+        await connection.close()
+        await left_alone(other, before)
     assert len(box.got) == 2
     assert box.lost == []
 
 
-async def test_while_it_is_stopped_calls_raise(box):
-    for _ in range(2):
-        for call in calls(box.backend):
-            with pytest.raises(BackendUnavailable, match="not connected to PostgreSQL at 127"):
-                await call
-        backend = await box.start()
-        await backend.stop()
+async def test_once_it_is_closed_calls_raise(box):
+    connection = await box.start()
+    await connection.close()
+    for call in calls(connection):
+        with pytest.raises(BackendUnavailable, match="not connected to PostgreSQL at 127"):
+            await call
 
 
-def calls(backend) -> list[Coroutine[Any, Any, None]]:
-    return [backend.subscribe("x"), backend.unsubscribe("x"), backend.publish([("x", b"y")])]
+def calls(connection) -> list[Coroutine[Any, Any, None]]:
+    return [
+        connection.subscribe("x"),
+        connection.unsubscribe("x"),
+        connection.publish([("x", b"y")]),
+    ]
 
 
 async def test_the_end_of_the_server_is_told_once(server, box):
-    backend = await box.start("room")
+    connection = await box.start("room")
     server.kill()
     await until(lambda: box.lost)
     (error,) = box.lost
@@ -485,15 +496,15 @@ async def test_the_end_of_the_server_is_told_once(server, box):
     assert f"127.0.0.1:{server.port}, database postgres" in str(error)
     assert PASSWORD not in str(error)
     assert QUOTED not in str(error)
-    for call in calls(backend):
+    for call in calls(connection):
         with pytest.raises(BackendUnavailable):
             await call
-    await backend.stop()
+    await connection.close()
     server.start()
-    await box.start("room")
-    await backend.publish([("room", b"again")])
+    connection = await box.start("room")
+    await connection.publish([("room", b"again")])
     await box.expect(("room", b"again"))
-    await backend.stop()
+    await connection.close()
     assert len(box.lost) == 1
 
 
@@ -501,37 +512,35 @@ async def test_an_orderly_end_of_the_server_is_told_too(server, box):
     await box.start("room")
     await asyncio.to_thread(server.stop)
     await until(lambda: box.lost)
-    await box.backend.stop()
+    await box.connection.close()
     assert len(box.lost) == 1
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["publisher", "listener"])
+@pytest.mark.parametrize("which", [0, 1], ids=["listener", "publisher"])
 async def test_the_end_of_one_connection_is_told_once(box, other, which):
-    backend = await box.start("room")
+    connection = await box.start("room")
     pid = (await ours(other))[which]
-    assert pid == [backend._publisher, backend._listener][which].get_server_pid()
     await other.execute("SELECT pg_terminate_backend($1)", pid)
     await until(lambda: box.lost)
-    await backend.stop()
+    await connection.close()
     await asyncio.sleep(0)
     assert len(box.lost) == 1
-    await box.start("room")
-    await backend.publish([("room", b"again")])
+    connection = await box.start("room")
+    await connection.publish([("room", b"again")])
     await box.expect(("room", b"again"))
 
 
-async def pending(backend) -> list[asyncio.Task[None]]:
+async def pending(connection) -> list[asyncio.Task[None]]:
     """Calls that wait for a server that does not answer."""
     tasks = [
-        asyncio.create_task(backend.publish([("room", b"x")])),
-        asyncio.create_task(backend.subscribe("second")),
-        asyncio.create_task(backend.subscribe("third")),
-        asyncio.create_task(backend.unsubscribe("room")),
+        asyncio.create_task(connection.publish([("room", b"x")])),
+        asyncio.create_task(connection.subscribe("second")),
+        asyncio.create_task(connection.subscribe("third")),
+        asyncio.create_task(connection.unsubscribe("room")),
     ]
-    await until(lambda: backend._worker is not None and not backend._worker.done())
     for _ in range(10):
         await asyncio.sleep(0)
-    tasks.append(asyncio.create_task(backend.subscribe("fourth")))
+    tasks.append(asyncio.create_task(connection.subscribe("fourth")))
     await asyncio.sleep(0)
     assert not any(task.done() for task in tasks)
     return tasks
@@ -544,9 +553,9 @@ async def all_raise(tasks) -> None:
 
 
 async def test_the_end_of_the_server_ends_calls_that_wait(server, box):
-    backend = await box.start("room")
+    connection = await box.start("room")
     server.freeze()
-    tasks = await pending(backend)
+    tasks = await pending(connection)
     assert box.lost == []
     server.kill()
     await all_raise(tasks)
@@ -556,11 +565,11 @@ async def test_the_end_of_the_server_ends_calls_that_wait(server, box):
 
 async def test_stop_of_a_frozen_server(server, box):
     before = sockets()
-    backend = await box.start("room")
+    connection = await box.start("room")
     server.freeze()
-    tasks = await pending(backend)
+    tasks = await pending(connection)
     started = time.monotonic()
-    await backend.stop()
+    await connection.close()
     assert time.monotonic() - started < 4
     await all_raise(tasks)
     assert box.lost == []
@@ -571,18 +580,18 @@ async def test_stop_of_a_frozen_server(server, box):
 async def test_stop_of_a_frozen_server_after_a_cancelled_publish(server, box):
     """asyncpg asks the server to interrupt it, through a connection that nobody answers either."""
     before, tasks = sockets(), asyncio.all_tasks()
-    backend = await box.start("room")
+    connection = await box.start("room")
     server.freeze()
-    publish = asyncio.create_task(backend.publish([("room", b"x")]))
+    publish = asyncio.create_task(connection.publish([("room", b"x")]))
     for _ in range(10):
         await asyncio.sleep(0)
     publish.cancel()
     with pytest.raises(asyncio.CancelledError):
         await publish
-    again = asyncio.create_task(backend.publish([("room", b"x")]))
+    again = asyncio.create_task(connection.publish([("room", b"x")]))
     for _ in range(10):
         await asyncio.sleep(0)
-    await asyncio.wait_for(backend.stop(), 0.5)
+    await asyncio.wait_for(connection.close(), 0.5)
     await all_raise([again])
     await until(lambda: asyncio.all_tasks() == tasks and sockets() <= before)
 
@@ -637,22 +646,23 @@ async def test_start_cancelled_at_every_await(server, other, tls):
     box = Box(f"{server.url}?sslmode={tls}")
     before = sockets()
     for at in itertools.count():
-        start = box.backend.start(lambda *message: box.got.append(message), box.lost.append)
-        was_cancelled = await cancelled(start, at)
+        was_cancelled = await cancelled(box.start(), at)
         if not was_cancelled:
-            await box.backend.stop()
-        await left_alone(box.backend, other, before)
+            await box.connection.close()
+        await left_alone(other, before)
         if not was_cancelled:
             break
     assert at > 5
     assert box.lost == []
 
 
-SCENARIOS: dict[str, Callable[[PostgresBackend], Coroutine[Any, Any, None]]] = {
-    "subscribe": lambda backend: backend.subscribe("second"),
-    "unsubscribe": lambda backend: backend.unsubscribe("first"),
-    "publish": lambda backend: backend.publish([("third", b"1"), ("third", bytes(3_000_000))]),
-    "stop": lambda backend: backend.stop(),
+SCENARIOS: dict[str, Callable[[PostgresConnection], Coroutine[Any, Any, None]]] = {
+    "subscribe": lambda connection: connection.subscribe("second"),
+    "unsubscribe": lambda connection: connection.unsubscribe("first"),
+    "publish": lambda connection: connection.publish(
+        [("third", b"1"), ("third", bytes(3_000_000))]
+    ),
+    "close": lambda connection: connection.close(),
 }
 
 
@@ -661,53 +671,41 @@ async def test_a_call_cancelled_at_every_await(box, other, scenario):
     before = sockets()
     for at in itertools.count():
         await box.start("first")
-        was_cancelled = await cancelled(SCENARIOS[scenario](box.backend), at)
-        if scenario != "stop":
+        was_cancelled = await cancelled(SCENARIOS[scenario](box.connection), at)
+        if scenario != "close":
             # It works on.
-            await asyncio.wait_for(box.backend.subscribe("room"), DEADLINE)
-            await box.backend.publish([("second", b"not heard"), ("room", b"%d" % at)])
+            await asyncio.wait_for(box.connection.subscribe("room"), DEADLINE)
+            await box.connection.publish([("room", b"%d" % at)])
             await until(lambda at=at: box.got[-1:] == [("room", b"%d" % at)])
-            if was_cancelled:
-                assert ("second", b"not heard") not in box.got
-                assert "second" not in box.backend._channels
             assert box.lost == []
-            if scenario == "subscribe" and was_cancelled:
-                assert "starcast:second" not in await listening(box.backend)
-        await box.backend.stop()
-        await left_alone(box.backend, other, before)
+        await box.connection.close()
+        await left_alone(other, before)
         if not was_cancelled:
             break
     assert at > 0
 
 
-async def listening(backend) -> list[str]:
-    await until(lambda: backend._worker is None or backend._worker.done())
-    rows = await backend._listener.fetch("SELECT pg_listening_channels() AS name")
-    return [row["name"] for row in rows]
-
-
 async def test_a_subscribe_that_was_cancelled_and_comes_again(server, box):
-    backend = await box.start()
+    connection = await box.start()
     server.freeze()
-    first = asyncio.create_task(backend.subscribe("room"))
+    first = asyncio.create_task(connection.subscribe("room"))
     for _ in range(5):
         await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    second = asyncio.create_task(backend.subscribe("room"))
+    second = asyncio.create_task(connection.subscribe("room"))
     await asyncio.sleep(0)
     server.thaw()
     await second
-    assert await listening(backend) == ["starcast:room"]
-    await backend.publish([("room", b"x")])
+    await connection.publish([("room", b"x")])
     await box.expect(("room", b"x"))
 
 
 async def test_who_is_cancelled_takes_nobody_along(server, box):
-    backend = await box.start()
+    connection = await box.start()
     server.freeze()
-    tasks = [asyncio.create_task(backend.subscribe(str(number))) for number in range(10)]
+    tasks = [asyncio.create_task(connection.subscribe(str(number))) for number in range(10)]
     for _ in range(5):
         await asyncio.sleep(0)
     for task in tasks[::2]:
@@ -715,19 +713,21 @@ async def test_who_is_cancelled_takes_nobody_along(server, box):
     server.thaw()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [asyncio.CancelledError, type(None)] * 5
-    await backend.publish([(str(number), b"x") for number in range(10)])
-    await box.expect(*((str(number), b"x") for number in range(1, 10, 2)))
+    sent = [(str(number), b"x") for number in range(1, 10, 2)]
+    await connection.publish(sent)
+    await box.expect(*sent)
 
 
 async def test_its_task_cancelled_as_at_the_end_of_the_event_loop(server, box):
-    backend = await box.start()
+    connection = await box.start()
     server.freeze()
-    tasks = [asyncio.create_task(backend.subscribe("a"))]
+    tasks = [asyncio.create_task(connection.subscribe("a"))]
     for _ in range(5):
         await asyncio.sleep(0)
-    tasks.append(asyncio.create_task(backend.subscribe("b")))
+    tasks.append(asyncio.create_task(connection.subscribe("b")))
     await asyncio.sleep(0)
-    backend._worker.cancel()
+    for task in starcast_tasks() - set(tasks):
+        task.cancel()
     await all_raise(tasks)
     await until(lambda: box.lost)
     assert not starcast_tasks()
@@ -737,9 +737,9 @@ async def test_its_task_cancelled_as_at_the_end_of_the_event_loop(server, box):
 # Failures of the start
 
 
-async def refused(url: str, within: float = 10.0) -> str:
+async def refused(url: str, within: float = 10.0, **options: Any) -> str:
     """Return what the error says, after a look for passwords in everything that might be logged."""
-    before, box = sockets(), Box(url)
+    before, box = sockets(), Box(url, **options)
     started = time.monotonic()
     with pytest.raises(BackendUnavailable) as raised:
         await box.start()
@@ -751,7 +751,6 @@ async def refused(url: str, within: float = 10.0) -> str:
     assert box.lost == []
     await until(lambda: sockets() <= before)
     assert not starcast_tasks()
-    await box.backend.stop()
     return str(raised.value)
 
 
@@ -773,7 +772,7 @@ async def test_nobody_listens_there(server):
 
 async def test_an_unknown_host():
     url = f"postgresql://{USER}:{QUOTED}@nowhere.invalid:5433/db"
-    said = await refused(url, within=postgres.CONNECT_TIMEOUT + 5)
+    said = await refused(url)
     assert "PostgreSQL at nowhere.invalid:5433, database db: " in said
 
 
@@ -803,10 +802,10 @@ async def test_row_27_a_certificate_that_nobody_knows(server, tmp_path, mode):
         assert "certificate verify failed" in said
         # It is the certificate: with the right authority all is well.
         secure = Box(f"{url}/known.pem")
-        backend = await secure.start("room")
-        await backend.publish([("room", b"hello")])
+        connection = await secure.start("room")
+        await connection.publish([("room", b"hello")])
         await secure.expect(("room", b"hello"))
-        await backend.stop()
+        await connection.close()
 
 
 async def test_another_setting_that_makes_no_sense(server):
@@ -816,10 +815,9 @@ async def test_another_setting_that_makes_no_sense(server):
     )
 
 
-async def test_a_server_that_does_not_answer(server, monkeypatch):
-    monkeypatch.setattr(postgres, "CONNECT_TIMEOUT", 0.2)
+async def test_a_server_that_does_not_answer(server):
     server.freeze()
-    assert (await refused(server.url)).endswith("no answer in time")
+    assert (await refused(server.url, connect_timeout=0.2)).endswith("no answer in time")
 
 
 async def test_a_standby_server():
@@ -832,67 +830,70 @@ async def test_a_standby_server():
         standby.close()
 
 
-async def test_a_second_connection_that_fails(server, box, other, monkeypatch):
+@contextlib.asynccontextmanager
+async def gate(server: PostgresServer, second: Callable[[], Awaitable[bool]]):
+    """Yield the URL of a proxy that asks whether to admit its second connection."""
+    numbers, tasks = itertools.count(1), set()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+        writer.transport.abort()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        if next(numbers) == 2 and not await second():
+            writer.transport.abort()
+            return
+        there, back = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+    proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    yield server.url.replace(str(server.port), str(port)) + "?sslmode=disable"
+    proxy.close()
+    await asyncio.wait(tasks)
+
+
+async def test_a_second_session_that_fails(server, other):
     before = sockets()
-    await only_the_first_connects(box.backend, monkeypatch, OSError("no more"))
-    with pytest.raises(BackendUnavailable, match=r"postgres: no more$"):
-        await box.start()
-    await left_alone(box.backend, other, before)
+
+    async def refuse() -> bool:
+        return False
+
+    async with gate(server, refuse) as url:
+        with pytest.raises(BackendUnavailable, match=r"database postgres: .*connection"):
+            await Box(url).start()
+    await left_alone(other, before)
 
 
-async def test_a_first_connection_that_is_gone_before_the_second_is_there(box, other, monkeypatch):
+async def test_a_first_session_that_is_gone_before_the_second_is_there(server, other):
     before = sockets()
-    connect = box.backend._connect
 
-    async def slowly(deliver):
-        if box.backend._publisher is not None:
-            pid = box.backend._publisher.get_server_pid()
-            await other.execute("SELECT pg_terminate_backend($1)", pid)
-            await until(box.backend._publisher.is_closed)
-        return await connect(deliver)
+    async def end_the_first() -> bool:
+        (pid,) = await ours(other)
+        await other.execute("SELECT pg_terminate_backend($1)", pid)
+        return True
 
-    monkeypatch.setattr(box.backend, "_connect", slowly)
-    with pytest.raises(BackendUnavailable, match="closed at once"):
-        await box.start()
-    await left_alone(box.backend, other, before)
-    assert box.lost == []
-
-
-async def only_the_first_connects(backend, monkeypatch, error):
-    connect = backend._connect
-
-    async def once(deliver):
-        if backend._publisher is not None:
-            raise error
-        return await connect(deliver)
-
-    monkeypatch.setattr(backend, "_connect", once)
-
-
-async def test_a_server_that_refuses_a_statement(box, monkeypatch):
-    """The error says what the server said, and the connections live."""
-    backend = await box.start("room")
-    await backend._listener.execute("BEGIN")
-    await backend._publisher.execute("BEGIN")
-    for connection in (backend._listener, backend._publisher):
-        with pytest.raises(asyncpg.PostgresError):
-            await connection.execute("SELECT 1/0")
-    for call in calls(backend):
-        with pytest.raises(BackendUnavailable, match="current transaction is aborted"):
-            await call
-    await backend._listener.execute("ROLLBACK")
-    await backend._publisher.execute("ROLLBACK")
-    await backend.publish([("room", b"x")])
-    await box.expect(("room", b"x"))
+    async with gate(server, end_the_first) as url:
+        box = Box(url)
+        with pytest.raises(BackendUnavailable, match="closed at once"):
+            await box.start()
+    await left_alone(other, before)
     assert box.lost == []
 
 
 async def test_it_may_be_idle_as_long_as_it_likes(box, other):
-    await other.execute(f"ALTER ROLE {USER} SET idle_session_timeout = '1h'")
-    backend = await box.start()
-    await other.execute(f"ALTER ROLE {USER} RESET idle_session_timeout")
-    for connection in (backend._listener, backend._publisher):
-        assert await connection.fetchval("SHOW idle_session_timeout") == "0"
+    await other.execute(f"ALTER ROLE {USER} SET idle_session_timeout = '100ms'")
+    try:
+        connection = await box.start("room")
+    finally:
+        await other.execute(f"ALTER ROLE {USER} RESET idle_session_timeout")
+    await asyncio.sleep(0.3)  # longer than the limit that the role had
+    await connection.publish([("room", b"x")])
+    await box.expect(("room", b"x"))
+    assert box.lost == []
 
 
 # URLs
@@ -956,7 +957,13 @@ def test_a_url_that_makes_no_sense(url):
     ],
 )
 def test_a_url_is_named_without_its_password(url, where):
-    assert PostgresBackend(url)._where == f"PostgreSQL at {where}"
+    assert Server(url, {}).where == f"PostgreSQL at {where}"
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), "5", None])
+def test_a_timeout_that_makes_no_sense(seconds):
+    with pytest.raises(ConfigurationError, match="connect_timeout must be a number above 0"):
+        PostgresBackend("postgresql://", connect_timeout=seconds)
 
 
 @pytest.mark.parametrize("prefix", ["\0", "a\nb", "\x85", "\ud800"])
