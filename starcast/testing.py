@@ -190,6 +190,20 @@ async def a_backend_connects_again_and_again(make: Make) -> None:
         assert not inbox.errors
 
 
+async def connections_of_one_backend_are_independent(make: Make) -> None:
+    channel = _channel()
+    backend = make()
+    async with _connected(lambda: backend) as (one, ones):
+        async with _connected(lambda: backend) as (two, twos):
+            await one.subscribe(channel)
+            await two.publish([(channel, b"1")])
+            await ones.until(1)
+            await two.subscribe(channel)
+        await one.publish([(channel, b"2")])
+        assert await ones.until(2) == [(channel, b"1"), (channel, b"2")]
+        assert twos.got == []
+
+
 async def nothing_is_left_behind(make: Make) -> None:
     before = asyncio.all_tasks()
     async with _connected(make) as (connection, _):
@@ -229,6 +243,7 @@ CHECKS: list[Check] = [
     a_channel_that_is_left_is_silent,
     many_may_be_subscribed_to_at_once,
     a_backend_connects_again_and_again,
+    connections_of_one_backend_are_independent,
     nothing_is_left_behind,
     two_hubs_are_one_room,
 ]

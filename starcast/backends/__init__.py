@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from typing import Any
 
 from ..exceptions import ConfigurationError
 from .base import Backend, BrokerConnection
@@ -29,12 +30,12 @@ SCHEMES: dict[str, tuple[str, str, str] | None] = {
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}")
 
 
-def from_url(url: object, prefix: str | None = None) -> Backend | None:
+def from_url(url: object, **options: Any) -> Backend | None:
     """Return a backend for the URL; None for `memory://`.
 
     Args:
         url: A `str`, or anything whose `str()` is a URL, such as pydantic's `RedisDsn`.
-        prefix: What names on the broker begin with; the backend's default by default.
+        options: Further arguments of the backend, such as `prefix`.
 
     Raises:
         ConfigurationError: There is none for its scheme, what it needs is not installed, or it is
@@ -51,7 +52,7 @@ def from_url(url: object, prefix: str | None = None) -> Backend | None:
     if not separator or scheme not in SCHEMES:
         if hasattr(url, "get_secret_value"):  # pydantic's SecretStr, whose str() is asterisks
             raise ConfigurationError("the hub's URL is a secret: pass url.get_secret_value()")
-        if callable(getattr(url, "publish", None)):
+        if callable(getattr(url, "connect", None)):
             raise ConfigurationError("a backend is not a URL: write Broadcast(backend=...)")
         known = ", ".join(f"{name}://" for name in SCHEMES)
         given = "; this one starts with none of them"
@@ -62,7 +63,6 @@ def from_url(url: object, prefix: str | None = None) -> Backend | None:
     if found is None:
         return None
     module, name, extra = found
-    options = {} if prefix is None else {"prefix": prefix}
     try:
         backend = getattr(importlib.import_module(f".{module}", __name__), name)
     except ModuleNotFoundError as exc:

@@ -23,6 +23,7 @@ from ..exceptions import (
     SubscriberLagged,
 )
 from ..logs import escape
+from ..tuning import check_positive
 from . import check, publish, subscribe
 from .common import say
 
@@ -118,12 +119,19 @@ def make_parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "Print the messages of each CHANNEL: as text on a terminal, else as one JSON object a "
         "line. A * stands for any characters, on Redis and NATS.",
     )
-    add(
+    checking = add(
         "check",
         "",
         "test the connection to the broker, step by step",
         "Resolve the name of the broker, connect, log in, subscribe, publish, and wait for the "
         "message. If a step fails, print which one, why, and what to do.",
+    )
+    checking.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long each step may take; default: %(default)g",
     )
     return parser, commands.choices
 
@@ -132,6 +140,13 @@ def _prefix(text: str) -> str:
     if not text.isprintable():
         raise argparse.ArgumentTypeError("a prefix must be printable")
     return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        return check_positive("the timeout", float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError("a timeout must be a number above 0") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +196,10 @@ def _make_command(
 ) -> Coroutine[Any, Any, None]:
     """Return the coroutine that runs the command."""
     url = _take_url(chosen.words, command)
-    backend = backends.from_url(url, chosen.prefix)
+    options = {} if chosen.prefix is None else {"prefix": chosen.prefix}
+    if command == "check":
+        options["connect_timeout"] = chosen.timeout
+    backend = backends.from_url(url, **options)
     if backend is None:
         raise ConfigurationError(
             "memory:// does not reach other processes: give the URL of a broker"
@@ -197,7 +215,7 @@ def _make_command(
         parser.error(f"too many arguments: {' '.join(map(escape, words[most:]))}")
     if command == "check":
         tls = url.startswith(("rediss://", "valkeys://", "tls://"))
-        return check.check(backend, name, tls, say)
+        return check.check(backend, name, tls, chosen.timeout, say)
     message, encoding = publish.read_message(chosen, words[1] if len(words) > 1 else "-")
     return publish.publish(backend, name, words[0], message, encoding, chosen.quiet)
 

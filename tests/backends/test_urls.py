@@ -19,6 +19,7 @@ from starcast.backends import from_url
 from starcast.backends.base import LoginRefused
 from starcast.backends.nats import NatsBackend
 from starcast.backends.postgres import PostgresBackend
+from starcast.backends.postgres_url import Server
 from starcast.backends.redis import RedisBackend
 from support import said
 
@@ -378,7 +379,7 @@ def test_arguments_go_before_the_url():
     assert (
         PostgresBackend("postgres://", **{**options, "host": ["h"], "port": [1]}).address == there
     )
-    assert "host h, " not in PostgresBackend("postgres://x:2/y", **options)._where
+    assert Server("postgres://x:2/y", options).where == "PostgreSQL at h, database d"
     alone = PostgresBackend("postgres:///d", host="::1").address
     assert alone == from_url("postgres://localhost/d").address
 

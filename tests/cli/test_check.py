@@ -15,10 +15,8 @@ from backends.postgres_server import PASSWORD, QUOTED
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, cli
 from starcast.backends import from_url
-from starcast.backends import nats as nats_module
-from starcast.backends import redis as redis_module
 from starcast.backends.redis import RedisBackend
-from starcast.cli import check as module
+from starcast.cli.check import check
 from support import Bus, free_port
 
 pytestmark = pytest.mark.anyio
@@ -105,14 +103,13 @@ async def test_unix_socket(checked):
     assert f"{server.path}: No such file" in failed("unix socket", said)
 
 
-async def test_tls_that_the_server_does_not_have(urls, checked, monkeypatch):
-    monkeypatch.setattr(redis_module, "CONNECT_TIMEOUT", 0.2)  # it waits for the end of a line
+async def test_tls_that_the_server_does_not_have(urls, checked):
     for url in (
         urls("redis").replace("redis://", "rediss://"),
         urls("nats").replace("nats://", "tls://u:s3cret@"),
         f"{urls('postgres')}?sslmode=require",
     ):
-        code, went_well, said = await checked(url)
+        code, went_well, said = await checked(url, "--timeout", "0.5")  # Redis waits for a line
         assert (code, went_well) == (1, STEPS[:2])
         assert "check whether the broker speaks TLS on this port" in failed("TLS", said)
 
@@ -174,25 +171,44 @@ async def test_subscribe_and_publish(checked):
     ],
 )
 async def test_subscribe_and_publish_on_nats(
-    checked, own_nats, monkeypatch, publish, subscribe, step, logged_in
+    checked, own_nats, publish, subscribe, step, logged_in
 ):
-    monkeypatch.setattr(nats_module, "START_TIMEOUT", 0.5)  # it waits for an answer
     rights = f'publish: {{allow: "{publish}"}}, subscribe: {{allow: "{subscribe}"}}'
     user = f"{{user: u, password: s3cret, permissions: {{{rights}}}}}"
     url = own_nats(f"authorization: {{users: [{user}]}}").url.replace("//", "//u:s3cret@")
-    code, went_well, said = await checked(url, "--prefix", "starcast.")
+    code, went_well, said = await checked(url, "--prefix", "starcast.", "--timeout", "0.5")
     assert (code, went_well) == (1, STEPS[: STEPS.index(step) if logged_in else 2])
     why = failed(step, said)
     assert "Permissions Violation" in why
     assert f"give the user the right to {step}" in why
 
 
-async def test_delivery(urls, checked, monkeypatch):
-    monkeypatch.setattr(module, "TRIP_TIMEOUT", 0.1)
-    monkeypatch.setattr(RedisBackend, "publish", lambda backend, messages: asyncio.sleep(0))
-    code, went_well, said = await checked(urls("redis"))
-    assert (code, went_well) == (1, STEPS[:-1])
-    assert failed("delivery", said) == f"no answer within 0.1 seconds -> {RedisBackend.if_silent}"
+async def test_delivery():
+    async def lose(connection, messages, proceed):
+        """The broker confirms the messages, and they arrive nowhere."""
+
+    went_well: list[str] = []
+    with pytest.raises(BackendUnavailable) as raised:
+        await check(Bus(on_publish=lose), "default", False, 0.1, went_well.append)
+    assert [line.partition(":")[0] for line in went_well] == STEPS[2:-1]
+    assert "delivery failed: no answer within 0.1 seconds\n" in str(raised.value)
+
+
+async def test_what_a_broker_advises_if_nothing_is_delivered(urls):
+    backend = RedisBackend(urls("redis"))
+    silent = Bus(on_publish=lambda connection, messages, proceed: asyncio.sleep(0))
+    silent.if_silent = backend.if_silent
+    with pytest.raises(BackendUnavailable) as raised:
+        await check(silent, "default", False, 0.1, lambda line: None)
+    assert str(raised.value).endswith(f"\n  {backend.if_silent}")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "inf", "nan"])
+def test_a_timeout_that_makes_no_sense(capsys, seconds):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["check", "redis://localhost", f"--timeout={seconds}"])
+    assert raised.value.code == 2
+    assert "a timeout must be a number above 0" in capsys.readouterr().err
 
 
 async def test_an_option_that_only_the_server_knows(urls, checked):
@@ -204,7 +220,7 @@ async def test_an_option_that_only_the_server_knows(urls, checked):
 async def test_a_backend_that_says_nothing_of_itself():
     """The messages that it raises may be empty, too."""
     lines = []
-    await module.check(Bus(), "default", False, lines.append)
+    await check(Bus(), "default", False, 5.0, lines.append)
     assert [line.partition(":")[0] for line in lines] == STEPS[2:]
 
     async def subscribe(connection, channel, proceed):
@@ -213,10 +229,9 @@ async def test_a_backend_that_says_nothing_of_itself():
     async def publish(connection, messages, proceed):
         raise AssertionError("never")
 
+    bus = Bus(on_subscribe=subscribe, on_publish=publish)
     with pytest.raises(BackendUnavailable, match="subscribe failed: KeyError"):
-        await module.check(
-            Bus(on_subscribe=subscribe, on_publish=publish), "default", False, lines.append
-        )
+        await check(bus, "default", False, 5.0, lines.append)
 
 
 @pytest.mark.parametrize(
