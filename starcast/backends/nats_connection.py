@@ -52,6 +52,7 @@ class NatsConnection:
 
     def __init__(self, name: str, prefix: str, deliver: Deliver) -> None:
         self.error: Exception | None = None
+        self.max_payload = 0  # until it is open
         self._name = name
         self._prefix = prefix
         self._deliver = deliver
@@ -83,14 +84,10 @@ class NatsConnection:
         await self._publish()
         if self._client.is_closed:  # it has broken just now
             raise nats.errors.ConnectionClosedError
+        self.max_payload = self._client.max_payload
         self._lost = lost
 
     # BrokerConnection
-
-    @property
-    def max_payload(self) -> int:
-        """See `BrokerConnection`."""
-        return self._client.max_payload
 
     @property
     def heard_at(self) -> float:
