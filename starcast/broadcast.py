@@ -236,9 +236,11 @@ class Broadcast:
             await self._hub.lifecycle.ready()
             return
         websocket = check_client(websocket, *arguments.CONNECT)
-        async with refusals.prepared(websocket, self._hub.settings.refuse, subprotocol):
+        settings = self._hub.settings
+        timeout = settings.tuning.close_timeout
+        async with refusals.prepared(websocket, settings.refuse, subprotocol, timeout):
             channel = check_channel(websocket, channel)
-            outbox = self._hub.settings.outbox(max_buffer, overflow)
+            outbox = settings.outbox(max_buffer, overflow)
             await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
 
     @overload

@@ -31,10 +31,11 @@ def watch(hub: Inheritable) -> None:
     _hubs.add(hub)
 
 
-def _after_fork() -> None:
+def after_fork() -> None:
+    """Tell all hubs, in a child process. Python calls this."""
     for hub in list(_hubs):
         hub.after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows has no fork
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=after_fork)

@@ -10,13 +10,12 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from . import backends, codec, personal
+from . import backends, codec, logs, personal
 from .arguments import Exclude, check_excluded
 from .backends import Backend
 from .broker.claims import Claim
@@ -65,7 +64,7 @@ class Hub:
         self.lifecycle = Lifecycle(
             self.dispatcher, self.registry, self.link, self.claim, settings.open_timeout
         )
-        self.lost_last = -math.inf  # when a client's message was lost last
+        self.lost_limit = logs.LogLimit()  # for the line that clients' messages are being lost
 
     def _make_link(self, backend: Backend | None, name: str) -> Link | LocalLink:
         registry, settings = self.registry, self.settings

@@ -15,7 +15,7 @@ logger = logging.getLogger("starcast")
 MAX_KINDS = 100
 MAX_ALIKE = 20
 
-# A `LogLimit` lets one line of each kind through in this many seconds.
+# A `LogLimit` lets one line of each kind through in this many seconds by default.
 SECONDS = 10.0
 
 # How many recent kinds a `LogLimit` remembers. While it is full, new kinds are not logged.
@@ -26,14 +26,19 @@ _DETAILS = re.compile(r"""'[^']*'|"[^"]*"|\d+""")
 
 
 class LogLimit:
-    """Lets one line of each kind through in ten seconds. May be used from any thread."""
+    """Lets one line of each kind through in an interval. May be used from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: The interval.
+    """
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
         self._lock = threading.Lock()
         self._last: dict[tuple[str, str], float] = {}
 
     def allows(self, text: str, about: str = "") -> bool:
-        """Return whether no line of this kind has been let through in the last ten seconds.
+        """Return whether no line of this kind has been let through in the interval.
 
         Two lines are of one kind if `about` is the same, and if their texts differ only in numbers
         and in what they quote.
@@ -41,7 +46,7 @@ class LogLimit:
         kind = (_DETAILS.sub("", text), about)
         now = time.monotonic()
         with self._lock:
-            self._last = {k: last for k, last in self._last.items() if now - last < SECONDS}
+            self._last = {k: last for k, last in self._last.items() if now - last < self._seconds}
             if kind in self._last or len(self._last) >= KINDS:
                 return False
             self._last[kind] = now

@@ -194,7 +194,7 @@ class Publisher:
                 worker = self._worker
                 if worker is None or not worker.usable:
                     worker = self._worker = _Worker(self._make_hub(), self._idle)
-                    weakref.finalize(self, worker.stop).atexit = False  # see `_at_exit`
+                    weakref.finalize(self, worker.stop).atexit = False  # see `at_exit`
         return worker
 
     def close(self) -> None:
@@ -407,20 +407,20 @@ _running: set[_Worker] = set()  # in this process
 
 # Workers of processes that this one was forked from. The garbage collector would close their
 # transports, and so end what the parent is sending.
-_inherited: list[_Worker] = []
+inherited: list[_Worker] = []
 
 
-def _after_fork() -> None:
+def after_fork() -> None:
     """Forget the parent's workers, in the child."""
     global _lock
     _lock = threading.RLock()  # a thread that does not exist in the child may have held it
     for worker in _running:
         worker.sever()
-    _inherited.extend(_running)
+    inherited.extend(_running)
     _running.clear()
 
 
-def _at_exit() -> None:
+def at_exit() -> None:
     """Close what is open. Threads that are not daemons have ended by now, and none may start."""
     workers = list(_running)
     for worker in workers:
@@ -430,6 +430,6 @@ def _at_exit() -> None:
         worker.join(max(0, deadline - time.monotonic()))
 
 
-atexit.register(_at_exit)
+atexit.register(at_exit)
 with contextlib.suppress(AttributeError):  # Windows has no fork
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=after_fork)

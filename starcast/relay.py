@@ -7,7 +7,6 @@ import contextlib
 import functools
 import inspect
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -36,9 +35,6 @@ MAX_UNCONFIRMED = 256
 # The same in bytes: 256 clients that all send as much as they can just fill what may wait for a
 # loop (`Tuning.max_pending`).
 MAX_UNCONFIRMED_COST = 64 * 1024
-
-# Seconds without a failure after which the next one is logged again.
-OUTAGE_OVER = 10.0
 
 PublishError = BackendUnavailable | PublishQueueFull
 OnPublishError = Callable[[WebSocket, Any, PublishError], Awaitable[object] | object]
@@ -124,9 +120,8 @@ class Relay:
         except PayloadTooLarge as exc:
             raise InvalidMessage(exc.code, exc.reason) from None
         except (PublishQueueFull, BackendUnavailable) as exc:
-            if (now := time.monotonic()) > hub.lost_last + OUTAGE_OVER:
+            if hub.lost_limit.allows("lost"):
                 logger.error("messages of clients are being lost: %s", exc)
-            hub.lost_last = now
             await self._tell(data, exc)
 
     def _must_wait(self, event: Event) -> bool:

@@ -145,10 +145,11 @@ async def answer(
             return False
         if not refusals.is_new(websocket):
             await hub.close_client(websocket, exc.code, exc.reason)
-        elif await refusals.prepare(
-            websocket, exc, hub.settings.refuse, _subprotocols.choose(websocket, subprotocols)
-        ):
-            await refusals.answer(websocket, exc)
+            return True
+        subprotocol = _subprotocols.choose(websocket, subprotocols)
+        timeout = hub.settings.tuning.close_timeout
+        if await refusals.prepare(websocket, exc, hub.settings.refuse, subprotocol, timeout):
+            await refusals.answer(websocket, exc, timeout)
         return True
     refusals.log_http(websocket, exc)
     accepted = websocket.application_state is WebSocketState.CONNECTED

@@ -1117,7 +1117,7 @@ async def test_the_clients_of_a_closed_loop_are_not_counted(other):
     other.close()
     assert len(hub) == 0
     assert not hub.channels
-    assert hub._hub.clients() == []
+    assert hub.clients() == []
 
 
 async def test_the_hubs_end_does_not_wait_for_a_closed_loop(other):
@@ -1273,7 +1273,7 @@ async def test_the_clients_and_subscribers_that_are_gone_are_not_counted():
         await hub.send("1")
         await hub.send("x" * 100)
         assert hub.stats().subscribers == 0
-        assert hub._hub.clients() == [peer.websocket]
+        assert hub.clients() == [peer.websocket]
         assert (await anext(subscriber)).message == "1"
         with pytest.raises(SubscriberLagged):
             await anext(subscriber)

@@ -34,19 +34,19 @@ class Recorded(BroadcastEndpoint):
     async def on_connect(self, websocket):
         await super().on_connect(websocket)
         self.events.append("connect")
-        self._perhaps("on_connect")
+        self.raise_for("on_connect")
 
     async def on_receive(self, websocket, data):
         self.events.append(("receive", data))
-        self._perhaps("on_receive")
+        self.raise_for("on_receive")
         await super().on_receive(websocket, data)
 
     async def on_disconnect(self, websocket, close_code):
         self.events.append(("disconnect", close_code))
         await super().on_disconnect(websocket, close_code)
-        self._perhaps("on_disconnect")
+        self.raise_for("on_disconnect")
 
-    def _perhaps(self, hook):
+    def raise_for(self, hook):
         if hook in self.raising:
             raise self.raising[hook]
 
@@ -509,9 +509,9 @@ async def test_an_error_in_a_hook_closes_that_client_with_1011(serve, caplog, ho
     class Chat(Recorded):
         raising = {hook: LookupError("a mistake")}  # noqa: RUF012  # never changed
 
-        def _perhaps(self, hook):
+        def raise_for(self, hook):
             if self.scope["query_string"]:
-                super()._perhaps(hook)
+                super().raise_for(hook)
 
     server = await serve(app_of(Chat))
     async with server.connect("/ws") as good, server.connect("/ws?bad") as bad:

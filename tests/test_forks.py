@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from starcast import Broadcast, ConfigurationError, forks
-from starcast.dispatcher import State
 from support import Bus, joined
 
 pytestmark = pytest.mark.anyio
@@ -98,7 +97,7 @@ async def test_what_a_child_process_is_told(make):
     """The steps of a fork without a child, whose lines nobody would count."""
     closed, hub = make(), make()
     peer = await joined(hub, "room")
-    forks._after_fork()
+    forks.after_fork()
     for call in (hub.connect(), hub.publish("room", "x"), hub.send("x", to=peer.websocket)):
         with pytest.raises(ConfigurationError, match="opened before the process was forked"):
             await call
@@ -108,8 +107,6 @@ async def test_what_a_child_process_is_told(make):
     assert await closed.healthy() is False
     await closed.connect()  # which was not open
     await closed.disconnect()
-    hub._hub.dispatcher.state = State.CLOSED
-    await hub.disconnect()
 
 
 @pytest.mark.parametrize("make", [Broadcast, lambda: Broadcast(backend=Bus())])
@@ -117,6 +114,6 @@ def test_a_hub_whose_event_loop_ended_before_the_fork(make):
     """Nothing of it is the parent's: a module may do this when it is imported."""
     hub = make()
     asyncio.run(hub.connect())
-    forks._after_fork()
+    forks.after_fork()
     asyncio.run(hub.publish("room", "x"))
     asyncio.run(hub.disconnect())

@@ -434,7 +434,7 @@ publisher = Publisher(sys.argv[1])
 publisher.publish("room", "before")
 child = os.fork()
 if child == 0:
-    module._inherited.clear()
+    module.inherited.clear()
     del publisher
     gc.collect()
     print("child", flush=True)
@@ -501,8 +501,8 @@ async def test_what_a_child_does_with_its_parents_connections():
         with Publisher(server.url, idle=0.2) as pub:
             await asyncio.to_thread(pub.publish, "room", "parent")
             parents = pub._worker
-            module._after_fork()
-            assert module._inherited.pop() is parents
+            module.after_fork()
+            assert module.inherited.pop() is parents
             await until(lambda: not server.clients())  # here they are the only copies
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "getpid", lambda: -1)
@@ -635,7 +635,7 @@ async def test_publishers_are_closed_at_the_end(redis):
     pub, another = Publisher(redis), Publisher(redis)
     for each in pub, another:
         await asyncio.to_thread(each.publish, "room", "hello")
-    module._at_exit()
+    module.at_exit()
     assert threads() == []
     # A later function of the end may still want to publish.
     await asyncio.to_thread(pub.publish, "room", "hello")

@@ -13,7 +13,6 @@ import pytest
 
 from starcast import Broadcast, Tuning, shard
 from starcast.connection import Connection
-from starcast.sync.waiter import Waiter
 from support import Peer, starcast_tasks, until, until_sync
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("road")]
@@ -81,13 +80,12 @@ async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
     assert all(peer.got == ["hello"] for peer in peers)
 
 
-async def test_many_deliveries_leave_turns_to_other_tasks(monkeypatch):
-    monkeypatch.setattr(shard, "STEP", 1)
+async def test_many_deliveries_leave_turns_to_other_tasks():
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
-    peers = await joined(hub, 50)
+    peers = await joined(hub, 20 * shard.STEP)
     async with ticking() as turns:
         await hub.send("hello")
-        assert turns[0] >= 49  # with slices of no length, each delivery is one
+        assert turns[0] >= 19  # with slices of no length, each step is one
         assert len(starcast_tasks()) <= 1
     assert all(peer.got == ["hello"] for peer in peers)
 
@@ -294,11 +292,8 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
 
     monkeypatch.setattr(Connection, "offer", mistaken)
     hub.publish_nowait("default", "lost")
-    told = [Waiter(), Waiter()]
-    for waiter in told:
-        hub._hub.registry.shards[asyncio.get_running_loop()].add(None, done=waiter.set)
-    for waiter in told:
-        await asyncio.wait_for(waiter, 10)
+    # What waits for its messages is told all the same.
+    await asyncio.wait_for(asyncio.gather(hub.send("lost too"), hub.send("lost too")), 10)
     hub.publish_nowait("default", "3")
     await until(lambda: peers[1].got[-1] == "3")
     assert [record.getMessage() for record in caplog.records] == ["messages were lost"]
@@ -308,10 +303,9 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
 
 
 @pytest.mark.parametrize("turns", range(12))
-async def test_a_client_falls_behind_while_the_others_are_looked_up(monkeypatch, turns):
-    monkeypatch.setattr(shard, "STEP", 2)
+async def test_a_client_falls_behind_while_the_others_are_looked_up(turns):
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
-    peers = await joined(hub, 12)
+    peers = await joined(hub, 6 * shard.STEP)
     sending = asyncio.create_task(hub.send("1"))
     for _ in range(turns):
         await asyncio.sleep(0)

@@ -25,9 +25,6 @@ from ..exceptions import ClientGone, InvalidChannel, OriginRefused
 from ..servers import daphne, served, watch
 from .hooks import Refuse, Refused
 
-# Seconds that a client has to take the answer.
-CLOSE_TIMEOUT = 10.0
-
 # The key in the scope under which a mount or an endpoint overrides the hub's `refuse`.
 REFUSE = "starcast.refuse"
 
@@ -81,6 +78,7 @@ async def prepare(
     exc: WebSocketException | Answered,
     refuse: Refuse,
     subprotocol: str | None,
+    close_timeout: float,
 ) -> bool:
     """Log why a new client is refused, and accept it if it is to be refused by a close frame.
 
@@ -90,6 +88,7 @@ async def prepare(
         refuse: The hub's `refuse`, which a mount or an endpoint may have overridden.
         subprotocol: Passed to `accept`. Browsers fail a connection if they have offered
             subprotocols and the server selects none.
+        close_timeout: How long the client has to take the handshake and the close, in seconds.
 
     Returns:
         Whether the client can still be answered. False if it left before it was accepted.
@@ -103,37 +102,39 @@ async def prepare(
             return False
         daphne.adapt(websocket)
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT):
+            async with asyncio.timeout(close_timeout):
                 await websocket.accept(subprotocol=subprotocol)
         except (WebSocketDisconnect, OSError, TimeoutError):
             return False
-        _abort_later(websocket)
+        _abort_later(websocket, close_timeout)
     return True
 
 
 @contextlib.asynccontextmanager
 async def prepared(
-    websocket: WebSocket, refuse: Refuse, subprotocol: str | None
+    websocket: WebSocket, refuse: Refuse, subprotocol: str | None, close_timeout: float
 ) -> AsyncIterator[None]:
     """Call `prepare` if the block raises. The code that catches the error answers the client."""
     try:
         yield
     except (OriginRefused, Answered) as exc:
-        if not await prepare(websocket, exc, refuse, subprotocol):
+        if not await prepare(websocket, exc, refuse, subprotocol, close_timeout):
             raise ClientGone(ABNORMAL) from exc
         raise
 
 
-async def answer(websocket: WebSocket, exc: WebSocketException | Answered) -> None:
+async def answer(
+    websocket: WebSocket, exc: WebSocketException | Answered, close_timeout: float
+) -> None:
     """Answer the handshake with 503 if trying again may help, else with 403.
 
     A client that `prepare` has accepted is closed with the error's code instead. Gives up after
-    `CLOSE_TIMEOUT`.
+    `close_timeout`.
     """
     if is_gone(websocket):
         return
     with contextlib.suppress(WebSocketDisconnect, OSError, TimeoutError):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
+        async with asyncio.timeout(close_timeout):
             if is_new(websocket) and isinstance(exc, Answered) and may_be_denied(websocket, exc):
                 await websocket.send_denial_response(
                     PlainTextResponse(exc.detail, exc.status_code, exc.headers)
@@ -142,11 +143,11 @@ async def answer(websocket: WebSocket, exc: WebSocketException | Answered) -> No
                 await websocket.close(exc.code, exc.reason)
 
 
-def _abort_later(websocket: WebSocket) -> None:
+def _abort_later(websocket: WebSocket, seconds: float) -> None:
     """Abort the connection if the client, by reading nothing, prevents it from closing in time."""
     protocol = served.find_protocol(websocket)
     if protocol is not None:
-        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, _abort, weakref.ref(protocol))
+        asyncio.get_running_loop().call_later(seconds, _abort, weakref.ref(protocol))
 
 
 def _abort(reference: weakref.ref[Any]) -> None:

@@ -9,6 +9,7 @@ that the task running the ASGI app has ended.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import select
 from collections.abc import Iterator
@@ -156,7 +157,9 @@ class Watch:
                 if connection.is_stuck:
                     connection.lose(drop=True)
             elif transport.is_closing():
-                connection.lose(drop=_failed_by_server(transport))
+                # The server may just have told the handler, which knows the close code then.
+                lose = functools.partial(connection.lose, drop=_failed_by_server(transport))
+                self._loop.call_soon(lose)
             elif not transport.is_reading() and (fileno := _fileno(transport)) >= 0:
                 # The event loop does not read this socket, because the handler has not received
                 # earlier messages yet.

@@ -13,8 +13,7 @@ from starlette.routing import Mount, WebSocketRoute
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidStatus
 
-from starcast import Broadcast, BroadcastEndpoint, ClientGone, ConfigurationError
-from starcast.admission import refusals
+from starcast import Broadcast, BroadcastEndpoint, ClientGone, ConfigurationError, Tuning
 from starcast.uvicorn import BroadcastProtocol
 from support import Broker, Bus, Peer, starcast_tasks, until
 from test_refusals import DOORS, app_of, path_of, warnings_of
@@ -174,9 +173,9 @@ async def ping_without_end(sock):
         await loop.sock_sendall(sock, ping * 100)
 
 
-async def test_a_client_that_asks_for_pongs_and_reads_none_is_dropped(serve, monkeypatch):
-    monkeypatch.setattr(refusals, "CLOSE_TIMEOUT", 0.3)
-    server = await serve(app_of(Broadcast(refuse="close")))
+async def test_a_client_that_asks_for_pongs_and_reads_none_is_dropped(serve):
+    hub = Broadcast(refuse="close", tuning=Tuning(close_timeout=0.3))
+    server = await serve(app_of(hub))
     assert await closing(server, "/endpoint", origin=EVIL) == (1008, "origin not allowed")
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -56,7 +56,7 @@ def _folder() -> Path:
     return folder
 
 
-def _homes() -> list[Path]:
+def homes() -> list[Path]:
     """Folders that have `bin/initdb` and `bin/postgres`: the chosen one, then the newest first."""
     homes: list[Path] = []
     # Found, not imported: its own way of starting a server opens parent folders to everybody.
@@ -75,7 +75,7 @@ def _homes() -> list[Path]:
 @functools.cache
 def _programs() -> Path:
     """Return the folder of `initdb` and `postgres`; the user can run them there."""
-    for home in _homes():
+    for home in homes():
         try:
             version = subprocess.run(
                 [home / "bin" / "postgres", "--version"],

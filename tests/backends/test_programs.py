@@ -13,7 +13,7 @@ from backends.programs import newest, version
 FIND = {
     "valkey-server": redis_server.binary,
     "nats-server": nats_server.binary,
-    "postgres": lambda: str(postgres_server._homes()[0] / "bin" / "postgres"),
+    "postgres": lambda: str(postgres_server.homes()[0] / "bin" / "postgres"),
 }
 SAYS = {
     "valkey-server": "Valkey server v={} sha=00000000:1 malloc=libc bits=64 build=1536df31c0395150",

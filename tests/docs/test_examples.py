@@ -530,11 +530,11 @@ async def test_push(example, serve):
         for line in module.history:
             assert await client.recv() == line
         assert await client.recv() == "still here"
-        (connection,) = module.hub._hub.registry.clients()
-        assert await by_another(module.notify(connection.websocket, "from elsewhere"))
+        (websocket,) = module.hub.clients()
+        assert await by_another(module.notify(websocket, "from elsewhere"))
         assert await client.recv() == "from elsewhere"
     await until(lambda: len(module.hub) == 0)
-    assert not await by_another(module.notify(connection.websocket, "too late"))
+    assert not await by_another(module.notify(websocket, "too late"))
 
 
 @pytest.mark.parametrize("name", ["broadcast_loop", "broadcast_loop_startup"])

@@ -137,7 +137,7 @@ async def test_a_page_that_reconnects(serve, browser):
 
         Orders.open_to_all = False
         before = tries
-        (client,) = hub._hub.clients()
+        (client,) = hub.clients()
         await hub.close(client, 1012)
         await shows(page, "#status", "Please log in.")  # it came back once, and was sent away
         assert tries == before + 1

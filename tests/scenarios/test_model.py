@@ -112,7 +112,7 @@ class HubMachine(RuleBasedStateMachine):
 
         async def run():
             await coroutine
-            await self.hub._hub.dispatcher.settled()
+            await self.hub.publish("nobody", "waits until all others are delivered")
             for _ in range(20):
                 await asyncio.sleep(0)
 

@@ -183,7 +183,7 @@ async def test_a_send_without_progress_is_given_up():
     with pytest.raises(WebSocketDisconnect) as caught:
         await told
     assert caught.value.code == 1006
-    assert hub._hub.clients() == [slow.websocket]
+    assert hub.clients() == [slow.websocket]
     assert dead.got == []
     slow.open.set()
     await until(lambda: len(slow.got) == 1000)

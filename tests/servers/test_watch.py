@@ -435,15 +435,32 @@ async def test_a_handler_that_connects_somebody_else_loses_only_its_own_client(s
 
     server = await serve(app_of(endpoint, wrapped), ws=ws)
     client = await server.connect("/ws/x")
-    await until(
-        lambda: [c.websocket for c in hub._hub.registry.clients()] == [guest.websocket], SOON
-    )
+    await until(lambda: hub.clients() == [guest.websocket], SOON)
     await asyncio.sleep(2 * Tuning().watch_interval)
     assert len(hub) == 1
     await hub.send("hello")
     assert guest.got == ["hello"]
     await client.close()
     await hub.disconnect()
+
+
+@pytest.mark.parametrize("ws", ["auto", PROTOCOL])
+async def test_a_handler_is_told_the_close_code_of_the_server(serve, ws):
+    """Although the hub checks in every iteration whether the transport is closing."""
+    hub = Broadcast(tuning=Tuning(watch_interval=1e-6))
+    codes = []
+
+    async def endpoint(websocket: WebSocket):
+        codes.append(await hub.serve(websocket))
+
+    server = await serve(app_of(endpoint), ws=ws)
+    for _ in range(5):
+        client = await server.connect("/ws/x")
+        await until(lambda: len(hub) == 1)
+        client.transport.write(b"\x83\x80\0\0\0\0")  # a frame of a kind that does not exist
+        await until(lambda: len(hub) == 0)
+        await client.wait_closed()
+    await until(lambda: codes == [1002] * 5)
 
 
 async def test_more_clients_than_are_looked_at_in_one_turn(serve, monkeypatch):
