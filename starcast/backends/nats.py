@@ -1,4 +1,4 @@
-"""The backend over NATS: core subjects."""
+"""NATS: core subjects, over nats-py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from ..sync.deadline import Deadline
 from ..tuning import check_positive
 from .base import Deliver, LoginRefused, Lost
 from .nats_connection import NatsConnection
-from .nats_names import endpoints_of, read, same_servers
+from .nats_names import endpoints_of, parse_url, same_servers
 from .urls import Endpoint
+
+STEP_TIMEOUT = 2.0  # seconds for each step of connecting to one server, such as its greeting
 
 # Characters. A server takes 4,096 bytes of subject; a hub's name has 64 and a dot, and the 200
 # characters of a channel take up to 2,400.
@@ -23,17 +25,15 @@ MAX_PREFIX = 200
 
 # Printable ASCII but the wildcards, in tokens between dots; the last one may be empty.
 _PREFIX = re.compile(r"(?:[!-)+,\-/-=?-~]+\.)*[!-)+,\-/-=?-~]*")
-# How long each step with one server may take, in seconds.
-STEP_TIMEOUT = 2.0
 
-# Options of `nats.connect` that users may not change.
+# Options of `nats.connect` that the user cannot set.
 _FIXED: dict[str, Any] = {
     "allow_reconnect": False,
     # With 0 it would never give up. Now each server is tried twice, without a pause.
     "max_reconnect_attempts": 1,
     "reconnect_time_wait": 0,
-    # Commands are never kept for a later connection, and handing one over never suspends. (Where
-    # it would, nats-py swallows a cancellation.)
+    # Commands are never kept for a later connection, and passing one to nats-py never suspends.
+    # (Where it did, nats-py would swallow a cancellation.)
     "pending_size": 0,
     "flusher_queue_size": 0,
     "no_echo": False,
@@ -54,14 +54,12 @@ class NatsBackend:
     clients of the channel `lobby`; headers and reply subjects are ignored.
 
     With the prefix `starcast.` the channels of the hub `staff` are `starcast.staff.*` in
-    permissions and for other subscribers. A process needs `starcast.*` besides, for the subject
-    with which it asks whether the server has handled what it sent; that is no hub's channel.
+    permissions and for other subscribers. A process needs `starcast.*` as well, for a subject of
+    its own: `%-` and a random word after the prefix, which is no hub's channel. When a message that
+    it sends to itself there is back, the server has handled everything before it.
 
     One publisher's messages keep their order, also across channels. Those of two publishers may
     reach two processes in different orders.
-
-    That subject is `%-` and a random word after the prefix: what a process sends there and gets
-    back tells it that the broker has handled all that went before.
 
     Args:
         url: `nats://` or `tls://`, with `user:password@` or `token@` (percent-encoded) before the
@@ -70,12 +68,12 @@ class NatsBackend:
             the server asks for it. A `str`, or anything whose `str()` is one.
         prefix: What subjects begin with: up to 200 printable ASCII characters without blanks, `*`
             and `>`; may be empty.
-        connect_timeout: How long one attempt to connect may take, in seconds; of these, at most 2
-            for each step with one server.
+        connect_timeout: How many seconds one attempt to connect may take, above 0. At most two of
+            them are spent on each step with one server.
         options: Further arguments of `nats.connect`, such as `tls` (an `ssl.SSLContext`),
             `user_credentials`, `nkeys_seed` or `name`. `user`, `password` and `token` may be
             functions without arguments, plain or `async`, that are called for each connection: for
-            passwords that expire. They are called on the event loop, and their time counts.
+            passwords that expire. They are called on the event loop, within `connect_timeout`.
 
     Attributes:
         address: Where its channels are; see `Backend`.
@@ -99,46 +97,40 @@ class NatsBackend:
                 f"a prefix of subjects is up to {MAX_PREFIX} printable ASCII characters without "
                 f"blanks, '*', '>' and empty tokens, not {prefix!r}"
             )
+        self._connect_timeout = check_positive("connect_timeout", connect_timeout)
         if taken := options.keys() & {*_FIXED, "servers", "error_cb", "closed_cb"}:
             raise ConfigurationError(f"the backend sets these options: {', '.join(sorted(taken))}")
         known = inspect.signature(Client.connect).parameters
         if unknown := options.keys() - known:
             raise ConfigurationError(f"nats.connect does not know: {', '.join(sorted(unknown))}")
-        self._servers, login = read(str(url))
+        self._servers, login = parse_url(str(url))
         if "password" in options and "token" in login:  # nats://user@host is a user then
             login = {"user": login["token"]}
         self._name = "NATS at " + ", ".join(url.partition("://")[2] for url in self._servers)
-        self._options = {**login, **options}
+        step = min(STEP_TIMEOUT, connect_timeout)
+        self._options = {**login, **options, **_FIXED, "connect_timeout": step}
         self.address = f"NATS at {', '.join(same_servers(self._servers))}, prefix {prefix!r}"
         self.endpoints: list[Endpoint] = [*endpoints_of(self._servers)]
         self._prefix = prefix
-        self._connect_timeout = check_positive("connect_timeout", connect_timeout)
 
     async def connect(self, deliver: Deliver, lost: Lost) -> NatsConnection:
-        """Connect. See `Backend`."""
+        """Connect to one of the servers. See `Backend`."""
         connection = NatsConnection(self._name, self._prefix, deliver)
-        failed: BackendUnavailable | None = None
         try:
             async with Deadline(self._connect_timeout):
                 await connection.open(self._servers, await self._current_options(), lost)
+            return connection
         except BaseException as error:
             await connection.close()
             if not isinstance(error, (OSError, ValueError, nats.errors.Error)):
                 raise
-            reason = str(connection.error or error) or "no answer in time"
-            refused = "authorization violation" in reason.lower()
-            kind = LoginRefused if refused else BackendUnavailable
-            failed = kind(f"{self._name}: {reason}")
-        if failed is not None:
-            raise failed  # not above: whatever the error holds, it would be its context
-        return connection
+            why = str(connection.error or error) or "no answer in time"
+        # Not above: whatever the driver's error holds, it would be the context of this one.
+        is_login = "authorization violation" in why.lower()
+        raise (LoginRefused if is_login else BackendUnavailable)(f"{self._name}: {why}")
 
     async def _current_options(self) -> dict[str, Any]:
-        options = {
-            **self._options,
-            **_FIXED,
-            "connect_timeout": min(STEP_TIMEOUT, self._connect_timeout),
-        }
+        options = dict(self._options)
         for name in _CREDENTIALS:
             ask = options.get(name)
             if callable(ask):
@@ -147,6 +139,6 @@ class NatsBackend:
                     options[name] = await answer if inspect.isawaitable(answer) else answer
                     continue
                 except Exception as error:
-                    kind = type(error).__name__  # its message may hold a secret
+                    kind = type(error).__name__  # and not what it says, which may hold a secret
                 raise BackendUnavailable(f"{self._name}: {name}= raised {kind}")
         return options

@@ -40,12 +40,11 @@ def _encode(text: str) -> str:
 
 def untoken(subject: str) -> str:
     """Return the channel as the hub gives it, for the tokens of its subject."""
-    name, _, rest = subject.partition(".")
-    return f"{name}:{unquote(rest)}"
+    return unquote(subject.replace(".", ":", 1))
 
 
 def endpoints_of(urls: list[str]) -> list[tuple[str, int]]:
-    """Return the hosts and ports of servers as `read` returns them."""
+    """Return the hosts and ports of servers as `parse_url` returns them."""
     parts = [urlsplit(url) for url in urls]
     return [(each.hostname or "", each.port or 0) for each in parts]
 
@@ -55,7 +54,7 @@ def same_servers(urls: list[str]) -> list[str]:
     return sorted(f"{same_host(host)}:{port}" for host, port in endpoints_of(urls))
 
 
-def read(url: str) -> tuple[list[str], dict[str, str]]:
+def parse_url(url: str) -> tuple[list[str], dict[str, str]]:
     """Take the servers and the login out of a URL: nats-py does not decode a password."""
     scheme, _, rest = url.partition("://")
     rest, _, query = rest.partition("?")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
 
 from support import DEADLINE, until
@@ -14,7 +14,12 @@ from support import DEADLINE, until
 
 @contextlib.asynccontextmanager
 async def front(
-    port: int, *, tls: ssl.SSLContext | None = None, asked: bool = False, delay: float = 0.0
+    port: int,
+    *,
+    tls: ssl.SSLContext | None = None,
+    asked: bool = False,
+    delay: float = 0.0,
+    change: Callable[[bytes], bytes] = bytes,
 ) -> AsyncIterator[int]:
     """Yield a port that goes on to the other one.
 
@@ -23,14 +28,19 @@ async def front(
         tls: With which it speaks TLS.
         asked: Whether a client first asks for TLS and is told yes, as it is with PostgreSQL.
         delay: Seconds that each piece of what is sent takes, both ways.
+        change: Returns what arrives in place of each piece that the server sends.
     """
     tasks = set()
 
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def copy(
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        change: Callable[[bytes], bytes] = bytes,
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(2**16):
                 await asyncio.sleep(delay)
-                writer.write(data)
+                writer.write(change(data))
                 await writer.drain()
         writer.transport.abort()
 
@@ -49,7 +59,7 @@ async def front(
             except OSError:  # the client does not like the certificate
                 back.transport.abort()
                 return
-        await asyncio.gather(copy(reader, back), copy(there, writer))
+        await asyncio.gather(copy(reader, back), copy(there, writer, change))
 
     if tls is not None:
         # In debug mode asyncio takes a client that fails the handshake for an error of the server.

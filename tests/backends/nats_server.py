@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sysconfig
 import tempfile
 import threading
+import urllib.request
 from pathlib import Path
 
 from backends.programs import newest
@@ -48,6 +51,14 @@ class NatsServer:
     def log(self) -> str:
         return (self._folder / "log").read_text()
 
+    def subjects(self, name: str) -> list[str]:
+        """Return what the connection with this name is subscribed to, in order."""
+        where = re.findall(r"http monitor on (\S+)", self.log)[-1]
+        with urllib.request.urlopen(f"http://{where}/connz?subs=1") as answer:
+            connections = json.load(answer)["connections"]
+        (found,) = (each for each in connections if each.get("name") == name)
+        return sorted(found.get("subscriptions_list", []))
+
     def configure(self, config: str) -> None:
         """Give it other lines, which count from the next start."""
         self._config.write_text(config)
@@ -65,7 +76,7 @@ class NatsServer:
         assert self._process is None
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [binary(), "-c", str(self._config), "-a", "127.0.0.1", "-p", str(self.port)],
+                [binary(), "-c", self._config, "-a", "127.0.0.1", "-p", str(self.port), "-m", "-1"],
                 stdout=log,
                 stderr=log,
             )

@@ -6,23 +6,25 @@ import asyncio
 import contextlib
 import gc
 import os
-import re
 import socket
 import ssl
 import time
 import types
+import weakref
 from pathlib import Path
 
 import nats
 import pytest
 import trustme
 
+from backends.front import SlowLine, front
 from backends.nats_server import Flood, NatsServer
 from starcast import Broadcast
-from starcast.backends.base import MessagesRefused, SubscriptionRevoked
+from starcast.backends.base import LoginRefused, MessagesRefused, SubscriptionRevoked
 from starcast.backends.nats import NatsBackend
-from starcast.backends.nats_names import read
+from starcast.backends.nats_names import parse_url
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
+from starcast.testing import Inbox
 from support import free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -62,37 +64,19 @@ def own_server():
         server.close()
 
 
-class Inbox:
-    """Records what a backend's connection delivers and reports; one connection at a time."""
-
-    def __init__(self):
-        self.got = []
-        self.lost = []
-
-    def deliver(self, channel, payload):
-        self.got.append((channel, payload))
-
-    async def start(self, backend):
-        self.connection = await backend.connect(self.deliver, self.lost.append)
-        return self
-
-    async def stop(self):
-        await self.connection.close()
-
-
 @pytest.fixture
 async def connect(server, anyio_backend):
     """`connection, inbox = await connect()`, closed at the end."""
-    inboxes = []
+    connections = []
 
     async def make(url=None, **options):
-        inbox = await Inbox().start(NatsBackend(url or server.url, **options))
-        inboxes.append(inbox)
-        return inbox.connection, inbox
+        backend, inbox = NatsBackend(url or server.url, **options), Inbox()
+        connections.append(await backend.connect(inbox.deliver, inbox.lost))
+        return connections[-1], inbox
 
     yield make
-    for inbox in inboxes:
-        await inbox.stop()
+    for connection in connections:
+        await connection.close()
 
 
 def sockets():
@@ -130,15 +114,15 @@ def chains(error):
 
 
 async def refused(backend, *secrets):
-    """Start it in vain; return what it says, which holds no secret."""
+    """Connect in vain; return what the error says, which holds no secret."""
     inbox, start = Inbox(), time.monotonic()
     with pytest.raises(BackendUnavailable) as raised:
-        await inbox.start(backend)
+        await backend.connect(inbox.deliver, inbox.lost)
     assert time.monotonic() - start < 15
     texts = " ".join(chains(raised.value))
     assert not any(secret in texts for secret in secrets), texts
     assert "127.0.0.1" in str(raised.value) or ".invalid" in str(raised.value)
-    assert inbox.lost == []
+    assert inbox.errors == []
     return str(raised.value)
 
 
@@ -237,8 +221,8 @@ async def test_prefixes_are_apart(connect):
         assert inbox.got == [("room", prefix), ("room", b"end")]
 
 
-async def test_unsubscribe(connect):
-    connection, inbox = await connect()
+async def test_unsubscribe(server, connect):
+    connection, inbox = await connect(name="leaves")
     await connection.subscribe("a")
     await connection.subscribe("b")
     await connection.unsubscribe("a")
@@ -248,6 +232,9 @@ async def test_unsubscribe(connect):
     await connection.subscribe("a")
     await connection.publish([("a", b"3")])
     assert inbox.got == [("b", b"2"), ("a", b"3")]
+    answers, *subjects = server.subjects("leaves")
+    assert answers.startswith("starcast:%-")
+    assert subjects == ["starcast:a", "starcast:b"]
 
 
 async def test_many_subscribe_at_once(connect):
@@ -317,7 +304,7 @@ async def test_the_name_of_the_hub_is_a_token(server):
         await client.close()
 
 
-async def test_a_user_with_the_rights_of_one_hub(own_server):
+async def test_a_user_with_the_rights_of_one_hub(own_server, connect):
     server = own_server(
         """authorization: {users: [{user: u, password: p, permissions: {
             publish: ["app.*", "app.public.*"], subscribe: ["app.*", "app.public.*"]}}]}"""
@@ -328,136 +315,160 @@ async def test_a_user_with_the_rights_of_one_hub(own_server):
         await public.publish("news", "1")
         assert (await anext(subscriber)).message == "1"
         assert await public.healthy()
-    backend = NatsBackend(url, prefix="app.")
-    inbox = await Inbox().start(backend)
+    connection, inbox = await connect(url, prefix="app.")
     with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
-        await inbox.connection.subscribe("staff:news")
+        await connection.subscribe("staff:news")
     with pytest.raises(BackendUnavailable, match=r"app\.staff\.news"):
-        await inbox.connection.publish([("staff:news", b"x")])
+        await connection.publish([("staff:news", b"x")])
     assert inbox.got == []
-    await inbox.stop()
 
 
 async def test_answers_that_nobody_waits_for(server, connect):
-    connection, inbox = await connect()
+    connection, _ = await connect(name="answered")
+    (answers,) = server.subjects("answered")
     client = await nats.connect(server.url)
     try:
-        heard = await client.subscribe(">")
-        await client.flush()
-        await connection.publish([])
-        subject = (await heard.next_msg()).subject
-        assert subject.startswith("starcast:%-")
         for payload in [b"", b"0", b"1000000", b"\xff"]:
-            await client.publish(subject, payload)
+            await client.publish(answers, payload)
         await client.flush()
     finally:
         await client.close()
     await connection.publish([("x", b"y")])
-    assert inbox.lost == []
+
+
+async def test_all_channels_of_a_hub(connect):
+    sender, _ = await connect(prefix="a.")
+    receiver, inbox = await connect(prefix="a.")
+    await receiver.subscribe_all("staff")
+    channels = [*(f"staff:{name}" for name in ODD), "staff:a:b"]
+    await sender.publish([("other:a", b"x"), ("staff", b"x"), *((name, b"x") for name in channels)])
+    assert await inbox.until(len(channels)) == [(name, b"x") for name in channels]
+
+
+async def test_a_part_of_a_message_is_a_sign_of_life(server, connect):
+    sender, _ = await connect()
+    async with SlowLine(server.port) as line:
+        receiver, inbox = await connect(f"nats://127.0.0.1:{line.port}")
+        await receiver.subscribe("room")
+        assert receiver.heard_at == 0  # confirmations do not count
+        line.rate = 200_000
+        await sender.publish([("room", b"x" * 50_000)])
+        heard = {0}
+        while not inbox.got:
+            heard.add(receiver.heard_at)
+            await asyncio.sleep(0.001)
+        assert len(heard) > 5
+        assert receiver.heard_at >= max(heard)
+        await receiver.close()
 
 
 # Limits
 
 
-async def test_a_payload_that_is_too_large(own_server):
+async def test_a_payload_that_is_too_large(own_server, connect):
     server = own_server("max_payload: 1000")
-    backend = NatsBackend(server.url)
-    inbox = await Inbox().start(backend)
-    assert inbox.connection.max_payload == 1000
-    await inbox.connection.subscribe("room")
+    connection, inbox = await connect(server.url)
+    assert connection.max_payload == 1000
+    await connection.subscribe("room")
     with pytest.raises(PayloadTooLarge, match=r"1001 bytes .* 1000 .* 127\.0\.0\.1"):
-        await inbox.connection.publish([("room", b"fits"), ("room", b"x" * 1001)])
-    await inbox.connection.publish([("room", b"x" * 1000)])
+        await connection.publish([("room", b"fits"), ("room", b"x" * 1001)])
+    await connection.publish([("room", b"x" * 1000)])
     assert inbox.got == [("room", b"x" * 1000)]
-    assert inbox.lost == []
-    await inbox.stop()
+    assert inbox.errors == []
 
 
-async def test_permissions(own_server):
+async def test_permissions(own_server, connect):
     server = own_server(
         """authorization: {users: [{user: u, password: p, permissions: {
             publish: {deny: "starcast:mute"}, subscribe: {deny: "starcast:deaf"}}}]}"""
     )
-    backend = NatsBackend(server.url.replace("//", "//u:p@"))
-    inbox = await Inbox().start(backend)
+    connection, inbox = await connect(server.url.replace("//", "//u:p@"))
     results = await asyncio.gather(
-        *(inbox.connection.subscribe(channel) for channel in ["a", "deaf", "b"]),
-        return_exceptions=True,
+        *(connection.subscribe(channel) for channel in ["a", "deaf", "b"]), return_exceptions=True
     )
     assert [type(result) for result in results] == [type(None), BackendUnavailable, type(None)]
     assert 'Subscription to "starcast:deaf"' in str(results[1])
     with pytest.raises(BackendUnavailable, match='Publish to "starcast:mute"'):
-        await inbox.connection.publish([("mute", b"x"), ("a", b"1")])
-    await inbox.connection.publish([("b", b"2")])
+        await connection.publish([("mute", b"x"), ("a", b"1")])
+    await connection.publish([("b", b"2")])
     assert inbox.got == [("a", b"1"), ("b", b"2")]
-    assert inbox.lost == []
-    await inbox.stop()
+    assert inbox.errors == []
 
 
-async def test_subjects_that_differ_only_in_case(own_server):
+async def test_too_many_subscriptions(own_server, connect):
+    """The server does not say which one it refuses."""
+    server = own_server("max_subscriptions: 2")  # one of them is for answers
+    connection, inbox = await connect(server.url)
+    await connection.subscribe("a")
+    with pytest.raises(BackendUnavailable, match="maximum subscriptions exceeded"):
+        await connection.subscribe("b")
+    await connection.publish([("a", b"x")])
+    await connection.unsubscribe("a")
+    await connection.subscribe("b")
+    assert inbox.got == [("a", b"x")]
+    assert inbox.errors == []
+
+
+async def test_permissions_that_are_taken_away(own_server, connect):
+    config = """authorization: {{users: [{{user: u, password: p, permissions: {{
+        publish: ">", subscribe: {{allow: "app.*", deny: [{}]}}}}}}]}}"""
+    server = own_server(config.format('"none"'))
+    connection, inbox = await connect(server.url.replace("//", "//u:p@"), prefix="app.")
+    await connection.subscribe("a")
+    await connection.subscribe("b")
+    server.reload(config.format('"app.a"'))
+    await until(lambda: inbox.errors)
+    assert [(type(error), error.channel) for error in inbox.errors] == [(SubscriptionRevoked, "a")]
+    await connection.publish([("a", b"x"), ("b", b"y")])
+    assert inbox.got == [("b", b"y")]
+    server.reload(config.format('"app.*"'))  # that for answers, too
+    await until(lambda: not isinstance(inbox.errors[-1], SubscriptionRevoked))
+    assert 'Permissions Violation for Subscription to "app.%-' in str(inbox.errors[-1])
+    with pytest.raises(BackendUnavailable, match="not connected"):
+        await connection.subscribe("a")
+
+
+async def test_subjects_that_differ_only_in_case(own_server, connect):
     """nats-py itself tells of a refusal in lower case."""
     server = own_server(
         """authorization: {users: [{user: u, password: p, permissions: {
             publish: {deny: ["A\\"\\\\room", "none"]}}}]}"""
     )
-    backend = NatsBackend(server.url.replace("//", "//u:p@"), prefix='A"\\')
-    inbox = await Inbox().start(backend)
-    await inbox.connection.subscribe("Room")
+    connection, inbox = await connect(server.url.replace("//", "//u:p@"), prefix='A"\\')
+    await connection.subscribe("Room")
     with pytest.raises(MessagesRefused) as raised:
-        await inbox.connection.publish([(name, b"x") for name in ("Room", "room", "Room", "room")])
+        await connection.publish([(name, b"x") for name in ("Room", "room", "Room", "room")])
     assert raised.value.reasons.keys() == {1, 3}
     assert all('to "A\\"\\\\room"' in why for why in raised.value.reasons.values())
     assert inbox.got == [("Room", b"x")] * 2
-    await inbox.stop()
 
 
-@contextlib.asynccontextmanager
-async def revoking(port):
-    """Yield the port of a proxy that tells a client twice that its subscription is refused."""
-    tasks = set()
-
-    async def relay(reader, writer, replies=None):
-        while data := await reader.read(2**16):
-            if found := re.search(rb"SUB (starcast:room) +(\d+)\r\n", data):
-                said = '-ERR \'Permissions Violation for Subscription to "%s" (sid "%s")\'\r\n'
-                replies.write(2 * (said % (found[1].decode(), found[2].decode())).encode())
-            writer.write(data)
-        writer.transport.abort()
-
-    async def accept(reader, writer):
-        tasks.add(asyncio.current_task())
-        there, back = await asyncio.open_connection("127.0.0.1", port)
-        with contextlib.suppress(OSError):
-            await asyncio.gather(relay(reader, back, replies=writer), relay(there, writer))
-
-    proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
-    yield proxy.sockets[0].getsockname()[1]
-    proxy.close()
-    await asyncio.wait(tasks)
-
-
-async def test_a_subscription_that_is_taken_away_as_it_is_granted(server):
-    async with revoking(server.port) as port:
-        inbox = await Inbox().start(NatsBackend(f"nats://127.0.0.1:{port}"))
+async def test_a_subscription_that_is_taken_away_as_it_is_granted(server, connect):
+    said = b""
+    # nats-py numbers them: 1 is the one for answers.
+    revoked = b"""-ERR 'Permissions Violation for Subscription to "starcast:room" (sid "2")'\r\n"""
+    async with front(server.port, change=lambda data: said + data) as port:
+        connection, inbox = await connect(f"nats://127.0.0.1:{port}")
+        said = revoked
         with pytest.raises(BackendUnavailable, match="taken away at once"):
-            await inbox.connection.subscribe("room")
-        revoked = [(type(error), error.channel) for error in inbox.lost]
-        assert revoked == [(SubscriptionRevoked, "room")]
-        await inbox.connection.subscribe("another")
-        await inbox.connection.publish([("room", b"1"), ("another", b"2")])
-        assert inbox.got == [("another", b"2")]
-        await inbox.stop()
+            await connection.subscribe("room")
+        # The same is said again, of a subscription that is not there any more.
+        await connection.publish([])
+        await connection.subscribe("room")
+        await connection.publish([("room", b"x")])
+        assert inbox.got == [("room", b"x")]
+        await connection.close()
+    assert [type(error) for error in inbox.errors] == [SubscriptionRevoked]
+    assert inbox.errors[0].channel == "room"
 
 
-async def test_a_password_that_is_changed_ends_the_connection(own_server):
+async def test_a_password_that_is_changed_ends_the_connection(own_server, connect):
     config = "authorization: {{users: [{{user: u, password: {}}}]}}"
     server = own_server(config.format("p"))
-    backend = NatsBackend(server.url.replace("//", "//u:p@"))
-    inbox = await Inbox().start(backend)
+    _, inbox = await connect(server.url.replace("//", "//u:p@"))
     server.reload(config.format("q"))
-    await until(lambda: inbox.lost)
-    assert "authorization failed" in str(inbox.lost[0])
-    await inbox.stop()
+    await until(lambda: inbox.errors)
+    assert "authorization failed" in str(inbox.errors[0])
 
 
 async def test_no_permission_for_answers(own_server):
@@ -465,7 +476,7 @@ async def test_no_permission_for_answers(own_server):
         """authorization: {users: [{user: u, password: p,
             permissions: {publish: "a", subscribe: "a"}}]}"""
     )
-    text = await refused(NatsBackend(server.url.replace("//", "//u:p@"), connect_timeout=0.5))
+    text = await refused(NatsBackend(server.url.replace("//", "//u:p@")))
     assert "Permissions Violation" in text
 
 
@@ -479,36 +490,34 @@ async def test_a_slow_loop_loses_nothing_that_the_server_has_sent(server, connec
     time.sleep(0.3)  # noqa: ASYNC251  # the loop is to be busy
     await until(lambda: len(inbox.got) == 20_000)
     flood.join()
-    assert inbox.lost == []
+    assert inbox.errors == []
 
 
-async def test_a_loop_so_slow_that_the_server_gives_up(own_server):
+async def test_a_loop_so_slow_that_the_server_gives_up(own_server, connect):
     server = own_server('max_payload: 65536\nmax_pending: 65536\nwrite_deadline: "200ms"')
-    backend = NatsBackend(server.url)
-    inbox = await Inbox().start(backend)
-    await inbox.connection.subscribe("room")
+    connection, inbox = await connect(server.url)
+    await connection.subscribe("room")
     flood = Flood(server.port, b"starcast:room", b"x" * 60_000, 2_000)
     flood.start()
     flood.join()  # meanwhile the loop reads nothing
-    await until(lambda: inbox.lost)
+    await until(lambda: inbox.errors)
     assert len(inbox.got) < 2_000
-    assert len(inbox.lost) == 1
-    await inbox.stop()
+    assert len(inbox.errors) == 1
 
 
 # Outages
 
 
-async def pending_calls(inbox):
+async def pending_calls(connection):
     """A call of each kind, waiting for a broker that does not answer."""
     calls = [
-        inbox.connection.subscribe("c"),
-        inbox.connection.unsubscribe("a"),
-        inbox.connection.publish([("a", b"x")]),
+        connection.subscribe("c"),
+        connection.unsubscribe("a"),
+        connection.publish([("a", b"x")]),
     ]
     tasks = [asyncio.ensure_future(call) for call in calls]
-    for _ in range(3):  # each task runs until it waits for an answer
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)  # they send at once
+    assert not any(task.done() for task in tasks)
     return tasks
 
 
@@ -519,159 +528,218 @@ async def all_raise(tasks, within):
     assert time.monotonic() - start < within
 
 
-async def test_killed_while_calls_wait(own_server):
+async def test_killed_while_calls_wait(own_server, connect):
     server = own_server()
-    backend = NatsBackend(server.url)
-    inbox = await Inbox().start(backend)
-    await inbox.connection.subscribe("a")
+    connection, inbox = await connect(server.url)
+    await connection.subscribe("a")
     server.freeze()
-    tasks = await pending_calls(inbox)
+    tasks = await pending_calls(connection)
     server.kill()
     for _ in range(1000):  # nats-py has something to send in every turn, also when it closes
         with contextlib.suppress(BackendUnavailable):  # it is closed
-            tasks.append(inbox.connection.publish([("a", b"x")]))
+            tasks.append(connection.publish([("a", b"x")]))
         await asyncio.sleep(0)
-    await until(lambda: inbox.lost)
+    await until(lambda: inbox.errors)
     await all_raise(tasks, 10)
-    assert len(inbox.lost) == 1
-    assert isinstance(inbox.lost[0], BackendUnavailable)
-    assert str(server.port) in str(inbox.lost[0])
+    assert len(inbox.errors) == 1
+    assert isinstance(inbox.errors[0], BackendUnavailable)
+    assert str(server.port) in str(inbox.errors[0])
     for call, argument in [
-        (inbox.connection.subscribe, "d"),
-        (inbox.connection.unsubscribe, "a"),
-        (inbox.connection.publish, [("a", b"")]),
+        (connection.subscribe, "d"),
+        (connection.unsubscribe, "a"),
+        (connection.publish, [("a", b"")]),
     ]:
         with pytest.raises(BackendUnavailable, match="not connected"):
             await call(argument)
-    await inbox.stop()
-    assert len(inbox.lost) == 1
+    assert len(inbox.errors) == 1
 
 
-async def test_killed_under_load(own_server):
+async def test_killed_under_load(own_server, connect):
     """Whatever nats-py is doing just then, the end is noticed at once and nothing is logged."""
     for round in range(15):
         server = own_server()
-        backend = NatsBackend(server.url)
-        inbox = await Inbox().start(backend)
-        await inbox.connection.subscribe("a")
+        connection, inbox = await connect(server.url)
+        await connection.subscribe("a")
 
-        async def load(inbox=inbox):
+        async def load(connection=connection):
             while True:
-                await inbox.connection.publish([("a", b"x" * 20_000)] * 20)
+                await connection.publish([("a", b"x" * 20_000)] * 20)
 
-        async def more(inbox=inbox):
+        async def more(connection=connection):
             for number in range(10**9):
-                await inbox.connection.subscribe(str(number))
+                await connection.subscribe(str(number))
 
         tasks = [asyncio.create_task(load()), asyncio.create_task(more())]
         await until(lambda inbox=inbox, round=round: len(inbox.got) > 50 + 37 * round)
         server.kill()
-        await until(lambda inbox=inbox: inbox.lost)
+        await until(lambda inbox=inbox: inbox.errors)
         await all_raise(tasks, 10)
-        await inbox.stop()
-        assert len(inbox.lost) == 1
+        await connection.close()
+        assert len(inbox.errors) == 1
         gc.collect()
 
 
 async def test_shut_down_and_started_again(own_server):
+    """One backend makes all the connections, which know nothing of each other."""
     server = own_server()
     backend = NatsBackend(server.url)
-    inbox = await Inbox().start(backend)
-    for restart in range(1, 4):
-        await inbox.connection.subscribe("a")
-        await inbox.connection.publish([("a", b"x")])
-        assert len(inbox.got) == restart
+    made = []
+    for _ in range(3):
+        inbox = Inbox()
+        connection = await backend.connect(inbox.deliver, inbox.lost)
+        made.append((connection, inbox))
+        for gone, _ in made[:-1]:
+            await gone.close()
+            with pytest.raises(BackendUnavailable, match="not connected"):
+                await gone.subscribe("a")
+        await connection.subscribe("a")
+        await connection.publish([("a", b"x")])
         server.stop()
-        await until(lambda restart=restart: len(inbox.lost) == restart)
-        await inbox.stop()
+        await until(lambda inbox=inbox: inbox.errors)
         await refused(backend)
         server.start()
-        await inbox.start(backend)
-    await inbox.stop()
-    await inbox.stop()
-    assert len(inbox.lost) == 3
+    await connection.close()
+    for _, inbox in made:
+        assert inbox.got == [("a", b"x")]
+        assert len(inbox.errors) == 1
 
 
-async def test_frozen(own_server):
+async def test_two_connections_of_one_backend(server):
+    backend, inboxes = NatsBackend(server.url), [Inbox(), Inbox()]
+    one, two = [await backend.connect(inbox.deliver, inbox.lost) for inbox in inboxes]
+    await one.subscribe("a")
+    await two.subscribe("b")
+    await two.publish([("a", b"1"), ("b", b"1")])
+    assert await inboxes[0].until(1) == [("a", b"1")]
+    await one.close()
+    await two.publish([("a", b"2"), ("b", b"2")])
+    assert inboxes[1].got == [("b", b"1"), ("b", b"2")]
+    await two.close()
+    assert [inbox.errors for inbox in inboxes] == [[], []]
+
+
+async def test_frozen(own_server, connect):
     server = own_server()
-    backend = NatsBackend(server.url)
-    inbox = await Inbox().start(backend)
-    await inbox.connection.subscribe("a")
+    connection, inbox = await connect(server.url)
+    await connection.subscribe("a")
     server.freeze()
-    tasks = await pending_calls(inbox)
+    tasks = await pending_calls(connection)
     cancelled = tasks.pop()
     cancelled.cancel()
     start = time.monotonic()
-    await inbox.stop()
+    await connection.close()
     assert time.monotonic() - start < 4
     await all_raise(tasks, 4)
     assert cancelled.cancelled()
     server.thaw()
-    assert inbox.lost == []
+    assert inbox.errors == []
 
 
-async def test_frozen_with_a_full_socket(own_server):
+async def test_frozen_with_a_full_socket(own_server, connect):
     server = own_server()
-    inbox = await Inbox().start(NatsBackend(server.url))
+    connection, _ = await connect(server.url)
     server.freeze()
-    publishing = inbox.connection.publish([("a", b"x" * 1_000_000)] * 20)
-    subscribing = asyncio.create_task(inbox.connection.subscribe("a"))
-    await asyncio.sleep(0)
+    batch = [("a", b"x" * 1_000_000)] * 9
+    publishes = []
+    with pytest.raises(BackendUnavailable, match="does not take what is sent"):  # noqa: PT012  # the last of a loop
+        for _ in range(10):
+            publishes.append(connection.publish(batch))
     start = time.monotonic()
-    await inbox.stop()
+    await connection.close()
     assert time.monotonic() - start < 4
-    await all_raise([publishing, subscribing], 4)
+    await all_raise(publishes, 4)
 
 
-async def test_closed_while_it_ends_by_itself(own_server):
+async def test_an_answer_after_its_call_was_cancelled(own_server, connect):
     server = own_server()
-    for turns in range(30):
-        inbox = await Inbox().start(NatsBackend(server.url))
+    connection, inbox = await connect(server.url)
+    server.freeze()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await connection.subscribe("a")
+    server.thaw()
+    await connection.subscribe("a")
+    await connection.publish([("a", b"x")])
+    assert inbox.got == [("a", b"x")]
+    assert inbox.errors == []
+
+
+async def test_closed_while_it_ends_by_itself(own_server, connect):
+    """In each turn of the loop from the end of the connection until that is reported."""
+    server = own_server()
+    for turns in range(100):
+        connection, inbox = await connect(server.url)
         server.kill()
         for _ in range(turns):
             await asyncio.sleep(0)
-        reported = len(inbox.lost)
-        await inbox.stop()
-        assert len(inbox.lost) == reported
+        reported = len(inbox.errors)
+        await connection.close()
+        assert len(inbox.errors) == reported
         assert not tasks()
+        if reported:
+            break
         server.start()
+    assert 1 < turns < 99
 
 
 # Connections that do not come about
 
 
-async def test_wrong_credentials(own_server):
+async def test_wrong_credentials(own_server, connect):
     server = own_server('authorization: {user: "me@x", password: "p:/@,%"}')
     right = server.url.replace("//", "//me%40x:p%3A%2F%40%2C%25@")
     await refused(NatsBackend(server.url))
     text = await refused(NatsBackend(right.replace("%25", "SECRET")), "SECRET", "me%40x", "me@x")
     assert "authorization violation" in text.lower()
-    backend = NatsBackend(right)
-    inbox = await Inbox().start(backend)
-    await inbox.stop()
-    assert "p:/@" not in backend.address
+    with pytest.raises(LoginRefused):
+        await connect(server.url)
+    await connect(right)
+    assert "p:/@" not in NatsBackend(right).address
 
 
 @pytest.mark.parametrize("by", ["url", "option"])
-async def test_a_token(own_server, by):
+async def test_a_token(own_server, connect, by):
     server = own_server('authorization: {token: "s3cr%t"}')
     await refused(NatsBackend(server.url.replace("//", "//SECRET@")), "SECRET")
     if by == "url":
-        backend = NatsBackend(server.url.replace("//", "//s3cr%25t@"))
+        await connect(server.url.replace("//", "//s3cr%25t@"))
     else:
-        backend = NatsBackend(server.url, token="s3cr%t")
-    inbox = await Inbox().start(backend)
-    await inbox.stop()
+        await connect(server.url, token="s3cr%t")
 
 
-async def test_refused_and_unknown():
+async def password():
+    return "p"
+
+
+@pytest.mark.parametrize("given", ["p", lambda: "p", password])
+async def test_a_password_as_an_option(own_server, connect, given):
+    server = own_server("authorization: {user: u, password: p}")
+    connection, inbox = await connect(server.url.replace("//", "//u@"), password=given)
+    await connection.subscribe("a")
+    await connection.publish([("a", b"x")])
+    assert inbox.got == [("a", b"x")]
+
+
+async def test_a_function_that_has_no_password(server):
+    def fail():
+        raise KeyError("SECRET")
+
+    assert "password= raised KeyError" in await refused(
+        NatsBackend(server.url, user="u", password=fail), "SECRET"
+    )
+    never = asyncio.Event().wait
+    backend = NatsBackend(server.url, user="u", password=never, connect_timeout=0.2)
+    assert "no answer in time" in await refused(backend)
+
+
+async def test_refused_and_unknown(connect):
     port = free_port()
     text = await refused(NatsBackend(f"nats://u:SECRET@127.0.0.1:{port}"), "SECRET")
     assert str(port) in text
     await refused(NatsBackend("nats://u:SECRET@broker.invalid"), "SECRET")
     await refused(NatsBackend(f"nats://SECRET@{'x' * 70}.invalid"), "SECRET")
     with pytest.raises(BackendUnavailable):
-        await Inbox().start(NatsBackend("nats://none"))
+        await connect("nats://none")
 
 
 async def test_several_servers(server, connect):
@@ -707,11 +775,40 @@ async def test_something_else_listens_there(says, expected):
     await listener.wait_closed()
 
 
+@pytest.mark.parametrize("says", [b"", b"-ERR 'Stale Connection'\r\n"])
+async def test_a_connection_that_ends_as_it_is_made(says):
+    """Either there is none, or its end is reported."""
+
+    async def answer(reader, writer):
+        writer.write(b"INFO {}\r\n")
+        await reader.readuntil(b"PING\r\n")
+        writer.write(b"PONG\r\n")
+        subject = (await reader.readuntil(b"\r\n")).split()[1]
+        await reader.readuntil(b"\r\n0\r\n")
+        writer.write(b"MSG %b 1 1\r\n0\r\n%b" % (subject, says))
+        writer.close()
+
+    listener = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    backend, inbox = NatsBackend(f"nats://127.0.0.1:{port}"), Inbox()
+    if says:
+        assert "connection closed" in await refused(backend)
+    else:
+        connection = await backend.connect(inbox.deliver, inbox.lost)
+        await until(lambda: inbox.errors)
+        await connection.close()
+        assert len(inbox.errors) == 1
+    listener.close()
+    await listener.wait_closed()
+
+
 async def test_nobody_answers_there():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         backend = NatsBackend(f"nats://127.0.0.1:{port}", connect_timeout=0.5)
+        start = time.monotonic()
         assert "no answer in time" in await refused(backend)
+        assert 0.4 < time.monotonic() - start < 2
 
 
 # TLS
@@ -739,25 +836,22 @@ def trusting(authority):
 
 
 @pytest.mark.parametrize("scheme", ["nats", "tls"])
-async def test_tls(tls_server, trusting, scheme, caplog):
+async def test_tls(tls_server, connect, trusting, scheme, caplog):
     url = tls_server.url.replace("tls://", f"{scheme}://u:p@")
-    backend = NatsBackend(url, tls=trusting)
-    inbox = await Inbox().start(backend)
-    await inbox.connection.subscribe("a")
-    await inbox.connection.publish([("a", b"x" * 1_000_000)])
+    connection, inbox = await connect(url, tls=trusting)
+    await connection.subscribe("a")
+    await connection.publish([("a", b"x" * 1_000_000)])
     assert inbox.got == [("a", b"x" * 1_000_000)]
-    await inbox.stop()
-    await inbox.start(backend)
     tls_server.freeze()
     start = time.monotonic()
-    await inbox.stop()
+    await connection.close()
     assert time.monotonic() - start < 4
     tls_server.thaw()
-    await inbox.start(backend)
+    connection, inbox = await connect(url, tls=trusting)
     tls_server.stop()
-    await until(lambda: inbox.lost)
-    await inbox.stop()
-    assert len(inbox.lost) == 1
+    await until(lambda: inbox.errors)
+    await connection.close()
+    assert len(inbox.errors) == 1
     assert not caplog.records
 
 
@@ -802,61 +896,103 @@ def cancelled_at(number, when, coroutine, cancelled):
             send, argument = coroutine.throw, error
 
 
-async def starting(backend, inbox):
-    await inbox.stop()
-    await inbox.start(backend)
+async def run_cancelled(number, when, coroutine):
+    """Return whether that cancelled it; if not, it was over before."""
+    cancelled = []
+
+    async def run():
+        await cancelled_at(number, when, coroutine, cancelled)
+
+    task = asyncio.create_task(run())
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert task.cancelled() == (cancelled == [True]), "swallowed"
+    return task.cancelled()
 
 
-async def subscribing(backend, inbox):
-    await inbox.connection.subscribe("b")
+@pytest.fixture(params=["waiting", "done"])
+def when(request):
+    return request.param
 
 
-async def unsubscribing(backend, inbox):
-    await inbox.connection.unsubscribe("a")
-
-
-async def publishing(backend, inbox):
-    await inbox.connection.publish([("c", b"1"), ("c", b"2")])
-
-
-async def stopping(backend, inbox):
-    await inbox.stop()
-
-
-@pytest.mark.parametrize("when", ["waiting", "done"])
-@pytest.mark.parametrize("call", [starting, subscribing, unsubscribing, publishing, stopping])
-async def test_cancelled_at_every_await(server, call, when, monkeypatch):
+async def test_connecting_cancelled_at_every_await(server, when):
+    """Nothing is left behind."""
     open_before = sockets()
+    backend, inbox = NatsBackend(server.url), Inbox()
+
+    async def connect_and_close():
+        await (await backend.connect(inbox.deliver, inbox.lost)).close()
+
     for number in range(1000):
-        backend = NatsBackend(server.url)
-        inbox = await Inbox().start(backend)
-        await inbox.connection.subscribe("a")
-
-        cancelled = []
-
-        async def run(backend=backend, inbox=inbox, number=number, cancelled=cancelled):
-            await cancelled_at(number, when, call(backend, inbox), cancelled)
-
-        task = asyncio.create_task(run())
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        assert task.cancelled() == (cancelled == [True]), "swallowed"
-        if call in (starting, stopping):
-            if task.cancelled():
-                await until(lambda: sockets() <= open_before)
-                assert not tasks()
-            await inbox.stop()
-            await inbox.start(backend)
-        await inbox.connection.publish([("b", b"b")])
-        await inbox.connection.subscribe("d")
-        await inbox.connection.publish([("d", b"d")])
-        assert inbox.got[-1] == ("d", b"d")
-        assert (("b", b"b") in inbox.got) == (call is subscribing and not task.cancelled())
-        await inbox.stop()
-        assert inbox.lost == []
-        if not task.cancelled():
+        cancelled = await run_cancelled(number, when, connect_and_close())
+        await until(lambda: sockets() <= open_before)
+        assert not tasks()
+        if not cancelled:
             break
     assert 1 <= number < 1000
+    assert inbox.errors == []
+
+
+async def test_closing_cancelled_at_every_await(server, connect, when):
+    """The next call completes it."""
+    open_before = sockets()
+    for number in range(1000):
+        connection, inbox = await connect()
+        cancelled = await run_cancelled(number, when, connection.close())
+        start = time.monotonic()
+        await connection.close()
+        assert time.monotonic() - start < 0.9
+        assert not tasks()
+        await until(lambda: sockets() <= open_before)
+        assert inbox.errors == []
+        if not cancelled:
+            break
+    assert 1 <= number < 1000
+
+
+CALLS = {
+    "subscribe": lambda connection: connection.subscribe("b"),
+    "unsubscribe": lambda connection: connection.unsubscribe("a"),
+    "publish": lambda connection: connection.publish([("c", b"1"), ("c", b"2")]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_call_cancelled_at_every_await(server, connect, call, when):
+    """The connection goes on as before."""
+    for number in range(1000):
+        connection, inbox = await connect(name="cancelled")
+        await connection.subscribe("a")
+
+        async def run(connection=connection):
+            await CALLS[call](connection)
+
+        cancelled = await run_cancelled(number, when, run())
+        subscribed = [] if call == "unsubscribe" else ["starcast:a"]
+        if call == "subscribe" and not cancelled:
+            subscribed.append("starcast:b")
+        await connection.publish([("b", b"b")])
+        assert server.subjects("cancelled")[1:] == subscribed
+        await connection.subscribe("d")
+        await connection.publish([("d", b"d")])
+        assert inbox.got[-1] == ("d", b"d")
+        assert (("b", b"b") in inbox.got) == ("starcast:b" in subscribed)
+        await connection.close()
+        assert inbox.errors == []
+        if not cancelled:
+            break
+    assert 1 <= number < 1000
+
+
+async def test_a_cancelled_call_is_forgotten(connect):
+    connection, _ = await connect()
+    publishing = connection.publish([("a", b"x")])
+    publishing.cancel()
+    left = weakref.ref(publishing)
+    del publishing
+    await connection.publish([("a", b"y")])
+    gc.collect()
+    assert left() is None
 
 
 # What makes no sense
@@ -868,6 +1004,7 @@ async def test_cancelled_at_every_await(server, call, when, monkeypatch):
         "nats:", "nats://", "nats://:4222", "redis://h", "h:4222", "nats://h:SECRET", "nats://h/x",
         "nats://u:SEC/RET@h", "nats://u:SEC#RET@h", "nats://u:SEC?RET@h", "nats://h:99999",
         "nats://a,", "nats://u:SECRET@a,v:SECRET@b", "nats://u:SECRET@a,tls://b", "nats://[::1",
+        "nats://h?tls=SECRET", "nats://h?&",
     ],
 )  # fmt: skip
 def test_urls_that_make_no_sense(url):
@@ -877,10 +1014,10 @@ def test_urls_that_make_no_sense(url):
 
 
 def test_urls():
-    assert read("nats://h") == (["nats://h:4222"], {})
-    assert read("tls://[::1]:1/") == (["tls://[::1]:1"], {})
-    assert read("nats://:p@h") == (["nats://h:4222"], {"user": "", "password": "p"})
-    several = read("nats://u:p@a,nats://u:p@b:1,c")
+    assert parse_url("nats://h") == (["nats://h:4222"], {})
+    assert parse_url("tls://[::1]:1/") == (["tls://[::1]:1"], {})
+    assert parse_url("nats://:p@h") == (["nats://h:4222"], {"user": "", "password": "p"})
+    several = parse_url("nats://u:p@a,nats://u:p@b:1,c")
     login = {"user": "u", "password": "p"}
     assert several == (["nats://a:4222", "nats://b:1", "nats://c:4222"], login)
 
@@ -893,12 +1030,14 @@ def test_prefixes_that_make_no_sense(prefix):
         NatsBackend("nats://h", prefix=prefix)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("inf"), "5", None])
-def test_a_timeout_that_makes_no_sense(seconds):
+def test_options_that_are_not_the_users():
+    with pytest.raises(ConfigurationError, match="sets these options: allow_reconnect, error_cb"):
+        NatsBackend("nats://h", error_cb=print, allow_reconnect=True, name="x")
+    with pytest.raises(ConfigurationError, match="does not know: odd"):
+        NatsBackend("nats://h", odd=1, name="x")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_timeouts_that_make_no_sense(seconds):
     with pytest.raises(ConfigurationError, match="connect_timeout must be a number above 0"):
         NatsBackend("nats://h", connect_timeout=seconds)
-
-
-def test_options_that_are_not_the_users():
-    with pytest.raises(ConfigurationError, match="allow_reconnect, error_cb"):
-        NatsBackend("nats://h", error_cb=print, allow_reconnect=True, name="x")
