@@ -157,7 +157,8 @@ class Dispatcher:
         if deadline is None:
             deadline = loop.time() + self._timeout
         while loop.time() < deadline and isinstance(full, Full):
-            await full.queue.wait_for_space(deadline - loop.time())
+            with self._registry.waiting_sender():
+                await full.queue.wait_for_space(deadline - loop.time())
             try:
                 return hand_over()
             except PublishQueueFull as exc:

@@ -276,6 +276,7 @@ class Hub:
                 buffered=buffered,
                 fast_path=len(registry.connections) - sum(asgi.values()),
                 asgi=asgi,
+                waiting_senders=registry.waiting_senders,
                 backend=self.link.stats(),
             )
 

@@ -41,13 +41,14 @@ async def _wait_for_space(registry: Registry, connection: Connection, cost: int)
     with registry.lock:
         if outbox.space is None:
             outbox.space = SpaceQueue(registry.tuning.space_timeout)
-    await outbox.space.wait(
-        lambda: (
-            connection not in registry.connections
-            or not connection.is_here
-            or outbox.has_space(cost)
+    with registry.waiting_sender():
+        await outbox.space.wait(
+            lambda: (
+                connection not in registry.connections
+                or not connection.is_here
+                or outbox.has_space(cost)
+            )
         )
-    )
 
 
 def refuse(websocket: WebSocket, connection: Connection | None) -> None:

@@ -62,7 +62,8 @@ async def wait(hub: Hub, shard: Shard, event: Event) -> None:
             draining = _find_full(hub, shard, event)
         if draining is None:
             return
-        await draining.wait()
+        with hub.registry.waiting_sender():
+            await draining.wait()
 
 
 def _is_unchecked(hub: Hub, shard: Shard, event: Event) -> bool:

@@ -8,6 +8,7 @@ Methods may be called from any thread, unless they say otherwise.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +57,7 @@ class Registry:
         self._missed: dict[Shard, Missed] = {}  # of loops that are blocked now
         self._counts = ClientCounts()
         self._retired = Counters()  # of shards whose loop has ended
+        self.waiting_senders = 0
         self.journal = Journal(self.lock, self.shards)  # written once the lock is released
 
     # Who is there
@@ -205,6 +207,17 @@ class Registry:
                 self.remove(connection)
             for subscriber in [s for s, own in self.subscribers.items() if own is shard]:
                 self._remove_subscriber(subscriber)
+
+    @contextlib.contextmanager
+    def waiting_sender(self) -> Iterator[None]:
+        """Count a sender that waits for space, for as long as the block runs."""
+        with self.lock:
+            self.waiting_senders += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.waiting_senders -= 1
 
     # Look
 

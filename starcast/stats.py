@@ -60,6 +60,8 @@ class Stats:
         pending: Messages that are waiting for their event loop now.
         buffered: Bytes in the outboxes of clients and subscribers now, added up while they are
             being filled and emptied.
+        waiting_senders: Calls of `publish` and `send`, and clients whose message is not published
+            yet, that wait for space in a buffer or a queue now.
         backend: How the connection to the broker is; None for `memory://`.
     """
 
@@ -76,6 +78,7 @@ class Stats:
     buffered: int
     fast_path: int = 0
     asgi: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    waiting_senders: int = 0
     backend: BackendStats | None = None
 
 

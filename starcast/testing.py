@@ -24,7 +24,8 @@ from .broadcast import Broadcast
 Make = Callable[[], Backend]
 Check = Callable[[Make], Awaitable[None]]
 
-# Seconds that a check waits for something until it fails.
+# How long a check waits for something until it fails, in seconds. Set it to more for a broker that
+# is far away.
 DEADLINE = 10.0
 
 # Names that a broker might mistake for something else, and the longest ones.

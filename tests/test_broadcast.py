@@ -25,9 +25,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from starcast import (
     BackendUnavailable,
     Broadcast,
+    BroadcastEndpoint,
     ClientGone,
     ConfigurationError,
+    ConnectionManager,
     EncodingError,
+    Event,
     InvalidChannel,
     NotConnected,
     OriginRefused,
@@ -35,9 +38,11 @@ from starcast import (
     SubscriberLagged,
     Tuning,
 )
-from starcast.relay import Relay, close_sender
-from starcast.sync.bounded import Full
-from support import Bus, Peer, by_another, until, until_sync
+from starcast.broker.local import LocalLink
+from starcast.dispatcher import Dispatcher
+from starcast.registry import Registry
+from starcast.sync.bounded import BoundedQueue, Full
+from support import Broker, Bus, Peer, by_another, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -46,6 +51,12 @@ async def joined(hub: Broadcast, channel: str = "default", **options) -> Peer:
     peer = Peer()
     await hub.connect(peer.websocket, channel, **options)
     return peer
+
+
+def parts() -> tuple[Registry, Dispatcher]:
+    """Return those of a hub in memory that publish."""
+    registry = Registry(Tuning(), lambda channel: None, lambda missed: None)
+    return registry, Dispatcher(registry, LocalLink(registry.deliver, registry.shards))
 
 
 async def several(hub: Broadcast, count: int, channel: str = "default") -> list[Peer]:
@@ -316,24 +327,21 @@ async def test_clients_are_closed_although_the_connection_fails_to_close(caplog)
     assert not hub.stats().open
 
 
-async def test_what_the_garbage_collector_runs_may_publish():
+def test_what_the_garbage_collector_runs_may_publish():
     """Finalizers run wherever memory is allocated, also while the hub's lock is held."""
-    hub = Broadcast()
-    peers = await several(hub, 3)
+    registry, dispatcher = parts()
 
     class Last:
         def __init__(self):
             self.itself = self  # so that only the collector finds it
 
         def __del__(self):
-            hub.publish_nowait("default", "last words")
+            dispatcher.publish(Event("default", "last words"))
 
-    lock = hub._hub.lock
-    with lock:
+    with registry.lock:
         Last()
         gc.collect()
-    await hub.send("first words")
-    assert [peer.got for peer in peers] == [["last words", "first words"]] * 3
+    assert dispatcher.published == 1
 
 
 async def test_a_client_accepted_while_the_hub_closes_is_told_to_go():
@@ -586,20 +594,21 @@ async def test_a_message_to_one_client():
     assert one.got == ["you"]
 
 
-async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(monkeypatch):
-    hub = Broadcast()
-    peer = await joined(hub)
-    post = hub._hub.registry.post
-
-    def full_once(event, connection):
-        monkeypatch.setattr(hub._hub.registry, "post", post)
-        hub._hub.leave(peer.websocket)
-        return post(event, connection)
-
-    monkeypatch.setattr(hub._hub.registry, "post", full_once)
+async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(other, blocked, small):
+    hub = Broadcast(tuning=small)
+    (there,) = other.run(several(hub, 1))
+    release = blocked()
+    with contextlib.suppress(PublishQueueFull):
+        while True:
+            hub.publish_nowait("default", "x")
+    sending = asyncio.create_task(hub.send("too late", to=there.websocket))
+    await until(lambda: hub.stats().waiting_senders == 1)
+    ConnectionManager(hub).disconnect(there.websocket)
+    release.set()
     with pytest.raises(NotConnected):
-        await hub.send("too late", to=peer.websocket)
-    assert peer.got == []
+        await sending
+    await until(lambda: not hub.stats().pending)
+    assert "too late" not in there.got
 
 
 async def test_a_message_to_a_client_that_the_hub_is_closing():
@@ -770,76 +779,66 @@ async def test_serve_refuses_an_encoding_that_is_none():
         await Broadcast().serve(Peer().websocket, encoding="morse")
 
 
+class Watching(Peer):
+    """Notes how much waits for its event loop whenever it is read from."""
+
+    def __init__(self, hub: Broadcast) -> None:
+        super().__init__()
+        self.hub = hub
+        self.pending: list[int] = []
+
+    async def receive(self):
+        self.pending.append(self.hub.stats().pending)
+        return await super().receive()
+
+
 async def test_a_client_is_not_read_from_while_256_of_its_messages_are_on_their_way():
     hub = Broadcast()
-    peer = Peer()
+    peer = Watching(hub)
     for number in range(1000):
         peer.say(str(number))
     peer.leave()
     other = await joined(hub)
-    pending = []
-    publish = hub._hub.dispatcher.publish
-
-    def watching(event, wait=False, on_lost=None):
-        publish(event, wait)
-        pending.append(hub.stats().pending)
-
-    hub._hub.dispatcher.publish = watching
     await hub.serve(peer.websocket)
     await until(lambda: len(other.got) == 1000)
     assert other.got == [str(number) for number in range(1000)]
-    assert max(pending) == 256
+    assert max(peer.pending) == 255
 
 
 async def test_large_messages_of_a_client_are_confirmed_more_often():
     hub = Broadcast()
-    peer = Peer()
+    peer = Watching(hub)
     for _ in range(100):
         peer.say("x" * 20_000)
     peer.leave()
-    pending = []
-    publish = hub._hub.dispatcher.publish
-
-    def watching(event, wait=False, on_lost=None):
-        publish(event, wait)
-        pending.append(hub.stats().pending)
-
-    hub._hub.dispatcher.publish = watching
     await hub.serve(peer.websocket)
-    assert len(pending) == 100
-    assert max(pending) == 4  # 64 KiB
+    assert hub.stats().published == 100
+    assert max(peer.pending) == 3  # one more is 64 KiB
 
 
-async def test_messages_that_cannot_be_handed_over_are_counted_and_logged_once(caplog, monkeypatch):
-    full = True
-
-    hub = Broadcast()
-    publish = hub._hub.dispatcher.publish
-
-    def refusing(*arguments, **options):
-        if full:
-            raise PublishQueueFull("no room")
-        return publish(*arguments, **options)
-
-    hub._hub.dispatcher.publish = refusing
+async def test_messages_that_cannot_be_handed_over_are_counted_and_logged_once(caplog):
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker), tuning=Tuning(max_queued=1, publish_timeout=0.05))
     peer = Peer()
     stays = lambda *lost: None  # noqa: E731  # by default the first one would close it
     serving = asyncio.create_task(hub.serve(peer.websocket, on_publish_error=stays))
+    await until(lambda: len(hub) == 1)
+    broker.open.clear()
+    for _ in range(2):  # one is under way, and the other fills the queue
+        hub.publish_nowait("elsewhere", "x" * 1000)
+        await until(lambda: broker.stalled)
+    failed = hub.stats().failed
     for number in range(5):
         peer.say(str(number))
-    await until(lambda: hub.stats().failed == 5)
-    assert [record.getMessage() for record in caplog.records] == [
-        "messages of clients are being lost: no room"
-    ]
-    full = False
+    await until(lambda: hub.stats().failed == failed + 5)
+    lost = [line for line in caplog.messages if line.startswith("messages of clients are being")]
+    assert len(lost) == 1
+    broker.open.set()
     peer.say("works")
     await until(lambda: peer.got == ["works"])
-    full = True
-    monkeypatch.setattr("starcast.relay.OUTAGE_OVER", -1)
-    peer.say("lost")
     peer.leave()
     await serving
-    assert len(caplog.records) == 2  # one line an outage
+    await hub.disconnect()
     caplog.clear()
 
 
@@ -1104,10 +1103,14 @@ async def test_a_loop_that_closes_while_it_is_woken(other, monkeypatch):
     other.run(several(hub, 1))
     other.close()
     monkeypatch.setattr(other.loop, "is_closed", lambda: False)  # it still was when that looked
-    gone = hub._hub.registry.shards[other.loop]
+
+    def wake(*arguments):
+        monkeypatch.undo()
+        assert len(hub) == 0  # another thread finds it at the same time
+        raise RuntimeError("Event loop is closed")
+
+    monkeypatch.setattr(other.loop, "call_soon_threadsafe", wake)
     await hub.send("nobody")
-    assert len(hub) == 0
-    hub._hub.registry._wake([gone])  # another thread has found it at the same time
     assert len(hub) == 0
 
 
@@ -1186,11 +1189,10 @@ async def test_publish_waits_for_room(other, blocked, small):
     publishing = asyncio.create_task(hub.publish("default", "at last"))
     await until(lambda: here.got)
     gone = asyncio.create_task(hub.publish("default", "never"))
-    full = hub._hub.registry.shards[other.loop].queue
-    await until(lambda: len(full.waiters) == 2)  # they have asked to be told
+    await until(lambda: hub.stats().waiting_senders == 2)
     gone.cancel()
     await asyncio.wait([gone])
-    assert len(full.waiters) == 1
+    assert hub.stats().waiting_senders == 1
     assert not publishing.done()
     release.set()
     await publishing
@@ -1209,7 +1211,7 @@ async def test_publish_gives_up_if_there_is_no_space(other, blocked, small):
     with pytest.raises(PublishQueueFull):
         await hub.publish("default", "x")
     assert hub.stats().failed == failed + 1
-    assert not hub._hub.registry.shards[other.loop].queue.waiters
+    assert hub.stats().waiting_senders == 0
 
 
 async def test_a_personal_message_waits_for_room_too(other, blocked, small):
@@ -1220,40 +1222,39 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
         while True:
             hub.publish_nowait("default", "x")
     sending = asyncio.create_task(hub.send("you", to=there.websocket))
-    await until(lambda: hub._hub.registry.shards[other.loop].queue.waiters)
+    await until(lambda: hub.stats().waiting_senders == 1)
     release.set()
     await sending
     await until(lambda: there.got[-1:] == ["you"])
 
 
-async def test_room_that_others_have_taken_is_waited_for_again(small):
-    hub = Broadcast(tuning=small)
-    await several(hub, 1)
-    queue = hub._hub.registry.shards[asyncio.get_running_loop()].queue
+async def test_room_that_others_have_taken_is_waited_for_again():
+    registry, dispatcher = parts()
+    queue: BoundedQueue[None] = BoundedQueue(registry.lock, 1000)
     outcomes = [Full("", queue), Full("", queue), None]
 
     def hand_over():
         if error := outcomes.pop(0):
             raise error
 
-    await hub._hub.dispatcher.retry(hand_over, Full("", queue))
+    await dispatcher.retry(hand_over, Full("", queue))
     assert outcomes == []
-    assert hub.stats().failed == 0
+    assert dispatcher.failed == 0
 
 
 async def test_what_a_client_sends_opens_the_hub():
-    hub = Broadcast()
-    relay = Relay(hub._hub, Peer().websocket, close_sender)
-    await relay.publish("room", "hello", "text")
+    class Chat(BroadcastEndpoint):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await websocket.accept()  # and does not register it
+
+    hub, peer = Chat.broadcast, Peer()
+    peer.say("hello")
+    peer.leave()
+    await Chat(peer.scope, peer.receive, peer.send)
     assert hub.stats().open
     assert hub.stats().published == 1
-
-
-async def test_room_that_has_come_meanwhile_is_not_waited_for(small):
-    hub = Broadcast(tuning=small)
-    await several(hub, 1)
-    queue = hub._hub.registry.shards[asyncio.get_running_loop()].queue
-    await asyncio.wait_for(queue.wait_for_space(60), 10)
 
 
 async def test_a_message_larger_than_the_bound_passes_when_nothing_waits(small):

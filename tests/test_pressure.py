@@ -13,7 +13,6 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged, Tuning
 from starcast.frames import TEXT
-from starcast.sync import space
 from support import Peer, Served, stalled, starcast_tasks, until
 from test_uvicorn import masked
 
@@ -175,17 +174,9 @@ async def test_a_subscriber_that_reads_is_waited_for_too(serve, monkeypatch):
                 pass
 
 
-async def test_members_that_stall_one_after_another_are_not_waited_for_in_turn(serve, monkeypatch):
+async def test_members_that_stall_one_after_another_are_not_waited_for_in_turn(serve):
     """A Wi-Fi that fails leaves many of them, and each has its buffer half full a little later."""
-    waits = 0
-    wait = space.Draining.wait
-
-    async def counting(draining: space.Draining) -> None:
-        nonlocal waits
-        waits += 1
-        await wait(draining)
-
-    monkeypatch.setattr("starcast.sync.space.Draining.wait", counting)
+    waits, waiting = 0, False
     hub = Broadcast(max_buffer=64 * KIB, tuning=Tuning(space_timeout=1.0))
     server = await serve(app_of(hub), send_buffer=16 * KIB)
     dead = [await stalled(server, "/room") for _ in range(5)]
@@ -198,21 +189,18 @@ async def test_members_that_stall_one_after_another_are_not_waited_for_in_turn(s
         await until(lambda: len(hub) == 6)
         for _ in range(40):
             await sender.send("x" * KIB)
-            assert len(await asyncio.wait_for(sender.recv(), 20)) == KIB
+            answer = asyncio.create_task(sender.recv())
+            while not answer.done():
+                before, waiting = waiting, hub.stats().waiting_senders > 0
+                waits += waiting and not before
+                await asyncio.wait([answer], timeout=0.01)
+            assert len(await answer) == KIB
     assert 1 <= waits <= 2
     for sock in dead:
         sock.close()
 
 
-async def test_what_waits_is_not_said_by_a_client_that_is_closed_meanwhile(serve, monkeypatch):
-    waiting = asyncio.Event()
-    wait = space.Draining.wait
-
-    async def noting(draining: space.Draining) -> None:
-        waiting.set()
-        await wait(draining)
-
-    monkeypatch.setattr("starcast.sync.space.Draining.wait", noting)
+async def test_what_waits_is_not_said_by_a_client_that_is_closed_meanwhile(serve):
     hub = Broadcast(max_buffer=64 * KIB)
     server = await serve(app_of(hub), send_buffer=16 * KIB)
     dead = await stalled(server, "/room")
@@ -222,7 +210,7 @@ async def test_what_waits_is_not_said_by_a_client_that_is_closed_meanwhile(serve
         while hub.stats().buffered < 30 * KIB:
             await hub.send("x" * KIB, to=websockets[0])
         await sender.send("x" * 4 * KIB)
-        await waiting.wait()
+        await until(lambda: hub.stats().waiting_senders)
         await hub.close(websockets[1], 4003)
         dead.close()
         await until(lambda: not starcast_tasks() and len(hub) == 1)

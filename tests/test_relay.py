@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull, Tuning
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, Tuning
 from support import Broker, Bus, Peer, until
 
 pytestmark = pytest.mark.anyio
@@ -213,10 +213,9 @@ async def test_the_hook_gets_what_was_lost_and_the_client_stays(serve, way, capl
 class Life:
     """A client of a hub with a `Bus`, and what happened to it, in order."""
 
-    def __init__(self, close_timeout: float = 10.0) -> None:
-        tuning = Tuning(close_timeout=close_timeout)
+    def __init__(self, **tuning: float) -> None:
         self.broker = Broker()
-        self.hub = hub = Broadcast(backend=Bus(self.broker), tuning=tuning)
+        self.hub = hub = Broadcast(backend=Bus(self.broker), tuning=Tuning(**tuning))
         self.peer = Peer()
         self.events: list[object] = []
         self.release = asyncio.Event()
@@ -423,18 +422,20 @@ async def test_what_is_lost_after_the_client_has_left_is_counted_only(life):
     assert life.events == [("said", "1"), 1000]
 
 
+@pytest.mark.parametrize("life", [{"max_queued": 1, "publish_timeout": 0.05}], indirect=True)
 async def test_a_hub_without_room_is_told_too(life, caplog):
     await until(lambda: len(life.hub) == 1)
 
-    def full(*arguments, **options):
-        raise PublishQueueFull("no room")
-
-    life.hub._hub.dispatcher.publish = full
+    life.broker.open.clear()
+    life.hub.publish_nowait("elsewhere", "x" * 1000)  # all that may be queued, and more
+    await until(lambda: life.broker.stalled)
+    life.hub.publish_nowait("elsewhere", "x" * 1000)
     life.error = WebSocketException(4000)
     life.peer.say("1")
     await life.task
     assert life.events == [("said", "1"), ("lost", "1"), 4000]
     assert life.peer.closed == 4000
+    life.broker.open.set()
     caplog.clear()
 
 

@@ -517,7 +517,7 @@ async def test_no_task_is_made_under_the_lock(broker, monkeypatch):
         return locks[-1]
 
     real = threading.RLock
-    monkeypatch.setattr("starcast.registry.threading.RLock", lock)
+    monkeypatch.setattr(threading, "RLock", lock)
     hub = make_hub(Bus(broker))
     monkeypatch.undo()
     peer = await joined(hub, "room")
@@ -588,26 +588,32 @@ async def test_a_large_message_over_a_slow_connection(broker):
     await hub.disconnect()
 
 
-async def test_the_garbage_collector_under_the_guard_of_a_lock():
+async def test_the_garbage_collector_under_the_guard_of_a_lock(monkeypatch):
+    abandoned = []
+
+    class Eager:
+        def __init__(self):
+            self.real = real()
+
+        def __enter__(self):
+            self.real.acquire()
+            while abandoned:
+                abandoned.pop().close()  # as the collector does, at the worst moment
+
+        def __exit__(self, *exc):
+            self.real.release()
+
+    real = threading.RLock
+    monkeypatch.setattr(threading, "RLock", Eager)
     lock = Lock()
+    monkeypatch.undo()
 
     async def hold():
         async with lock:
             await asyncio.Event().wait()
 
-    abandoned = [hold()]
-    abandoned[0].send(None)
-    real = lock._guard
-
-    class Eager:
-        def __enter__(self):
-            real.acquire()
-            while abandoned:
-                abandoned.pop().close()  # as the collector does, at the worst moment
-
-        def __exit__(self, *exc):
-            real.release()
-
-    lock._guard = Eager()
-    async with lock:
-        assert lock._held
+    holding = hold()
+    holding.send(None)
+    abandoned.append(holding)
+    async with asyncio.timeout(10), lock:
+        assert not abandoned  # it was released, or this would wait forever

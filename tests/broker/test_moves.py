@@ -104,7 +104,14 @@ async def test_a_mistake_of_ours_is_no_end(hub, broker, monkeypatch, caplog):
 
 async def test_a_mistake_of_ours_in_a_task_of_the_session(hub, broker, monkeypatch, caplog):
     peer = await joined(hub, "room", "secret")
-    monkeypatch.setattr("starcast.broker.subscriptions.Backoff", None)
+    backoffs = iter([0, LookupError("a mistake")])  # before the reconnect, and of the channel
+
+    def uniform(least, most):
+        if isinstance(backoff := next(backoffs), Exception):
+            raise backoff
+        return backoff
+
+    monkeypatch.setattr(opening.random, "uniform", uniform)
     broker.refused.add("secret")
     broker.restart()
     await until(lambda: caplog.records and caplog.records[-1].levelname == "ERROR")

@@ -181,7 +181,7 @@ async def test_the_lock_and_the_garbage_collector(broker, monkeypatch):
             self._lock.release()
 
     real = threading.RLock
-    monkeypatch.setattr("starcast.registry.threading.RLock", Eager)
+    monkeypatch.setattr(threading, "RLock", Eager)
     hub = make_hub(Bus(broker))
     monkeypatch.undo()
     await joined(hub, "room")
