@@ -487,11 +487,21 @@ class Changed:
         return self.connection
 
 
-async def joined(hub: starcast.Broadcast, *channels: str) -> Peer:
-    peer = Peer()
-    for channel in channels:
-        await hub.connect(peer.websocket, channel)
-    return peer
+async def joined(
+    hub: starcast.Broadcast, *channels: str, peer: type[Peer] = Peer, **options: Any
+) -> Peer:
+    """A client of these channels; by default, of the default channel."""
+    client = peer()
+    for channel in channels or ("default",):
+        await hub.connect(client.websocket, channel, **options)
+    return client
+
+
+async def several(
+    hub: starcast.Broadcast, count: int, channel: str = "default", peer: type[Peer] = Peer
+) -> list[Peer]:
+    """So many clients of a channel."""
+    return [await joined(hub, channel, peer=peer) for _ in range(count)]
 
 
 def subscribed(broker: Broker) -> set[str]:

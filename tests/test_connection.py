@@ -18,15 +18,9 @@ from starcast import (
     Overflowed,
     Tuning,
 )
-from support import Peer, starcast_tasks, until
+from support import Peer, joined, starcast_tasks, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("road")]
-
-
-async def joined(hub: Broadcast, channel: str = "default", **options) -> Peer:
-    peer = Peer()
-    await hub.connect(peer.websocket, channel, **options)
-    return peer
 
 
 def behind(peer: Peer) -> None:

@@ -24,6 +24,7 @@ from support import (
     Peer,
     Served,
     by_another,
+    joined,
     starcast_tasks,
     until,
 )
@@ -54,12 +55,6 @@ def sending(hub: Broadcast, peer: Peer, data: object = "x") -> asyncio.Task[bool
 
 def senders(hub: Broadcast) -> int:
     return hub.stats().waiting_senders
-
-
-async def joined(hub: Broadcast, **options) -> Peer:
-    peer = Peer()
-    await hub.connect(peer.websocket, **options)
-    return peer
 
 
 # A slow client

@@ -13,18 +13,9 @@ import pytest
 
 from starcast import Broadcast, Tuning, shard
 from starcast.connection import Connection
-from support import Peer, starcast_tasks, until, until_sync
+from support import Peer, several, starcast_tasks, until, until_sync
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("road")]
-
-
-async def joined(
-    hub: Broadcast, count: int, channel: str = "default", peer: type[Peer] = Peer
-) -> list[Peer]:
-    peers = [peer() for _ in range(count)]
-    for peer in peers:
-        await hub.connect(peer.websocket, channel)
-    return peers
 
 
 @contextlib.asynccontextmanager
@@ -47,7 +38,7 @@ async def ticking() -> AsyncIterator[list[int]]:
 
 async def test_nobody_waits_for_clients_that_are_behind():
     hub = Broadcast()
-    peers = await joined(hub, 200)
+    peers = await several(hub, 200)
     for peer in peers[::2]:
         peer.open.clear()
     for number in range(3):
@@ -71,7 +62,7 @@ class Suspending(Peer):
 
 async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
     hub = Broadcast()
-    peers = await joined(hub, 500, peer=Suspending)
+    peers = await several(hub, 500, peer=Suspending)
     async with ticking() as turns:
         await hub.send("hello")
         while not all(peer.got for peer in peers):  # noqa: ASYNC110  # its turns are counted
@@ -82,7 +73,7 @@ async def test_a_server_whose_every_send_suspends_needs_few_turns_of_the_loop():
 
 async def test_many_deliveries_leave_turns_to_other_tasks():
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
-    peers = await joined(hub, 20 * shard.STEP)
+    peers = await several(hub, 20 * shard.STEP)
     async with ticking() as turns:
         await hub.send("hello")
         assert turns[0] >= 19  # with slices of no length, each step is one
@@ -92,7 +83,7 @@ async def test_many_deliveries_leave_turns_to_other_tasks():
 
 async def test_very_many_get_what_one_of_them_does_not():
     hub = Broadcast()
-    peers = await joined(hub, 300)
+    peers = await several(hub, 300)
     await hub.send("hello", exclude=peers[150].websocket)
     assert [index for index, peer in enumerate(peers) if peer.got != ["hello"]] == [150]
     assert hub.stats().delivered == 299
@@ -100,7 +91,7 @@ async def test_very_many_get_what_one_of_them_does_not():
 
 async def test_exclude_and_the_handlers_own_turn():
     hub = Broadcast()
-    peers = await joined(hub, 2)
+    peers = await several(hub, 2)
     peers[0].open.clear()
     await hub.send("1", exclude=peers[1].websocket)
     own = asyncio.create_task(peers[0].websocket.send_text("2"))
@@ -114,7 +105,7 @@ async def test_exclude_and_the_handlers_own_turn():
 
 async def test_a_burst_for_clients_that_are_behind_leaves_turns_to_other_tasks():
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
-    (peer,) = await joined(hub, 1)
+    (peer,) = await several(hub, 1)
     peer.open.clear()
     async with ticking() as turns:
         for number in range(50):
@@ -127,7 +118,7 @@ async def test_a_burst_for_clients_that_are_behind_leaves_turns_to_other_tasks()
 
 async def test_one_message_for_very_many_that_are_behind_leaves_turns_to_other_tasks():
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
-    peers = await joined(hub, 1000)
+    peers = await several(hub, 1000)
     for peer in peers:
         peer.open.clear()
     await hub.send("1")
@@ -151,7 +142,7 @@ async def test_a_fan_out_to_ten_thousand_does_not_hold_the_loop(monkeypatch):
             super().append(message)
 
     hub = Broadcast()
-    peers = await joined(hub, 10_000)
+    peers = await several(hub, 10_000)
     for peer in peers:
         peer.sent = Sent()
     clock.now = 0.0
@@ -175,7 +166,7 @@ async def test_a_fan_out_to_ten_thousand_does_not_hold_the_loop(monkeypatch):
 def test_the_end_of_asyncio_run_destroys_no_task(caplog):
     async def main() -> None:
         hub = Broadcast()
-        peers = await joined(hub, 50)
+        peers = await several(hub, 50)
         for peer in peers[::2]:
             peer.open.clear()
         await hub.send("1")
@@ -193,7 +184,7 @@ def test_the_end_of_asyncio_run_destroys_no_task(caplog):
 
 async def test_publish_nowait_from_a_thread_keeps_that_threads_order():
     hub = Broadcast()
-    peers = await joined(hub, 3)
+    peers = await several(hub, 3)
 
     def publish(name: str) -> None:
         for number in range(200):
@@ -209,8 +200,8 @@ async def test_publish_nowait_from_a_thread_keeps_that_threads_order():
 
 async def test_clients_on_several_loops_see_one_order(other):
     hub = Broadcast()
-    here = await joined(hub, 2)
-    there = other.run(joined(hub, 2))
+    here = await several(hub, 2)
+    there = other.run(several(hub, 2))
 
     async def publish(name: str) -> None:
         for number in range(100):
@@ -225,7 +216,7 @@ async def test_clients_on_several_loops_see_one_order(other):
 
 async def test_a_client_may_be_told_and_left_and_closed_from_another_loop(other):
     hub = Broadcast()
-    one, two = other.run(joined(hub, 2))
+    one, two = other.run(several(hub, 2))
     await hub.send("to you", to=one.websocket)
     await hub.disconnect(one.websocket)
     await hub.close(two.websocket, 4000)
@@ -236,7 +227,7 @@ async def test_a_client_may_be_told_and_left_and_closed_from_another_loop(other)
 
 def test_a_publisher_without_any_loop(other):
     hub = Broadcast()
-    (peer,) = other.run(joined(hub, 1))
+    (peer,) = other.run(several(hub, 1))
     hub.publish_nowait("default", "from a plain thread")
     until_sync(lambda: peer.got)
     assert peer.got == ["from a plain thread"]
@@ -244,7 +235,7 @@ def test_a_publisher_without_any_loop(other):
 
 async def test_a_publisher_in_a_tight_loop_starves_nobody_and_grows_nothing():
     hub = Broadcast()
-    (peer,) = await joined(hub, 1)
+    (peer,) = await several(hub, 1)
     stop = asyncio.Event()
 
     async def publish(channel: str) -> int:
@@ -267,7 +258,7 @@ async def test_a_publisher_in_a_tight_loop_starves_nobody_and_grows_nothing():
 
 async def test_cancelled_runners_are_replaced_in_a_moment():
     hub = Broadcast()
-    peers = await joined(hub, 3)
+    peers = await several(hub, 3)
     peers[0].open.clear()
     monitored = asyncio.create_task(hub.send("1"))
     await until(lambda: peers[0].stalled)
@@ -282,7 +273,7 @@ async def test_cancelled_runners_are_replaced_in_a_moment():
 
 async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch, caplog):
     hub = Broadcast()
-    peers = await joined(hub, 2)
+    peers = await several(hub, 2)
     peers[0].open.clear()
     await hub.send("1")
 
@@ -305,7 +296,7 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_client_falls_behind_while_the_others_are_looked_up(turns):
     hub = Broadcast(tuning=Tuning(time_slice=1e-9))
-    peers = await joined(hub, 6 * shard.STEP)
+    peers = await several(hub, 6 * shard.STEP)
     sending = asyncio.create_task(hub.send("1"))
     for _ in range(turns):
         await asyncio.sleep(0)

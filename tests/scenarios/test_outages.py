@@ -17,7 +17,7 @@ from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, Tuning, backends
 from starcast.broker.opening import PROBE_INTERVAL
-from support import Changed, Peer, free_port, starcast_tasks, until
+from support import Changed, Peer, free_port, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -29,19 +29,13 @@ async def all_back(anyio_backend):
     await until(lambda: not starcast_tasks())
 
 
-async def joined(hub: Broadcast, channel: str = "room") -> Peer:
-    peer = Peer()
-    await hub.connect(peer.websocket, channel)
-    return peer
-
-
 async def test_row_11_killed_and_back_after_a_second(server, all_back):
     gaps: list[Gap] = []
     async with (
         Broadcast(server.url, name="both", on_gap=gaps.append) as hub,
         Broadcast(server.url, name="both") as other,
     ):
-        peer, others = await joined(hub), await joined(other)
+        peer, others = await joined(hub, "room"), await joined(other, "room")
         async with hub.subscribe("room", gaps=True) as one, hub.subscribe("b", gaps=True) as two:
             await other.publish("room", "before")
             await until(lambda: peer.got == others.got == ["before"])
@@ -67,7 +61,7 @@ async def test_row_11_killed_and_back_after_a_second(server, all_back):
 
 async def test_row_12_away_for_a_while(server, all_back):
     async with Broadcast(server.url) as hub:
-        peer = await joined(hub)
+        peer = await joined(hub, "room")
         server.kill()
         await until(lambda: hub.stats().backend.state == "reconnecting")
         since = hub.stats().backend.since
@@ -100,7 +94,7 @@ async def test_row_13_frozen(server, all_back):
     assert PROBE_INTERVAL + Tuning().probe_timeout < 10
     hub = Broadcast(server.url, probe_interval=0.3, tuning=Tuning(probe_timeout=0.7))
     async with hub, hub.subscribe("room", gaps=True) as subscriber:
-        peer = await joined(hub)
+        peer = await joined(hub, "room")
         server.freeze()
         with pytest.raises(BackendUnavailable):
             await hub.publish("room", "in vain")
@@ -124,7 +118,7 @@ async def all_hear_of_the_gap(url: str, outage: Callable[[], Awaitable[object]])
         hub.subscribe("room", gaps=True) as one,
         hub.subscribe("b", gaps=True) as two,
     ):
-        peer = await joined(hub)
+        peer = await joined(hub, "room")
         await joined(hub, "flood")  # nobody minds what becomes of this one
         await hub.publish("room", "before")
         await until(lambda: peer.got)
@@ -188,7 +182,7 @@ async def test_row_15_cut_off_by_the_broker(strict_server, all_back):
 
 async def test_a_hub_closes_while_its_broker_is_frozen(server, all_back):
     hub = Broadcast(server.url)
-    peer = await joined(hub)
+    peer = await joined(hub, "room")
     server.freeze()
     began = time.monotonic()
     await hub.disconnect()
@@ -202,7 +196,7 @@ async def test_row_16_larger_than_the_broker_takes(url, all_back):
         connection.max_payload = 600_000
 
     async with Broadcast(backend=Changed(backends.from_url(url), limit)) as hub:
-        peer = await joined(hub)
+        peer = await joined(hub, "room")
         await hub.publish("room", "x" * 500_000)
         with pytest.raises(PayloadTooLarge):
             await hub.publish("room", "x" * 600_001)
@@ -215,7 +209,7 @@ async def test_row_17_foreign_bytes(url, all_back):
     lost = []
     foreign = await backends.from_url(url).connect(lambda channel, data: None, lost.append)
     async with Broadcast(url) as hub:
-        peer = await joined(hub)
+        peer = await joined(hub, "room")
         pickled = b"\x80\x04\x95\x10\x00\x00\x00"
         for data in (b"\xff", b"\xff\x01", b"\xff\x63\x00x", pickled, b"text", b"{}"):
             await foreign.publish([("default:room", data)])
@@ -247,7 +241,7 @@ async def test_row_21_many_come_at_once_to_a_slow_broker(url, all_back):
         expected: list[tuple[Peer, int]] = []
 
         async def come(name: str) -> None:
-            peer = await joined(hub)
+            peer = await joined(hub, "room")
             expected.append((peer, len(begun)))
             begun.append(name)
             await publisher.publish("room", name)
