@@ -157,8 +157,11 @@ class Dispatcher:
         if deadline is None:
             deadline = loop.time() + self._timeout
         while loop.time() < deadline and isinstance(full, Full):
-            with self._registry.waiting_sender():
+            self._registry.count_waiting(1)
+            try:
                 await full.queue.wait_for_space(deadline - loop.time())
+            finally:
+                self._registry.count_waiting(-1)
             try:
                 return hand_over()
             except PublishQueueFull as exc:

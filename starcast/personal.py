@@ -41,7 +41,8 @@ async def _wait_for_space(registry: Registry, connection: Connection, cost: int)
     with registry.lock:
         if outbox.space is None:
             outbox.space = SpaceQueue(registry.tuning.space_timeout)
-    with registry.waiting_sender():
+    registry.count_waiting(1)
+    try:
         await outbox.space.wait(
             lambda: (
                 connection not in registry.connections
@@ -49,6 +50,8 @@ async def _wait_for_space(registry: Registry, connection: Connection, cost: int)
                 or outbox.has_space(cost)
             )
         )
+    finally:
+        registry.count_waiting(-1)
 
 
 def refuse(websocket: WebSocket, connection: Connection | None) -> None:

@@ -62,8 +62,11 @@ async def wait(hub: Hub, shard: Shard, event: Event) -> None:
             draining = _find_full(hub, shard, event)
         if draining is None:
             return
-        with hub.registry.waiting_sender():
+        hub.registry.count_waiting(1)
+        try:
             await draining.wait()
+        finally:
+            hub.registry.count_waiting(-1)
 
 
 def _is_unchecked(hub: Hub, shard: Shard, event: Event) -> bool:

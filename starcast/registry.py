@@ -8,7 +8,6 @@ Methods may be called from any thread, unless they say otherwise.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -208,16 +207,10 @@ class Registry:
             for subscriber in [s for s, own in self.subscribers.items() if own is shard]:
                 self._remove_subscriber(subscriber)
 
-    @contextlib.contextmanager
-    def waiting_sender(self) -> Iterator[None]:
-        """Count a sender that waits for space, for as long as the block runs."""
+    def count_waiting(self, change: int) -> None:
+        """Count a sender that begins (1) or ends (-1) to wait for space."""
         with self.lock:
-            self.waiting_senders += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.waiting_senders -= 1
+            self.waiting_senders += change
 
     # Look
 

@@ -75,9 +75,9 @@ class Tuning:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and isinstance(value, float):
-                raise ConfigurationError(f"{field.name} must be an integer, not {value!r}")
             check_positive(field.name, value)
+            if field.type == "int" and not isinstance(value, int):
+                raise ConfigurationError(f"{field.name} must be an integer, not {value!r}")
 
 
 def check_positive(name: str, value: float) -> float:

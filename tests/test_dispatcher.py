@@ -155,6 +155,13 @@ async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(other, 
     assert "too late" not in there.got
 
 
+async def test_a_refusal_that_is_not_about_a_queue_is_final():
+    _, dispatcher = parts()
+    with pytest.raises(PublishQueueFull, match="no space"):
+        await dispatcher.retry(lambda: None, PublishQueueFull("no space"))
+    assert dispatcher.failed == 1
+
+
 async def test_room_that_others_have_taken_is_waited_for_again():
     registry, dispatcher = parts()
     queue: BoundedQueue[None] = BoundedQueue(registry.lock, 1000)

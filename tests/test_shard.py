@@ -282,9 +282,9 @@ async def test_a_mistake_in_a_delivery_is_logged_and_is_not_the_end(monkeypatch,
         raise LookupError("a mistake")
 
     monkeypatch.setattr(Connection, "offer", mistaken)
-    hub.publish_nowait("default", "lost")
-    # What waits for its messages is told all the same.
-    await asyncio.wait_for(asyncio.gather(hub.send("lost too"), hub.send("lost too")), 10)
+    # Whoever waits for a message is told all the same.
+    lost = hub.send("lost", to=peers[1].websocket)
+    await asyncio.wait_for(asyncio.gather(lost, hub.send("2")), 10)
     hub.publish_nowait("default", "3")
     await until(lambda: peers[1].got[-1] == "3")
     assert [record.getMessage() for record in caplog.records] == ["messages were lost"]

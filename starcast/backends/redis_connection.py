@@ -252,7 +252,5 @@ async def abort(connection: AbstractConnection) -> None:
 
 def reason(error: BaseException) -> str:
     """Describe an error, without the arguments of a rejected command: AUTH has the password."""
-    if isinstance(error, TimeoutError):
-        return str(error) or "no answer in time"
     text = str(error) if isinstance(error, RedisError | OSError) else type(error).__name__
     return text.partition(", with args")[0]

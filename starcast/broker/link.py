@@ -259,6 +259,8 @@ class Link:
             await self._stopped()
             self._sender.close(CLOSED)  # if that took too long
             self._stop = None
+        if self._supervisor is not None:
+            await asyncio.sleep(0)  # if its task has just ended, `_hand_over` is still to be called
         if asyncio.get_running_loop() in self._ending:
             raise BackendUnavailable("the event loop of the connection is ending")
         last = self._supervisor
