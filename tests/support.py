@@ -93,7 +93,9 @@ class Served:
         if send_buffer:  # bytes, of each connection; how much a kernel takes by itself varies
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.host, self.port = self._socket.getsockname()
-        config = {"log_config": None, "timeout_graceful_shutdown": 5, **config}
+        # An HTTP client of a slow test may use its connection again after more than five seconds.
+        waits = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": 60}
+        config = {"log_config": None, **waits, **config}
         self.server = uvicorn.Server(uvicorn.Config(app, **config))
         self._task: asyncio.Task[None] | None = None
 
