@@ -177,7 +177,11 @@ class Watch:
 
 def _failed_by_server(transport: Any) -> bool:
     """Return whether uvicorn has failed the connection: no pong arrived, or a protocol error."""
-    return bool(getattr(transport.get_protocol(), "close_sent", False))
+    try:
+        protocol = transport.get_protocol()
+    except AttributeError:  # raised by a TLS connection that has ended
+        return False
+    return bool(getattr(protocol, "close_sent", False))
 
 
 def _fileno(transport: Any) -> int:

@@ -463,6 +463,35 @@ async def test_a_handler_is_told_the_close_code_of_the_server(serve, ws):
     await until(lambda: codes == [1002] * 5)
 
 
+class EndedOverTLS:
+    """A client whose transport asyncio has ended: its parts are gone."""
+
+    is_stuck = False
+
+    def __init__(self) -> None:
+        self.transport = self
+        self.lost: list[bool] = []
+
+    def is_closing(self) -> bool:
+        return True
+
+    def get_protocol(self):
+        raise AttributeError("'NoneType' object has no attribute '_app_protocol'")
+
+    def lose(self, *, drop: bool = False) -> None:
+        self.lost.append(drop)
+
+
+async def test_a_tls_connection_that_has_ended_does_not_end_the_watch():
+    clients = [EndedOverTLS(), EndedOverTLS()]
+    watching = watch.Watch(asyncio.get_running_loop(), 0.001)
+    for client in clients:
+        watching.add(client)
+        await until(lambda client=client: client.lost)
+        watching.discard(client)
+    assert not any(clients[0].lost + clients[1].lost)
+
+
 async def test_more_clients_than_are_looked_at_in_one_turn(serve, monkeypatch):
     monkeypatch.setattr(watch, "SLICE", 2)
     hub = Broadcast()
