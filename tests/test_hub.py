@@ -100,6 +100,31 @@ async def test_connecting_a_client_that_has_left_says_so():
     assert len(hub) == 0
 
 
+async def test_a_client_accepted_while_the_hub_closes_is_told_to_go():
+    hub = Broadcast()
+    peer = Peer()
+    peer.open.clear()
+    connecting = asyncio.create_task(hub.connect(peer.websocket))
+    await until(lambda: peer.stalled)
+    await hub.disconnect()
+    peer.open.set()
+    with pytest.raises(ClientGone):
+        await connecting
+    assert peer.closed == 1001
+    assert len(hub) == 0
+
+
+async def test_a_client_that_goes_while_it_is_accepted():
+    hub = Broadcast()
+    peer = Peer()
+    peer.fail = OSError()
+    with pytest.raises(ClientGone):
+        await hub.connect(peer.websocket)
+    again = Peer()
+    again.fail = OSError()
+    assert await hub.serve(again.websocket) == 1006
+
+
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\0b", "a\r\nb", "\x9f", "\ud800", 5.0, None])
 async def test_a_name_that_is_no_channel(name):
     hub = Broadcast()
@@ -363,6 +388,44 @@ async def test_the_clients_and_subscribers_that_are_gone_are_not_counted():
         with pytest.raises(SubscriberLagged):
             await anext(subscriber)
     assert hub.stats().slow_clients == 1
+
+
+async def test_the_clients_of_a_channel_stand_in_the_order_in_which_they_joined():
+    hub = Broadcast()
+    one, two, three = [Peer().websocket for _ in range(3)]
+    await hub.connect(two, "a")
+    await hub.connect(one, "a")
+    await hub.connect(three, "b")
+    await hub.connect(two, "b")
+    async with hub.subscribe("a"):
+        assert hub.clients("a") == [two, one]
+    assert hub.clients("b") == [three, two]
+    assert hub.clients() == [two, one, three]
+    assert hub.clients("c") == []
+    hub.clients("a").clear()
+    await hub.disconnect(two, "a")
+    assert hub.clients("a") == [one]
+    await hub.close(one)
+    assert hub.clients("a") == []
+    await hub.connect(one.__class__(Peer().scope, Peer().receive, Peer().send), 42)
+    assert len(hub.clients(42)) == 1
+    await hub.disconnect()
+    assert hub.clients() == hub.clients("b") == []
+
+
+async def test_the_clients_of_a_channel_are_those_of_every_loop(other):
+    hub = Broadcast()
+    here = await joined(hub, "room")
+    there = other.run(joined(hub, "room"))
+    assert set(hub.clients("room")) == {here.websocket, there.websocket}
+    other.close()
+    assert hub.clients("room") == [here.websocket]
+    await hub.disconnect()
+
+
+def test_the_clients_of_a_channel_that_can_be_none():
+    with pytest.raises(InvalidChannel):
+        Broadcast().clients("")
 
 
 async def test_stats_is_a_snapshot():

@@ -11,9 +11,7 @@ from starlette.testclient import TestClient
 from starcast import (
     BackendUnavailable,
     Broadcast,
-    ClientGone,
     ConfigurationError,
-    InvalidChannel,
 )
 from support import Bus, Peer, joined, until
 
@@ -106,44 +104,6 @@ async def test_a_closed_hub_says_so_to_all_who_publish_until_a_client_opens_it()
     hub.publish_nowait("default", "again")
     await until(lambda: peer.got == ["again"])
     await hub.disconnect()
-
-
-async def test_the_clients_of_a_channel_stand_in_the_order_in_which_they_joined():
-    hub = Broadcast()
-    one, two, three = [Peer().websocket for _ in range(3)]
-    await hub.connect(two, "a")
-    await hub.connect(one, "a")
-    await hub.connect(three, "b")
-    await hub.connect(two, "b")
-    async with hub.subscribe("a"):
-        assert hub.clients("a") == [two, one]
-    assert hub.clients("b") == [three, two]
-    assert hub.clients() == [two, one, three]
-    assert hub.clients("c") == []
-    hub.clients("a").clear()
-    await hub.disconnect(two, "a")
-    assert hub.clients("a") == [one]
-    await hub.close(one)
-    assert hub.clients("a") == []
-    await hub.connect(one.__class__(Peer().scope, Peer().receive, Peer().send), 42)
-    assert len(hub.clients(42)) == 1
-    await hub.disconnect()
-    assert hub.clients() == hub.clients("b") == []
-
-
-async def test_the_clients_of_a_channel_are_those_of_every_loop(other):
-    hub = Broadcast()
-    here = await joined(hub, "room")
-    there = other.run(joined(hub, "room"))
-    assert set(hub.clients("room")) == {here.websocket, there.websocket}
-    other.close()
-    assert hub.clients("room") == [here.websocket]
-    await hub.disconnect()
-
-
-def test_the_clients_of_a_channel_that_can_be_none():
-    with pytest.raises(InvalidChannel):
-        Broadcast().clients("")
 
 
 def test_the_lifespan_of_an_app():
@@ -279,28 +239,3 @@ async def test_clients_are_closed_although_the_connection_fails_to_close(caplog)
     assert "the broker is down" in caplog.text
     assert peer.closed == 1001
     assert not hub.stats().open
-
-
-async def test_a_client_accepted_while_the_hub_closes_is_told_to_go():
-    hub = Broadcast()
-    peer = Peer()
-    peer.open.clear()
-    connecting = asyncio.create_task(hub.connect(peer.websocket))
-    await until(lambda: peer.stalled)
-    await hub.disconnect()
-    peer.open.set()
-    with pytest.raises(ClientGone):
-        await connecting
-    assert peer.closed == 1001
-    assert len(hub) == 0
-
-
-async def test_a_client_that_goes_while_it_is_accepted():
-    hub = Broadcast()
-    peer = Peer()
-    peer.fail = OSError()
-    with pytest.raises(ClientGone):
-        await hub.connect(peer.websocket)
-    again = Peer()
-    again.fail = OSError()
-    assert await hub.serve(again.websocket) == 1006

@@ -1,12 +1,11 @@
-"""What a client says and what cannot be published: too large, too late, not valid."""
+"""What a client says: how much of it may be under way, and what cannot be published."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
+import json
 
-import pydantic
 import pytest
 from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException
@@ -18,7 +17,7 @@ from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, Tuning
-from support import Broker, Bus, Peer, until
+from support import Broker, Bus, Peer, joined, until
 
 pytestmark = pytest.mark.anyio
 
@@ -439,84 +438,94 @@ async def test_a_hub_without_room_is_told_too(life, caplog):
     caplog.clear()
 
 
-# Not valid
+# How much may be under way
 
 
-class Message(pydantic.BaseModel):
-    text: str
-    count: int
+async def test_what_dumps_cannot_write_closes_who_sent_it():
+    def dumps(value):
+        if value == 2**70:
+            raise OverflowError("a large number")
+        return json.dumps(value)
+
+    hub = Broadcast(dumps=dumps)
+    peer = Peer()
+    peer.say(str(2**70))
+    assert await hub.serve(peer.websocket, encoding="json") == 1007
 
 
-@pytest.mark.parametrize("hook", ["decode", "on_receive"])
-async def test_what_does_not_fit_the_model_is_1007_and_one_line(serve, caplog, hook):
-    class Chat(BroadcastEndpoint):
-        encoding = "json"
+class Watching(Peer):
+    """Notes how much waits for its event loop whenever it is read from."""
 
-        async def decode(self, websocket, message):
-            data = await super().decode(websocket, message)
-            return Message.model_validate(data) if hook == "decode" else data
+    def __init__(self, hub: Broadcast) -> None:
+        super().__init__()
+        self.hub = hub
+        self.pending: list[int] = []
 
-        async def on_receive(self, websocket, data):
-            message = Message.model_validate(data)
-            await super().on_receive(websocket, message)
-
-    server = await serve(Starlette(routes=[WebSocketRoute("/", Chat)]))
-    async with server.connect("/") as client:
-        await client.send('{"text": "fine", "count": 1}')
-        assert await client.recv() == '{"text":"fine","count":1}'
-        await client.send('{"text": "a secret", "count": "a secret", "a secret": 1}')
-        assert await code_of(client) == 1007
-        assert client.close_reason == "not a valid Message"
-    await until(lambda: lines(caplog))
-    (line,) = lines(caplog)
-    assert line.endswith("with 1007: not a valid Message")
-    assert "secret" not in caplog.text
+    async def receive(self):
+        self.pending.append(self.hub.stats().pending)
+        return await super().receive()
 
 
-async def test_the_apps_own_handler_of_a_validation_error_is_used(serve):
-    async def on_invalid(websocket, exc):
-        await websocket.close(4000, str(exc.error_count()))
-
-    class Chat(BroadcastEndpoint):
-        encoding = "json"
-
-        async def on_receive(self, websocket, data):
-            Message.model_validate(data)
-
-    handlers = {pydantic.ValidationError: on_invalid}
-    app = Starlette(routes=[WebSocketRoute("/", Chat)], exception_handlers=handlers)
-    server = await serve(app)
-    async with server.connect("/") as client:
-        await client.send("{}")
-        assert await code_of(client) == 4000
-        assert client.close_reason == "2"
+async def test_a_client_is_not_read_from_while_256_of_its_messages_are_on_their_way():
+    hub = Broadcast()
+    peer = Watching(hub)
+    for number in range(1000):
+        peer.say(str(number))
+    peer.leave()
+    other = await joined(hub)
+    await hub.serve(peer.websocket)
+    await until(lambda: len(other.got) == 1000)
+    assert other.got == [str(number) for number in range(1000)]
+    assert max(peer.pending) == 255
 
 
-async def test_a_long_name_of_a_model_fits_into_the_close_frame(serve, caplog):
-    model = pydantic.create_model("ä" * 100, text=(str, ...))
-
-    class Chat(BroadcastEndpoint):
-        async def on_receive(self, websocket, data):
-            model.model_validate({})
-
-    server = await serve(Starlette(routes=[WebSocketRoute("/", Chat)]))
-    async with server.connect("/") as client:
-        await client.send("x")
-        assert await code_of(client) == 1007
-        assert client.close_reason.startswith("not a valid ää")
+async def test_large_messages_of_a_client_are_confirmed_more_often():
+    hub = Broadcast()
+    peer = Watching(hub)
+    for _ in range(100):
+        peer.say("x" * 20_000)
+    peer.leave()
+    await hub.serve(peer.websocket)
+    assert hub.stats().published == 100
+    assert max(peer.pending) == 3  # one more is 64 KiB
 
 
-async def test_without_pydantic_an_error_of_a_hook_is_what_it_was(serve, caplog, monkeypatch):
-    class Chat(BroadcastEndpoint):
-        async def on_receive(self, websocket, data):
-            raise LookupError("a mistake")
-
-    monkeypatch.delitem(sys.modules, "pydantic_core")
-    server = await serve(Starlette(routes=[WebSocketRoute("/", Chat)]))
-    async with server.connect("/") as client:
-        await client.send("x")
-        assert await code_of(client) == 1011
-    assert [repr(r.exc_info[1]) for r in caplog.records if r.exc_info] == [
-        "LookupError('a mistake')"
-    ]
+async def test_messages_that_cannot_be_handed_over_are_counted_and_logged_once(caplog):
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker), tuning=Tuning(max_queued=1, publish_timeout=0.05))
+    peer = Peer()
+    stays = lambda *lost: None  # noqa: E731  # by default the first one would close it
+    serving = asyncio.create_task(hub.serve(peer.websocket, on_publish_error=stays))
+    await until(lambda: len(hub) == 1)
+    broker.open.clear()
+    for _ in range(2):  # one is under way, and the other fills the queue
+        hub.publish_nowait("elsewhere", "x" * 1000)
+        await until(lambda: broker.stalled)
+    failed = hub.stats().failed
+    for number in range(5):
+        peer.say(str(number))
+    await until(lambda: hub.stats().failed == failed + 5)
+    lost = [line for line in caplog.messages if line.startswith("messages of clients are being")]
+    assert len(lost) == 1
+    broker.open.set()
+    peer.say("works")
+    await until(lambda: peer.got == ["works"])
+    peer.leave()
+    await serving
+    await hub.disconnect()
     caplog.clear()
+
+
+async def test_what_a_client_sends_opens_the_hub():
+    class Chat(BroadcastEndpoint):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await websocket.accept()  # and does not register it
+
+    hub, peer = Chat.broadcast, Peer()
+    peer.say("hello")
+    peer.leave()
+    await Chat(peer.scope, peer.receive, peer.send)
+    assert hub.stats().open
+    assert hub.stats().published == 1
