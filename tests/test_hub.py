@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import json
 
@@ -14,15 +15,21 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from starcast import (
+    BackendUnavailable,
     Broadcast,
+    BroadcastEndpoint,
     ClientGone,
     ConfigurationError,
+    ConnectionManager,
     EncodingError,
+    Gap,
     InvalidChannel,
     NotConnected,
+    PublishQueueFull,
     SubscriberLagged,
+    Tuning,
 )
-from support import Peer, by_another, joined, until, until_sync
+from support import Bus, Peer, by_another, joined, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -166,6 +173,37 @@ async def test_settings_for_one_client():
     assert len(hub) == 1
 
 
+async def test_a_client_of_a_server_may_be_on_several_channels(serve):
+    hub = Broadcast()
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await hub.connect(websocket, "a")
+        await hub.serve(websocket, "b")
+
+    server = await serve(Starlette(routes=[WebSocketRoute("/", endpoint)]))
+    async with server.connect("/") as client:
+        await until(lambda: hub.channels == {"a": 1, "b": 1})
+        await hub.publish("a", "hello")
+        assert await client.recv() == "hello"
+    await until(lambda: len(hub) == 0)
+
+
+async def test_a_hub_that_is_closed_while_a_subscriber_joins_says_so():
+    closing = []
+
+    async def subscribe(connection, channel, proceed):
+        await proceed()
+        if channel.endswith("room"):  # the hub closes before the subscriber's task goes on
+            closing.append(asyncio.create_task(hub.disconnect()))
+
+    hub = Broadcast(backend=Bus(on_subscribe=subscribe))
+    await hub.connect()
+    with pytest.raises(BackendUnavailable, match="the hub was closed"):
+        await hub.subscribe("room").__aenter__()
+    await asyncio.gather(*closing)
+    assert hub.stats().subscribers == hub.stats().backend.channels == 0
+
+
 # Publishing
 
 
@@ -292,6 +330,35 @@ async def test_a_message_to_a_client_that_the_hub_is_closing():
     assert peer.got == ["in flight"]
 
 
+def fill(hub: Broadcast) -> None:
+    """Publish as much as may wait for this event loop, which gets no turn meanwhile."""
+    with contextlib.suppress(PublishQueueFull):
+        while True:
+            hub.publish_nowait("default", "x" * 100)
+
+
+async def test_a_message_to_one_client_waits_for_space_on_its_event_loop():
+    hub = Broadcast(tuning=Tuning(max_pending=1000))
+    peer = await joined(hub)
+    fill(hub)
+    assert await hub.send("you", to=peer.websocket)
+    assert peer.got[-1] == "you"
+
+
+async def test_a_client_that_leaves_while_a_message_to_it_waits_for_space():
+    hub = Broadcast(tuning=Tuning(max_pending=1000))
+    peer = await joined(hub)
+    sending = asyncio.create_task(hub.send("too late", to=peer.websocket))
+    fill(hub)
+    await asyncio.sleep(0)  # the task starts, then the loop delivers, and then this goes on
+    assert hub.stats().waiting_senders == 1
+    ConnectionManager(hub).disconnect(peer.websocket)
+    with pytest.raises(NotConnected):
+        await sending
+    await until(lambda: not hub.stats().pending)
+    assert "too late" not in peer.got
+
+
 async def test_who_joins_later_does_not_get_what_was_published_before():
     hub = Broadcast()
     one = await joined(hub)
@@ -371,6 +438,72 @@ def test_startup_may_run_on_another_loop_than_the_clients():
         assert websocket.receive_text() == "hello"
         asyncio.run(hub.disconnect())
         assert websocket.receive()["code"] == 1001
+
+
+# With a broker
+
+
+@pytest.mark.parametrize("after_gap", ["keep", "close"])
+async def test_the_members_are_told_of_a_gap(after_gap):
+    bus, gaps = Bus(), []
+    hub = Broadcast(backend=bus, on_gap=gaps.append, after_gap=after_gap)
+    peer = await joined(hub, "room")
+    async with hub.subscribe("room", gaps=True) as told, hub.subscribe("room") as untold:
+        bus.broker.restart()
+        await until(lambda: gaps)
+        await hub.publish("room", "later")
+        assert await anext(told) == gaps[0]
+        assert (await anext(told)).message == (await anext(untold)).message == "later"
+    assert peer.closed == (1012 if after_gap == "close" else None)
+    await hub.disconnect()
+
+
+@pytest.mark.parametrize("after_gap", ["keep", "close"])
+async def test_an_event_loop_without_space_misses_messages_and_its_members_are_told(after_gap):
+    """Of a broker, which does not wait: several messages come at once here, and not all fit."""
+    gaps = []
+    tuning = Tuning(max_pending=300)
+    hub = Broadcast(backend=Bus(), on_gap=gaps.append, after_gap=after_gap, tuning=tuning)
+    peer, quiet = await joined(hub, "room"), await joined(hub, "quiet")
+    async with hub.subscribe("room", gaps=True) as subscriber:
+        for number in range(5):
+            hub.publish_nowait("room", str(number) * 60)
+        await until(lambda: gaps)
+        await hub.publish("room", "later")
+        got = [await anext(subscriber) for _ in range(4)]
+    assert [each if isinstance(each, Gap) else each.message[0] for each in got] == [
+        "0",
+        "1",
+        gaps[0],
+        "l",
+    ]
+    assert gaps[0].error == "an event loop was blocked or too slow and missed 3 messages"
+    assert hub.stats().backend.lost == 3
+    assert peer.closed == (1012 if after_gap == "close" else None)
+    assert quiet.closed is None
+    await hub.disconnect()
+
+
+async def test_another_event_loop_takes_the_connection_over(other):
+    bus = Bus()
+    hub = Broadcast(backend=bus)
+    await asyncio.to_thread(other.run, hub.connect())
+    peer = await joined(hub, "room")
+    await asyncio.to_thread(other.close)
+    await until(lambda: hub.stats().backend.gaps == 1)
+    await hub.publish("room", "hello")
+    await until(lambda: peer.got == ["hello"])
+    assert bus.connects == 2
+    await hub.disconnect()
+
+
+@pytest.mark.parametrize("backend", [None, Bus])
+async def test_a_hub_is_healthy_while_it_is_open(backend):
+    hub = Broadcast(backend=backend and backend())
+    assert not await hub.healthy()
+    async with hub:
+        assert await hub.healthy()
+    assert not await hub.healthy()
 
 
 # Looking
@@ -473,3 +606,17 @@ async def test_a_client_that_starlette_knows_to_be_gone_is_forgotten_at_once():
     assert peer.websocket not in hub
     assert not peer.sent[1:]
     await hub.disconnect()
+
+
+async def test_a_handler_that_reads_from_a_client_that_has_left_is_no_mistake():
+    class Chat(BroadcastEndpoint):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            await websocket.receive_text()
+
+    peer = Peer()
+    peer.leave()
+    await Chat(peer.scope, peer.receive, peer.send)
+    assert len(Chat.broadcast) == 0
