@@ -12,18 +12,19 @@ import threading
 import pytest
 
 from starcast import (
+    BackendUnavailable,
     Broadcast,
+    ConfigurationError,
     ConnectionManager,
-    Event,
     NotConnected,
     PublishQueueFull,
     Tuning,
+    forks,
 )
 from starcast.broker.local import LocalLink
 from starcast.dispatcher import Dispatcher
 from starcast.registry import Registry
-from starcast.sync.bounded import BoundedQueue, Full
-from support import several, until
+from support import Broker, Bus, Peer, several, until
 
 pytestmark = pytest.mark.anyio
 
@@ -57,6 +58,13 @@ def small() -> Tuning:
     return Tuning(max_pending=1000)
 
 
+def fill(hub: Broadcast) -> None:
+    """Publish as much as may wait for a loop that gets no turn."""
+    with contextlib.suppress(PublishQueueFull):
+        while True:
+            hub.publish_nowait("default", "x")
+
+
 async def test_what_waits_for_a_loop_is_bounded_and_refused_by_name(other, blocked, small):
     hub = Broadcast(tuning=small)
     (here,) = await several(hub, 1, "room")
@@ -82,9 +90,7 @@ async def test_publish_waits_for_room(other, blocked, small):
     hub = Broadcast(tuning=small)
     (there,) = other.run(several(hub, 1))
     release = blocked()
-    with contextlib.suppress(PublishQueueFull):
-        while True:
-            hub.publish_nowait("default", "x")
+    fill(hub)
     sent = hub.stats().pending
     # Room on this loop is not what it waits for.
     (here,) = await several(hub, 1, "here")
@@ -107,9 +113,7 @@ async def test_publish_gives_up_if_there_is_no_space(other, blocked, small):
     hub = Broadcast(tuning=dataclasses.replace(small, publish_timeout=0.05))
     other.run(several(hub, 1))
     blocked()
-    with contextlib.suppress(PublishQueueFull):
-        while True:
-            hub.publish_nowait("default", "x")
+    fill(hub)
     failed = hub.stats().failed
     with pytest.raises(PublishQueueFull):
         await hub.publish("default", "x")
@@ -121,9 +125,7 @@ async def test_a_personal_message_waits_for_room_too(other, blocked, small):
     hub = Broadcast(tuning=small)
     (there,) = other.run(several(hub, 1))
     release = blocked()
-    with contextlib.suppress(PublishQueueFull):
-        while True:
-            hub.publish_nowait("default", "x")
+    fill(hub)
     sending = asyncio.create_task(hub.send("you", to=there.websocket))
     await until(lambda: hub.stats().waiting_senders == 1)
     release.set()
@@ -142,9 +144,7 @@ async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(other, 
     hub = Broadcast(tuning=small)
     (there,) = other.run(several(hub, 1))
     release = blocked()
-    with contextlib.suppress(PublishQueueFull):
-        while True:
-            hub.publish_nowait("default", "x")
+    fill(hub)
     sending = asyncio.create_task(hub.send("too late", to=there.websocket))
     await until(lambda: hub.stats().waiting_senders == 1)
     ConnectionManager(hub).disconnect(there.websocket)
@@ -162,32 +162,115 @@ async def test_a_refusal_that_is_not_about_a_queue_is_final():
     assert dispatcher.failed == 1
 
 
-async def test_room_that_others_have_taken_is_waited_for_again():
-    registry, dispatcher = parts()
-    queue: BoundedQueue[None] = BoundedQueue(registry.lock, 1000)
-    outcomes = [Full("", queue), Full("", queue), None]
-
-    def hand_over():
-        if error := outcomes.pop(0):
-            raise error
-
-    await dispatcher.retry(hand_over, Full("", queue))
-    assert outcomes == []
-    assert dispatcher.failed == 0
+async def test_space_that_others_have_taken_is_waited_for_again(small):
+    hub = Broadcast(tuning=small)
+    (peer,) = await several(hub, 1)
+    sending = [asyncio.create_task(hub.publish("default", letter * 600)) for letter in "abc"]
+    fill(hub)
+    await asyncio.gather(*sending)  # there is space for one of them at a time
+    assert sorted(got[0] for got in peer.got if len(got) == 600) == ["a", "b", "c"]
+    assert hub.stats().failed == 1  # what `fill` was refused
 
 
-def test_what_the_garbage_collector_runs_may_publish():
+async def test_what_the_garbage_collector_runs_may_publish(other, monkeypatch):
     """Finalizers run wherever memory is allocated, also while the hub's lock is held."""
-    registry, dispatcher = parts()
+    hub = Broadcast()
+    (there,) = other.run(several(hub, 1))
 
     class Last:
         def __init__(self):
             self.itself = self  # so that only the collector finds it
 
         def __del__(self):
-            dispatcher.publish(Event("default", "last words"))
+            hub.publish_nowait("default", "last words")
 
-    with registry.lock:
+    def is_closed() -> bool:  # the hub asks its event loops with its lock held
+        monkeypatch.undo()
         Last()
         gc.collect()
-    assert dispatcher.published == 1
+        return False
+
+    monkeypatch.setattr(other.loop, "is_closed", is_closed)
+    assert len(hub) == 1
+    await until(lambda: there.got == ["last words"])
+
+
+# Before it waits
+
+
+@pytest.mark.parametrize("backend", [None, Bus])
+async def test_a_hub_that_is_closed_or_the_parents_takes_no_message(backend):
+    hub = Broadcast(backend=backend and backend())
+    async with hub:
+        pass
+    with pytest.raises(BackendUnavailable, match="not open"):
+        await hub.publish("default", "x")
+    with pytest.raises(BackendUnavailable, match="not open"):
+        hub.publish_nowait("default", "x")
+    await hub.connect()
+    forks.after_fork()
+    with pytest.raises(ConfigurationError, match="before the process was forked"):
+        await hub.publish("default", "x")
+    with pytest.raises(ConfigurationError, match="before the process was forked"):
+        hub.publish_nowait("default", "x")
+    assert hub.stats().published == 0
+
+
+async def test_a_hub_with_a_broker_that_was_never_opened_is_one_line_in_the_log(caplog):
+    hub = Broadcast(backend=Bus())
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match="not open"):
+            hub.publish_nowait("default", "x")
+    (line,) = caplog.messages
+    assert line.startswith("publish_nowait failed: the hub is not open")
+
+
+# The end of waiting
+
+
+async def test_what_the_broker_does_not_confirm_has_failed():
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker), tuning=Tuning(publish_timeout=0.05))
+    async with hub:
+        await hub.publish("default", "x")
+        assert (hub.stats().published, hub.stats().failed) == (1, 0)
+        broker.kill()
+        with pytest.raises(BackendUnavailable):
+            await hub.publish("default", "x")
+        assert hub.stats().failed == 1
+
+
+async def test_what_a_client_says_waits_for_space_on_another_loop(other, blocked, small):
+    hub = Broadcast(tuning=small)
+    (there,) = other.run(several(hub, 1))
+    peer = Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket))
+    await until(lambda: len(hub) == 2)
+    release = blocked()
+    fill(hub)
+    peer.say("at last")
+    await until(lambda: hub.stats().waiting_senders == 1)
+    assert peer.got[-1:] != ["at last"]
+    release.set()
+    await until(lambda: peer.got[-1:] == there.got[-1:] == ["at last"])
+    peer.leave()
+    await serving
+
+
+async def test_who_publishes_without_a_pause_leaves_turns_to_other_tasks(road):
+    hub = Broadcast()
+    (peer,) = await several(hub, 1)
+    turns = 0
+
+    async def work() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    working = asyncio.create_task(work())
+    for number in range(1000):
+        await hub.publish("default", str(number))
+        assert peer.got[-1] == str(number)
+    working.cancel()
+    assert turns > 10  # with ready frames, no message is waited for

@@ -8,11 +8,7 @@ import pytest
 from fastapi import FastAPI, WebSocket
 from starlette.testclient import TestClient
 
-from starcast import (
-    BackendUnavailable,
-    Broadcast,
-    ConfigurationError,
-)
+from starcast import BackendUnavailable, Broadcast, ConfigurationError, forks
 from support import Bus, Peer, joined, until
 
 pytestmark = pytest.mark.anyio
@@ -239,3 +235,14 @@ async def test_clients_are_closed_although_the_connection_fails_to_close(caplog)
     assert "the broker is down" in caplog.text
     assert peer.closed == 1001
     assert not hub.stats().open
+
+
+async def test_a_child_process_does_not_close_the_hub_of_its_parent():
+    hub = Broadcast(backend=Bus())
+    peer = await joined(hub)
+    forks.after_fork()
+    with pytest.raises(ConfigurationError, match="before the process was forked"):
+        await hub.connect()
+    await hub.disconnect()
+    assert peer.closed is None
+    assert len(hub) == 1
