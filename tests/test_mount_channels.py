@@ -14,10 +14,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from starcast import (
-    Broadcast,
-    ConfigurationError,
-)
+from starcast import Broadcast, ConfigurationError
 from support import Peer, until, until_sync
 
 pytestmark = pytest.mark.anyio
@@ -166,6 +163,11 @@ async def test_another_error_in_authorize_takes_its_way():
         TestClient(app).websocket_connect("/live/x"),
     ):
         pass
+
+
+async def test_authorize_must_be_a_function():
+    with pytest.raises(ConfigurationError, match="authorize must be a function"):
+        Broadcast().app(authorize=True)
 
 
 async def test_the_mount_knows_encodings():

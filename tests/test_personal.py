@@ -375,3 +375,15 @@ async def test_the_manager_waits_for_its_client(road):
     peer.open.set()
     assert await task is True
     await manager.hub.disconnect()
+
+
+async def test_a_client_that_was_never_registered_is_not_waited_for(road):
+    hub = Broadcast()
+    stranger, gone = Peer(), Peer()
+    await stranger.websocket.accept()
+    with pytest.raises(NotConnected, match="call connect"):
+        await hub.send("x", to=stranger.websocket)
+    await gone.websocket.accept()
+    await gone.websocket.close()
+    assert await by_another(hub.send("x", to=gone.websocket)) is False
+    assert stranger.got == gone.got == []

@@ -13,7 +13,7 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, BroadcastEndpoint, SubscriberLagged, Tuning
 from starcast.frames import TEXT
-from support import Peer, Served, stalled, starcast_tasks, until
+from support import Broker, Bus, Peer, Served, stalled, starcast_tasks, until
 from test_uvicorn import masked
 
 pytestmark = pytest.mark.anyio
@@ -155,7 +155,7 @@ async def test_nobody_waits_for_those_whose_policy_drops(serve, overflow):
     dead.close()
 
 
-async def test_a_subscriber_that_reads_is_waited_for_too(serve, monkeypatch):
+async def test_a_subscriber_that_reads_is_waited_for_too(serve):
     hub = Broadcast(max_buffer=64 * KIB)
     server = await serve(app_of(hub))
     async with hub.subscribe("room") as subscriber, server.connect("/room") as sender:
@@ -260,3 +260,22 @@ async def test_a_publisher_that_never_pauses_does_not_silence_clients():
     assert peer.got == [f"{number}" for number in range(50)]
     peer.leave()
     await serving
+
+
+async def test_what_has_not_come_back_from_the_broker_is_waited_for():
+    """It is on its way to the buffers, whose sizes say too little until it is there."""
+    broker = Broker()
+    hub = Broadcast(backend=Bus(broker), max_buffer=16 * KIB)
+    peer = Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket, "room"))
+    await until(lambda: len(hub) == 1)
+    broker.open.clear()
+    hub.publish_nowait("room", "x" * 3 * KIB)  # more than an eighth of the buffer
+    peer.say("hello")
+    await until(lambda: len(broker.asked("publish")) and broker.probes)
+    assert hub.stats().published == 1
+    broker.open.set()
+    await until(lambda: peer.got == ["x" * 3 * KIB, "hello"])
+    peer.leave()
+    await serving
+    await hub.disconnect()

@@ -529,3 +529,20 @@ async def test_what_a_client_sends_opens_the_hub():
     await Chat(peer.scope, peer.receive, peer.send)
     assert hub.stats().open
     assert hub.stats().published == 1
+
+
+async def test_a_client_that_is_closed_while_its_message_waits_does_not_say_it():
+    hub = Broadcast(max_buffer=1000)
+    slow, peer = await joined(hub), Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket))
+    await until(lambda: len(hub) == 2)
+    slow.open.clear()
+    while hub.stats().buffered < 400:  # at 500, half of the buffer, this would wait
+        await hub.send("x" * 100, to=slow.websocket)
+    peer.say("y" * 200)
+    await until(lambda: hub.stats().waiting_senders == 1)
+    await hub.close(peer.websocket, 4003)
+    slow.open.set()
+    assert await serving == 4003
+    assert hub.stats().published == 0
+    assert "y" * 200 not in slow.got

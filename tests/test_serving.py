@@ -10,14 +10,17 @@ import pydantic
 import pytest
 from fastapi import WebSocket
 from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
-from websockets.exceptions import ConnectionClosed
+from starlette.responses import Response
+from starlette.routing import Mount, WebSocketRoute
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from starcast import (
     BackendUnavailable,
     Broadcast,
     BroadcastEndpoint,
     ConfigurationError,
+    InvalidChannel,
+    Tuning,
 )
 from support import Bus, Peer, until
 from test_relay import code_of, lines
@@ -115,20 +118,26 @@ async def test_serve_of_a_client_that_has_left_comes_back():
 # Errors
 
 
+# Bytes of a message that a client is told of later if it is lost, and of one that is waited for.
+SIZES = [5, 70_000]
+QUICK = Tuning(publish_timeout=0.05)
+
+
 async def unreachable(connection, messages, proceed):
     if messages and not messages[0][0].startswith("default:starcast-probe"):
         raise ConnectionError("the broker is away")
     await proceed()
 
 
-async def test_an_error_in_the_hook_closes_after_what_the_client_has_to_get(serve, caplog):
+@pytest.mark.parametrize("size", SIZES)
+async def test_an_error_in_the_hook_closes_after_what_the_client_has_to_get(serve, size, caplog):
     def mistaken(websocket, data, exc):
         for number in range(100):
             local.publish_nowait("here", str(number).ljust(10_000))
         raise LookupError("a mistake")
 
     local = Broadcast()
-    hub = Broadcast(backend=Bus(on_publish=unreachable))
+    hub = Broadcast(backend=Bus(on_publish=unreachable), tuning=QUICK)
 
     async def endpoint(websocket: WebSocket) -> None:
         await local.connect(websocket, "here")
@@ -136,7 +145,7 @@ async def test_an_error_in_the_hook_closes_after_what_the_client_has_to_get(serv
 
     server = await serve(Starlette(routes=[WebSocketRoute("/", endpoint)]))
     async with server.connect("/", compression=None) as client:
-        await client.send("hello")
+        await client.send("x" * size)
         for number in range(100):
             assert (await client.recv()).rstrip() == str(number)
         with pytest.raises(ConnectionClosed) as caught:
@@ -162,6 +171,157 @@ async def test_the_apps_handler_answers_a_client_that_is_not_accepted_yet():
     peer = Peer()
     await app(peer.scope, peer.receive, peer.send)
     assert peer.closed == 4503
+
+
+@pytest.mark.parametrize("answer", ["close", "denial"])
+async def test_a_client_of_a_server_sees_what_the_apps_handler_answers(serve, answer, caplog):
+    async def away(bus, proceed):
+        raise BackendUnavailable("the broker is away")
+
+    async def handle(websocket, exc):
+        if answer == "close":
+            await websocket.close(4503)
+        else:
+            await websocket.send_denial_response(Response("later", status_code=429))
+
+    hub = Broadcast(backend=Bus(on_connect=away), open_timeout=0)
+    handlers = {BackendUnavailable: handle}
+    app = Starlette(routes=[WebSocketRoute("/", hub.serve)], exception_handlers=handlers)
+    server = await serve(app)
+    with pytest.raises(InvalidStatus) as caught:
+        await server.connect("/")
+    # A close before accept is an HTTP 403, and not the 503 that the error stands for.
+    assert caught.value.response.status_code == (403 if answer == "close" else 429)
+    caplog.clear()  # uvicorn takes a denial for a handshake that is not completed
+
+
+async def test_without_a_handler_a_client_that_is_not_accepted_gets_503(serve, caplog):
+    async def away(bus, proceed):
+        raise BackendUnavailable("the broker is away")
+
+    hub = Broadcast(backend=Bus(on_connect=away), open_timeout=0)
+    codes = []
+
+    async def endpoint(websocket: WebSocket) -> None:
+        codes.append(await hub.serve(websocket))
+
+    server = await serve(Starlette(routes=[WebSocketRoute("/", endpoint)]))
+    with pytest.raises(InvalidStatus) as caught:
+        await server.connect("/")
+    assert caught.value.response.status_code == 503
+    await until(lambda: codes == [1013])
+    caplog.clear()  # uvicorn takes a denial for a handshake that is not completed
+
+
+async def test_an_error_in_authorize_before_accept_is_a_500(serve, caplog):
+    def authorize(websocket, channel):
+        raise LookupError("a mistake")
+
+    hub = Broadcast()
+    server = await serve(Starlette(routes=[Mount("/live", hub.app(authorize=authorize))]))
+    with pytest.raises(InvalidStatus) as caught:
+        await server.connect("/live/room")
+    assert caught.value.response.status_code == 500
+    assert len(hub) == 0
+    errors = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert [repr(error) for error in errors] == ["LookupError('a mistake')"]
+    caplog.clear()
+
+
+async def test_a_client_that_the_hub_has_closed_is_served_no_more_and_nothing_is_logged(caplog):
+    hub, peer = Broadcast(), Peer()
+    await hub.connect(peer.websocket)
+    await hub.close(peer.websocket, 4000)
+    assert await hub.serve(peer.websocket) == 4000
+    assert caplog.records == []
+
+
+async def test_a_client_that_has_left_before_it_can_be_refused(caplog):
+    hub, peer = Broadcast(refuse="close"), Peer()
+    peer.fail = OSError("reset")
+    peer.scope |= {"path": "/room", "root_path": ""}
+    await hub.app(authorize=lambda *args: False)(peer.scope, peer.receive, peer.send)
+    assert peer.sent == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_hook_that_finds_its_client_gone_ends_serve_with_its_code(size, caplog):
+    async def close_and_send(websocket, data, exc):
+        await hub.close(websocket, 4001)
+        found.append(await hub.send("not sent", to=websocket))
+
+    hub, peer, found = Broadcast(backend=Bus(on_publish=unreachable), tuning=QUICK), Peer(), []
+    peer.say("x" * size)
+    assert await hub.serve(peer.websocket, on_publish_error=close_and_send) == 4001
+    assert peer.closed == 4001
+    assert found == []  # it raised ClientGone
+    assert not any(record.exc_info for record in caplog.records)
+    caplog.clear()
+    await hub.disconnect()
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_message_that_cannot_be_published_closes_its_client_with_1013(size, caplog):
+    async def handle(websocket, exc):
+        raise AssertionError("it is for HTTP routes, and this client is accepted")
+
+    hub, peer = Broadcast(backend=Bus(on_publish=unreachable), tuning=QUICK), Peer()
+    peer.say("x" * size)
+    codes = []
+
+    async def endpoint(websocket: WebSocket) -> None:
+        codes.append(await hub.serve(websocket))
+
+    routes = [WebSocketRoute("/", endpoint)]
+    app = Starlette(routes=routes, exception_handlers={BackendUnavailable: handle})
+    await app(peer.scope, peer.receive, peer.send)
+    assert codes == [peer.closed] == [1013]
+    caplog.clear()
+    await hub.disconnect()
+
+
+# What it receives
+
+
+async def test_a_client_that_may_only_listen_and_speaks_is_closed_with_1008(caplog):
+    hub, peer = Broadcast(), Peer()
+    peer.say("me too")
+    assert await hub.serve(peer.websocket, publish=False) == 1008
+    assert peer.closed == 1008
+    assert hub.stats().published == 0
+    (line,) = lines(caplog)
+    assert line.endswith("with 1008: listen only")
+
+
+async def test_heartbeats_are_answered_and_not_published():
+    hub, peer = Broadcast(), Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket, heartbeats={"ping": "pong"}))
+    for text in ("ping", "hello"):
+        peer.say(text)
+    await until(lambda: peer.got == ["pong", "hello"])
+    peer.leave()
+    assert await serving == 1000
+    assert hub.stats().published == 1
+
+
+async def test_a_channel_that_is_none_is_the_callers_mistake():
+    peer = Peer()
+    with pytest.raises(InvalidChannel):
+        await Broadcast().serve(peer.websocket, "")
+    assert peer.sent == []
+
+
+async def test_the_handshake_of_a_client_that_on_connect_refuses_is_no_message():
+    class Chat(BroadcastEndpoint):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await websocket.send({"type": "websocket.close", "code": 4000})
+
+    peer = Peer()
+    peer.leave()
+    await Chat(peer.scope, peer.receive, peer.send)
+    assert peer.closed == 4000
 
 
 # Not valid
