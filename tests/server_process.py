@@ -16,7 +16,7 @@ import websockets
 from support import free_port, until_sync
 
 HERE = Path(__file__).parent
-SHUTDOWN = 10.0  # seconds that a server may take to end after SIGTERM
+SHUTDOWN = 30.0  # seconds that a server may take to end after SIGTERM
 
 
 class ServerProcess:
@@ -66,7 +66,7 @@ class ServerProcess:
         return websockets.connect(url, proxy=None, **options)
 
     def stop(self) -> None:
-        """End it as a supervisor does, which would not wait for ever."""
+        """End it as a supervisor does, which would not wait without end."""
         self.process.terminate()
         self.process.wait(SHUTDOWN)
 

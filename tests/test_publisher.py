@@ -32,7 +32,7 @@ from starcast import (
     Publisher,
 )
 from starcast import publisher as module
-from support import Broker, Bus, until, until_sync
+from support import BUSY, Broker, Bus, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -334,12 +334,12 @@ async def test_without_a_broker_it_raises_in_time_and_says_why(server, caplog):
         began = time.monotonic()
         with pytest.raises(BackendUnavailable, match=r"within 0.5 seconds: "):
             await asyncio.to_thread(publisher.publish, "room", "in vain")
-        assert time.monotonic() - began < 0.5 + 1  # for a busy machine
+        assert time.monotonic() - began < 0.5 + BUSY
     with Publisher(server.url) as another:
         began = time.monotonic()
         with pytest.raises(BackendUnavailable, match=r"within 0.2 seconds: .*\d"):
             await asyncio.to_thread(another.publish, "room", "in vain", timeout=0.2)
-        assert time.monotonic() - began < 0.2 + 1
+        assert time.monotonic() - began < 0.2 + BUSY
 
 
 async def test_what_was_given_up_is_not_published_later(server, caplog):
@@ -601,7 +601,7 @@ async def test_a_program_ends_and_nothing_is_lost(url, how):
         await until(lambda: got[-1:] == ["last"])
         began = time.monotonic()
         await program.end()
-        assert time.monotonic() - began < 2 + 1  # for a busy machine
+        assert time.monotonic() - began < 2 + BUSY
 
 
 async def done_or_refused(code: str, url: str) -> None:
@@ -669,7 +669,7 @@ async def test_a_program_ends_while_its_broker_is_frozen(server):
     try:
         began = time.monotonic()
         await asyncio.wait_for(program.communicate(b"\n"), 20)
-        assert time.monotonic() - began < module.CLOSE_TIMEOUT + 2
+        assert time.monotonic() - began < module.CLOSE_TIMEOUT + BUSY
     finally:
         server.thaw()
 

@@ -42,7 +42,7 @@ from websockets.protocol import State
 
 from starcast import Broadcast, Tuning, frames
 from starcast.uvicorn import Wire
-from support import Served, starcast_tasks, until
+from support import BUSY, Served, starcast_tasks, until
 from test_frames import CLOSE, CONTINUATION, PING, PONG, SIZES, WINDOWS, Frame, Reader, content
 
 pytestmark = pytest.mark.anyio
@@ -402,7 +402,7 @@ async def interleave(server: Served, app: App, steps: list[Step], windows: list[
             listener.reading.set()  # what is awaited may wait for any of them
         await asyncio.gather(*sending)
 
-    async with asyncio.timeout(15), contextlib.AsyncExitStack() as stack:
+    async with asyncio.timeout(60), contextlib.AsyncExitStack() as stack:
         for offered in CLIENTS:
             offered = {"max_queue": 1, "ping_interval": None, **offered}
             client = await stack.enter_async_context(server.connect("/ws/x", **offered))
@@ -593,7 +593,7 @@ async def test_a_client_that_stops_reading_is_cut_off(start, back):
         assert most <= 2 * 64 * KIB + 32 * KIB  # the transport's own bound and one write more
         await until(lambda: protocol.transport.get_write_buffer_size() == 0)
         await until(lambda: protocol not in server.server.server_state.connections)
-        assert time.monotonic() - cut_off < 0.5 + 2
+        assert time.monotonic() - cut_off < 0.5 + BUSY
         await until(lambda: app.ended == [1013])
         assert not any(frame.opcode == CLOSE for frame in await dead.rest())  # it was cut off
     dead.close()
@@ -619,11 +619,12 @@ async def test_a_client_that_stops_reading_the_handlers_own_messages(start, back
     with pytest.raises(WebSocketDisconnect):
         await sending
     await until(lambda: app.ended == [1013])
-    await until(lambda: not server.server.server_state.connections, 3)
+    await until(lambda: not server.server.server_state.connections, BUSY)
     dead.close()
 
 
-async def unread_close(start) -> float:
+async def test_a_close_that_is_never_read_ends_the_connection(start, back):
+    """The close frame fits into the buffer, so nothing is stuck, but the client reads nothing."""
     app = App(Broadcast(tuning=Tuning(close_timeout=0.3)))
     server = await start(app)
     dead = await Client.connect(server, small=True)
@@ -634,17 +635,10 @@ async def unread_close(start) -> float:
         await app.hub.publish("x", "x" * 8 * KIB)
     assert protocol.writable.is_set()
     await app.hub.close(app.websockets[0], 4000)
-    began = time.monotonic()
     try:
-        await until(lambda: not server.server.server_state.connections, 2)
+        await until(lambda: not server.server.server_state.connections, BUSY)
     finally:
         dead.close()
-    return time.monotonic() - began
-
-
-async def test_a_close_that_is_never_read_ends_the_connection(start, back, monkeypatch):
-    """The close frame fits into the buffer, so nothing is stuck, but the client reads nothing."""
-    assert await unread_close(start) < 2
 
 
 @pytest.mark.parametrize("stalled", [False, True])
@@ -663,16 +657,13 @@ async def test_shutdown_with_open_clients(start, back, stalled):
         protocol.close_timeout = 0.3
         while protocol.writable.is_set():
             await app.websockets[-1].send_bytes(bytes(64 * KIB))
-    began = time.monotonic()
     stopping = asyncio.create_task(server.stop())
     for client in clients:
         assert await read_all(client) == ([], 1012)
-    done, _ = await asyncio.wait([stopping], timeout=2)
-    elapsed = time.monotonic() - began
+    done, _ = await asyncio.wait([stopping], timeout=BUSY)
     dead.close()
     await stopping
     assert done
-    assert elapsed < 2
     assert len(app.hub) == 0
 
 
@@ -883,7 +874,7 @@ async def test_a_client_that_stalls_over_tls_is_aborted(start, back, certificate
         assert not protocol.writable.is_set()
         assert transport.get_write_buffer_size()
         await until(lambda: protocol not in server.server.server_state.connections)
-        assert time.monotonic() - cut_off < 0.5 + 2
+        assert time.monotonic() - cut_off < 0.5 + BUSY
         await until(lambda: app.ended == [1013])
         await until(lambda: its_socket.fileno() == -1)
         await app.hub.publish("x", "alive")
@@ -1057,7 +1048,7 @@ async def test_a_message_that_finds_the_socket_full_again_is_not_lost(start, bac
         while await client.recv() != "not to be lost":
             pass
 
-    await asyncio.wait_for(reading(), 5)
+    await asyncio.wait_for(reading(), BUSY)
     await app.hub.publish("x", "alive")
     assert await client.recv() == "alive"
     client.close()

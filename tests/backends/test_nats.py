@@ -25,7 +25,7 @@ from starcast.backends.nats import NatsBackend
 from starcast.backends.nats_names import parse_url
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from starcast.testing import Inbox
-from support import free_port, starcast_tasks, until
+from support import BUSY, free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -628,8 +628,8 @@ async def test_frozen(own_server, connect):
     cancelled.cancel()
     start = time.monotonic()
     await connection.close()
-    assert time.monotonic() - start < 4
-    await all_raise(tasks, 4)
+    assert time.monotonic() - start < BUSY
+    await all_raise(tasks, BUSY)
     assert cancelled.cancelled()
     server.thaw()
     assert inbox.errors == []
@@ -646,8 +646,8 @@ async def test_frozen_with_a_full_socket(own_server, connect):
             publishes.append(connection.publish(batch))
     start = time.monotonic()
     await connection.close()
-    assert time.monotonic() - start < 4
-    await all_raise(publishes, 4)
+    assert time.monotonic() - start < BUSY
+    await all_raise(publishes, BUSY)
 
 
 async def test_an_answer_after_its_call_was_cancelled(own_server, connect):
@@ -808,7 +808,7 @@ async def test_nobody_answers_there():
         backend = NatsBackend(f"nats://127.0.0.1:{port}", connect_timeout=0.5)
         start = time.monotonic()
         assert "no answer in time" in await refused(backend)
-        assert 0.4 < time.monotonic() - start < 2
+        assert 0.4 < time.monotonic() - start < 0.5 + BUSY
 
 
 # TLS
@@ -845,7 +845,7 @@ async def test_tls(tls_server, connect, trusting, scheme, caplog):
     tls_server.freeze()
     start = time.monotonic()
     await connection.close()
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < BUSY
     tls_server.thaw()
     connection, inbox = await connect(url, tls=trusting)
     tls_server.stop()
@@ -941,7 +941,7 @@ async def test_closing_cancelled_at_every_await(server, connect, when):
         cancelled = await run_cancelled(number, when, connection.close())
         start = time.monotonic()
         await connection.close()
-        assert time.monotonic() - start < 0.9
+        assert time.monotonic() - start < BUSY
         assert not tasks()
         await until(lambda: sockets() <= open_before)
         assert inbox.errors == []

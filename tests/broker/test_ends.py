@@ -451,9 +451,9 @@ async def test_a_connection_that_breaks_in_the_moment_in_which_it_is_made(broker
     await hub.disconnect()
 
 
-@tuned(max_queued=1000, publish_timeout=1)
+@tuned(max_queued=1000, publish_timeout=3)
 async def test_publish_waits_for_space_and_confirmation_together(hub, broker):
-    """Two seconds in all, not two for space and two more."""
+    """Three seconds in all, not two and a half for space and three more."""
     await hub.connect()
     broker.open.clear()
     hub.publish_nowait("room", "first")
@@ -462,12 +462,12 @@ async def test_publish_waits_for_space_and_confirmation_together(hub, broker):
     clock = asyncio.get_running_loop().time
     began = clock()
     waiting = asyncio.create_task(hub.publish("room", "y"))
-    await asyncio.sleep(0.7)
+    await asyncio.sleep(2.5)
     broker.open.set()
     broker.open.clear()  # there is space now, and nothing is confirmed
     with pytest.raises(BackendUnavailable, match="did not answer in time"):
         await waiting
-    assert clock() - began < 1.6
+    assert clock() - began < 5
 
 
 async def test_a_connection_that_breaks_while_it_subscribes_is_one_line(broker, caplog):

@@ -220,7 +220,7 @@ async def test_no_probes_while_nobody_is_there(broker):
     await hub.connect()
     asked = broker.probes
     assert asked == 1
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(1)
     assert broker.probes == asked
     await hub.publish("room", "x")
     await until(lambda: broker.probes == asked + 1)
@@ -230,12 +230,12 @@ async def test_no_probes_while_nobody_is_there(broker):
     await until(lambda: hub.stats().backend.channels == 0)
     await asyncio.sleep(0.05)
     asked = broker.probes
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(1)
     assert broker.probes == asked
     # What was lost while nobody was there is nobody's loss.
     broker.restart()
     await until(lambda: gaps)
-    assert gaps[0].seconds < 0.1
+    assert gaps[0].seconds < 0.9
     await hub.disconnect()
 
 

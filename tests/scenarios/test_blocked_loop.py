@@ -11,7 +11,7 @@ import pytest
 from starcast import BackendUnavailable, Broadcast, Tuning
 from starcast.backends import from_url
 from starcast.sync.deadline import Deadline
-from support import Changed, Peer, until
+from support import BUSY, Changed, Peer, until
 
 pytestmark = pytest.mark.anyio
 
@@ -93,7 +93,7 @@ async def test_what_does_not_come_is_given_up_all_the_same():
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             await busy(seconds)
-        assert 0.1 <= time.monotonic() - began < 3
+        assert 0.1 <= time.monotonic() - began < 0.1 + BUSY
 
 
 async def test_a_broker_that_is_away_is_said_to_be_in_time(server):
@@ -102,4 +102,4 @@ async def test_a_broker_that_is_away_is_said_to_be_in_time(server):
         began = time.monotonic()
         with pytest.raises(BackendUnavailable):
             await hub.publish("room", "in vain")
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 2 + BUSY

@@ -17,7 +17,7 @@ from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, Gap, PayloadTooLarge, Tuning, backends
 from starcast.broker.opening import PROBE_INTERVAL
-from support import Changed, Peer, free_port, joined, starcast_tasks, until
+from support import BUSY, DEADLINE, Changed, Peer, free_port, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -49,7 +49,7 @@ async def test_row_11_killed_and_back_after_a_second(server, all_back):
             await until(lambda: other.stats().backend.state == "connected")
             await other.publish("room", "after")
             await other.publish("b", "after")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE):
                 got = [await anext(one) for _ in range(3)]
                 assert [got[0].message, got[1], got[2].message] == ["before", gaps[0], "after"]
                 assert await anext(two) is gaps[0]
@@ -69,7 +69,7 @@ async def test_row_12_away_for_a_while(server, all_back):
             began = time.monotonic()
             with pytest.raises(BackendUnavailable):
                 await hub.publish("room", "in vain")
-            assert time.monotonic() - began < Tuning().publish_timeout + 1  # for a busy machine
+            assert time.monotonic() - began < Tuning().publish_timeout + BUSY
         for number in range(1000):
             hub.publish_nowait("room", str(number))
         await until(lambda: not hub.stats().backend.queued)
@@ -103,7 +103,7 @@ async def test_row_13_frozen(server, all_back):
         await until(lambda: hub.stats().backend.gaps)
         await hub.publish("room", "after")
         await until(lambda: peer.got[-1:] == ["after"])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             assert isinstance(await anext(subscriber), Gap)
             # The server may have had the other one already when it froze.
             while (await anext(subscriber)).message != "after":
@@ -126,7 +126,7 @@ async def all_hear_of_the_gap(url: str, outage: Callable[[], Awaitable[object]])
         await until(lambda: gaps)
         await hub.publish("room", "after")
         await hub.publish("b", "after")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             got = [await anext(one) for _ in range(3)]
             assert [got[0].message, got[1], got[2].message] == ["before", gaps[0], "after"]
             assert await anext(two) is gaps[0]
@@ -186,7 +186,7 @@ async def test_a_hub_closes_while_its_broker_is_frozen(server, all_back):
     server.freeze()
     began = time.monotonic()
     await hub.disconnect()
-    assert time.monotonic() - began < Tuning().stop_timeout + 5
+    assert time.monotonic() - began < Tuning().stop_timeout + BUSY
     assert peer.closed == 1001
     server.thaw()
 
@@ -311,7 +311,7 @@ async def test_row_33_more_comes_than_is_held_until_everything_is_back(server, a
         await near.publish("first", "300")
         await until(lambda: backend.delivered.count("both:first") == 302)
         go.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             assert (await anext(first)).message == "before"
             assert isinstance(await anext(first), Gap)
             got = [int((await anext(first)).message)]

@@ -16,12 +16,11 @@ from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast
-from support import Peer, free_port, starcast_tasks, until
+from support import BUSY, Peer, free_port, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
 SCHEMES = ["redis", "nats", "postgresql"]
-SLACK = 2.0  # seconds that a busy machine may take longer
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ async def test_a_broker_that_never_comes(all_back, caplog, scheme, way):
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"127\.0\.0\.1"):
         await WAYS_TO_OPEN[way](hub)
-    assert time.monotonic() - began < 1.0 + SLACK
+    assert time.monotonic() - began < 1.0 + BUSY
     assert len(attempts(caplog)) >= 2
     assert "secret" not in caplog.text
 
@@ -159,7 +158,7 @@ async def test_a_redis_that_swallows_what_is_published(all_back):
         began = time.monotonic()
         with pytest.raises(BackendUnavailable, match=r"delivers nothing of it; .* proxy") as caught:
             await hub.connect()
-        assert time.monotonic() - began < 1.5 + SLACK
+        assert time.monotonic() - began < 1.5 + BUSY
         assert url.removeprefix("redis://") in str(caught.value)
 
 
@@ -216,7 +215,7 @@ async def test_a_postgres_behind_a_pooler_that_loses_what_is_listened_to(urls, a
         began = time.monotonic()
         with pytest.raises(BackendUnavailable, match=r"delivers nothing of it; .*session pooling"):
             await hub.connect()
-        assert time.monotonic() - began < 1.5 + SLACK
+        assert time.monotonic() - began < 1.5 + BUSY
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -227,7 +226,7 @@ async def test_a_broker_that_accepts_and_says_nothing(all_back, scheme):
         began = time.monotonic()
         with pytest.raises(BackendUnavailable, match=rf"did not answer .*127\.0\.0\.1:{port}"):
             await hub.connect()
-        assert time.monotonic() - began < 1.5 + SLACK
+        assert time.monotonic() - began < 1.5 + BUSY
 
 
 async def test_a_nats_that_does_not_let_us_subscribe(all_back):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from server_process import HERE, ServerProcess
+from support import DEADLINE
 
 pytestmark = pytest.mark.anyio
 
@@ -43,9 +44,9 @@ async def test_clients_are_on_the_fast_path(server):
     async with server.connect("/ws") as one, server.connect("/ws", compression=None) as two:
         for client in (one, two):
             await client.send("stats")
-            fast_path, asgi = json.loads(await asyncio.wait_for(client.recv(), 10))
+            fast_path, asgi = json.loads(await asyncio.wait_for(client.recv(), DEADLINE))
             assert fast_path >= 1  # workers count for themselves
             assert asgi == {}
         for client in (one, two):
             await client.send("x" * 3000)
-            assert await asyncio.wait_for(client.recv(), 10) == "x" * 3000
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == "x" * 3000
