@@ -90,7 +90,7 @@ class Dispatcher:
         """Hand an event over, or raise at once."""
         not_open = not self._link.is_local and self.state in (State.NEW, State.CLOSED)
         if not_open and not self.published:
-            # A route answers the error with 503, and then nobody would see why.
+            # A route answers the error with 503, and the reason would be seen nowhere.
             logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
         try:
             self.publish(event)
@@ -107,7 +107,7 @@ class Dispatcher:
         Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
         link = self._link
-        # A hub in memory that is new has no clients yet who could miss anything.
+        # A hub in memory that is new has no clients yet that could miss anything.
         if self.state is not State.OPEN and not (link.is_local and self.state is State.NEW):
             self.check_fork()
             raise BackendUnavailable(NOT_OPEN)
@@ -124,7 +124,7 @@ class Dispatcher:
         """
         try:
             self.publish(event, on_lost=on_lost)
-        except PublishQueueFull as exc:
+        except Full as exc:
             await self.retry(functools.partial(self.publish, event, on_lost=on_lost), exc)
 
     async def publish_and_wait(self, event: Event) -> None:
@@ -132,7 +132,7 @@ class Dispatcher:
         deadline = None
         try:
             ack = self.publish(event, wait=True)
-        except PublishQueueFull as exc:
+        except Full as exc:
             deadline = asyncio.get_running_loop().time() + self._timeout
             again = functools.partial(self.publish, event, wait=True)
             ack = await self.retry(again, exc, deadline)
@@ -149,14 +149,14 @@ class Dispatcher:
     async def retry(
         self,
         hand_over: Callable[[], HandedOver],
-        full: PublishQueueFull,
+        full: Full,
         deadline: float | None = None,
     ) -> HandedOver:
         """Call it again whenever there is space, for two seconds or until the deadline."""
         loop = asyncio.get_running_loop()
         if deadline is None:
             deadline = loop.time() + self._timeout
-        while loop.time() < deadline and isinstance(full, Full):
+        while loop.time() < deadline:
             self._registry.count_waiting(1)
             try:
                 await full.queue.wait_for_space(deadline - loop.time())
@@ -164,7 +164,7 @@ class Dispatcher:
                 self._registry.count_waiting(-1)
             try:
                 return hand_over()
-            except PublishQueueFull as exc:
+            except Full as exc:
                 full = exc
         with self._lock:
             self.failed += 1
@@ -180,7 +180,7 @@ class Dispatcher:
             if not shard.flush():
                 sent = Waiter()
                 with self._lock:
-                    shard.add(None, done=sent.set)  # it is awake: nobody needs to wake it
+                    shard.add(None, done=sent.set)  # it is awake, so there is no need to wake it
                 await sent
                 self._unyielded = 0
                 return

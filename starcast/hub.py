@@ -27,7 +27,7 @@ from .codec import Channel, Encoding
 from .connection import Connection, is_gone
 from .dispatcher import Dispatcher
 from .event import Event
-from .exceptions import BackendUnavailable, ClientGone, PublishQueueFull
+from .exceptions import BackendUnavailable, ClientGone
 from .gap import Gap
 from .lifecycle import Lifecycle
 from .missed import Missed
@@ -37,6 +37,7 @@ from .servers import daphne, served
 from .settings import Settings
 from .stats import Counters, Stats
 from .subscriber import Subscription
+from .sync.bounded import Full
 from .sync.waiter import Waiter
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -176,6 +177,12 @@ class Hub:
         connection = self.find(websocket)
         return is_gone(websocket) or (connection is not None and connection.code is not None)
 
+    def says_left(self, exc: Exception, websocket: WebSocket) -> bool:
+        """Whether an error in the code that serves a client only says that the client has left."""
+        return isinstance(exc, ClientGone) or (
+            isinstance(exc, WebSocketDisconnect) and self.has_left(websocket)
+        )
+
     def clients(self, channel: Channel | None = None) -> list[WebSocket]:
         """Return the websockets that are registered, or those on a channel."""
         name = None if channel is None else codec.check_channel(channel)
@@ -246,7 +253,7 @@ class Hub:
         post = functools.partial(self.registry.post, event, connection)
         try:
             handed_over = post()
-        except PublishQueueFull as exc:
+        except Full as exc:
             handed_over = await self.dispatcher.retry(post, exc)
         if not handed_over:  # it has just left
             personal.refuse(websocket, connection)

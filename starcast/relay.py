@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import WebSocketException
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from . import codec, pressure
 from .answers import Answered
@@ -152,7 +152,7 @@ class Relay:
         except (WebSocketException, Answered) as exc:
             await self._hub.close_client(self._websocket, exc.code, exc.reason)
         except Exception as exc:
-            if isinstance(exc, WebSocketDisconnect) and self._hub.has_left(self._websocket):
+            if self._hub.says_left(exc, self._websocket):
                 return  # the hook has sent something to its client, which has left meanwhile
             logger.exception("on_publish_error raised")
             await self._hub.close_client(self._websocket, INTERNAL_ERROR, "")

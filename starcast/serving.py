@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from starlette.exceptions import WebSocketException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import Message
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketState
 
 from . import codec, inbound, logs
 from . import heartbeats as _heartbeats
@@ -22,7 +22,7 @@ from .admission import subprotocols as _subprotocols
 from .answers import Answered
 from .close_codes import INTERNAL_ERROR, INVALID_DATA, NORMAL, POLICY_VIOLATION
 from .codec import Channel, Encoding
-from .exceptions import ClientGone, InvalidChannel, InvalidMessage, OriginRefused
+from .exceptions import InvalidChannel, InvalidMessage, OriginRefused
 from .heartbeats import Heartbeats
 from .hub import Hub
 from .relay import OnPublishError, Relay, close_sender
@@ -116,7 +116,7 @@ async def converse(
 
 def code_for(hub: Hub, websocket: WebSocket, exc: Exception) -> int:
     """Return the close code that an error in the code that serves a client stands for."""
-    if isinstance(exc, WebSocketException | Answered) or _is_told_gone(hub, websocket, exc):
+    if isinstance(exc, WebSocketException | Answered) or hub.says_left(exc, websocket):
         code: int = exc.code  # type: ignore[attr-defined]  # a WebSocketDisconnect has it too
         return code
     return INTERNAL_ERROR
@@ -138,7 +138,7 @@ async def answer(
     if isinstance(exc, InvalidMessage):
         await reject(hub, websocket, exc)
         return True
-    if _is_told_gone(hub, websocket, exc):
+    if hub.says_left(exc, websocket):
         return True
     if isinstance(exc, WebSocketException | Answered):
         if has_handler(websocket, exc):
@@ -156,13 +156,6 @@ async def answer(
     if accepted and not has_handler(websocket, exc):
         await hub.close_client(websocket, INTERNAL_ERROR, "")
     return False
-
-
-def _is_told_gone(hub: Hub, websocket: WebSocket, exc: Exception) -> bool:
-    """Whether the error only says that this client has left."""
-    return isinstance(exc, ClientGone) or (
-        isinstance(exc, WebSocketDisconnect) and hub.has_left(websocket)
-    )
 
 
 async def reject(hub: Hub, websocket: WebSocket, exc: WebSocketException) -> None:

@@ -21,18 +21,9 @@ from starcast import (
     Tuning,
     forks,
 )
-from starcast.broker.local import LocalLink
-from starcast.dispatcher import Dispatcher
-from starcast.registry import Registry
 from support import Broker, Bus, Peer, several, until
 
 pytestmark = pytest.mark.anyio
-
-
-def parts() -> tuple[Registry, Dispatcher]:
-    """Return those of a hub in memory that publish."""
-    registry = Registry(Tuning(), lambda channel: None, lambda missed: None)
-    return registry, Dispatcher(registry, LocalLink(registry.deliver, registry.shards))
 
 
 @pytest.fixture
@@ -153,13 +144,6 @@ async def test_a_client_that_leaves_while_a_message_to_it_waits_for_room(other, 
         await sending
     await until(lambda: not hub.stats().pending)
     assert "too late" not in there.got
-
-
-async def test_a_refusal_that_is_not_about_a_queue_is_final():
-    _, dispatcher = parts()
-    with pytest.raises(PublishQueueFull, match="no space"):
-        await dispatcher.retry(lambda: None, PublishQueueFull("no space"))
-    assert dispatcher.failed == 1
 
 
 async def test_space_that_others_have_taken_is_waited_for_again(small):
