@@ -372,8 +372,8 @@ class Broadcast:
                 channel of its `str()`.
             message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
                 in a text frame. It is encoded once, however many clients there are.
-            exclude: A websocket or several that do not get it. None excludes nobody, in a list too.
-                Websockets that are not registered are ignored.
+            exclude: A websocket or several that do not get it. None, alone or in a list,
+                excludes no client. Websockets that are not registered are ignored.
             encoding: `"json"` sends a `str` as JSON too; `"text"` and `"bytes"` require that type.
 
         Raises:
@@ -415,7 +415,7 @@ class Broadcast:
                 than 16 MiB waiting. Nobody got the message.
             BackendUnavailable: The hub was closed, or it has a broker and was never opened, see
                 `lifespan`; then one log line says so too. A hub in memory that was never opened
-                has no clients, so nobody gets the message.
+                has no clients, so the message goes nowhere.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         self._hub.dispatcher.publish_nowait(event)
@@ -629,7 +629,7 @@ class Broadcast:
         """Return the clients of this process, or those on a channel: a new list each time.
 
         They stand in the order in which they joined, on each event loop. From any thread. The hub
-        knows no users: what your app has put on `websocket.state` says whose each one is.
+        knows no users: what your app has put on `websocket.state` says whose they are.
 
         Raises:
             InvalidChannel: The name is not valid.
@@ -649,7 +649,7 @@ class Broadcast:
         """Whether the hub is open and its broker answers, for a readiness check. From any loop.
 
         With a broker, the hub sends itself a message through the broker and waits up to two seconds
-        for it. It is not healthy either while the broker refuses a channel that somebody has. A hub
+        for it. It is not healthy either while the broker refuses a channel that has members. A hub
         that has not been opened is not healthy: give the app `lifespan=hub.lifespan`.
         """
         return await self._hub.healthy()

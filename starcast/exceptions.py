@@ -21,9 +21,9 @@ The client gets them if nothing catches the error, in Starlette and in FastAPI:
   comes with `Retry-After`, and the body does not repeat the message. `def` routes are no exception.
 - **In a WebSocket route**, the client is closed with the code. If it has not been accepted yet, it
   gets HTTP 403; instead of 1013 it gets HTTP 503, if the server supports that.
-- **In a WebSocket route whose client has left**, nobody is answered: `ClientGone` is silent, and
-  what has 1013 is one line in the log, at most every ten seconds. Anything else is a mistake, and
-  has its traceback there.
+- **In a WebSocket route whose client has left**, there is no client to answer: `ClientGone` is
+  silent, and what has 1013 is one line in the log, at most every ten seconds. Anything else is a
+  mistake, and has its traceback there.
 - **Where no answer is possible**, it is an ordinary exception, and the server's log has its
   traceback: in a background task, in a stream that has begun, in a task that no route awaits, and
   in middleware, which is outside Starlette's error handling.

@@ -1,7 +1,7 @@
 """Fast path: which clients take frames written straight to their transport, and why others don't.
 
 uvicorn hands an app the bound `send` of its protocol object. Where nothing but Starlette's own
-wrappers stands between that and the client's websocket, nobody needs to see each message, and the
+wrappers stands between that and the client's websocket, nothing needs to see each message, and the
 protocol object becomes one of `starcast.uvicorn.BroadcastProtocol`, in the middle of its life.
 Middleware that wraps `send` or `receive` keeps its client on ASGI, and so does every other server.
 """

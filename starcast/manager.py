@@ -34,8 +34,8 @@ class Connections(list[WebSocket]):
 class ConnectionManager:
     """Replaces the class that FastAPI's documentation tells people to copy.
 
-    The methods have the same names. A client that has gone or does not read affects nobody else,
-    and clients may connect and leave during a broadcast.
+    The methods have the same names. A client that has gone or does not read affects no other, and
+    clients may connect and leave during a broadcast.
 
     Args:
         broadcast: The hub to use. By default the manager creates its own hub in memory.

@@ -31,7 +31,7 @@ class Missed:
         self._on_end = on_end
         self._since = since
         self._count = 0
-        self._channels: set[str] = set()  # those that have somebody on the loop
+        self._channels: set[str] = set()  # those that have members on the loop
         shard.queue.waiters.add(self)
 
     def add(self, channel: str) -> None:
@@ -49,6 +49,6 @@ class Missed:
         return Gap(self._since, seconds, error)
 
     def members(self) -> dict[Member, Shard]:
-        """Return who may have missed something."""
+        """Return the members that may have missed something."""
         channels = (self.shard.channels.get(channel, {}) for channel in self._channels)
         return {member: self.shard for members in channels for member in members}

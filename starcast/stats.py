@@ -22,7 +22,7 @@ class BackendStats:
         malformed: Messages that arrived and were neither text nor in a known format.
         channels: Channels that this process is subscribed to, or wants to be.
         queued: Messages that are waiting for the broker.
-        refused: Channels among these that somebody has and that the broker refuses. They are asked
+        refused: Channels among these that have members and that the broker refuses. They are asked
             for again until they are back; meanwhile the hub is not healthy.
     """
 

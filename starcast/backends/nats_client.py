@@ -112,7 +112,7 @@ class Transport(TcpTransport):
         connect_timeout: int,
     ) -> None:
         # nats-py's own leaves the streams not knowing of TLS: asyncio logs a warning at the end,
-        # and a reader that is full stops nobody.
+        # and a reader that is full stops no other.
         assert self._io_writer is not None
         host = uri if isinstance(uri, str) else uri.hostname
         async with Deadline(connect_timeout):

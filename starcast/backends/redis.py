@@ -26,7 +26,7 @@ _SETTINGS: dict[str, Any] = {
     # text for a debug log, message by message.
     "protocol": 2,
     "decode_responses": False,
-    # redis-py would reconnect and subscribe again, and nobody would know of the gap.
+    # redis-py would reconnect and subscribe again, and the gap would go unnoticed.
     "retry": None,
     "retry_on_error": [],
     "retry_on_timeout": False,

@@ -21,7 +21,7 @@ from .base import Deliver, Lost, MessagesRefused
 Command = tuple[str | bytes, ...]
 
 # How long to wait before a loss that a cancellation has caused is reported, in seconds. Most likely
-# the event loop is ending, and nobody needs to know.
+# the event loop is ending, and there is nothing to report.
 REPORT_DELAY = 0.1
 
 

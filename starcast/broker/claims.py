@@ -1,6 +1,6 @@
 """Claims: which hubs of this process are open on which broker, and under which name.
 
-Two hubs with the same name on the same broker share their channels. That is right if somebody asked
+Two hubs with the same name on the same broker share their channels. That is right if it was asked
 for it, and a leak if both of them just have the default name: then the second one does not open.
 """
 
@@ -26,7 +26,7 @@ class Claim:
         address: Where the channels are: see `Backend`. None if that is unknown, which conflicts
             with no other hub.
         name: The name of the hub there.
-        chosen: Whether somebody gave the hub that name on purpose.
+        chosen: Whether the hub was given that name on purpose.
     """
 
     def __init__(self, address: str | None, name: str, chosen: bool) -> None:

@@ -187,7 +187,7 @@ class Link:
             raise
 
     def _on_lost(self, why: str) -> None:
-        """Log that messages were lost that nobody awaits."""
+        """Log that messages were lost that are not awaited."""
         self._health.note(why)
         if self._limit.allows(why):
             logger.warning("messages did not reach the broker: %s", why)
@@ -220,7 +220,7 @@ class Link:
         """Whether a probe comes back within two seconds. From any loop.
 
         Other messages that arrive meanwhile will do: on a slow connection a probe waits behind
-        them. It is False while the broker refuses a channel that somebody has.
+        them. It is False while the broker refuses a channel that has members.
         """
         session = self._session
         if session is None or not (self.alive and self.connected) or self._subscriptions.refusals:

@@ -21,7 +21,7 @@ class LocalLink:
     """Delivers what is published to the clients of this process. Made on any thread.
 
     Args:
-        deliver: Called with each event. It raises if nobody gets it.
+        deliver: Called with each event. It raises if no member gets it.
         shards: The event loops that have had clients.
     """
 

@@ -1,7 +1,7 @@
 """Probe: messages that a hub sends to itself by way of the broker.
 
 A connection may be open and yet carry nothing: the broker is frozen, a proxy in between swallows
-what it does not understand, or everybody may publish to a channel that nobody may subscribe to. So
+what it does not understand, or everyone may publish to a channel and no one may subscribe to it. So
 a connection only counts as open once a probe has come back, and is probed again now and then.
 
 On a slow connection a probe waits behind other messages, for seconds or more. Anything that arrives
@@ -35,7 +35,7 @@ class Probe:
     """Probes one connection, on its event loop.
 
     Args:
-        channel: Where the probes are sent; nobody else subscribes to it.
+        channel: Where the probes are sent; nothing else subscribes to it.
         backend: Knows where the broker is.
         sender: Sends the probes, except for the first one.
         health: Is told when a probe has come back.
@@ -71,7 +71,7 @@ class Probe:
     def fail(self, why: str = LOST) -> None:
         """The probe will not come back."""
         pending, self._pending = self._pending, None
-        # If the loop is closed, nobody waits there any more.
+        # If the loop is closed, nothing waits there any more.
         if pending is not None and not pending.done() and not pending.get_loop().is_closed():
             pending.set_result(why)
 

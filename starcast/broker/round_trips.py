@@ -19,7 +19,7 @@ class RoundTrips:
     def __init__(self, sender: Sender, timeout: float) -> None:
         self._sender = sender
         self._timeout = timeout
-        self._marks: dict[bytes, Ack] = {}  # messages that somebody waits for
+        self._marks: dict[bytes, Ack] = {}  # messages that are waited for
         self._returned = 0  # of `Sender.published_cost`
 
     @property

@@ -4,7 +4,7 @@ Messages that arrive while the broker has not confirmed a batch form the next on
 called from any thread; everything else happens on the event loop of the connection.
 
 While there is no connection, messages stay in the queue in their order, for two seconds: one that
-somebody awaits until the caller gives up, any other until it expires and is lost.
+is awaited until the caller gives up, any other until it expires and is lost.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ class Sender:
     Args:
         lock: The hub's.
         tuning: The hub's.
-        on_lost: Called with the reason when messages that nobody awaits were lost.
+        on_lost: Called with the reason when messages that are not awaited were lost.
 
     Attributes:
         queue: The messages that are waiting.
         max_payload: How large a message the last connection accepted, in bytes.
-        lost: How many messages that nobody awaited were lost.
+        lost: How many messages that were not awaited were lost.
         published: How many messages were ever put here.
         published_cost: What these cost together.
     """

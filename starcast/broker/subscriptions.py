@@ -5,7 +5,7 @@ and the loop of the session makes what is confirmed agree with it. A channel has
 subscription changes, so the changes of one channel happen one after another.
 
 If the broker refuses a channel to the clients that join it, they get the error. A channel that
-somebody already has, and that is refused after an outage or revoked, is tried again and again. When
+already has members, and that is refused after an outage or revoked, is tried again and again. When
 it is restored there is a gap, of this channel only.
 """
 
@@ -45,7 +45,7 @@ class Subscription:
 
 
 class Refusal:
-    """A channel that somebody has and the broker refuses."""
+    """A channel that has members and that the broker refuses."""
 
     __slots__ = ("backoff", "retry", "since", "why")
 
@@ -66,7 +66,7 @@ class Subscriptions:
         on_gap: Called with the gap of a channel that is restored.
 
     Attributes:
-        refusals: The channels that somebody has and the broker refuses. Guarded by the lock.
+        refusals: The channels that have members and that the broker refuses. Guarded by the lock.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Subscriptions:
         self._session: Session | None = None
         # On the loop of the session:
         self._changing: dict[str, asyncio.Task[None]] = {}
-        # Of channels that somebody has, and of those that clients may ask for without end.
+        # Of channels that have members, and of those that clients may ask for without end.
         self._refused_limits = {True: LogLimit(), False: LogLimit()}
         self._restored_limit = LogLimit()
 
@@ -212,11 +212,11 @@ class Subscriptions:
         while session is self._session and self._differs(channel):
             if channel not in self._wanted:
                 with self._lock:
-                    self._confirmed.discard(channel)  # whoever wants it now has to wait
+                    self._confirmed.discard(channel)  # a new member has to wait
                 with contextlib.suppress(Exception):  # the connection is broken
                     await session.connection.unsubscribe(channel)
             elif not await self._subscribe(session, channel):
-                break  # until somebody acquires it, or it is tried again
+                break  # until it is acquired, or tried again
         if session is self._session:
             del self._changing[channel]
 
@@ -232,7 +232,7 @@ class Subscriptions:
         waiting: list[Ack] = []
         with self._lock:
             if session is not self._session:
-                return False  # and nobody is told: the next session may be in time
+                return False  # and this is not reported: the next session may be in time
             if not why:
                 self._confirmed.add(channel)
             if subscription := self._wanted.get(channel):
@@ -282,7 +282,7 @@ class Subscriptions:
             self._refuse(session, channel, why, is_held=True)
 
     def _refuse(self, session: Session, channel: str, why: str, is_held: bool) -> None:
-        """Log that a channel is refused. If somebody has it, try it again later."""
+        """Log that a channel is refused. If it has members, try it again later."""
         limit = self._refused_limits[is_held]
         if not (is_held and channel in self.refusals) and limit.allows("refused", channel):
             logger.warning(

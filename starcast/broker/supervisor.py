@@ -125,7 +125,7 @@ class Supervisor:
                 error = logs.describe(lost)
                 logger.warning("lost the connection to the broker: %s", error)
                 parts.health.become("reconnecting", lost)
-                # While no channel is wanted, nobody misses anything.
+                # While no channel is wanted, nothing is missed.
                 since = parts.health.answered if parts.subscriptions.wanted else time.time()
                 dropped = await self._reconnect(backoff)
                 self._begin_session()

@@ -38,7 +38,7 @@ class BoundedQueue(Generic[Entry]):
         bound: The same.
         entries: What waits, the oldest first.
         size: What it costs.
-        waiters: Those who wait for space.
+        waiters: Those that wait for space.
     """
 
     __slots__ = ("_lock", "bound", "entries", "size", "waiters")
@@ -89,7 +89,7 @@ class BoundedQueue(Generic[Entry]):
         self.tell()
 
     def tell(self) -> None:
-        """Let those who wait for space look whether there is enough."""
+        """Let those that wait for space see whether there is enough."""
         waiters, self.waiters = self.waiters, set()
         for waiter in waiters:
             waiter.set()

@@ -38,7 +38,7 @@ class Draining:
 
     They wait until its buffer is empty, not only until there is space for one more message. A
     client that reads as fast as it can gets there soon. If it takes nothing for a fifth of the
-    timeout, or has not caught up after the timeout, nobody waits for it until it has, so that it
+    timeout, or has not caught up after the timeout, no sender waits for it until it has, so that it
     cannot stop a channel. Neither can several clients by stalling one after another: all that are
     behind are watched at the same time.
 
