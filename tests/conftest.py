@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -15,8 +16,11 @@ from support import OtherLoop, Peer, Served
 
 pytest_plugins = ["backends.servers"]
 
-# How long an example takes, by the clock, depends on what else the machine does.
-hypothesis.settings.register_profile("starcast", deadline=None)
+# How long an example takes, by the clock, depends on what else the machine does. The examples are
+# the same in each run, unless .ci/slow asks for many of them.
+hypothesis.settings.register_profile(
+    "starcast", deadline=None, derandomize="STARCAST_EXAMPLES" not in os.environ
+)
 hypothesis.settings.load_profile("starcast")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -35,6 +39,12 @@ BROWSER_ARGS = [
 # asyncio's debug mode logs each step of a loop that takes more than 0.1 seconds. That tells how
 # busy the machine is, and tests that count log lines are not about that.
 logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported: many tests call it, and count what is left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import os
 import random
 import socket
 import threading
@@ -27,6 +28,11 @@ DEADLINE = 30.0  # seconds that a test waits for something before it fails
 # Seconds that a busy machine may take longer for what a test times: for what would otherwise come
 # much later, or never. How long it takes is for the benchmarks to say.
 BUSY = 10.0
+
+
+def examples(count: int) -> int:
+    """Return how many examples Hypothesis tries: so many, or a multiple of that in `.ci/slow`."""
+    return count * int(os.environ.get("STARCAST_EXAMPLES", "1"))
 
 
 def said(error: BaseException | None) -> str:

@@ -24,7 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starcast import Broadcast, frames
 from starcast.exceptions import ClientGone
-from support import Served, starcast_tasks, until
+from support import Served, examples, starcast_tasks, until
 from test_frames import CLOSE, CONTINUATION, PING, PONG, WINDOWS
 from test_uvicorn import KIB, Client, any_window, masked, message, read
 
@@ -452,7 +452,7 @@ async def adopt_amid(steps, then, window: int, send_buffer: int) -> None:
 def test_whatever_is_under_way(any_window, loop):
     with asyncio.Runner(loop_factory=loop) as runner:
 
-        @settings(max_examples=15)
+        @settings(max_examples=examples(15))
         @given(STEPS, STEPS, st.sampled_from([0, *WINDOWS]), st.sampled_from([0, 4 * KIB]))
         def check(steps, then, window: int, send_buffer: int) -> None:
             runner.run(adopt_amid(steps, then, window, send_buffer))

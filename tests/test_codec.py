@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.websockets import WebSocket
 
 from starcast import ConfigurationError, EncodingError, InvalidChannel, InvalidMessage, codec
+from support import examples
 
 
 class Colour(enum.Enum):
@@ -216,7 +217,7 @@ def test_a_number_too_long_for_a_channel_is_refused(digits):
         codec.check_channel(10 ** (digits - 1))
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.text(max_size=210))
 def test_a_valid_channel_has_a_utf8_form_and_no_line_breaks(name):
     try:
@@ -579,7 +580,7 @@ def test_a_frame_without_content_is_bad_json():
     assert raised.value.code == 1007
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
@@ -596,7 +597,7 @@ def test_what_can_be_published_can_be_received_again(value):
     assert codec.decode(binary(payload), "json") == value
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.binary(max_size=40) | st.text(max_size=40).map(lambda s: s.encode("utf-8", "replace")))
 def test_whatever_a_client_sends_is_read_or_refused_with_a_code(content):
     code = 1007

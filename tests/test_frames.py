@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from starcast import frames
 from starcast.event import Event
+from support import examples
 
 KIB = 1024
 SIZES = [0, 125, 126, 65_535, 65_536, 1024 * KIB]
@@ -184,7 +185,7 @@ messages = st.one_of(
 
 
 @given(st.lists(messages, max_size=12), st.sampled_from(SETTINGS), st.integers(1, 2000))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_a_stream_of_messages_cut_anywhere(sent, setting, cut):
     written = b""
     for message in sent:

@@ -12,6 +12,7 @@ from starcast.frames import PLAIN
 from starcast.group import Group, grouped
 from starcast.outbox import Close, Leave
 from starcast.servers.wire import MAX_JOIN
+from support import examples
 from test_frames import Reader
 
 
@@ -67,7 +68,7 @@ def batches(draw):
 
 
 @given(batches())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_everybody_gets_everything_in_order(drawn):
     got = {member: [] for member in MEMBERS}
     called = []

@@ -13,7 +13,7 @@ from starlette.routing import WebSocketRoute
 from starcast import Broadcast, ConfigurationError, Event, Overflowed
 from starcast.event import OVERHEAD
 from starcast.outbox import MAX_BUFFER, OVERFLOWS, Close, Leave, Outbox, OutboxFull, Send
-from support import DEADLINE, Peer, by_another, until
+from support import DEADLINE, Peer, by_another, examples, until
 
 pytestmark = pytest.mark.anyio
 
@@ -76,7 +76,7 @@ controls = st.builds(Close, st.just(1000)) | st.builds(Leave)
 steps = st.lists(offers | offers | controls | st.just("take") | st.just("clear"), max_size=40)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.sampled_from(OVERFLOWS), st.integers(1, 800), steps)
 def test_an_outbox_does_what_a_plain_model_does(overflow, bound, steps):
     outbox, model = Outbox(bound, overflow), Model(bound, overflow)
@@ -102,7 +102,7 @@ def test_an_outbox_does_what_a_plain_model_does(overflow, bound, steps):
     assert outbox.size == 0
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.sampled_from(OVERFLOWS), st.integers(1, 800), st.lists(offers | controls, max_size=40))
 def test_nothing_is_lost_without_being_named_and_nothing_changes_places(overflow, bound, items):
     outbox = Outbox(bound, overflow)

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, SecretBytes, Secre
 from pydantic import dataclasses as pydantic_dataclasses
 
 from starcast import Broadcast, ConnectionManager, codec
-from support import Peer
+from support import Peer, examples
 
 UID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 NOON = datetime.datetime(2024, 2, 29, 12, 30, 15, 250)
@@ -362,7 +362,7 @@ def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=nested(words | models))
 def test_any_mixture_is_the_json_of_a_route(program, client, value):
     program.value = value
@@ -392,7 +392,7 @@ def containers(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(150))
 @given(value=containers(words))
 def test_the_form_of_a_message_does_not_depend_on_whether_pydantic_is_loaded(value):
     with pytest.MonkeyPatch.context() as patch:

@@ -42,7 +42,7 @@ from websockets.protocol import State
 
 from starcast import Broadcast, Tuning, frames
 from starcast.uvicorn import Wire
-from support import BUSY, Served, starcast_tasks, until
+from support import BUSY, Served, examples, starcast_tasks, until
 from test_frames import CLOSE, CONTINUATION, PING, PONG, SIZES, WINDOWS, Frame, Reader, content
 
 pytestmark = pytest.mark.anyio
@@ -480,7 +480,7 @@ def test_everybody_gets_what_was_published_in_order(any_window, ws, loop, send_b
 
         server = runner.run(start())
 
-        @settings(max_examples=8)
+        @settings(max_examples=examples(8))
         @given(STEPS, st.lists(st.sampled_from([0, *WINDOWS]), min_size=1, max_size=4))
         def check(steps: list[Step], windows: list[int]) -> None:
             runner.run(interleave(server, app, steps, windows))

@@ -403,8 +403,8 @@ async def test_a_client_that_vanishes_during_a_send(all_back, serve):
 # Row 25: many connects and disconnects
 
 
-async def test_ten_thousand_connects_and_disconnects_leave_nothing():
-    count = int(os.environ.get("STARCAST_CYCLES", "10000"))  # .ci/slow does more
+async def test_thousands_of_connects_and_disconnects_leave_nothing():
+    count = int(os.environ.get("STARCAST_CYCLES", "3000"))  # .ci/slow does more
     hub = Broadcast()
     tasks = len(asyncio.all_tasks())
 
@@ -425,7 +425,7 @@ async def test_ten_thousand_connects_and_disconnects_leave_nothing():
         after = await cycles(count - 1000)
     finally:
         tracemalloc.stop()
-    assert after - before < 50 * KIB  # a single leaked object a cycle would be megabytes
+    assert after - before < 50 * KIB  # a single leaked object a cycle would be more
     assert len(hub) == 0
     assert not hub.channels
     assert len(asyncio.all_tasks()) == tasks

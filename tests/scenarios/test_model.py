@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from starlette.websockets import WebSocketDisconnect
 
 from starcast import Broadcast
-from support import Peer
+from support import Peer, examples
 
 CHANNELS = ["a", "b", "c"]
 COST = 64 + 5  # every message has five characters
@@ -267,7 +266,7 @@ class FramesMachine(HubMachine):
 
 
 HubMachine.TestCase.settings = FramesMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("STARCAST_EXAMPLES", "100")),  # .ci/slow does more
+    max_examples=examples(50),
     stateful_step_count=40,
     print_blob=True,
 )
