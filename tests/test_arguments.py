@@ -19,6 +19,7 @@ from starcast import (
     BackendUnavailable,
     Broadcast,
     BroadcastEndpoint,
+    ConfigurationError,
     ConnectionManager,
     InvalidChannel,
 )
@@ -475,3 +476,31 @@ def test_a_type_checker_finds_the_same_mistakes(tmp_path):
     lines = program.read_text().splitlines()
     start = next(number for number, line in enumerate(lines, 1) if "def wrong" in line)
     assert found == set(range(start + 1, len(lines) + 1)), said
+
+
+# Close codes
+
+
+@pytest.mark.parametrize("code", [-1, 0, 999, 1004, 1005, 1006, 1015, 2999, 5000])
+async def test_a_close_code_that_is_never_sent(code):
+    hub = Broadcast()
+    peer = await joined(hub)
+    with pytest.raises(ConfigurationError, match=f"{code} is not a close code"):
+        await hub.close(peer.websocket, code)
+    assert peer.closed is None
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1003, 1014, 3000, 4999])
+async def test_a_close_code_that_may_be_sent(code):
+    hub = Broadcast()
+    peer = await joined(hub)
+    await hub.close(peer.websocket, code, "\u00e4" * 61)
+    assert peer.closed == code
+
+
+async def test_a_close_reason_that_does_not_fit_into_its_frame():
+    hub = Broadcast()
+    peer = await joined(hub)
+    with pytest.raises(ConfigurationError, match="at most 123 bytes"):
+        await hub.close(peer.websocket, 4000, "\u00e4" * 62)
+    assert peer.closed is None

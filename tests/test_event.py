@@ -7,6 +7,7 @@ import pytest
 
 from starcast import Broadcast, Event
 from starcast.event import OVERHEAD
+from starcast.frames import BINARY, TEXT, make
 
 pytestmark = pytest.mark.anyio
 
@@ -93,3 +94,14 @@ async def test_subscribers_share_one_event(data, encoding, message, payload):
         assert await anext(two) is event
     assert (event.channel, event.message, event.payload) == ("room", message, payload)
     await hub.disconnect()
+
+
+@pytest.mark.parametrize(("message", "opcode"), [("h\xe9" * 100, TEXT), (b"h\xe9" * 100, BINARY)])
+def test_a_frame_is_made_once_for_each_wire_format(message, opcode):
+    event = Event("room", message)
+    plain, deflated = event.frame(0), event.frame(15)
+    assert plain == make(opcode, event.payload, 0)
+    assert deflated == make(opcode, event.payload, 15)
+    assert len(deflated) < len(plain)
+    assert event.frame(0) is plain
+    assert event.frame(15) is deflated

@@ -19,7 +19,7 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starcast import Broadcast, BroadcastEndpoint
-from support import until
+from support import joined, until
 
 pytestmark = pytest.mark.anyio
 
@@ -340,3 +340,23 @@ async def test_nothing_of_uvicorn_is_imported_for_another_server(tmp_path):
     )
     _, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
+
+
+async def test_an_app_without_routes_is_on_the_fast_path(serve):
+    hub = Broadcast()
+
+    async def app(scope, receive, send):
+        await hub.serve(WebSocket(scope, receive, send))
+
+    server = await serve(app, lifespan="off")
+    async with server.connect("/") as client:
+        await until(lambda: len(hub) == 1)
+        assert (hub.stats().fast_path, hub.stats().asgi) == (1, {})
+        await client.send("hello")
+        assert await client.recv() == "hello"
+
+
+async def test_a_client_without_a_server():
+    hub = Broadcast()
+    await joined(hub)
+    assert (hub.stats().fast_path, hub.stats().asgi) == (0, {SERVER: 1})

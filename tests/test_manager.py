@@ -460,3 +460,11 @@ async def test_a_manager_takes_a_hub_of_yours(by_keyword):
     assert stranger.got == ["<8>"]
     await hub.disconnect()
     assert manager.active_connections == []
+
+
+async def test_the_message_comes_first(caplog):
+    manager, peer = ConnectionManager(), Peer()
+    await manager.connect(peer.websocket)
+    with pytest.raises(TypeError, match="the message comes first: send_personal_message"):
+        await manager.send_personal_message(peer.websocket, "hello")
+    assert peer.got == []

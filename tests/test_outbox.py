@@ -12,7 +12,16 @@ from starlette.routing import WebSocketRoute
 
 from starcast import Broadcast, ConfigurationError, Event, Overflowed
 from starcast.event import OVERHEAD
-from starcast.outbox import MAX_BUFFER, OVERFLOWS, Close, Leave, Outbox, OutboxFull, Send
+from starcast.outbox import (
+    MAX_BUFFER,
+    OVERFLOWS,
+    Close,
+    Leave,
+    Outbox,
+    OutboxFull,
+    Send,
+    discard,
+)
 from support import DEADLINE, Peer, by_another, examples, until
 
 pytestmark = pytest.mark.anyio
@@ -449,3 +458,12 @@ async def test_a_message_larger_than_the_buffer_reaches_a_client(serve, overflow
                 hub.publish_nowait("default", text)
             assert await asyncio.wait_for(client.recv(), DEADLINE) == text
         assert hub.stats().dropped == hub.stats().slow_clients == 0
+
+
+async def test_a_task_that_waits_for_what_is_discarded_is_told():
+    loop = asyncio.get_running_loop()
+    send = Send({"type": "websocket.send", "text": "x"}, loop)
+    discard(send)
+    discard(event())
+    discard(Leave())
+    assert await send.sent is False

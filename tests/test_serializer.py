@@ -9,6 +9,7 @@ import decimal
 import enum
 import ipaddress
 import json
+import math
 import pathlib
 import re
 import sys
@@ -475,3 +476,35 @@ async def test_a_generator_reaches_one_client_whole(registered):
     await manager.send_personal_message((number for number in range(2)), peer.websocket)
     assert peer.got == ["[0,1]"]
     await manager.hub.disconnect()
+
+
+# Errors
+
+
+class Measured(BaseModel):
+    value: float
+    of: list[Any] = []
+
+
+@pytest.mark.parametrize(("value", "name"), [(math.nan, "NaN"), (-math.inf, "-Infinity")])
+def test_numbers_that_are_not_json_are_refused_in_models_and_among_other_types(value, name):
+    with pytest.raises(ValueError, match="not JSON"):
+        codec.dumps(Measured(value=value))
+    with pytest.raises(ValueError, match=f"{name} is not JSON"):
+        codec.dumps(collections.deque([value]))
+
+
+def test_an_error_in_a_model_names_what_cannot_be_written():
+    with pytest.raises(TypeError, match="object cannot be written as JSON"):
+        codec.dumps(Measured(value=1.0, of=[object()]))
+
+
+def test_an_error_that_the_second_attempt_does_not_meet_is_raised_all_the_same():
+    """The first attempt has used up the items of the generator, up to the one that failed."""
+
+    def failing() -> Iterator[int]:
+        yield 1
+        raise ValueError("the generator failed")
+
+    with pytest.raises(ValueError, match="the generator failed"):
+        codec.dumps(Measured(value=1.0, of=[failing()]))

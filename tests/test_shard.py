@@ -309,3 +309,22 @@ async def test_a_client_falls_behind_while_the_others_are_looked_up(turns):
     await until(lambda: peers[-1].got[-1:] == ["2"])
     assert all(peer.got == ["1", "2"] for peer in peers)
     await until(lambda: not starcast_tasks())
+
+
+async def test_what_a_handler_sends_itself_waits_for_no_turn_of_the_loop():
+    hub = Broadcast()
+    (peer,) = await several(hub, 1)
+    await peer.websocket.send_text("hello")
+    assert peer.got == ["hello"]
+
+
+async def test_a_client_talks_to_others_that_keep_up():
+    hub = Broadcast()
+    others = await several(hub, 3)
+    peer = Peer()
+    for number in range(5):
+        peer.say(str(number))
+    peer.leave()
+    await hub.serve(peer.websocket)
+    await until(lambda: all(len(each.got) == 5 for each in others))
+    assert all(each.got == ["0", "1", "2", "3", "4"] for each in others)

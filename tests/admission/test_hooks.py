@@ -196,3 +196,8 @@ async def test_who_is_let_in_is_not_logged(serve, caplog):
     async with server.connect("/live/news"):
         await until(lambda: hub.channels == {"news": 1})
     assert [record for record in caplog.records if record.name == "starcast"] == []
+
+
+def test_a_way_to_refuse_that_there_is_not():
+    with pytest.raises(ConfigurationError, match="refuse must be http or close, not 'politely'"):
+        Broadcast(refuse="politely")

@@ -970,3 +970,11 @@ def test_a_timeout_that_makes_no_sense(seconds):
 def test_a_prefix_that_makes_no_sense(prefix):
     with pytest.raises(ConfigurationError, match="control characters"):
         PostgresBackend("postgresql://", prefix=prefix)
+
+
+async def test_a_connection_says_when_it_was_heard(box):
+    connection = await box.start("room")
+    before = connection.heard_at
+    await connection.publish([("room", b"x")])
+    await box.expect(("room", b"x"))
+    assert before < connection.heard_at <= time.monotonic()

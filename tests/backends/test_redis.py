@@ -883,3 +883,16 @@ async def test_cancelled_after_any_number_of_steps(server, call):
     gc.collect()
     await until(lambda: not server.clients())
     await until(lambda: sockets() <= before)
+
+
+async def test_a_connection_says_when_it_was_heard_and_how_many_others_got_a_message(server):
+    async with Inbox(RedisBackend(server.url)) as inbox, Inbox(RedisBackend(server.url)) as other:
+        before = inbox.connection.heard_at
+        await inbox.connection.publish([("room", b"x")])
+        assert inbox.connection.receivers == 0
+        for each in (inbox, other):
+            await each.connection.subscribe("room")
+        await inbox.connection.publish([("room", b"x")])
+        assert inbox.connection.receivers == 2
+        await until(lambda: inbox.got)
+        assert before < inbox.connection.heard_at <= time.monotonic()

@@ -229,3 +229,13 @@ def test_a_child_process_begins_anew():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+async def test_a_hub_that_only_publishes_may_have_the_name_of_another():
+    async with hub():
+        claim = claims.Claim(Placed.address, "default", chosen=False)
+        with pytest.raises(ConfigurationError), claim.held():
+            pass
+        claim.waive()
+        with claim.held():
+            pass

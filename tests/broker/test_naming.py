@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from starcast import Broadcast, ConfigurationError, PayloadTooLarge
 from starcast.backends.nats_names import tokens
-from support import Broker, Bus, joined, until
+from starcast.broker.naming import NamedBackend
+from support import Broker, Bus, Changed, joined, until
 
 pytestmark = pytest.mark.anyio
 
@@ -76,6 +77,16 @@ async def test_two_names_on_one_broker_are_two_rooms():
         await two.publish("room", "2")
         await three.publish("room", "3")
         await until(lambda: [peer.got for peer in peers] == [["1", "3"], ["2"], ["1", "3"]])
+
+
+async def test_a_connection_under_a_name_says_when_it_was_heard_if_the_backend_does():
+    backend = NamedBackend(Bus(), "staff")
+    connection = await backend.connect(lambda channel, payload: None, lambda error: None)
+    assert connection.heard_at is None
+    heard = Changed(Bus(), lambda connection: setattr(connection, "heard_at", 5.0))
+    backend = NamedBackend(heard, "staff")
+    connection = await backend.connect(lambda channel, payload: None, lambda error: None)
+    assert connection.heard_at == 5.0
 
 
 async def test_the_largest_message_is_known_once_it_is_connected():
