@@ -480,7 +480,7 @@ def test_everybody_gets_what_was_published_in_order(any_window, ws, loop, send_b
 
         server = runner.run(start())
 
-        @settings(max_examples=examples(8))
+        @settings(max_examples=examples(5))
         @given(STEPS, st.lists(st.sampled_from([0, *WINDOWS]), min_size=1, max_size=4))
         def check(steps: list[Step], windows: list[int]) -> None:
             runner.run(interleave(server, app, steps, windows))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import websockets
 
-from support import free_port, until, until_sync
+from support import DEADLINE, free_port, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -127,7 +127,18 @@ def check_order(url: str, got: list[list[str]], senders: list[str]) -> None:
             assert messages == got[0]
 
 
+def readiness(port: int) -> dict[str, bool]:
+    with socket.create_connection(("127.0.0.1", port), DEADLINE) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        answer = b""
+        while more := connection.recv(4096):
+            answer += more
+    return json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
 async def test_every_message_reaches_each_client_once_and_in_one_order(url, processes):
+    for process in processes:
+        assert await asyncio.to_thread(readiness, process.port) == {"healthy": True}
     async with clients(processes) as everybody:
         assert len({client.worker for client in everybody}) >= 2
         senders = everybody[:10]
@@ -159,15 +170,3 @@ async def test_row_24_a_worker_is_killed(url, processes):
         async with clients(processes, 4) as back:
             await senders[0].connection.send("0 20")
             await until(lambda: all(client.got[-1:] == ["0 20"] for client in left + back))
-
-
-async def test_readiness_over_http(url, processes):
-    def get() -> dict[str, bool]:
-        with socket.create_connection(("127.0.0.1", processes[0].port), 5) as connection:
-            connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-            answer = b""
-            while more := connection.recv(4096):
-                answer += more
-        return json.loads(answer.partition(b"\r\n\r\n")[2])
-
-    assert await asyncio.to_thread(get) == {"healthy": True}
