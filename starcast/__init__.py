@@ -2,7 +2,7 @@
 
 from .broadcast import Broadcast
 from .endpoint import BroadcastEndpoint
-from .event import Event
+from .event import Event, Gap
 from .exceptions import (
     BackendUnavailable,
     ClientGone,
@@ -18,7 +18,6 @@ from .exceptions import (
     SubscriberLagged,
     Unsubscribed,
 )
-from .gap import Gap
 from .manager import ConnectionManager
 from .outbox import Overflowed
 from .publisher import Publisher

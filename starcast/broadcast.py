@@ -25,7 +25,7 @@ from .backends import Backend
 from .broker.opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .close_codes import NORMAL
 from .codec import Channel, Dumps, Encoding
-from .gap import Gap
+from .event import Gap
 from .heartbeats import Heartbeats
 from .hub import Headers, Hub
 from .inbound import MAX_MESSAGE

@@ -26,9 +26,8 @@ from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
 from .connection import Connection, is_gone
 from .dispatcher import Dispatcher
-from .event import Event
+from .event import Event, Gap
 from .exceptions import BackendUnavailable, ClientGone
-from .gap import Gap
 from .lifecycle import Lifecycle
 from .missed import Missed
 from .outbox import Close, Outbox

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from .gap import Gap
+from .event import Gap
 from .group import Member
 from .shard import Shard
 

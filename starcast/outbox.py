@@ -13,9 +13,8 @@ from typing import Any, Literal, get_args
 
 from starlette.types import Message
 
-from .event import Event
+from .event import Event, Gap
 from .exceptions import ConfigurationError
-from .gap import Gap
 from .sync.space import Draining, SpaceQueue
 from .sync.waiter import Waiter
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .connection import Connection, is_gone
-from .event import Event
-from .gap import Gap
+from .event import Event, Gap
 from .group import Done, Member
 from .journal import Journal
 from .missed import Missed

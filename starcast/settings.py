@@ -13,8 +13,8 @@ from .admission.origins import Origins
 from .broker.opening import check_timing
 from .close_codes import SERVICE_RESTART
 from .codec import Dumps
+from .event import Gap
 from .exceptions import ConfigurationError
-from .gap import Gap
 from .outbox import Close, OnOverflow, Outbox, Overflow
 from .tuning import Tuning
 

@@ -7,9 +7,8 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Self, TypeVar, cast
 
-from .event import Event
+from .event import Event, Gap
 from .exceptions import SubscriberLagged, Unsubscribed
-from .gap import Gap
 from .outbox import Close, Item, Outbox, OutboxFull
 from .servers import served, stopping, watch
 from .stats import Counters

@@ -71,7 +71,6 @@ OWN: dict[str, list[str]] = {
     "connection.py": ["test_pressure.py", "servers/test_watch.py", "test_registry.py"],
     "endpoint.py": ["test_relay.py", "test_serving.py"],
     "fastpath.py": ["test_adoption.py", "test_uvicorn.py"],
-    "gap.py": ["test_subscriber.py"],
     "group.py": ["test_shard.py"],
     "handler.py": ["test_connection.py", "test_heartbeats.py"],
     "hub.py": ["test_registry.py", "test_lifecycle.py", "test_dispatcher.py", "test_personal.py"],

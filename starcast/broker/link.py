@@ -33,9 +33,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..backends.base import Backend
-from ..event import Event
+from ..event import Event, Gap
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
-from ..gap import Gap
 from ..logs import LogLimit
 from ..stats import BackendStats
 from ..sync.waiter import running_loop

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from .. import logs
-from ..gap import Gap
+from ..event import Gap
 from ..logs import LogLimit
 from ..sync.deadline import Deadline
 from ..tuning import Tuning

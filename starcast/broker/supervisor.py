@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from .. import logs
-from ..gap import Gap
+from ..event import Gap
 from ..sync.deadline import Deadline
 from ..sync.waiter import running_loop
 from .opening import Backoff, keep_trying

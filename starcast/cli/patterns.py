@@ -16,9 +16,8 @@ from ..backends import Backend
 from ..backends.base import Deliver, Lost
 from ..broker import envelope
 from ..broker.probe import PROBE_CHANNEL
-from ..event import Event
+from ..event import Event, Gap
 from ..exceptions import ConfigurationError
-from ..gap import Gap
 
 ALL = "*"
 

@@ -11,9 +11,8 @@ import time
 from typing import TextIO, cast
 
 from ..backends import Backend
-from ..event import Event
+from ..event import Event, Gap
 from ..exceptions import SubscriberLagged
-from ..gap import Gap
 from ..logs import escape
 from ..subscriber import GapSubscriber
 from .common import open_hub, say
