@@ -20,11 +20,11 @@ ALLOWED: dict[str, dict[str, str]] = {
     "broker/conftest.py": {
         "starcast.hub.NamedBackend": "the hub's name would be before every channel of these tests",
     },
-    "broker/test_ends.py": {
+    "broker/test_link_shutdown.py": {
         "_is_owned": "of threading.RLock, which tells it in no other way",
         "_log_destroy_pending": "of asyncio's tasks, which are left behind on purpose",
     },
-    "broker/test_moves.py": {
+    "broker/test_takeover.py": {
         "_log_destroy_pending": "of asyncio's tasks, which are left behind on purpose",
     },
     "cli/test_cli.py": {

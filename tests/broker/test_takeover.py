@@ -1,4 +1,4 @@
-"""The event loop of the connection ends, and others live on."""
+"""Another event loop takes the connection over when its own ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends of every kind: of event loops, of the hub, of tasks. Each was a fault once."""
+"""Ends that the link survives: of event loops, of the hub, of tasks. Each was a fault once."""
 
 from __future__ import annotations
 
