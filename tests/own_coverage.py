@@ -43,7 +43,11 @@ OWN: dict[str, list[str]] = {
     ],
     "broker/local.py": ["test_hub.py", "test_pressure.py", "test_lifecycle.py"],
     "broker/naming.py": ["scenarios/test_refused.py"],
-    "broker/probe.py": ["broker/test_link.py", "broker/test_link_shutdown.py", "broker/test_opening.py"],
+    "broker/probe.py": [
+        "broker/test_link.py",
+        "broker/test_link_shutdown.py",
+        "broker/test_opening.py",
+    ],
     "broker/sender.py": ["broker/test_link.py"],
     "broker/session.py": [
         "broker/test_link.py",
