@@ -100,8 +100,9 @@ async def test_publish_waits_for_room(other, blocked, small):
     assert len(there.got) == sent + 1
 
 
-async def test_publish_gives_up_if_there_is_no_space(other, blocked, small):
-    hub = Broadcast(tuning=dataclasses.replace(small, publish_timeout=0.05))
+@pytest.mark.parametrize("seconds", [0.05, 1e-9])
+async def test_publish_gives_up_if_there_is_no_space(other, blocked, small, seconds):
+    hub = Broadcast(tuning=dataclasses.replace(small, publish_timeout=seconds))
     other.run(several(hub, 1))
     blocked()
     fill(hub)
