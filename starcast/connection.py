@@ -67,10 +67,10 @@ class Shard(Protocol):
     counters: Counters
     awake: bool
     version: int  # changes whenever frames may or may no longer be written to a client at once
-    ready: deque[Connection]  # clients whose item a task is to send
+    to_drain: deque[Connection]  # clients whose item a task is to send
 
-    def send_ready(self) -> None:
-        """Let a task send to the clients in `ready`."""
+    def drain_all(self) -> None:
+        """Let a task send to each client in `to_drain`."""
 
     def post(self, item: Send, connection: Connection) -> None:
         """Offer an item to a connection after everything that was published before."""
@@ -190,7 +190,7 @@ class Connection:
             self.outbox.in_flight = items
             if self.frames is not None:
                 self.frames.suspend()
-            self.shard.ready.append(self)
+            self.shard.to_drain.append(self)
         else:
             for item in items:
                 self._queue(item)
@@ -276,7 +276,7 @@ class Connection:
             self.shard.post(item, self)
         else:
             self.offer([item])
-            self.shard.send_ready()
+            self.shard.drain_all()
         sent = await item.sent
         if item.error is not None:
             raise item.error

@@ -68,8 +68,8 @@ class Dispatcher:
         self._opener: asyncio.AbstractEventLoop | None = None  # where the hub was opened
         forks.watch(self)
         # On whichever loop publishes:
-        self._unyielded = 0  # messages since a turn was given to the loop, and since when
-        self._unyielded_since = 0.0
+        self._unyielded = 0  # messages since other tasks had a turn
+        self._unyielded_since = 0.0  # when the first of them was published
 
     def open_here(self) -> None:
         """Accept messages from now on. On the event loop on which the hub is opened."""
@@ -102,9 +102,10 @@ class Dispatcher:
     def publish(
         self, event: Event, wait: bool = False, on_lost: OnLost | None = None
     ) -> Ack | None:
-        """Publish an event. With `wait`, return what is set when the broker has it.
+        """Publish an event.
 
-        Without `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
+        With `wait`, return an `Ack` to wait for the broker's confirmation; None in memory. Without
+        `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
         """
         link = self._link
         # A hub in memory that is new has no clients yet that could miss anything.
@@ -137,7 +138,7 @@ class Dispatcher:
             again = functools.partial(self.publish, event, wait=True)
             ack = await self.retry(again, exc, deadline)
         if ack is None:
-            await self.settled()
+            await self.settle()
             return
         try:
             await ack.wait(deadline)
@@ -170,7 +171,7 @@ class Dispatcher:
             self.failed += 1
         raise full
 
-    async def settled(self) -> None:
+    async def settle(self) -> None:
         """Bring everything published so far to the sockets or outboxes of this loop."""
         shard = self._registry.shards.get(asyncio.get_running_loop())
         late = False
@@ -185,7 +186,7 @@ class Dispatcher:
                 self._unyielded = 0
                 return
             late = time.monotonic() - self._unyielded_since > self._registry.tuning.time_slice
-        # What ends without waiting must leave time to other tasks now and then.
+        # A publisher that never has to wait gives other tasks a turn now and then.
         self._unyielded += 1
         if late or self._unyielded >= YIELD_AFTER:
             self._unyielded = 0

@@ -58,13 +58,14 @@ class Snapshot(tuple[Member, ...]):
 class Group:
     """Items for the same members: events of up to `MAX_JOIN` bytes together, or one other item."""
 
-    __slots__ = ("_joined", "_size", "done", "exclude", "items", "members")
+    __slots__ = ("_joined", "_size", "done", "exclude", "has_events", "items", "members")
 
     def __init__(self, item: Item | None, members: tuple[Member, ...]) -> None:
         self.items = [] if item is None else [item]
         self.members = members
         self.done: list[Done] = []
-        self.exclude: frozenset[int] | None = None  # None if it takes no event
+        self.has_events = isinstance(item, Event)
+        self.exclude: frozenset[int] = frozenset()  # that of all events
         self._size = 0
         self._joined: dict[WireFormat, bytes] = {}
         if isinstance(item, Event):
@@ -73,7 +74,7 @@ class Group:
 
     def add(self, item: Item | None) -> bool:
         """Take one more item, if it fits."""
-        if isinstance(item, Event) and item.exclude == self.exclude:
+        if isinstance(item, Event) and self.has_events and item.exclude == self.exclude:
             size = self._size + item.cost
             if size <= MAX_JOIN:
                 self.items.append(item)

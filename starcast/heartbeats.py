@@ -66,5 +66,5 @@ async def answer(hub: Hub, websocket: WebSocket, message: Message, heartbeats: H
         elif not is_gone(websocket):  # the handler has accepted the client but not registered it
             with contextlib.suppress(WebSocketDisconnect):  # the next `receive` reports it
                 await websocket.send({"type": "websocket.send", event.kind: event.message})
-    await hub.dispatcher.settled()  # this also gives other tasks a turn from time to time
+    await hub.dispatcher.settle()  # this also gives other tasks a turn from time to time
     return True

@@ -41,7 +41,8 @@ from .sync.waiter import Waiter
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-# Of connections, unique in the process: a task notes which ones it serves, of any hub.
+# The ids of connections. They are unique in the process, because a task notes the ids that it
+# serves, of any hub.
 _ids = itertools.count(1)
 
 
@@ -71,7 +72,7 @@ class Hub:
         if backend is None:
             return LocalLink(registry.deliver, registry.shards)
         backends.check(backend)
-        owner = Owner(registry.deliver_remote, self._tell_gap, registry.loops, self._reopen)
+        owner = Owner(registry.deliver_remote, self._on_link_gap, registry.loops, self._reopen)
         named = NamedBackend(backend, name)
         return Link(named, self.lock, owner, settings.tuning, settings.probe_interval)
 
@@ -80,7 +81,7 @@ class Hub:
 
     # Gaps
 
-    def _tell_gap(self, gap: Gap) -> None:
+    def _on_link_gap(self, gap: Gap) -> None:
         """Tell the members of the gap's channels, and the hook. The link calls this."""
         self.registry.tell_gap(gap, self.settings.gap_close())
         self.settings.tell_gap(gap)
@@ -90,7 +91,7 @@ class Hub:
         gap = missed.gap()
         self.registry.tell_gap(gap, self.settings.gap_close(), missed.members())
         assert isinstance(self.link, Link)  # only messages from a broker are missed
-        # Not here: this is not the loop of the hub, and the lock is held.
+        # Later, because the lock is held now.
         missed.shard.loop.call_soon(self.link.report, gap, self.settings.tell_gap)
 
     # Clients and subscribers
@@ -115,7 +116,7 @@ class Hub:
         closings = self.lifecycle.closings
         registered = False
         if self._is_on(websocket, channel):
-            self.link.acquire_again(channel)
+            self.link.acquire_again(channel)  # which is counted, and not asked for
         else:
             await self.link.acquire(channel)
         try:
@@ -131,7 +132,7 @@ class Hub:
                 if not closed:
                     registered = self._register(websocket, channel, outbox, protocol)
             self.registry.journal.write()
-            self.link.take_over()
+            self.link.take_over()  # if the loop that it was on has ended
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
                 raise ClientGone(GOING_AWAY)
@@ -176,7 +177,7 @@ class Hub:
         connection = self.find(websocket)
         return is_gone(websocket) or (connection is not None and connection.code is not None)
 
-    def says_left(self, exc: Exception, websocket: WebSocket) -> bool:
+    def means_client_left(self, exc: Exception, websocket: WebSocket) -> bool:
         """Whether an error in the code that serves a client only says that the client has left."""
         return isinstance(exc, ClientGone) or (
             isinstance(exc, WebSocketDisconnect) and self.has_left(websocket)
@@ -193,7 +194,11 @@ class Hub:
         return None if connection is None else self.registry.leave(connection, channel)
 
     async def close_client(self, websocket: WebSocket, code: int, reason: str) -> None:
-        """Close a client after what it still has to get, within 11 seconds."""
+        """Close a client after what it still has to get, and wait until it has closed.
+
+        That takes `Tuning.close_timeout` at most, which the connection itself observes. The second
+        on top is for a connection whose event loop is blocked.
+        """
         connection = self.find(websocket)
         if connection is None or not self.registry.end(connection, Close(code, reason)):
             if not is_gone(websocket):
@@ -246,7 +251,7 @@ class Hub:
         """Send an event to one client, and wait for it; False if it has left."""
         self.dispatcher.check_fork()
         connection = self.find(websocket)
-        connection = await personal.claim(self.registry, websocket, connection, event.cost)
+        connection = await personal.reserve(self.registry, websocket, connection, event.cost)
         if connection is None:
             return False
         post = functools.partial(self.registry.post, event, connection)
@@ -256,7 +261,7 @@ class Hub:
             handed_over = await self.dispatcher.retry(post, exc)
         if not handed_over:  # it has just left
             personal.refuse(websocket, connection)
-        await self.dispatcher.settled()
+        await self.dispatcher.settle()
         return handed_over
 
     # Look

@@ -82,8 +82,8 @@ class Send:
 
     Attributes:
         message: The message.
-        sent: Done when the message has been sent, or will not be: then it is False. Cancelled if
-            the handler is cancelled before.
+        sent: True when the message has been sent, False if it will not be. Cancelled if the handler
+            is cancelled before.
         error: What the send raised.
     """
 
@@ -141,6 +141,7 @@ class LatestQueue:
     def append(self, item: Item) -> None:
         """Add an item at the end. An older event of its channel has been removed with `pop`."""
         channel = item.channel if isinstance(item, Event) else ""
+        # What has no channel replaces nothing: a control item, or a message to this client alone.
         self._items[channel or object()] = item
 
     def popleft(self) -> Item:
@@ -194,7 +195,7 @@ class Outbox:
         self.draining: Draining | None = None  # once senders had to wait for it, until it is empty
         # Guarded by the hub's lock:
         self.promised = 0  # the cost of messages to this client alone that are not here yet
-        self.space: SpaceQueue | None = None  # for their senders, once one has to wait
+        self.space: SpaceQueue | None = None  # where their senders wait; None until one has to
 
     def __len__(self) -> int:
         return len(self.items or ())

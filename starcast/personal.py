@@ -12,7 +12,7 @@ from .servers import served
 from .sync.space import SpaceQueue
 
 
-async def claim(
+async def reserve(
     registry: Registry, websocket: WebSocket, connection: Connection | None, cost: int
 ) -> Connection | None:
     """Wait for space in the client's buffer; None if the client has left.

@@ -78,15 +78,15 @@ async def _deliver_pending(hub: Hub, shard: Shard, event: Event) -> None:
     """Wait until pending messages are in the buffers, unless others keep adding more."""
     if is_broker_busy(hub, event):
         await hub.link.round_trip()
-    await hub.dispatcher.settled()
+    await hub.dispatcher.settle()
     tries = MAX_TRIES
     while shard.awake and (tries := tries - 1):
-        await hub.dispatcher.settled()
+        await hub.dispatcher.settle()
 
 
 def _find_full(hub: Hub, shard: Shard, event: Event) -> Draining | None:
     """Return what to wait for: one of the members without space for the event."""
-    members = shard.not_ready(event.channel)
+    members = shard.may_be_behind(event.channel)
     timeout = hub.settings.tuning.space_timeout
     for member in filter(_may_delay, members):
         outbox = member.outbox

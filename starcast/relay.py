@@ -105,7 +105,7 @@ class Relay:
             shard = self._shard
             if (
                 shard.queue.size + event.cost > self._max_unchecked
-                or ((others := shard.not_ready(event.channel)) and pressure.is_behind(others))
+                or ((others := shard.may_be_behind(event.channel)) and pressure.is_behind(others))
                 or pressure.is_broker_busy(hub, event)
             ):
                 await pressure.wait(hub, shard, event)
@@ -152,7 +152,7 @@ class Relay:
         except (WebSocketException, Answered) as exc:
             await self._hub.close_client(self._websocket, exc.code, exc.reason)
         except Exception as exc:
-            if self._hub.says_left(exc, self._websocket):
+            if self._hub.means_client_left(exc, self._websocket):
                 return  # the hook has sent something to its client, which has left meanwhile
             logger.exception("on_publish_error raised")
             await self._hub.close_client(self._websocket, INTERNAL_ERROR, "")

@@ -116,7 +116,7 @@ async def converse(
 
 def code_for(hub: Hub, websocket: WebSocket, exc: Exception) -> int:
     """Return the close code that an error in the code that serves a client stands for."""
-    if isinstance(exc, WebSocketException | Answered) or hub.says_left(exc, websocket):
+    if isinstance(exc, WebSocketException | Answered) or hub.means_client_left(exc, websocket):
         code: int = exc.code  # type: ignore[attr-defined]  # a WebSocketDisconnect has it too
         return code
     return INTERNAL_ERROR
@@ -138,7 +138,7 @@ async def answer(
     if isinstance(exc, InvalidMessage):
         await reject(hub, websocket, exc)
         return True
-    if hub.says_left(exc, websocket):
+    if hub.means_client_left(exc, websocket):
         return True
     if isinstance(exc, WebSocketException | Answered):
         if has_handler(websocket, exc):

@@ -6,9 +6,9 @@ shard's own loop and needs no lock.
 Deliveries are synchronous. A generator, `_deliveries`, writes frames to the clients on the fast
 path and offers the items to all others. The clock is checked after every step, and what takes
 longer than a time slice continues in the next iteration of the loop. A client that was offered
-something while it was idle is in `ready`: a task sends to one such client after another. As long as
-no send suspends, a single task serves all clients. A task that has to wait for a client stays with
-it, and another task continues with the rest.
+something while it was idle is in `to_drain`: a task sends to one such client after another. As long
+as no send has to wait, a single task serves all clients. A task that has to wait for a client stays
+with it, and another task continues with the rest.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class Shard:
         self.counters = Counters()
         self.watch = Watch(loop, tuning.watch_interval)
         self.forget = forget
-        self.awake = False  # there is something to deliver
-        self.version = 0
+        self.awake = False  # a delivery is scheduled or under way
+        self.version = 0  # changes when a member may, or may no longer, be written to at once
         self.queue = BoundedQueue[Entry](lock, tuning.max_pending)
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._lock = lock
-        self.ready: deque[Connection] = deque()  # at most `STEP`, and the handlers' own sends
+        self.to_drain: deque[Connection] = deque()  # at most `STEP`, and the handlers' own sends
         self._work: Iterator[None] | None = None  # deliveries that are under way
 
     # With the hub's lock held
@@ -122,7 +122,7 @@ class Shard:
         else:
             self.loop.call_soon_threadsafe(self._begin)
 
-    def not_ready(self, channel: str) -> Sequence[Member]:
+    def may_be_behind(self, channel: str) -> Sequence[Member]:
         """Return the members that may be behind: on the fast path, nothing is buffered."""
         snapshot = self._snapshots.get(channel)
         if snapshot is not None and snapshot.version == self.version:
@@ -156,7 +156,7 @@ class Shard:
         work = self._work
         assert work is not None
         deadline = time.monotonic() + self.tuning.time_slice
-        while self._send_ready(deadline):
+        while self._drain_some(deadline):
             if next(work, END) is END:
                 self._work = None
                 return True
@@ -165,39 +165,39 @@ class Shard:
         self.loop.call_soon(self._deliver_for_a_while)
         return False
 
-    def send_ready(self) -> None:
-        """Let a task send to each client in `ready`."""
-        while self.ready:
-            self._start(self.ready.popleft().drain())
+    def drain_all(self) -> None:
+        """Let a task send to each client in `to_drain`."""
+        while self.to_drain:
+            self._start(self.to_drain.popleft().drain())
 
-    def _send_ready(self, deadline: float) -> bool:
-        """Let tasks send to the clients in `ready`; False if some are left for the next iteration.
+    def _drain_some(self, deadline: float) -> bool:
+        """Let tasks send to those in `to_drain`; False if some are left for the next iteration.
 
         If a task has to wait for one of them, another task continues with the rest.
         """
-        while self.ready:
-            self._start(self._drain_ready(deadline))
+        while self.to_drain:
+            self._start(self._drain_one_after_another(deadline))
             # Before Python 3.12, the task starts in the next iteration.
             if not EAGER or time.monotonic() > deadline:  # pragma: no branch
                 return False
         return True
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        # A connection refers to the task that waits for it.
+        # No reference is kept here: the connection has one while the task waits for it.
         if sys.version_info >= (3, 12):  # pragma: no cover  # coverage is taken on 3.11
             asyncio.Task(coroutine, loop=self.loop, eager_start=True)
         else:
             self.loop.create_task(coroutine)
 
-    async def _drain_ready(self, deadline: float) -> None:
-        ready, task = self.ready, asyncio.current_task()
-        while ready:
-            await ready.popleft().drain(task)
+    async def _drain_one_after_another(self, deadline: float) -> None:
+        to_drain, task = self.to_drain, asyncio.current_task()
+        while to_drain:
+            await to_drain.popleft().drain(task)
             if time.monotonic() > deadline:
                 return
 
     def _deliveries(self) -> Iterator[None]:
-        """Offer everything to its members, in steps: after each, send to those in `ready`."""
+        """Offer everything to its members, in steps: after each, send to those in `to_drain`."""
         batch: deque[Entry] = deque()
         try:
             while True:
@@ -223,10 +223,11 @@ class Shard:
         members: Sequence[Member] = group.members
         if group.exclude:
             members = [member for member in members if member.id not in group.exclude]
-        if isinstance(members, Snapshot) and group.exclude is not None:
-            members = yield from self._write(group, members)
-        elif group.exclude is not None:
-            members = yield from self._write_each(group, members)
+        if group.has_events:
+            if isinstance(members, Snapshot):
+                members = yield from self._write(group, members)
+            else:
+                members = yield from self._write_each(group, members)
         for start in range(0, len(members), STEP):
             for member in members[start : start + STEP]:
                 member.offer(group.items)
@@ -272,12 +273,12 @@ class Shard:
         for wire_format, (writes, members) in snapshot.writers.items():
             joined = group.joined(wire_format)
             for start in range(0, len(writes), STEP):
+                if start:
+                    yield None
                 if self.version != version:
                     others = others + members[start:]
                     break
                 for write in writes[start : start + STEP]:
                     write(joined)
                 self.counters.delivered += len(group.items) * len(writes[start : start + STEP])
-                if start:
-                    yield None
         return others
