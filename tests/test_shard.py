@@ -328,3 +328,24 @@ async def test_a_client_talks_to_others_that_keep_up():
     await hub.serve(peer.websocket)
     await until(lambda: all(len(each.got) == 5 for each in others))
     assert all(each.got == ["0", "1", "2", "3", "4"] for each in others)
+
+
+async def test_a_client_that_talks_waits_for_another_that_has_fallen_behind():
+    hub = Broadcast(max_buffer=4096)
+    (other,) = await several(hub, 1)
+    peer = Peer()
+    serving = asyncio.create_task(hub.serve(peer.websocket))
+    await until(lambda: len(hub) == 2)
+    texts = [str(number) * 1000 for number in range(8)]
+    other.open.clear()
+    while not hub.stats().waiting_senders:
+        said = len(peer.got)
+        peer.say(texts[said])
+        await until(lambda said=said: hub.stats().waiting_senders or len(peer.got) > said)
+    assert 0 < len(peer.got) < len(texts)
+    assert other.got == []
+    other.open.set()
+    await until(lambda: other.got == texts[: len(peer.got)] and not hub.stats().waiting_senders)
+    assert other.closed is None
+    peer.leave()
+    await serving
