@@ -28,6 +28,7 @@ COLOURS = {
 }
 NAMES = {
     "starcast": "starcast",
+    "starcast_fastapi": "starcast, fastapi run",
     "connection_manager": "ConnectionManager",
     "broadcaster": "encode/broadcaster",
     "litestar_channels": "Litestar channels",

@@ -13,7 +13,7 @@ import zlib
 import pytest
 from websockets.protocol import Protocol, Side
 
-from benchmarks import payloads, report
+from benchmarks import payloads, plots, report
 from benchmarks.frames import PING, FrameCounter, client_frame, server_frame
 from benchmarks.load import percentile
 from benchmarks.scenarios import SCENARIOS, TRIPS, Point
@@ -282,3 +282,8 @@ def test_goals_name_what_is_measured():
         for scenario, server, variant in (goal.ours, goal.theirs):
             assert variant in SCENARIOS[scenario].variants
             assert SCENARIOS[scenario].takes(server, variant)
+
+
+def test_each_server_of_a_picture_has_a_name_in_it():
+    drawn = {name for key in "ABCDGH" for name in SCENARIOS[key].servers}
+    assert drawn <= set(plots.NAMES)
