@@ -93,7 +93,8 @@ def test_everybody_gets_everything_in_order(drawn):
         cost = sum(item.cost for item in group.items if isinstance(item, Event))
         assert len(group.items) <= 1 or cost <= MAX_JOIN
         for item in group.items:
-            assert group.exclude == (item.exclude if isinstance(item, Event) else None)
+            assert group.has_events == isinstance(item, Event)
+            assert not group.has_events or group.exclude == item.exclude
         if len(group.items) > 1:
             assert all(isinstance(item, Event) for item in group.items)
         for member in group.members:
