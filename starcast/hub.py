@@ -116,7 +116,7 @@ class Hub:
         closings = self.lifecycle.closings
         registered = False
         if self._is_on(websocket, channel):
-            self.link.acquire_again(channel)  # which is counted, and not asked for
+            self.link.acquire_again(channel)  # it need not be waited for
         else:
             await self.link.acquire(channel)
         try:
@@ -196,8 +196,8 @@ class Hub:
     async def close_client(self, websocket: WebSocket, code: int, reason: str) -> None:
         """Close a client after what it still has to get, and wait until it has closed.
 
-        That takes `Tuning.close_timeout` at most, which the connection itself observes. The second
-        on top is for a connection whose event loop is blocked.
+        The connection itself observes `Tuning.close_timeout`. This waits a second longer, so that
+        it is the connection that gives its client up.
         """
         connection = self.find(websocket)
         if connection is None or not self.registry.end(connection, Close(code, reason)):

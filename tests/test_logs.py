@@ -240,8 +240,7 @@ async def test_publishing_to_a_channel_that_nobody_has_is_no_reason_for_that_lin
 
 
 def test_a_level_that_is_off_does_not_use_up_a_line(caplog):
-    logging.getLogger("starcast").setLevel(logging.ERROR)
-    logs.once(("door",), "one")
-    logging.getLogger("starcast").setLevel(logging.NOTSET)
+    with caplog.at_level(logging.ERROR, "starcast"):
+        logs.once(("door",), "one")
     logs.once(("door",), "two")
     assert caplog.messages == ["two"]

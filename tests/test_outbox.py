@@ -317,7 +317,7 @@ async def test_a_send_is_finished_once():
     send = Send({"type": "websocket.close"}, asyncio.get_running_loop())
     send.finish(False)
     send.finish(True, OSError())
-    assert await send.sent is False
+    assert send.sent.result() is False
     assert send.error is None
 
 
@@ -466,4 +466,4 @@ async def test_a_task_that_waits_for_what_is_discarded_is_told():
     discard(send)
     discard(event())
     discard(Leave())
-    assert await send.sent is False
+    assert send.sent.result() is False

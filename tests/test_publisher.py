@@ -595,9 +595,9 @@ publisher = Publisher(sys.argv[1])
 
 
 @pytest.mark.parametrize("how", EXITS)
-async def test_a_program_ends_and_nothing_is_lost(redis, how):
-    async with listening(redis) as got:
-        program = await start(PROGRAM + EXITS[how], redis)
+async def test_a_program_ends_and_nothing_is_lost(url, how):
+    async with listening(url) as got:
+        program = await start(PROGRAM + EXITS[how], url)
         await until(lambda: got[-1:] == ["last"])
         began = time.monotonic()
         await program.end()

@@ -11,7 +11,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from starcast import Broadcast, Tuning
-from support import BUSY, Bus, Peer, by_another, joined, several, until
+from support import Bus, Peer, by_another, joined, several, until
 
 pytestmark = pytest.mark.anyio
 
@@ -86,7 +86,7 @@ async def test_the_hubs_end_does_not_wait_for_a_closed_loop(other):
     hub = Broadcast()
     other.run(several(hub, 1))
     other.close()
-    await asyncio.wait_for(hub.disconnect(), BUSY)
+    await asyncio.wait_for(hub.disconnect(), 5)
     assert len(hub) == 0
 
 

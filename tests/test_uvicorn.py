@@ -1048,7 +1048,7 @@ async def test_a_message_that_finds_the_socket_full_again_is_not_lost(start, bac
         while await client.recv() != "not to be lost":
             pass
 
-    await asyncio.wait_for(reading(), BUSY)
+    await asyncio.wait_for(reading(), 5)
     await app.hub.publish("x", "alive")
     assert await client.recv() == "alive"
     client.close()

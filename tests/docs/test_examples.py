@@ -594,10 +594,10 @@ async def test_broadcaster_chat_when_everybody_leaves(name, example, serve, capl
     module = example(name)
     server = await serve(module.app)
     stats = module.broadcast.stats
-    clients = await asyncio.gather(*(server.connect("/", max_queue=None) for _ in range(50)))
-    await until(lambda: stats().subscribers + stats().clients == 50)
+    clients = await asyncio.gather(*(server.connect("/", max_queue=None) for _ in range(200)))
+    await until(lambda: stats().subscribers + stats().clients == 200)
     talking = asyncio.gather(*map(talk, clients))
-    await until(lambda: stats().delivered > 5000)
+    await until(lambda: stats().delivered > 20_000)
     leaving = []
     for client in clients:
         if len(leaving) % 2:
@@ -611,11 +611,11 @@ async def test_broadcaster_chat_when_everybody_leaves(name, example, serve, capl
 
 
 async def talk(client):
-    """Say something for every 50 messages that came, until the connection is gone."""
+    """Say something for every 200 messages that came, until the connection is gone."""
     with contextlib.suppress(websockets.ConnectionClosed):
         while True:
             await client.send("hello")
-            for _ in range(50):
+            for _ in range(200):
                 await client.recv()
 
 

@@ -251,7 +251,7 @@ async def test_a_client_is_forgotten_when_its_app_ends(serve, ws, end, middlewar
         await end(websocket)
 
     server = await serve(app_of(endpoint, middleware), ws=ws)
-    clients = [await server.connect(f"/ws/user-{number}") for number in range(10)]
+    clients = [await server.connect(f"/ws/user-{number}") for number in range(50)]
     for client in clients:
         with contextlib.suppress(ConnectionClosed):  # the handler may have ended at once
             await client.send(b"binary")
