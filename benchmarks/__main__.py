@@ -145,6 +145,11 @@ def once(
             f"  {label}: p50 {run['trip_p50_us']:.0f} us, p99 {run['trip_p99_us']:.0f} us, "
             f"{run['cpu_us']:.1f} us CPU of who receives"
         )
+    elif "connections_per_second" in run:
+        print(
+            f"  {label}: {run['cpu_us']:.0f} us CPU, "
+            f"{run['connections_per_second']:,.0f} connections/s"
+        )
     else:
         print(
             f"  {label}: {run['cpu_us']:.2f} us CPU, "

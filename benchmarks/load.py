@@ -33,7 +33,11 @@ BUFFER = 1 << 18
 
 @dataclasses.dataclass
 class Task:
-    """What to do. `rounds`: everybody is in one room; `rooms`: many rooms; `memory`: nothing."""
+    """What to do.
+
+    `rounds`: everybody is in one room. `rooms`: many rooms. `talks`: everybody talks in many rooms.
+    `storm`: clients connect, some at a time. `restart`: all connect at once. `memory`: nothing.
+    """
 
     ports: list[int]  # of the server's workers; clients are spread evenly over them
     pids: list[int]
@@ -67,6 +71,7 @@ class Client:
         self.sock = sock
         self.recv_into = sock.recv_into
         self.room = room
+        self.port = 0
         self.got = 0  # messages, without those that only got it ready
         self.deflate = False
         self.pinged = self.next_ping = 0.0
@@ -143,7 +148,7 @@ class Load:
             opened += some
         return opened
 
-    def _dial(self, number: int) -> Client:
+    def _dial(self, number: int, wait: bool = True) -> Client:
         task = self.task
         sock = socket.socket()
         if self._is_silent(number):
@@ -152,12 +157,21 @@ class Load:
         # Closing resets: thousands of ports in TIME_WAIT would be in the way of the next run.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        port = task.ports[number % len(task.ports)]
-        sock.connect((HOST, port))
-        room = number % task.rooms
+        client = Client(sock, number % task.rooms, task.verify)
+        client.port = task.ports[number % len(task.ports)]
+        if wait:
+            sock.connect((HOST, client.port))
+            sock.sendall(self._request(client))
+        else:
+            sock.setblocking(False)
+            sock.connect_ex((HOST, client.port))
+        return client
+
+    def _request(self, client: Client) -> bytes:
+        task = self.task
         request = [
-            f"GET {task.path.format(room=f'room{room}')} HTTP/1.1",
-            f"Host: {HOST}:{port}",
+            f"GET {task.path.format(room=f'room{client.room}')} HTTP/1.1",
+            f"Host: {HOST}:{client.port}",
             "Upgrade: websocket",
             "Connection: Upgrade",
             f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}",
@@ -165,8 +179,7 @@ class Load:
         ]
         if task.deflate:  # what browsers say
             request.append("Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
-        sock.sendall("\r\n".join([*request, "", ""]).encode())
-        return Client(sock, room, task.verify)
+        return "\r\n".join([*request, "", ""]).encode()
 
     def _is_silent(self, number: int) -> bool:
         return bool(self.task.silent) and number % self.task.silent == self.task.silent - 1
@@ -321,11 +334,16 @@ class Load:
     def run(self) -> dict:
         if self.task.kind == "memory":
             return self._memory()
+        if self.task.kind == "storm":
+            return self._storm()
+        if self.task.kind == "restart":
+            return self._restart()
         self.open()
         self._make_ready()
         if self.task.stuff:
             self._stuff()
-        result = self._rooms() if self.task.kind == "rooms" else self._rounds()
+        kinds = {"rounds": self._rounds, "rooms": self._rooms, "talks": self._talks}
+        result = kinds[self.task.kind]()
         agreed = sum(client.deflate for client in self.clients.values())
         result["deflate_agreed"] = agreed == len(self.clients)
         result["clients"] = len(self.clients)
@@ -430,6 +448,113 @@ class Load:
         cpu = accounting.cpu_seconds(self.pids) - before
         self._compare(sent)
         return self._figures(deliveries, elapsed, cpu, own, times)
+
+    def _talks(self) -> dict:
+        """Each client has one message in flight: it sends the next when its room's are there.
+
+        Figures are for each message that the server receives, however many get it.
+        """
+        task = self.task
+        data = client_frame(self._wrap(self.contents[0]))
+        sizes = [len(members) for members in self.members]
+        said = dict.fromkeys(self.clients.values(), 1)
+        clock = time.perf_counter
+        warm = clock() + min(WARM_UP, task.seconds)
+        began = before = own_before = 0.0
+        first = 0
+        end = math.inf
+        for client in said:
+            client.send(data)
+        while (now := clock()) < end:
+            if not first and now >= warm:
+                first, self.bytes = sum(said.values()), 0
+                before, own_before = accounting.cpu_seconds(self.pids), time.process_time()
+                began = clock()
+                end = began + task.seconds
+            got = self.pump(STALL)
+            if not got:
+                raise Failed(f"stalled: nothing for {STALL:g} seconds")
+            for client, _ in got:
+                if client.got >= sizes[client.room] * said[client]:
+                    said[client] += 1
+                    client.send(data)
+        elapsed = clock() - began
+        own = time.process_time() - own_before
+        cpu = accounting.cpu_seconds(self.pids) - before
+        received = sum(said.values()) - first
+        expected = {c: sum(said[each] for each in room) for room in self.members for c in room}
+        while any(client.got < count for client, count in expected.items()):
+            if not self.pump(STALL):
+                raise Failed("a client did not get what was said in its room")
+        self._quiet()
+        if any(client.got > count for client, count in expected.items()):
+            raise Failed("a client got more than what was said in its room")
+        return self._figures(received, elapsed, cpu, own, [elapsed * len(said) / received])
+
+    def _storm(self) -> dict:
+        """Open connections as fast as the server accepts them."""
+        for client in self.connect(200):  # what is loaded with the first ones
+            client.sock.close()
+        time.sleep(0.5)
+        before, began = accounting.cpu_seconds(self.pids), time.perf_counter()
+        opened = self.connect(self.task.clients)
+        elapsed = time.perf_counter() - began
+        cpu = accounting.cpu_seconds(self.pids) - before
+        return {
+            "cpu_us": cpu / len(opened) * 1e6,
+            "connections_per_second": len(opened) / elapsed,
+            "server_busy": cpu / elapsed,
+            "clients": len(opened),
+            "deflate_agreed": all(client.deflate for client in opened),
+        }
+
+    def _restart(self) -> dict:
+        """Open all connections at once, as after a restart, while a client that is there talks."""
+        (client,) = self.connect(1)
+        lags: list[float] = []
+        data = client_frame(self.contents[0])
+        clock = time.perf_counter
+        self.epoll.register(client.sock, select.EPOLLIN)
+        before, began = accounting.cpu_seconds(self.pids), clock()
+        coming = {}
+        for number in range(1, self.task.clients + 1):
+            new = self._dial(number, wait=False)
+            coming[new.sock.fileno()] = new
+            self.epoll.register(new.sock, select.EPOLLOUT)
+        opened = []
+        said, next_said, deadline = 0.0, clock(), clock() + STALL
+        while coming and clock() < deadline:
+            if not said and clock() >= next_said:
+                said = clock()
+                client.send(data)
+            for fd, event in self.epoll.poll(PING_EVERY / 5, 1024):
+                if (new := coming.get(fd)) is None:
+                    client.counter.feed(client.sock.recv(4096))
+                    lags.append(clock() - said)
+                    said, next_said = 0.0, clock() + PING_EVERY * random.uniform(0.5, 1.5)
+                elif event & select.EPOLLOUT:
+                    new.sock.sendall(self._request(new))
+                    self.epoll.modify(new.sock, select.EPOLLIN)
+                else:
+                    new.sock.settimeout(STALL)
+                    self._finish_handshake(new)
+                    opened.append(coming.pop(fd))
+                    self.epoll.unregister(fd)
+                    deadline = clock() + STALL
+        if coming:
+            raise Failed(f"{len(coming)} clients were not accepted within {STALL:g} seconds")
+        elapsed = clock() - began
+        cpu = accounting.cpu_seconds(self.pids) - before
+        return {
+            "cpu_us": cpu / len(opened) * 1e6,
+            "connections_per_second": len(opened) / elapsed,
+            "server_busy": cpu / elapsed,
+            "clients": len(opened),
+            "deflate_agreed": all(client.deflate for client in opened),
+            "p50_ms": percentile(lags, 50) * 1e3,
+            "p99_ms": percentile(lags, 99) * 1e3,
+            "messages": len(lags),
+        }
 
     def _compare(self, sent: dict[int, list[bytes]]) -> None:
         for client in self.clients.values():

@@ -7,11 +7,12 @@ from typing import Any
 
 from .servers import BROKERS, SERVERS, Server
 
+ROOMS = ("starcast_handler", "rooms_by_hand", "picows_rooms")
 WRAPPED = ("starcast_wrapped", "connection_manager_wrapped")
 EVERYBODY = tuple(
     name
     for name, server in SERVERS.items()
-    if server.path and name not in (*WRAPPED, "starcast_fastapi")
+    if server.path and name not in (*WRAPPED, *ROOMS, "starcast_fastapi", "bare")
 )
 PLAIN = ("starcast", "starcast_fastapi", *EVERYBODY[1:])
 TRIPS = tuple(name for name, server in SERVERS.items() if not server.path)
@@ -95,6 +96,31 @@ SCENARIOS = {
             "1,000 rooms of 10 clients, 128 bytes, published to in turn, 40 rooms in flight",
             ("starcast", "floor"),
             {"": {"kind": "rooms", "clients": 10_000, "rooms": 1000, "in_flight": 40}},
+        ),
+        Scenario(
+            "N",
+            "1,000 clients in small rooms, 128 bytes, each with one message in flight, "
+            "CPU for each message received",
+            ("starcast", *ROOMS),
+            {
+                f"rooms of {size}": {"kind": "talks", "clients": 1000, "rooms": 1000 // size}
+                for size in (1, 2)
+            },
+        ),
+        Scenario(
+            "O",
+            "2,000 clients connect, 64 at a time, CPU for each connection",
+            (*OURS, "bare"),
+            {
+                "plain": {"kind": "storm", "clients": 2000},
+                "deflate agreed": {"kind": "storm", "clients": 2000, "deflate": True},
+            },
+        ),
+        Scenario(
+            "P",
+            "8,000 clients connect at once, while one that is there talks to itself",
+            ("starcast", "bare"),
+            {"": {"kind": "restart", "clients": 8000, "rooms": 801}},
         ),
         Scenario(
             "F",

@@ -150,6 +150,27 @@ def test_rooms():
     assert abs(result["deliveries"] - result["rounds"] * 3) < 2 * 3 < result["deliveries"]
 
 
+@pytest.mark.parametrize("name", SCENARIOS["N"].servers)
+def test_everybody_talks(name):
+    result = run(name, kind="talks", clients=12, rooms=6)
+    assert result["clients"] == 12
+    assert result["deliveries"] > 12
+
+
+@pytest.mark.parametrize("name", SCENARIOS["O"].servers)
+def test_clients_connect(name):
+    result = run(name, kind="storm", clients=70)
+    assert result["clients"] == 70
+    assert result["connections_per_second"] > 0
+
+
+@pytest.mark.parametrize("name", SCENARIOS["P"].servers)
+def test_clients_connect_all_at_once(name):
+    result = run(name, kind="restart", clients=300, rooms=31)
+    assert result["clients"] == 300
+    assert result["messages"] > 0
+
+
 def test_deflated():
     result = run("starcast", clients=5, deflate=True, payload="json", size=1024, pings=True)
     assert result["deflate_agreed"]

@@ -58,6 +58,24 @@ SERVERS = {
             ("fastapi", "starlette", *_UVICORN),
         ),
         Server(
+            "bare",
+            "nothing but a handler, Starlette, uvicorn",
+            ("starlette", *_UVICORN),
+            "/ws/{room}",
+        ),
+        Server(
+            "starcast_handler",
+            "starcast in a handler of one's own, FastAPI, uvicorn",
+            ("starcast", "fastapi", "starlette", *_UVICORN),
+            "/ws/{room}",
+        ),
+        Server(
+            "rooms_by_hand",
+            "ConnectionManager with a dict of lists, uvicorn",
+            ("fastapi", "starlette", *_UVICORN),
+            "/ws/{room}",
+        ),
+        Server(
             "starcast_wrapped",
             "starcast, uvicorn, behind a middleware that wraps `send`",
             ("starcast", "starlette", *_UVICORN),
@@ -89,6 +107,13 @@ SERVERS = {
         ),
         Server("aiohttp_web", "aiohttp", ("aiohttp", "uvloop")),
         Server("picows_server", "picows (Cython)", ("picows", "uvloop"), deflate=False),
+        Server(
+            "picows_rooms",
+            "picows (Cython), with a dict of sets",
+            ("picows", "uvloop"),
+            "/ws/{room}",
+            deflate=False,
+        ),
         Server("socketify_app", "socketify (uWebSockets, C++)", ("socketify",)),
         Server(
             "floor",
