@@ -4,6 +4,7 @@ from __future__ import annotations
 
 NORMAL = 1000
 GOING_AWAY = 1001
+PROTOCOL_ERROR = 1002
 UNSUPPORTED_DATA = 1003  # a frame of the wrong type
 NO_STATUS = 1005  # never sent: stands for a close frame without a code
 ABNORMAL = 1006  # never sent: stands for a connection that ended without a close frame

@@ -39,7 +39,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from . import fastpath
 from .close_codes import ABNORMAL, NORMAL, TRY_AGAIN_LATER
 from .event import Event
-from .handler import Handler, owner
+from .handler import Handler, Take, owner
 from .outbox import Close, Item, Leave, Outbox, OutboxFull, Send, discard
 from .servers.watch import Presence
 from .servers.wire import FrameWriter, Wire
@@ -125,7 +125,7 @@ class Connection:
         self.asgi_reason = wire if isinstance(wire, str) else None  # None on the fast path
         if not isinstance(wire, str):
             self.frames = FrameWriter(wire, self)
-        self._handler = Handler(self)
+        self._handler = Handler(self, None if isinstance(wire, str) else wire)
         if self.frames is not None:
             self.frames.resume()
 
@@ -180,6 +180,15 @@ class Connection:
         """Whether one send has taken too long. A `Watch` asks at regular intervals."""
         sending = self.outbox.in_flight is not None and not self._ended
         return self._presence.is_stuck(sending, self.shard.tuning.send_timeout)
+
+    def hand_to(self, take: Take) -> None:
+        """On the fast path, hand what the client sends to `take` while its handler receives.
+
+        Args:
+            take: Called where a message is read, which is not in the handler's task. It returns
+                whether it has handled the message. If not, the handler receives it.
+        """
+        self._handler.take = take
 
     # What is sent
 

@@ -18,6 +18,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from .close_codes import ABNORMAL
 
+CONNECTED = WebSocketState.CONNECTED
+
 
 class Client(Protocol):
     """What a handler needs of its connection."""
@@ -39,12 +41,32 @@ class Client(Protocol):
         """Call it when the client has had time for a close frame."""
 
 
+# Takes a message, as the app gets it and as bytes, and returns whether it has handled it.
+Take = Callable[[str | bytes, bytes], bool]
+
+
+class Reader(Protocol):
+    """What reads from the client on the fast path."""
+
+    @property
+    def receive(self) -> Receive:
+        """The server's `receive` for this client."""
+
+    def hand_to(self, take: Take | None) -> None:
+        """Hand messages that the app waits for to `take`, where they are read."""
+
+    def stop_receiving(self, code: int) -> None:
+        """Let the app, which is waiting in `receive`, receive a disconnect."""
+
+
 class Handler:
     """See the module. It belongs to the event loop of the websocket."""
 
     __slots__ = (
         "_client",
+        "_direct",
         "_interrupted",
+        "_reader",
         "_receive",
         "_receiving",
         "_timer",
@@ -53,24 +75,34 @@ class Handler:
         "over",
         "send",
         "send_event",
+        "take",
     )
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, reader: Reader | None) -> None:
         self._client = client
         self._websocket = websocket = client.websocket
         self.over = False  # do not wait for the server to report the disconnect
+        # Handles a message where it is read, while the handler waits in `receive`.
+        self.take: Take | None = None
         self._told = False  # `receive` has returned the disconnect
-        self._receiving: asyncio.Task[Any] | None = None
+        self._receiving: asyncio.Task[Any] | bool | None = None  # True in `_direct_receive`
         self._interrupted = False  # whether we have cancelled that
         self._timer: asyncio.TimerHandle | None = None
         # If another hub has replaced them already, this handler sends through that hub.
         self.send, self._receive = websocket.send, websocket.receive
+        below = owner(websocket.receive)
+        if isinstance(below, Handler):
+            below.take = None  # it would bypass this handler
         # What `WebSocket.send` calls after its checks. The connection checks the same, and skipping
         # the method saves a coroutine for each message.
         self.send_event = self.send
         if has_plain_send(websocket):
             self.send_event = getattr(websocket, "_send", self.send)
-        self._set(self._guarded_send, self._guarded_receive)
+        self._reader = reader
+        receive = self._guarded_receive
+        if reader is not None and has_plain_receive(websocket, reader.receive):
+            self._direct, receive = reader.receive, self._direct_receive
+        self._set(self._guarded_send, receive)
 
     def _set(self, send: Send, receive: Receive) -> None:
         for name, call in (("send", send), ("receive", receive)):
@@ -100,6 +132,39 @@ class Handler:
             raise WebSocketDisconnect(client.code)
 
     # Receive
+
+    async def _direct_receive(self) -> Message:
+        """Do what `_guarded_receive` does, on the fast path.
+
+        Neither Starlette's method nor a task that could be cancelled is needed there: what reports
+        a disconnect is a message of the server's.
+        """
+        client, websocket = self._client, self._websocket
+        if self.over or client.code is not None or websocket.client_state is not CONNECTED:
+            return await self._guarded_receive()
+        assert self._reader is not None
+        self._receiving = True
+        self._reader.hand_to(self.take)
+        try:
+            message = await self._direct()
+        finally:
+            self._receiving = None
+            self._reader.hand_to(None)
+        if client.code is not None:  # it was closed meanwhile
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if message["type"] == "websocket.receive" and not self.over:
+                # While it is being closed, what it still sends is ignored.
+                return message if client.ended else await self._guarded_receive()
+        elif message["type"] == "websocket.receive":
+            return message
+        websocket.client_state = WebSocketState.DISCONNECTED
+        self._told = True
+        if self.over:
+            return {"type": "websocket.disconnect", "code": client.code, "reason": ""}
+        client.lose(message.get("code") or ABNORMAL)
+        return message
 
     async def _guarded_receive(self) -> Message:
         """Like `websocket.receive`, but report a client that was closed or given up as gone.
@@ -152,7 +217,10 @@ class Handler:
 
     def interrupt(self) -> None:
         """Let `receive` report now that the client has left."""
-        if self._receiving is not None and not self._interrupted:
+        if self._receiving is True:
+            assert self._reader is not None
+            self._reader.stop_receiving(self._client.code or ABNORMAL)
+        elif self._receiving and not self._interrupted:
             self._interrupted = True
             self._receiving.cancel()
 
@@ -169,6 +237,13 @@ def is_defined_in(modules: tuple[str, ...], function: object) -> TypeGuard[Funct
     which `functools.wraps` was applied has the other one's `__module__`.
     """
     return type(function) is FunctionType and function.__globals__.get("__name__") in modules
+
+
+def has_plain_receive(websocket: WebSocket, receive: Receive) -> bool:
+    """Whether `websocket.receive` is Starlette's, and calls that of the server."""
+    own: Any = websocket.receive
+    is_plain = owner(own) is websocket and is_defined_in(("starlette.websockets",), own.__func__)
+    return is_plain and getattr(websocket, "_receive", None) == receive
 
 
 def has_plain_send(websocket: WebSocket) -> bool:

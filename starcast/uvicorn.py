@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from starlette.types import Receive
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
 from . import logs
 from .frames import PLAIN, WireFormat
+from .handler import Take
 from .servers.hardened import HardenedProtocol
 
 
@@ -51,9 +53,6 @@ class Wire:
                 # state so far, tens of kilobytes, is freed.
                 extension.local_no_context_takeover = True
                 vars(extension).pop("encoder", None)
-        # The handshake is over, and the scope has a copy of these: about 2 KiB a connection.
-        protocol.request.headers.clear()
-        protocol.response.headers.clear()
 
     @property
     def closed(self) -> bool:
@@ -66,7 +65,7 @@ class Wire:
 
     def write(self, frames: bytes) -> None:
         """Write whole frames to the transport, unless it is closed. Only while `ready`."""
-        if self._conn.state is State.OPEN and not self._transport.is_closing():
+        if self._conn.close_sent is None and not self._transport.is_closing():
             self._transport.write(frames)
         elif self.changed is not None:
             self.changed()
@@ -79,6 +78,25 @@ class Wire:
     def abort(self) -> None:
         """Drop the connection at once, together with what is still unsent."""
         self._protocol.abort()
+
+    @property
+    def receive(self) -> Receive:
+        """The server's `receive` for this client."""
+        return self._protocol.receive  # type: ignore[return-value]  # uvicorn has TypedDicts
+
+    def hand_to(self, take: Take | None) -> None:
+        """Hand messages that the app waits for to `take`, where they are read.
+
+        Args:
+            take: Called with a message, as the app would receive it and as bytes. It returns
+                whether it has handled the message. If not, the app receives it.
+        """
+        self._protocol.take = take
+
+    def stop_receiving(self, code: int) -> None:
+        """Let the app, which is waiting in `receive`, receive a disconnect."""
+        self._protocol.take = None
+        self._protocol.queue.put_nowait({"type": "websocket.disconnect", "code": code})
 
     @property
     def buffered(self) -> int:
@@ -140,28 +158,36 @@ def adopt(protocol: Any) -> Wire | None:
     """
     if isinstance(protocol, BroadcastProtocol):  # a hub had the client before
         return _open(protocol)
-    missing = [name for name in _NEEDED if not hasattr(protocol, name)]
+    missing = {name for name in _METHODS if not hasattr(protocol, name)}
+    missing |= _ATTRIBUTES.difference(vars(protocol))
     if missing:
-        _not_supported(", ".join(missing))
+        _not_supported(", ".join(sorted(missing)))
         return None
     protocol.__class__ = BroadcastProtocol
     protocol.take_over()
     return _open(protocol)
 
 
-# What `HardenedProtocol` and `Wire` use of uvicorn's class, and what they override there.
-_NEEDED = """
-    client close_sent close_timeout close_timer conn curr_msg_data_type disconnected frames
+# What `HardenedProtocol` and `Wire` use of uvicorn's objects, and what they override or call.
+_ATTRIBUTES = frozenset(
+    """
+    client close_sent close_timeout close_timer config conn curr_msg_data_type disconnected frames
     handshake_complete handshake_initiated loop ping_timeout ping_timer pong_timer queue
-    read_paused request response stop_keepalive tasks transport writable
+    read_paused request response tasks transport writable
+    """.split()  # noqa: SIM905  # a list would take a line for each
+)
+_METHODS = frozenset(
+    """
     connection_lost data_received eof_received handle_close handle_cont handle_parser_exception
     handle_ping keepalive_timeout pause_writing receive resume_writing run_asgi send
-    send_500_response send_keepalive_ping send_receive_event_to_app shutdown
-""".split()  # noqa: SIM905  # a list would take a line for each
+    send_500_response send_keepalive_ping send_receive_event_to_app shutdown stop_keepalive
+    """.split()  # noqa: SIM905  # a list would take a line for each
+)
 
 
 def _open(protocol: BroadcastProtocol) -> Wire | None:
     try:
+        protocol.slim()
         wire = protocol.wire = Wire(protocol)
     except AttributeError as exc:
         _not_supported(str(exc))

@@ -86,6 +86,12 @@ OWN: dict[str, list[str]] = {
     "registry.py": ["test_hub.py", "test_shard.py", "test_lifecycle.py", "test_subscriber.py"],
     "servers/daphne.py": ["scenarios/test_servers.py"],
     "servers/hardened.py": ["test_uvicorn.py", "test_adoption.py", "scenarios/test_bad_clients.py"],
+    "servers/reading.py": [
+        "servers/test_incoming.py",
+        "servers/test_lean.py",
+        "scenarios/test_bad_clients.py",
+        "test_adoption.py",
+    ],
     "servers/served.py": ["test_fastpath.py", "servers/test_watch.py", "test_adoption.py"],
     "servers/stopping.py": ["servers/test_server.py", "scenarios/test_shutdown.py"],
     "servers/watch.py": ["scenarios/test_stalled.py", "admission/test_refuse_close.py"],

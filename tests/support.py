@@ -170,6 +170,13 @@ class PeerWire(dict[str, Any]):
     def open(self) -> PeerWire:
         return self
 
+    async def receive(self) -> Message:
+        """That of a server whose app is behind middleware."""
+        raise AssertionError("not called")
+
+    def stop_receiving(self, code: int) -> None:
+        raise AssertionError("not called")
+
     def write(self, frames: bytes) -> None:
         assert self.ready
         messages = read_frames(frames)

@@ -475,7 +475,7 @@ def test_what_is_read_from_then_on_has_a_bound(loop):
         await client.send(b"the first")
         many = masked(b"x", frames.TEXT) * 2000
         await asyncio.get_running_loop().sock_sendall(client.sock, many)
-        await until(lambda: protocol.queue.qsize() >= 256)
+        await until(lambda: protocol.queue.qsize() >= 32)
         assert protocol.queue.qsize() < 2000
         app.reads.set()
         await until(lambda: len(app.got) == 2001)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import sys
 from contextvars import ContextVar
 from types import CellType, FrameType, FunctionType
@@ -126,12 +125,15 @@ def served_protocol() -> Any:
 def task_of(protocol: Any) -> asyncio.Task[Any] | None:
     """Return the task that runs the app of one of uvicorn's clients, if there is one."""
     current = asyncio.current_task()
-    tasks: list[asyncio.Task[Any]] = list(protocol.tasks)
-    for task in itertools.chain([] if current is None else [current], tasks):
-        root = root_frame(task)
-        if root is not None and root.f_locals.get("self") is protocol:
-            return task
-    return None
+    if current is not None and _runs_app_of(current, protocol):
+        return current
+    tasks: set[asyncio.Task[Any]] = protocol.tasks  # those of all clients
+    return next((task for task in list(tasks) if _runs_app_of(task, protocol)), None)
+
+
+def _runs_app_of(task: asyncio.Task[Any], protocol: Any) -> bool:
+    root = root_frame(task)
+    return root is not None and root.f_locals.get("self") is protocol
 
 
 def _is_uvicorns(protocol: Any) -> bool:

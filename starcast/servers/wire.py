@@ -12,13 +12,14 @@ from typing import Protocol
 
 from ..event import Event
 from ..frames import WireFormat
+from ..handler import Reader
 from ..outbox import Item, Outbox
 
 # Bytes of frames that are joined for one write.
 MAX_JOIN = 64 * 1024
 
 
-class Wire(Protocol):
+class Wire(Reader, Protocol):
     """A way to the socket around ASGI; `starcast.uvicorn` has one."""
 
     wire_format: WireFormat

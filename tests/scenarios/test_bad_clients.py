@@ -30,7 +30,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server_process import ServerProcess
 from starcast import Broadcast, frames
-from starcast.servers import hardened
+from starcast.servers import reading
 from support import DEADLINE, starcast_tasks, until
 from test_frames import CLOSE, CONTINUATION, PING, PONG
 from test_uvicorn import KIB, PROTOCOL, App, Client, certificate, masked, read, read_all
@@ -408,7 +408,7 @@ async def test_many_small_frames_do_not_stop_the_loop(start, what):
 
 
 async def test_a_large_message_is_parsed_in_few_pieces(start, monkeypatch):
-    """Small frames cost time, so what is read is parsed in pieces; a large frame need not be."""
+    """However many reads a large frame takes, the parser of websockets gets it once."""
     calls: list[type] = []
 
     def count(cls: type) -> None:
@@ -423,15 +423,15 @@ async def test_a_large_message_is_parsed_in_few_pieces(start, monkeypatch):
     app = App()
     client = await Client.connect(await start(app))
     await until(lambda: app.websockets)
-    uvicorns = hardened.WebSocketsSansIOProtocol
-    count(hardened.HardenedProtocol)
+    uvicorns = reading.WebSocketsSansIOProtocol
+    count(reading.ReadingProtocol)
     count(uvicorns)
-    sent = masked(b"x" * 400 * KIB, frames.TEXT)
+    sent = FRAGMENT + masked(b"x" * 400 * KIB, CONTINUATION)
     await asyncio.get_running_loop().sock_sendall(client.sock, sent)
     await until(lambda: app.asked)
     assert app.asked == ["x" * 400 * KIB]
-    pieces = calls.count(uvicorns)
-    assert pieces <= 2 * (len(calls) - pieces)
+    assert calls.count(reading.ReadingProtocol) > 2
+    assert calls.count(uvicorns) == 2
     client.close()
 
 
@@ -499,7 +499,7 @@ async def test_what_the_app_has_not_received_is_not_parsed_either(start):
     sent = masked(b"x", frames.TEXT) * 20_000 + masked(NORMAL, CLOSE)
     sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(client.sock, sent))
     await until(lambda: not protocol.transport.is_reading())
-    assert protocol.queue.qsize() < 2 * hardened.MAX_QUEUED + 100
+    assert protocol.queue.qsize() < 2 * reading.MAX_QUEUED + 100
     close.set()
     assert [frame.payload for frame in await client.rest()] == [struct.pack("!H", 4000)]
     await sending
@@ -579,15 +579,15 @@ async def test_a_fault_is_a_close_code_and_one_line(start, caplog, no_traceback)
 
 
 async def test_a_fault_right_before_a_close_frame(start, no_traceback):
-    """The parser has answered the close frame by the time that the text is looked at."""
+    """What comes first counts, although both are read at once."""
     app = App()
     server = await start(app)
     bad = await Client.connect(server)
     await until(lambda: app.websockets)
     sent = masked(b"\xff", frames.TEXT) + masked(NORMAL, CLOSE) + masked(b"x", frames.TEXT)
     await asyncio.get_running_loop().sock_sendall(bad.sock, sent)
-    assert [frame.payload for frame in await bad.rest()] == [NORMAL]
-    await until(lambda: app.ended == [1000])
+    assert [frame.payload[:2] for frame in await bad.rest()] == [struct.pack("!H", 1007)]
+    await until(lambda: app.ended == [1007])
     await until(lambda: not server.server.server_state.connections)
     bad.close()
 
@@ -674,7 +674,7 @@ async def test_a_client_that_speaks_before_it_is_accepted(start, caplog, then):
         sock.setblocking(False)
         await loop.sock_connect(sock, ("127.0.0.1", server.port))
         await loop.sock_sendall(sock, handshake("/ws").encode() + b"\r\n")
-        await until(lambda: [c for c in connections if isinstance(c, hardened.HardenedProtocol)])
+        await until(lambda: [c for c in connections if isinstance(c, reading.ReadingProtocol)])
         (protocol,) = connections
         protocol.close_timeout = 0.1
         for name in ("data_received", "eof_received"):

@@ -300,10 +300,13 @@ async def test_a_handler_that_waits_for_something_else_leaves_no_ghost(serve, ws
     over.set()
 
 
+MANY = 40  # messages, more than may wait for a handler
+
+
 @pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_no_ghost_when_reading_is_paused(ws, how, loop):
-    """uvicorn reads no further while the handler has not received what came before."""
+    """Nothing more is read while the handler has not received what came before."""
     main = reading_is_paused(ws, how)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
         runner.run(main)
@@ -325,8 +328,8 @@ async def reading_is_paused(ws: str, how: str) -> None:
     lives, leaves = await server.connect("/ws/x"), await server.connect("/ws/x", close_timeout=0.1)
     await until(lambda: len(hub) == 2)
     for client in (lives, leaves):
-        await client.send("1")
-        await client.send("2")
+        for number in range(MANY):
+            await client.send(str(number))
     (one, two) = server.server.server_state.connections
     await until(lambda: not one.transport.is_reading() and not two.transport.is_reading())
     await leave(leaves, how)
@@ -334,12 +337,11 @@ async def reading_is_paused(ws: str, how: str) -> None:
     await asyncio.sleep(Tuning().watch_interval)
     assert len(hub) == 1
     over.set()
-    await until(lambda: len(read) >= 3)
+    await until(lambda: read.count(str(MANY - 1)) >= (1 if how == "reset" else 2))
     await lives.close()
     await server.stop()
-    # What has arrived before somebody closed is still received; a reset may discard it.
-    assert read.count("1") == 2
-    assert read.count("2") == 2 or how == "reset"
+    # What has arrived before somebody closed is still received; a reset may discard some of it.
+    assert read.count("0") == 2
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

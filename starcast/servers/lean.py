@@ -1,0 +1,116 @@
+"""Lean: stand-ins for what uvicorn and websockets keep for each connection, in less memory.
+
+An asyncio queue and an asyncio event take four kilobytes, because each of their deques has space
+for 64 items. A decompressor takes seven, and most clients send nothing compressed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveEvent
+
+Waiter = asyncio.Future[None]
+
+
+def _wake_first(waiters: list[Waiter]) -> None:
+    """Wake the one that has waited longest and was not cancelled."""
+    while waiters:
+        waiter = waiters.pop(0)
+        if not waiter.done():
+            waiter.set_result(None)
+            break
+
+
+def _leave(waiters: list[Waiter], waiter: Waiter) -> None:
+    if waiter in waiters:
+        waiters.remove(waiter)
+
+
+class Inbox:
+    """Messages that the app has not received yet: what uvicorn uses of an `asyncio.Queue`.
+
+    They are few, because nothing is read from the client while there are many.
+    """
+
+    __slots__ = ("_messages", "_waiters")
+
+    def __init__(self) -> None:
+        self._messages: list[ASGIReceiveEvent] = []
+        self._waiters: list[Waiter] = []
+
+    def put_nowait(self, message: ASGIReceiveEvent) -> None:
+        self._messages.append(message)
+        _wake_first(self._waiters)
+
+    async def get(self) -> ASGIReceiveEvent:
+        """Remove and return the oldest message. Wait for one if there is none."""
+        while not self._messages:
+            waiter: Waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                _leave(self._waiters, waiter)
+                if self._messages:
+                    _wake_first(self._waiters)  # in case that this one was woken for it
+                raise
+        return self._messages.pop(0)
+
+    def qsize(self) -> int:
+        return len(self._messages)
+
+    def empty(self) -> bool:
+        return not self._messages
+
+
+class Gate:
+    """Whether something may go on, and who waits for that: what is used of an `asyncio.Event`."""
+
+    __slots__ = ("_is_set", "_waiters")
+
+    def __init__(self) -> None:
+        self._is_set = True
+        self._waiters: list[Waiter] = []
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        while self._waiters:
+            _wake_first(self._waiters)
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self) -> None:
+        if not self._is_set:
+            waiter: Waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                _leave(self._waiters, waiter)
+
+
+Decompressor = type(zlib.decompressobj())
+
+
+class Inflater:
+    """Stands where an extension of websockets has a decompressor, until it needs one."""
+
+    __slots__ = ("_extension",)
+    unconsumed_tail = b""
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+
+    def decompress(self, data: bytes, max_length: int = 0) -> bytes:
+        """Decompress, and leave the place to a decompressor."""
+        decoder = zlib.decompressobj(wbits=-self._extension.remote_max_window_bits)
+        self._extension.decoder = decoder
+        return decoder.decompress(data, max_length)
