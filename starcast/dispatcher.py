@@ -20,6 +20,7 @@ from .broker.sender import Ack, OnLost
 from .event import Event
 from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
 from .registry import Registry
+from .shard import Shard
 from .sync.bounded import Full
 from .sync.waiter import Waiter
 
@@ -118,6 +119,40 @@ class Dispatcher:
         self._registry.journal.message(LOCAL if link.is_local else REMOTE, event)
         return ack
 
+    def write_now(self, event: Event, shard: Shard, max_queued: int) -> bool:
+        """Write an event at once, in memory, to members that are few.
+
+        If something is on its way to clients of this loop, the event is queued behind that.
+
+        Args:
+            event: The event.
+            shard: That of this event loop.
+            max_queued: How much may be queued then, in bytes.
+
+        Returns:
+            Whether it was written or queued. If not, publish it in another way.
+        """
+        if self.state is not State.OPEN or event.exclude or not self._link.is_local:
+            return False
+        if shard.awake:
+            shard.flush()
+        registry, channel = self._registry, event.channel
+        with self._lock:
+            members = shard.small(channel)
+            if members is None or (
+                len(registry.shards) > 1 and registry.is_elsewhere(channel, shard)
+            ):
+                return False
+            if queued := shard.awake:
+                if shard.queue.size + event.cost > max_queued:
+                    return False
+                shard.add(event, members)
+            self.published += 1
+        if not queued:
+            shard.write(event, members)
+        registry.journal.message(LOCAL, event)
+        return True
+
     async def publish_soon(self, event: Event, on_lost: OnLost | None = None) -> None:
         """Hand an event over, and wait only as long as there is no space for it.
 
@@ -131,6 +166,11 @@ class Dispatcher:
     async def publish_and_wait(self, event: Event) -> None:
         """Hand an event over, and wait until the broker, or in memory this loop, has it."""
         deadline = None
+        shard = self._registry.shards.get(asyncio.get_running_loop())
+        # What is queued already goes with the event in one write.
+        if shard is not None and not shard.awake and self.write_now(event, shard, 0):
+            await self.settle()
+            return
         try:
             ack = self.publish(event, wait=True)
         except Full as exc:

@@ -6,6 +6,7 @@ whether messages are compressed, and how large a window the client has agreed to
 
 from __future__ import annotations
 
+import functools
 import zlib
 
 TEXT = 1
@@ -23,6 +24,7 @@ PLAIN: WireFormat = 0
 WORTH_COMPRESSING = 128
 
 
+@functools.lru_cache(maxsize=1024)
 def header(opcode: int, length: int) -> bytes:
     """Return the header of an unfragmented frame. `opcode` may include the compression bit."""
     if length < 126:

@@ -55,6 +55,11 @@ class Snapshot(tuple[Member, ...]):
                 members_of.append(member)
 
 
+# What most groups have of these. A batch makes so many groups that each object less is felt.
+_NOTHING: list[Done] = []
+_NOBODY: frozenset[int] = frozenset()
+
+
 class Group:
     """Items for the same members: events of up to `MAX_JOIN` bytes together, or one other item."""
 
@@ -63,14 +68,12 @@ class Group:
     def __init__(self, item: Item | None, members: tuple[Member, ...]) -> None:
         self.items = [] if item is None else [item]
         self.members = members
-        self.done: list[Done] = []
+        self.done = _NOTHING
         self.has_events = isinstance(item, Event)
-        self.exclude: frozenset[int] = frozenset()  # that of all events
-        self._size = 0
-        self._joined: dict[WireFormat, bytes] = {}
+        self.exclude, self._size = _NOBODY, 0  # those of all events
         if isinstance(item, Event):
-            self.exclude = item.exclude
-            self._size = item.cost
+            self.exclude, self._size = item.exclude, item.cost
+        self._joined: dict[WireFormat, bytes] | None = None
 
     def add(self, item: Item | None) -> bool:
         """Take one more item, if it fits."""
@@ -84,17 +87,21 @@ class Group:
 
     def joined(self, wire_format: WireFormat) -> bytes:
         """Return the frames of all events for a wire format, made once."""
+        if len(self.items) == 1 and isinstance(first := self.items[0], Event):
+            return first.frame(wire_format)
+        if self._joined is None:
+            self._joined = {}
         joined = self._joined.get(wire_format)
         if joined is None:
             frames = [item.frame(wire_format) for item in self.items if isinstance(item, Event)]
-            joined = self._joined[wire_format] = frames[0] if len(frames) == 1 else b"".join(frames)
+            joined = self._joined[wire_format] = b"".join(frames)
         return joined
 
 
 def grouped(batch: Collection[Entry]) -> list[Group]:
     """Group the entries of a shard. Each member gets its items in the order of the batch."""
     groups: list[Group] = []
-    disjoint = _disjoint(batch)
+    disjoint = len(batch) == 1 or _disjoint(batch)
     last: dict[int, Group] = {}  # by tuple of members: its last group, if that may take more
     for item, members, done in batch:
         group = groups[-1] if item is None and groups else last.get(id(members))
@@ -104,7 +111,10 @@ def grouped(batch: Collection[Entry]) -> list[Group]:
             group = last[id(members)] = Group(item, members)
             groups.append(group)
         if done is not None:
-            group.done.append(done)
+            if group.done:
+                group.done.append(done)
+            else:
+                group.done = [done]
     return groups
 
 

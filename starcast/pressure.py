@@ -78,9 +78,9 @@ async def _deliver_pending(hub: Hub, shard: Shard, event: Event) -> None:
     """Wait until pending messages are in the buffers, unless others keep adding more."""
     if is_broker_busy(hub, event):
         await hub.link.round_trip()
-    await hub.dispatcher.settle()
-    tries = MAX_TRIES
-    while shard.awake and (tries := tries - 1):
+    tries = 0
+    while not tries or (shard.awake and tries < MAX_TRIES):
+        tries += 1
         await hub.dispatcher.settle()
 
 

@@ -63,11 +63,12 @@ class Registry:
     def here(self) -> Shard:
         """Return this event loop's shard."""
         loop = asyncio.get_running_loop()
-        with self.lock:
-            if loop not in self.shards:
+        shard = self.shards.get(loop)
+        if shard is None:  # only the loop itself adds it
+            with self.lock:
                 self._sweep()
-                self.shards[loop] = Shard(loop, self.lock, self.tuning, self.forget)
-            return self.shards[loop]
+                shard = self.shards[loop] = Shard(loop, self.lock, self.tuning, self.forget)
+        return shard
 
     def loops(self) -> list[asyncio.AbstractEventLoop]:
         """Return the event loops that have members."""
@@ -260,6 +261,11 @@ class Registry:
         return sum(member.outbox.size for member in members)
 
     # The way of a message
+
+    def is_elsewhere(self, channel: str, shard: Shard) -> bool:
+        """Whether a channel has members of another loop. Call it with the lock held."""
+        others = (other for other in self.shards.values() if other is not shard)
+        return any(channel in other.channels for other in others)
 
     def deliver(self, event: Event) -> None:
         """Queue an event on every loop with members on its channel.

@@ -15,6 +15,7 @@ from starlette.websockets import WebSocket
 
 from . import codec, pressure
 from .answers import Answered
+from .broker.sender import OnLost
 from .close_codes import INTERNAL_ERROR, INVALID_DATA
 from .codec import Channel, Encoding
 from .event import Event
@@ -54,25 +55,25 @@ class Relay:
 
     __slots__ = (
         "_ended",
-        "_hub",
         "_loop",
         "_lost",
-        "_max_unchecked",
         "_on_error",
-        "_shard",
         "_telling",
         "_unconfirmed",
         "_unconfirmed_cost",
-        "_websocket",
+        "hub",
+        "max_unchecked",
+        "shard",
+        "websocket",
     )
 
     def __init__(self, hub: Hub, websocket: WebSocket, on_error: OnPublishError) -> None:
-        self._hub = hub
-        self._websocket = websocket
+        self.hub = hub
+        self.websocket = websocket
         self._on_error = on_error
         self._loop = asyncio.get_running_loop()
-        self._shard = hub.registry.here()
-        self._max_unchecked = pressure.max_unchecked(hub)
+        self.shard = hub.registry.here()
+        self.max_unchecked = pressure.max_unchecked(hub)
         self._unconfirmed = 0  # messages that were handed over since one of them was waited for,
         self._unconfirmed_cost = 0  # and what they cost
         # What was lost after `publish` had returned. While some of it is here, `publish` waits, so
@@ -90,7 +91,7 @@ class Relay:
             InvalidMessage: It can be read and not be sent on, or is too large for the broker.
             Exception: Whatever the hook raises.
         """
-        hub = self._hub
+        hub = self.hub
         try:
             event = hub.event(codec.check_channel(channel), data, None, encoding)
         except EncodingError as exc:
@@ -102,27 +103,62 @@ class Relay:
         try:
             if not hub.lifecycle.running:
                 await hub.lifecycle.reopen()
-            shard = self._shard
-            if (
-                shard.queue.size + event.cost > self._max_unchecked
-                or ((others := shard.may_be_behind(event.channel)) and pressure.is_behind(others))
-                or pressure.is_broker_busy(hub, event)
-            ):
-                await pressure.wait(hub, shard, event)
-            connection = hub.find(self._websocket)
+            if self._is_crowded(event):
+                await pressure.wait(hub, self.shard, event)
+            connection = hub.find(self.websocket)
             if connection is not None and connection.is_closed:
                 return  # while the message waited
             if connection is None or self._must_wait(event):
                 await hub.dispatcher.publish_and_wait(event)
             else:
-                on_lost = functools.partial(self._lost_later, data)
-                await hub.dispatcher.publish_soon(event, on_lost)
+                await hub.dispatcher.publish_soon(event, self._on_lost(data))
         except PayloadTooLarge as exc:
             raise InvalidMessage(exc.code, exc.reason) from None
         except (PublishQueueFull, BackendUnavailable) as exc:
             if hub.lost_limit.allows("lost"):
                 logger.error("messages of clients are being lost: %s", exc)
             await self._tell(data, exc)
+
+    def publish_now(self, event: Event, data: Any) -> bool:
+        """Publish a message of a client that is registered, unless something has to wait.
+
+        Args:
+            event: The message.
+            data: What the hook is to be given if it is lost.
+
+        Returns:
+            Whether it was published. If not, `publish` does it.
+        """
+        hub = self.hub
+        is_full = (
+            self._unconfirmed + 1 >= MAX_UNCONFIRMED
+            or self._unconfirmed_cost + event.cost >= MAX_UNCONFIRMED_COST
+        )
+        if (
+            is_full
+            or self._telling is not None
+            or not hub.lifecycle.running
+            or self._is_crowded(event)
+        ):
+            return False
+        try:
+            hub.dispatcher.publish(event, on_lost=self._on_lost(data))
+        except (PublishQueueFull, BackendUnavailable, PayloadTooLarge):
+            return False
+        self._must_wait(event)
+        return True
+
+    def _is_crowded(self, event: Event) -> bool:
+        """Whether so much is on its way that the event may have to wait."""
+        shard = self.shard
+        return (
+            shard.queue.size + event.cost > self.max_unchecked
+            or bool((others := shard.may_be_behind(event.channel)) and pressure.is_behind(others))
+            or pressure.is_broker_busy(self.hub, event)
+        )
+
+    def _on_lost(self, data: Any) -> OnLost | None:
+        return None if self.hub.link.is_local else functools.partial(self._lost_later, data)
 
     def _must_wait(self, event: Event) -> bool:
         """Count a message; whether the client has sent so much that it has to wait."""
@@ -150,18 +186,18 @@ class Relay:
             while self._lost:
                 await self._tell(*self._lost.pop(0))
         except (WebSocketException, Answered) as exc:
-            await self._hub.close_client(self._websocket, exc.code, exc.reason)
+            await self.hub.close_client(self.websocket, exc.code, exc.reason)
         except Exception as exc:
-            if self._hub.means_client_left(exc, self._websocket):
+            if self.hub.means_client_left(exc, self.websocket):
                 return  # the hook has sent something to its client, which has left meanwhile
             logger.exception("on_publish_error raised")
-            await self._hub.close_client(self._websocket, INTERNAL_ERROR, "")
+            await self.hub.close_client(self.websocket, INTERNAL_ERROR, "")
         finally:
             self._lost.clear()  # of a client that is closed now, if anything is left
             self._telling = None
 
     async def _tell(self, data: Any, exc: PublishError) -> None:
-        answer = self._on_error(self._websocket, data, exc)
+        answer = self._on_error(self.websocket, data, exc)
         if inspect.isawaitable(answer):
             await answer
 
@@ -171,6 +207,6 @@ class Relay:
         if self._telling is not None:
             telling = self._telling
             try:
-                await asyncio.wait([telling], timeout=self._hub.settings.tuning.close_timeout)
+                await asyncio.wait([telling], timeout=self.hub.settings.tuning.close_timeout)
             finally:
                 telling.cancel()

@@ -26,6 +26,7 @@ from .exceptions import InvalidChannel, InvalidMessage, OriginRefused
 from .heartbeats import Heartbeats
 from .hub import Hub
 from .relay import OnPublishError, Relay, close_sender
+from .shortcut import Shortcut
 
 logger = logging.getLogger("starcast")
 
@@ -64,6 +65,7 @@ async def serve(
     beats = _heartbeats.check(heartbeats)
     bound = inbound.check(max_message)
     relay = Relay(hub, websocket, on_publish_error or close_sender)
+    shortcut = Shortcut(relay, lambda _: channel, encoding) if publish else None
 
     async def on_message(message: Message) -> None:
         if not publish:
@@ -72,7 +74,7 @@ async def serve(
 
     try:
         await connect()
-        return await converse(hub, websocket, on_message, beats, bound)
+        return await converse(hub, websocket, on_message, beats, bound, shortcut)
     except (OriginRefused, InvalidChannel):
         raise
     except Exception as exc:
@@ -92,6 +94,7 @@ async def converse(
     on_message: Callable[[Message], Awaitable[None]],
     heartbeats: Heartbeats | None,
     max_message: int | None,
+    shortcut: Shortcut | None,
 ) -> int:
     """Receive a client's messages until it leaves, and return its close code.
 
@@ -100,8 +103,11 @@ async def converse(
         on_message: Awaited for each `websocket.receive` message that is not a heartbeat.
         heartbeats: The heartbeats and their answers.
         max_message: The size of the longest message, in bytes; None for the hub's setting.
+        shortcut: Handles some of the messages as `on_message` would; None if it must not.
     """
     bound = max_message or hub.settings.max_message
+    if shortcut is not None:
+        shortcut.open(bound or sys.maxsize, heartbeats or {})
     while True:
         message = await websocket.receive()
         if message["type"] == "websocket.disconnect":

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeGuard
 
 from .connection import Connection
 from .event import Event
@@ -37,6 +37,9 @@ logger = logging.getLogger("starcast")
 
 # Members that are written to or offered an item before the clock is checked.
 STEP = 128
+
+# Members that are few enough to be written to without a check in between.
+SMALL = 8
 
 # Whether a task can take its first step where it is made (Python 3.12).
 EAGER = sys.version_info >= (3, 12)
@@ -206,11 +209,18 @@ class Shard:
                         self.awake = False
                         return
                     batch = self.queue.take_all()
+                written = 0  # members since the clock was checked
                 for group in grouped(batch):
-                    yield from self._deliver(group)
+                    if self._write_small(group):
+                        written += len(group.members)
+                    else:
+                        yield from self._deliver(group)
+                        written = STEP
                     for arrived in group.done:
                         arrived()
-                    yield
+                    if written >= STEP:
+                        written = 0
+                        yield
         except Exception:
             # This is a bug, and later messages must still be delivered.
             logger.exception("messages were lost")
@@ -218,6 +228,48 @@ class Shard:
                 if done is not None:
                     done()
             self.loop.call_soon(self._begin)
+
+    def _write_small(self, group: Group) -> bool:
+        """Write to all members at once, if they are few and all on the fast path.
+
+        It does what `_deliver` does, which takes three times as long for a member or two.
+        """
+        snapshot = group.members
+        if group.exclude or not group.has_events or not self._is_small(snapshot):
+            return False
+        for wire_format, (writes, _) in snapshot.writers.items():
+            joined = group.joined(wire_format)
+            for write in writes:
+                write(joined)
+        self.counters.delivered += len(group.items) * len(snapshot)
+        return True
+
+    def _is_small(self, members: tuple[Member, ...]) -> TypeGuard[Snapshot]:
+        """Whether they are few, and all may be written to at once."""
+        if not 0 < len(members) <= SMALL or not isinstance(members, Snapshot):
+            return False
+        if members.version != self.version:
+            members.reset(self.version)
+            members.add(members)
+        return not members.others
+
+    def small(self, channel: str) -> Snapshot | None:
+        """Return the members of a channel if they are few and all may be written to at once.
+
+        Call it with the lock held, on the loop.
+        """
+        members: tuple[Member, ...] | None = self._snapshots.get(channel)
+        if members is None:
+            members = self.members(channel)
+        return members if self._is_small(members) else None
+
+    def write(self, event: Event, members: Snapshot) -> None:
+        """Write an event to what `small` returned, while the shard is not awake."""
+        for wire_format, (writes, _) in members.writers.items():
+            frame = event.frame(wire_format)
+            for write in writes:
+                write(frame)
+        self.counters.delivered += len(members)
 
     def _deliver(self, group: Group) -> Iterator[None]:
         members: Sequence[Member] = group.members

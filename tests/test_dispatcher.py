@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,11 @@ from starcast import (
     Tuning,
     forks,
 )
+from starcast.broker.local import LocalLink
+from starcast.dispatcher import Dispatcher
+from starcast.event import Event
+from starcast.frames import PLAIN
+from starcast.registry import Registry
 from support import Broker, Bus, Peer, several, until
 
 pytestmark = pytest.mark.anyio
@@ -259,3 +265,36 @@ async def test_who_publishes_without_a_pause_leaves_turns_to_other_tasks(road):
         assert peer.got[-1] == str(number)
     working.cancel()
     assert turns > 10  # with ready frames, no message is waited for
+
+
+class Member:
+    """A member on the fast path that does something when it is written to."""
+
+    def __init__(self, write) -> None:
+        self.frames = SimpleNamespace(direct=write, wire_format=PLAIN)
+        self.id = 0
+
+
+async def test_what_is_queued_behind_a_delivery_in_progress_has_a_bound():
+    registry = Registry(Tuning(), lambda channel: None, lambda missed: None)
+    dispatcher = Dispatcher(registry, LocalLink(registry.deliver, registry.shards))
+    dispatcher.open_here()
+    shard = registry.here()
+    events = [Event("room", f"{number}") for number in range(3)]
+    written: list[bytes] = []
+    taken: list[bool] = []
+
+    def write(frames: bytes) -> None:
+        written.append(frames)
+        if not taken:  # the delivery of the first one is in progress
+            taken.append(dispatcher.write_now(events[1], shard, events[1].cost))
+            taken.append(dispatcher.write_now(events[2], shard, events[1].cost))
+
+    with registry.lock:
+        shard.join(Member(write), "room")
+    dispatcher.publish(events[0])
+    await until(lambda: not shard.awake)
+    assert taken == [True, False]
+    assert written == [event.frame(PLAIN) for event in events[:2]]
+    assert dispatcher.write_now(events[2], shard, 0)
+    assert written[2:] == [events[2].frame(PLAIN)]

@@ -1,0 +1,412 @@
+"""Shortcut: a message for a few members is published where it is read, and nobody can tell."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Mount, WebSocketRoute
+from starlette.websockets import WebSocket
+from websockets.exceptions import ConnectionClosed
+
+from starcast import Broadcast, BroadcastEndpoint, InvalidChannel
+from support import Broker, Bus, Served, examples, until
+
+pytestmark = pytest.mark.anyio
+
+tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="nobody")
+
+
+class Tenants:
+    """Middleware of an app that sets a context variable."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        tenant.set(scope["path"].rpartition("/")[2])
+        await self.app(scope, receive, send)
+
+
+class Room(BroadcastEndpoint):
+    """Notes which messages were published without the client's task."""
+
+    without_task: list[bool]  # of a subclass
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.without_task = []
+
+    def get_channel(self, websocket):
+        self.without_task.append(asyncio.current_task() is None)
+        return f"{tenant.get()}.{websocket.path_params['room']}"
+
+
+@contextlib.asynccontextmanager
+async def served(endpoint: type[Room], ws: str = "auto", **config: Any):
+    app = Starlette(
+        routes=[WebSocketRoute("/{room}/{tenant}", endpoint)],
+        middleware=[Middleware(Tenants)],
+        lifespan=endpoint.broadcast.lifespan,
+    )
+    server = Served(app, ws=ws, ws_per_message_deflate=False, **config)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+async def close_of(client: Any) -> tuple[int, str]:
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            await client.recv()
+    return client.close_code, client.close_reason
+
+
+@pytest.fixture(params=["auto", "starcast.uvicorn:BroadcastProtocol"], ids=["adopted", "protocol"])
+def ws(request) -> str:
+    return request.param
+
+
+async def test_neither_the_task_nor_another_turn_is_needed(ws):
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    async with (
+        served(Plain, ws) as server,
+        server.connect("/a/x") as one,
+        server.connect("/a/x") as two,
+    ):
+        for number in range(10):
+            await one.send(f"{number}")
+            assert await two.recv() == await one.recv() == f"{number}"
+        assert Plain.without_task == [False, False, *[True] * 10]  # and two that connect
+        stats = Plain.broadcast.stats()
+        assert (stats.published, stats.delivered, stats.fast_path) == (10, 20, 2)
+
+
+async def test_context_variables_are_those_of_the_clients_task(ws):
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    async with (
+        served(Plain, ws) as server,
+        server.connect("/a/x") as one,
+        server.connect("/a/y") as other,
+    ):
+        await one.send("for x")
+        assert await one.recv() == "for x"
+        await Plain.broadcast.publish("y.a", "for y")
+        assert await other.recv() == "for y"
+    assert any(Plain.without_task)
+
+
+async def test_what_a_subclass_does_with_a_message_is_done(ws):
+    class Shouts(Room):
+        broadcast = Broadcast()
+
+        async def on_receive(self, websocket, data):
+            await super().on_receive(websocket, data.upper())
+
+    class Decodes(Room):
+        broadcast = Broadcast()
+
+        async def decode(self, websocket, message):
+            return message["text"][::-1]
+
+    class Own(Room):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            self.on_receive = self.shout
+
+        async def shout(self, websocket, data):
+            await self.broadcast.publish(self.get_channel(websocket), data + "!")
+
+    for endpoint, answer in ((Shouts, "ABC"), (Decodes, "cba"), (Own, "abc!")):
+        async with served(endpoint, ws) as server, server.connect("/a/x") as client:
+            await client.send("abc")
+            assert await client.recv() == answer
+            assert not any(endpoint.without_task)
+
+
+class ByShortcut(Room):
+    broadcast = Broadcast()
+    heartbeats = {"ping": "pong", b"mute": None}  # noqa: RUF012
+    max_message = 300
+
+
+class ByTask(ByShortcut):
+    broadcast = Broadcast()
+
+    async def on_receive(self, websocket, data):
+        await super().on_receive(websocket, data)
+
+
+MESSAGES = st.one_of(
+    st.text(max_size=5),
+    st.binary(max_size=5),
+    st.integers(290, 310).map("x".__mul__),
+    st.integers(70, 80).map("\U0001f600".__mul__),
+    st.sampled_from(
+        [
+            "ping",
+            b"ping",
+            "mute",
+            b"mute",
+            '"ping"',
+            '{"a": [1, "\\u00e9"]}',
+            "[NaN]",
+            "1e999",
+            "{}",
+        ]
+    ),
+)
+
+
+async def conversation(endpoint: type[Room], encoding: Any, sent: list[str | bytes]) -> Any:
+    """What two clients of a room get if one of them says these, and how the first one ends."""
+    endpoint.encoding = encoding
+    async with (
+        served(endpoint) as server,
+        server.connect("/a/x") as one,
+        server.connect("/a/x") as two,
+    ):
+        got: list[list[str | bytes]] = [[], []]
+
+        async def read(client: Any, into: list[str | bytes]) -> None:
+            with contextlib.suppress(ConnectionClosed):
+                while (message := await client.recv()) != "the end":
+                    into.append(message)
+
+        readers = [asyncio.create_task(read(*each)) for each in zip((one, two), got, strict=False)]
+        with contextlib.suppress(ConnectionClosed):
+            for message in sent:
+                await one.send(message)
+                await one.ping()
+        await asyncio.wait(readers[:1], timeout=0.05)
+        await endpoint.broadcast.publish("x.a", "the end")
+        await asyncio.gather(*readers)
+        return got, one.close_code, one.close_reason
+
+
+@pytest.mark.parametrize("encoding", ["text", "bytes", "json", None])
+def test_whatever_is_said_the_outcome_is_the_same(encoding):
+    with asyncio.Runner() as runner:
+
+        @settings(max_examples=examples(10))
+        @given(st.lists(MESSAGES, max_size=4))
+        def check(sent: list[str | bytes]) -> None:
+            by_task = runner.run(conversation(ByTask, encoding, sent))
+            assert runner.run(conversation(ByShortcut, encoding, sent)) == by_task
+
+        check()
+
+
+@pytest.mark.parametrize("error", [InvalidChannel("no such room"), RuntimeError("a bug")])
+async def test_an_error_in_get_channel_is_raised_in_the_clients_task(ws, error, caplog):
+    class Fails(Room):
+        broadcast = Broadcast()
+        error = None
+
+        def get_channel(self, websocket):
+            if self.error is not None:
+                raise self.error
+            return super().get_channel(websocket)
+
+    async with served(Fails, ws) as server, server.connect("/a/x") as client:
+        Fails.error = error
+        await client.send("hello")
+        code, _ = await close_of(client)
+        assert code == (1008 if isinstance(error, InvalidChannel) else 1011)
+    logged = [r for r in caplog.records if r.exc_info and r.exc_info[1] is error]
+    assert len(logged) == (code == 1011)
+    caplog.clear()
+
+
+async def test_order_with_all_that_is_sent_in_other_ways(ws):
+    """A room's messages keep the order of each of those who publish, whatever way they take."""
+    hub = Broadcast()
+    other = {}
+
+    class Plain(Room):
+        broadcast = hub
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            other[websocket.path_params["room"]] = websocket
+
+    async with (
+        served(Plain, ws) as server,
+        server.connect("/a/x", max_queue=None) as one,
+        server.connect("/a/x", max_queue=None) as two,
+    ):
+        count = 300
+        got: list[str] = []
+
+        async def read() -> None:
+            while True:
+                got.append(await two.recv())
+
+        reading = asyncio.create_task(read())
+
+        async def say() -> None:
+            for number in range(count):
+                await one.send(f"client {number}")
+                if number % 10 == 0:  # nothing follows that message
+                    await until(lambda text=f"client {number}": text in got)
+
+        async def publish() -> None:
+            for number in range(count):
+                await hub.publish("x.a", f"task {number}")
+                if number % 7 == 0:
+                    await asyncio.sleep(0)
+
+        async def send() -> None:
+            for number in range(count):
+                await other["a"].send_text(f"handler {number}")
+                if number % 5 == 0:
+                    await asyncio.sleep(0)
+
+        def thread() -> None:
+            for number in range(count):
+                hub.publish_nowait("x.a", f"thread {number}")
+
+        thread = threading.Thread(target=thread)
+        thread.start()
+        await asyncio.gather(say(), publish(), send())
+        thread.join()
+        await until(lambda: len(got) == 4 * count)
+        reading.cancel()
+        for who in ("client", "task", "handler", "thread"):
+            assert [each for each in got if each.startswith(who)] == [
+                f"{who} {number}" for number in range(count)
+            ]
+        assert True in Plain.without_task
+
+
+async def test_subscribers_and_members_of_other_loops_get_it_too(ws):
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    got: list[str] = []
+    hub = Plain.broadcast
+    async with served(Plain, ws) as server, server.connect("/a/x") as one:
+
+        def elsewhere() -> None:
+            async def listen() -> None:
+                async with hub.subscribe("x.a") as events:
+                    async for event in events:
+                        got.append(event.message)
+                        if event.message == "the end":
+                            return
+
+            asyncio.run(listen())
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await until(lambda: hub.stats().subscribers == 1)
+        async with hub.subscribe("x.a") as events:
+            for text in ("hello", "the end"):
+                await one.send(text)
+                assert await one.recv() == text
+                assert (await anext(events)).message == text
+        thread.join(10)
+    assert got == ["hello", "the end"]
+
+
+async def test_a_client_that_was_closed_publishes_nothing_more(ws):
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    hub = Plain.broadcast
+    async with (
+        served(Plain, ws) as server,
+        server.connect("/a/x") as one,
+        server.connect("/a/x") as two,
+    ):
+        await one.send("before")
+        assert await two.recv() == await one.recv() == "before"
+        (first, _) = hub.clients("x.a")
+        one.transport.pause_reading()  # it does not know yet
+        await first.close(4000)
+        await one.send("after")
+        one.transport.resume_reading()
+        assert await close_of(one) == (4000, "")
+        await two.send("and on")
+        assert await two.recv() == "and on"
+
+
+async def test_over_a_broker_what_is_lost_is_told(ws, caplog):
+    broker = Broker()
+    lost: list[str] = []
+
+    class Plain(Room):
+        broadcast = Broadcast(backend=Bus(broker, max_payload=200), max_message=1000)
+
+        async def on_publish_error(self, websocket, data, exc):
+            lost.append(data)
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as one:
+        for text in ("one", "two"):
+            await one.send(text)
+            assert await one.recv() == text
+        assert Plain.without_task == [False, True, True]
+        broker.kill()
+        await one.send("lost")
+        await until(lambda: lost == ["lost"])
+        broker.up = True
+        await until(lambda: Plain.broadcast.stats().backend.state == "connected")
+        await one.send("three")
+        assert await one.recv() == "three"
+        await one.send("x" * 500)
+        assert (await close_of(one))[0] == 1009
+    caplog.clear()
+
+
+async def test_a_burst_keeps_its_order(ws):
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    async with served(Plain, ws) as server, server.connect("/a/x", max_queue=None) as one:
+        sent = [f"{number}" for number in range(500)]
+        for text in sent:
+            await one.send(text)
+        assert [await one.recv() for _ in sent] == sent
+
+
+async def test_a_served_channel_and_a_mount(ws):
+    hub = Broadcast()
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await hub.serve(websocket, "room", encoding="json")
+
+    async def listens(websocket: WebSocket) -> None:
+        await hub.serve(websocket, "room", publish=False)
+
+    routes = [
+        WebSocketRoute("/serve", endpoint),
+        WebSocketRoute("/listen", listens),
+        Mount("/m", hub.app(publish=True)),
+    ]
+    server = Served(Starlette(routes=routes, lifespan=hub.lifespan), ws=ws)
+    await server.start()
+    async with server.connect("/serve") as one, server.connect("/listen") as two:
+        await one.send('{"a":  1}')
+        assert await two.recv() == await one.recv() == '{"a":1}'
+        await two.send("no")
+        assert (await close_of(two))[0] == 1008
+        async with server.connect("/m/room") as three:
+            await three.send("from the mount")
+            assert await three.recv() == await one.recv() == "from the mount"
+    await server.stop()
