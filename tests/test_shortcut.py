@@ -142,7 +142,7 @@ async def test_what_a_subclass_does_with_a_message_is_done(ws):
 
 class ByShortcut(Room):
     broadcast = Broadcast()
-    heartbeats = {"ping": "pong", b"mute": None}  # noqa: RUF012
+    heartbeats = {"ping": "pong", b"ping": b"pong"}  # noqa: RUF012
     max_message = 300
 
 
@@ -189,12 +189,13 @@ async def conversation(endpoint: type[Room], encoding: Any, sent: list[str | byt
                 while (message := await client.recv()) != "the end":
                     into.append(message)
 
-        readers = [asyncio.create_task(read(*each)) for each in zip((one, two), got, strict=False)]
-        with contextlib.suppress(ConnectionClosed):
-            for message in sent:
+        clients = zip((one, two), got, strict=True)
+        readers = [asyncio.create_task(read(*client)) for client in clients]
+        for number, message in enumerate(sent):
+            with contextlib.suppress(ConnectionClosed):
                 await one.send(message)
-                await one.ping()
-        await asyncio.wait(readers[:1], timeout=0.05)
+            # Nothing follows a message until it has come back, or was a fault.
+            await until(lambda count=number: len(got[0]) > count or readers[0].done())
         await endpoint.broadcast.publish("x.a", "the end")
         await asyncio.gather(*readers)
         return got, one.close_code, one.close_reason
@@ -209,8 +210,10 @@ def test_whatever_is_said_the_outcome_is_the_same(encoding):
         def check(sent: list[str | bytes]) -> None:
             by_task = runner.run(conversation(ByTask, encoding, sent))
             assert runner.run(conversation(ByShortcut, encoding, sent)) == by_task
+            assert not any(ByTask.without_task)
 
         check()
+    assert any(ByShortcut.without_task)
 
 
 @pytest.mark.parametrize("error", [InvalidChannel("no such room"), RuntimeError("a bug")])
