@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -205,8 +205,11 @@ async def conversation(endpoint: type[Room], encoding: Any, sent: list[str | byt
 def test_whatever_is_said_the_outcome_is_the_same(encoding):
     with asyncio.Runner() as runner:
 
-        @settings(max_examples=examples(10))
+        @settings(max_examples=examples(4))
         @given(st.lists(MESSAGES, max_size=4))
+        @example(["hello"])
+        @example([b"hello"])
+        @example(['"hello"'])
         def check(sent: list[str | bytes]) -> None:
             by_task = runner.run(conversation(ByTask, encoding, sent))
             assert runner.run(conversation(ByShortcut, encoding, sent)) == by_task

@@ -55,8 +55,8 @@ class Inbox:
                 await waiter
             except asyncio.CancelledError:
                 _leave(self._waiters, waiter)
-                if self._messages:
-                    _wake_first(self._waiters)  # in case that this one was woken for it
+                if self._messages and not waiter.cancelled():
+                    _wake_first(self._waiters)  # this one was woken, and does not take it
                 raise
         return self._messages.pop(0)
 
