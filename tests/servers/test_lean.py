@@ -53,6 +53,16 @@ def test_an_inbox_is_a_queue(steps):
     assert asyncio.run(story(Inbox(), steps)) == asyncio.run(story(asyncio.Queue(), steps))
 
 
+async def test_a_message_goes_to_another_one_if_who_was_woken_for_it_is_cancelled():
+    inbox = Inbox()
+    woken, next_one = asyncio.create_task(inbox.get()), asyncio.create_task(inbox.get())
+    await asyncio.sleep(0)
+    inbox.put_nowait({"type": "websocket.connect"})
+    woken.cancel()
+    assert await asyncio.wait_for(next_one, 20) == {"type": "websocket.connect"}
+    assert woken.cancelled()
+
+
 async def test_who_gives_up_waiting_leaves_nothing_behind():
     inbox, gate = Inbox(), Gate()
     gate.clear()
