@@ -30,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.types import Message
@@ -181,14 +181,19 @@ class Connection:
         sending = self.outbox.in_flight is not None and not self._ended
         return self._presence.is_stuck(sending, self.shard.tuning.send_timeout)
 
-    def hand_to(self, take: Take) -> None:
-        """On the fast path, hand what the client sends to `take` while its handler receives.
+    @property
+    def receives(self) -> bool:
+        """Whether `receive` may be called: nobody has replaced what a handler's receive calls."""
+        return self._handler.receives
+
+    def receive(self, take: Take) -> Awaitable[Message]:
+        """Receive the handler's next message that `take` does not handle. Only if it `receives`.
 
         Args:
             take: Called where a message is read, which is not in the handler's task. It returns
-                whether it has handled the message. If not, the handler receives it.
+                whether it has handled the message.
         """
-        self._handler.take = take
+        return self._handler.direct_receive(take)
 
     # What is sent
 

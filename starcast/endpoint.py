@@ -155,8 +155,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
         reads as fast as it can is not cut off. A client that takes nothing for 2 seconds, or has
         not caught up after 10, is no longer waited for, and its policy applies.
         """
-        channel = self.get_channel(websocket)
-        await self._relay.publish(channel, data, self.encoding)
+        await self._relay.publish(self._shortcut.channel(websocket), data, self.encoding)
 
     async def on_publish_error(
         self, websocket: WebSocket, data: Any, exc: BackendUnavailable | PublishQueueFull
@@ -197,17 +196,20 @@ class BroadcastEndpoint(WebSocketEndpoint):
         hub = self.broadcast._hub
         refusals.note(websocket, self.refuse)
         self._relay = Relay(hub, websocket, self.on_publish_error)
+        self._shortcut = Shortcut(self._relay, self, self._is_plain)
         code = ABNORMAL  # what on_disconnect is told if this task is cancelled
         was_accepted = False
         try:
             await self.on_connect(websocket)
             # A client that is refused by a close has not even received the handshake.
             was_accepted = websocket.client_state is not WebSocketState.CONNECTING
-            shortcut = None
-            if self._only_broadcasts:
-                shortcut = Shortcut(self._relay, self.get_channel, self.encoding)
             code = await serving.converse(
-                hub, websocket, self._on_message, self.heartbeats, self.max_message, shortcut
+                hub,
+                websocket,
+                self._on_message,
+                self.heartbeats,
+                self.max_message,
+                self._shortcut,
             )
         except Exception as exc:
             code = serving.code_for(hub, websocket, exc)
@@ -221,12 +223,11 @@ class BroadcastEndpoint(WebSocketEndpoint):
             finally:
                 hub.leave(websocket)
 
-    @property
-    def _only_broadcasts(self) -> bool:
-        """Whether a message is published as it comes: nobody has overridden what is between."""
-        return all(
-            getattr(getattr(self, name), "__func__", None) is getattr(BroadcastEndpoint, name)
-            for name in ("on_receive", "decode")
+    def _is_plain(self) -> bool:
+        """Whether a message is published as it comes: nobody has replaced what is in between."""
+        return (
+            getattr(self.on_receive, "__func__", None) is _ON_RECEIVE
+            and getattr(self.decode, "__func__", None) is _DECODE
         )
 
     async def _on_message(self, message: Message) -> None:
@@ -237,3 +238,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
             if serving.has_handler(websocket, exc):
                 raise
             raise serving.invalid(exc) from None
+
+
+# As they are here: a tracing library may replace them in the class.
+_ON_RECEIVE = BroadcastEndpoint.on_receive
+_DECODE = BroadcastEndpoint.decode

@@ -65,6 +65,7 @@ class Handler:
     __slots__ = (
         "_client",
         "_direct",
+        "_installed",
         "_interrupted",
         "_reader",
         "_receive",
@@ -75,33 +76,29 @@ class Handler:
         "over",
         "send",
         "send_event",
-        "take",
     )
 
     def __init__(self, client: Client, reader: Reader | None) -> None:
         self._client = client
         self._websocket = websocket = client.websocket
         self.over = False  # do not wait for the server to report the disconnect
-        # Handles a message where it is read, while the handler waits in `receive`.
-        self.take: Take | None = None
         self._told = False  # `receive` has returned the disconnect
-        self._receiving: asyncio.Task[Any] | bool | None = None  # True in `_direct_receive`
+        self._receiving: asyncio.Task[Any] | bool | None = None  # True in `direct_receive`
         self._interrupted = False  # whether we have cancelled that
         self._timer: asyncio.TimerHandle | None = None
         # If another hub has replaced them already, this handler sends through that hub.
         self.send, self._receive = websocket.send, websocket.receive
-        below = owner(websocket.receive)
-        if isinstance(below, Handler):
-            below.take = None  # it would bypass this handler
         # What `WebSocket.send` calls after its checks. The connection checks the same, and skipping
         # the method saves a coroutine for each message.
         self.send_event = self.send
         if has_plain_send(websocket):
             self.send_event = getattr(websocket, "_send", self.send)
         self._reader = reader
+        self._direct: Receive | None = None
         receive = self._guarded_receive
         if reader is not None and has_plain_receive(websocket, reader.receive):
-            self._direct, receive = reader.receive, self._direct_receive
+            self._direct, receive = reader.receive, self.direct_receive
+        self._installed = receive
         self._set(self._guarded_send, receive)
 
     def _set(self, send: Send, receive: Receive) -> None:
@@ -133,8 +130,13 @@ class Handler:
 
     # Receive
 
-    async def _direct_receive(self) -> Message:
-        """Do what `_guarded_receive` does, on the fast path.
+    @property
+    def receives(self) -> bool:
+        """Whether `websocket.receive` is still the handler's own, on the fast path."""
+        return self._websocket.receive is self._installed and self._direct is not None
+
+    async def direct_receive(self, take: Take | None = None) -> Message:
+        """Do what `_guarded_receive` does, on the fast path, unless `take` handles the message.
 
         Neither Starlette's method nor a task that could be cancelled is needed there: what reports
         a disconnect is a message of the server's.
@@ -143,8 +145,9 @@ class Handler:
         if self.over or client.code is not None or websocket.client_state is not CONNECTED:
             return await self._guarded_receive()
         assert self._reader is not None
+        assert self._direct is not None
         self._receiving = True
-        self._reader.hand_to(self.take)
+        self._reader.hand_to(take)
         try:
             message = await self._direct()
         finally:

@@ -48,6 +48,19 @@ def has_handler(websocket: WebSocket, exc: Exception) -> bool:
     return handler is not None and getattr(handler, "__func__", None) is not starlettes
 
 
+class _Fixed:
+    """The channel and the encoding of a client that `serve` serves."""
+
+    on_receive = decode = None
+
+    def __init__(self, channel: Channel, encoding: Encoding | None) -> None:
+        self._channel = channel
+        self.encoding = encoding
+
+    def get_channel(self, websocket: WebSocket) -> Channel:
+        return self._channel
+
+
 async def serve(
     hub: Hub,
     websocket: WebSocket,
@@ -65,7 +78,9 @@ async def serve(
     beats = _heartbeats.check(heartbeats)
     bound = inbound.check(max_message)
     relay = Relay(hub, websocket, on_publish_error or close_sender)
-    shortcut = Shortcut(relay, lambda _: channel, encoding) if publish else None
+    shortcut = None
+    if publish:
+        shortcut = Shortcut(relay, _Fixed(channel, encoding))
 
     async def on_message(message: Message) -> None:
         if not publish:
@@ -103,13 +118,13 @@ async def converse(
         on_message: Awaited for each `websocket.receive` message that is not a heartbeat.
         heartbeats: The heartbeats and their answers.
         max_message: The size of the longest message, in bytes; None for the hub's setting.
-        shortcut: Handles some of the messages as `on_message` would; None if it must not.
+        shortcut: Publishes messages that need not be received; None if there is none.
     """
     bound = max_message or hub.settings.max_message
     if shortcut is not None:
-        shortcut.open(bound or sys.maxsize, heartbeats or {})
+        shortcut.set_bounds(bound, heartbeats)
     while True:
-        message = await websocket.receive()
+        message = await (websocket if shortcut is None else shortcut).receive()
         if message["type"] == "websocket.disconnect":
             return int(message.get("code") or NORMAL)
         if message["type"] != "websocket.receive":

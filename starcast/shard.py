@@ -265,11 +265,14 @@ class Shard:
 
     def write(self, event: Event, members: Snapshot) -> None:
         """Write an event to what `small` returned, while the shard is not awake."""
-        for wire_format, (writes, _) in members.writers.items():
-            frame = event.frame(wire_format)
-            for write in writes:
-                write(frame)
-        self.counters.delivered += len(members)
+        try:
+            for wire_format, (writes, _) in members.writers.items():
+                frame = event.frame(wire_format)
+                for write in writes:
+                    write(frame)
+            self.counters.delivered += len(members)
+        except Exception:
+            logger.exception("messages were lost")  # a bug, but none of whoever publishes
 
     def _deliver(self, group: Group) -> Iterator[None]:
         members: Sequence[Member] = group.members

@@ -2,94 +2,147 @@
 
 On the fast path a message does not need the task of its sender, and in memory, if it is for a few
 members, not even another iteration of the event loop. Without both it takes half as long. Whatever
-is not as simple is left to the task. That includes errors, which occur there once more.
+is not as simple is left to the task.
+
+It must not be noticed. So `get_channel` is called once for each message, whoever publishes it, and
+sees the task and the context variables of its client. A hook or a `receive` that somebody puts in
+between, at any time, sees every message.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
-from collections.abc import Callable
-from typing import Any
+import sys
+from asyncio import _enter_task, _leave_task
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
+from starlette.types import Message
 from starlette.websockets import WebSocket
 
 from . import codec
 from .codec import Channel, Encoding
 from .event import Event
+from .exceptions import InvalidChannel
 from .heartbeats import Heartbeats
 from .relay import Relay
 
+# The type of a message that an encoding allows.
+_TYPES: dict[Encoding | None, type] = {"text": str, "json": str, "bytes": bytes, None: object}
+
+
+class Source(Protocol):
+    """What serves a client. All of this is looked up for each message."""
+
+    encoding: Encoding | None
+
+    @property
+    def on_receive(self) -> Any:
+        """What a message passes on its way to the relay, or None."""
+
+    @property
+    def decode(self) -> Any:
+        """What it passes before that, or None."""
+
+    def get_channel(self, websocket: WebSocket) -> Channel:
+        """Return the channel of what the client sends."""
+
 
 class Shortcut:
-    """See the module. Made on the client's event loop.
+    """See the module. Made in the client's task.
 
     Args:
         relay: That of the client, which publishes everything else.
-        get_channel: Returns the client's channel. It is called in the context that the client's
-            task has now.
-        encoding: How the client's messages are decoded and encoded.
+        source: What serves the client.
+        is_plain: Returns whether the source publishes a message as it comes; None if it always
+            does.
     """
 
     __slots__ = (
-        *("_bound", "_connection", "_dumps", "_get_channel", "_heartbeats", "_kind"),
-        *("_max_unchecked", "_relay", "_run", "_shard", "_websocket", "_write_now"),
+        *("_asked", "_bound", "_connection", "_decode", "_heartbeats", "_is_plain", "_on_receive"),
+        *("_receive", "_relay", "_run", "_source", "_task", "_websocket"),
     )
 
     def __init__(
-        self,
-        relay: Relay,
-        get_channel: Callable[[WebSocket], Channel],
-        encoding: Encoding | None,
+        self, relay: Relay, source: Source, is_plain: Callable[[], bool] | None = None
     ) -> None:
-        hub = relay.hub
         self._relay = relay
         self._websocket = relay.websocket
-        self._shard = relay.shard
-        self._max_unchecked = relay.max_unchecked
-        self._write_now = hub.dispatcher.write_now
-        self._get_channel = get_channel
-        self._kind: type = bytes if encoding == "bytes" else object if encoding is None else str
-        self._dumps = hub.settings.dumps if encoding == "json" else None
+        self._source = source
+        self._is_plain = is_plain
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        # What `get_channel` returned or raised for the message that is left to the task.
+        self._asked: tuple[Any, BaseException | None] | None = None
 
-    def open(self, bound: int, heartbeats: Heartbeats) -> None:
-        """Take the client's messages from now on, whenever its handler waits for one.
+    def set_bounds(self, max_message: int | None, heartbeats: Heartbeats | None) -> None:
+        """Leave longer messages, in bytes, and heartbeats to the task."""
+        self._bound = max_message or sys.maxsize
+        self._heartbeats = heartbeats or ()
 
-        Args:
-            bound: Longer messages are left to the handler, in bytes.
-            heartbeats: So are these.
-        """
-        hub = self._relay.hub
-        connection = hub.find(self._websocket)
-        if connection is not None:
-            self._bound = bound
-            self._heartbeats = heartbeats
-            self._run = contextvars.copy_context().run
-            self._connection = connection
-            connection.hand_to(self.take)
+    def receive(self) -> Awaitable[Message]:
+        """Receive the next message that is left to the task. Call it there."""
+        websocket, source = self._websocket, self._source
+        self._asked = None
+        connection = self._relay.hub.find(websocket)
+        is_plain = self._is_plain is None or self._is_plain()
+        if connection is None or not connection.receives or not is_plain:
+            return websocket.receive()
+        # A message is only taken while all of this is as it is now.
+        self._connection, self._receive = connection, websocket.receive
+        self._on_receive, self._decode = source.on_receive, source.decode
+        self._run = contextvars.copy_context().run
+        return connection.receive(self._take)
 
-    def take(self, content: str | bytes, payload: bytes) -> bool:
-        """Publish a message, or return False.
+    def channel(self, websocket: WebSocket) -> Channel:
+        """Return the channel of the message that was received, or raise what `get_channel` did."""
+        if self._asked is None:
+            return self._source.get_channel(websocket)
+        (channel, error), self._asked = self._asked, None
+        if error is not None:
+            raise error
+        return channel  # type: ignore[no-any-return]  # whatever it is: it is still to be checked
 
-        Args:
-            content: The message.
-            payload: The same as bytes.
-        """
-        if (
-            len(payload) > self._bound
-            or not isinstance(content, self._kind)
-            or (self._heartbeats and content in self._heartbeats)
-            or not self._connection.channels  # it has left or is closed
-        ):
-            return False
+    def _take(self, content: str | bytes, payload: bytes) -> bool:
+        """Publish a message, or return False."""
+        source, websocket = self._source, self._websocket
+        data: Any = content
         try:
-            channel = self._run(self._get_channel, self._websocket)
-            data: Any = content
-            if self._dumps is not None:
+            if (
+                len(payload) > self._bound
+                or content in self._heartbeats
+                or not self._connection.channels  # it has left or is closed
+                or websocket.receive is not self._receive
+                or source.on_receive != self._on_receive
+                or source.decode != self._decode
+                or not isinstance(content, _TYPES[source.encoding])
+            ):
+                return False
+            if source.encoding == "json":
                 data = codec.decode({"text": content}, "json")
-                content, payload = codec.encode(data, "json", self._dumps)
-            event = Event(codec.check_channel(channel), content, payload)
+                content, payload = codec.encode(data, "json", self._relay.hub.settings.dumps)
         except Exception:
-            return False
-        if self._write_now(event, self._shard, self._max_unchecked):
+            return False  # the same error occurs in the task
+        channel, error, loop, task = None, None, self._relay.shard.loop, self._task
+        _enter_task(loop, task)
+        try:
+            channel = self._run(source.get_channel, websocket)
+        except BaseException as exc:
+            error = exc
+        _leave_task(loop, task)
+        if error is None and self._publish(channel, content, payload, data):
             return True
-        return self._relay.publish_now(event, data)
+        self._asked = channel, error
+        return False
+
+    def _publish(self, channel: Any, content: str | bytes, payload: bytes, data: Any) -> bool:
+        try:
+            event = Event(codec.check_channel(channel), content, payload)
+        except InvalidChannel:
+            return False
+        relay = self._relay
+        return relay.hub.dispatcher.write_now(
+            event, relay.shard, relay.max_unchecked
+        ) or relay.publish_now(event, data)

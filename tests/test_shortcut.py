@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
+import sys
 import threading
 from typing import Any
 
@@ -12,12 +14,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
+from starlette.exceptions import WebSocketException
 from starlette.middleware import Middleware
 from starlette.routing import Mount, WebSocketRoute
 from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 
 from starcast import Broadcast, BroadcastEndpoint, InvalidChannel
+from starcast.event import Event
 from support import Broker, Bus, Served, examples, until
 
 pytestmark = pytest.mark.anyio
@@ -36,6 +40,16 @@ class Tenants:
         await self.app(scope, receive, send)
 
 
+def callers() -> set[str]:
+    """The names of the functions that are being called."""
+    frame = sys._getframe(1)
+    names = set()
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
 class Room(BroadcastEndpoint):
     """Notes which messages were published without the client's task."""
 
@@ -46,7 +60,7 @@ class Room(BroadcastEndpoint):
         cls.without_task = []
 
     def get_channel(self, websocket):
-        self.without_task.append(asyncio.current_task() is None)
+        self.without_task.append("data_received" in callers())
         return f"{tenant.get()}.{websocket.path_params['room']}"
 
 
@@ -138,6 +152,268 @@ async def test_what_a_subclass_does_with_a_message_is_done(ws):
             await client.send("abc")
             assert await client.recv() == answer
             assert not any(endpoint.without_task)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any):
+    """As a tracing library replaces a function, or as a program does with one of an object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, value)
+        yield
+
+
+@pytest.mark.parametrize("name", ["on_receive", "decode"])
+@pytest.mark.parametrize("where", ["BroadcastEndpoint", "class", "instance"])
+@pytest.mark.parametrize("when", ["before", "while connected"])
+async def test_a_hook_that_is_replaced_sees_every_message(name, where, when):
+    seen: list[Any] = []
+    instances: list[Room] = []
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            instances.append(self)
+
+    original = getattr(BroadcastEndpoint, name)
+
+    async def traced(*args: Any) -> Any:
+        seen.append(args[-1])
+        return await original(*args[-3:])
+
+    async with served(Plain) as server, contextlib.AsyncExitStack() as stack:
+
+        def replace() -> None:
+            owner = {"BroadcastEndpoint": BroadcastEndpoint, "class": Plain}.get(where)
+            if owner is not None:
+                stack.enter_context(replaced(owner, name, traced))
+            elif instances:
+                instances[0].__dict__[name] = functools.partial(traced, instances[0])
+
+        if when == "before":
+            replace()
+        async with server.connect("/a/x") as client:
+            if when == "before":
+                replace()
+            for _ in range(2):
+                await client.send("hello")
+                assert await client.recv() == "hello"
+            before = len(seen)
+            if when == "while connected":
+                assert any(Plain.without_task)
+                replace()
+            for _ in range(3):
+                await client.send("hello")
+                assert await client.recv() == "hello"
+            assert len(seen) == before + 3
+
+
+@pytest.mark.parametrize("when", ["in on_connect", "while connected"])
+async def test_a_receive_that_is_wrapped_returns_every_message(ws, when):
+    seen: list[Any] = []
+    websockets: list[WebSocket] = []
+
+    def wrap(websocket: WebSocket) -> None:
+        receive = websocket.receive
+
+        async def wrapped() -> Any:
+            message = await receive()
+            seen.append(message.get("text"))
+            return message
+
+        websocket.receive = wrapped
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            websockets.append(websocket)
+            if when == "in on_connect":
+                wrap(websocket)
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as client:
+        await client.send("first")
+        assert await client.recv() == "first"
+        if when == "while connected":
+            wrap(websockets[0])
+            # Its handler has been waiting since before.
+            await client.send("second")
+            assert await client.recv() == "second"
+            seen.append("second")
+        await client.send("third")
+        assert await client.recv() == "third"
+        assert seen[-1] == "third"
+
+
+async def test_get_channel_is_called_once_for_each_message_and_in_the_task(ws):
+    """Also for one that then has to wait for the broker, or fails."""
+    broker = Broker()
+    tasks: list[Any] = []
+
+    class Counts(Room):
+        broadcast = Broadcast(backend=Bus(broker))
+        error: BaseException | None = None
+
+        def get_channel(self, websocket):
+            tasks.append(asyncio.current_task())
+            if self.error is not None:
+                raise self.error
+            return super().get_channel(websocket)
+
+        async def on_publish_error(self, websocket, data, exc):
+            await websocket.send_text("lost")
+
+    async with served(Counts, ws) as server, server.connect("/a/x") as client:
+        await client.send("hello")
+        assert await client.recv() == "hello"
+        broker.kill()
+        await until(lambda: Counts.broadcast.stats().backend.state != "connected")
+        await client.send("hello")
+        assert await client.recv() == "lost"
+        broker.up = True
+        await until(lambda: Counts.broadcast.stats().backend.state == "connected")
+        Counts.error = WebSocketException(4000, "enough")
+        await client.send("hello")
+        assert await close_of(client) == (4000, "enough")
+        assert len(tasks) == 1 + 3
+        assert len(set(tasks)) == 1
+        assert tasks[0] is not None
+        assert Counts.without_task == [False, True, True]
+
+
+async def test_a_channel_and_an_encoding_may_change(ws, caplog):
+    instances: list[Any] = []
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            instances.append(self)
+
+    async with (
+        served(Plain, ws) as server,
+        server.connect("/a/x") as one,
+        server.connect("/b/x") as two,
+    ):
+        await one.send("[1,  2]")
+        assert await one.recv() == "[1,  2]"
+        first = instances[0]
+        first.encoding = "json"
+        await one.send("[1,  2]")
+        assert await one.recv() == "[1,2]"
+        first.get_channel = lambda websocket: "x.b"
+        await one.send("[3,  4]")
+        assert await two.recv() == "[3,4]"
+        first.encoding = []  # a mistake, which the task reports
+        await one.send("")
+        assert (await close_of(one))[0] == 1011
+        assert "encoding" in caplog.text
+    caplog.clear()
+
+
+async def test_a_get_channel_that_cancels_its_task(ws, caplog):
+    ended: list[str] = []
+
+    class Stops(Room):
+        broadcast = Broadcast()
+        how = None
+
+        def get_channel(self, websocket):
+            if self.how == "cancel":
+                asyncio.current_task().cancel()
+            elif self.how == "raise":
+                raise asyncio.CancelledError
+            return super().get_channel(websocket)
+
+        async def on_disconnect(self, websocket, close_code):
+            await super().on_disconnect(websocket, close_code)
+            ended.append(Stops.how)
+
+    async with served(Stops, ws) as server:
+        for how in ("cancel", "raise"):
+            Stops.how = None
+            async with server.connect("/a/x") as client, server.connect("/a/x") as other:
+                Stops.how = how
+                await client.send("hello")
+                await until(lambda how=how: how in ended)
+                Stops.how = None
+                await other.send("and on")
+                if how == "cancel":  # which takes effect where the task waits next
+                    assert await other.recv() == "hello"
+                assert await other.recv() == "and on"
+    caplog.clear()
+
+
+async def test_a_handler_that_goes_on_to_another_channel_publishes_there(ws):
+    hub = Broadcast()
+
+    async def endpoint(websocket: WebSocket) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None) as timeout:
+                move.append(lambda: timeout.reschedule(-1))
+                await hub.serve(websocket, "old")
+        if "mute" in websocket.query_params:
+            await hub.serve(websocket, "new", publish=False)
+        else:
+            await hub.connect(websocket, "new")
+            async for text in websocket.iter_text():
+                await hub.publish("new", text.upper())
+
+    move: list[Any] = []
+    app = Starlette(routes=[WebSocketRoute("/", endpoint)], lifespan=hub.lifespan)
+    server = Served(app, ws=ws)
+    await server.start()
+    async with server.connect("/") as one, server.connect("/?mute=1") as two:
+        for client in (one, two):
+            await client.send("hello")
+            assert await one.recv() == await two.recv() == "hello"
+        for go_on in move:
+            go_on()
+        await until(lambda: hub.stats().channels == {"new": 2} or len(hub.clients("new")) == 2)
+        await one.send("hello")
+        assert await one.recv() == await two.recv() == "HELLO"
+        await two.send("hello")
+        assert (await close_of(two))[0] == 1008
+    await server.stop()
+
+
+@pytest.mark.parametrize("joins", ["in on_connect", "while connected"])
+async def test_a_client_that_a_second_hub_closes_publishes_nothing_more(ws, joins):
+    other = Broadcast()
+    websockets: list[WebSocket] = []
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            websockets.append(websocket)
+            if joins == "in on_connect" and len(websockets) == 1:
+                await other.connect(websocket, "room")
+
+    async with (
+        served(Plain, ws) as server,
+        server.connect("/a/x") as one,
+        server.connect("/a/x") as two,
+    ):
+        await one.send("before")
+        assert await two.recv() == await one.recv() == "before"
+        if joins == "while connected":
+            await other.connect(websockets[0], "room")
+        one.transport.pause_reading()  # so its close frame waits
+        while other.stats().buffered == 0:
+            await other.publish("room", "x" * 100_000)
+        closing = asyncio.create_task(websockets[0].close(4000))
+        await asyncio.sleep(0)
+        await one.send("after")
+        await two.send("and on")
+        assert await two.recv() == "and on"
+        one.transport.resume_reading()
+        await closing
+        assert (await close_of(one))[0] == 4000
 
 
 class ByShortcut(Room):
@@ -237,6 +513,43 @@ async def test_an_error_in_get_channel_is_raised_in_the_clients_task(ws, error, 
         assert code == (1008 if isinstance(error, InvalidChannel) else 1011)
     logged = [r for r in caplog.records if r.exc_info and r.exc_info[1] is error]
     assert len(logged) == (code == 1011)
+    caplog.clear()
+
+
+@pytest.mark.parametrize("channel", ["", None])
+async def test_a_channel_that_is_not_valid_is_refused_in_the_clients_task(ws, channel, caplog):
+    class Moves(Room):
+        broadcast = Broadcast()
+        channel = "a"
+
+        def get_channel(self, websocket):
+            super().get_channel(websocket)
+            return self.channel
+
+    async with served(Moves, ws) as server, server.connect("/a/x") as client:
+        Moves.channel = channel
+        await client.send("hello")
+        assert (await close_of(client))[0] == 1008
+        assert Moves.without_task == [False, True]
+    caplog.clear()
+
+
+async def test_a_mistake_in_a_delivery_is_not_the_senders(ws, caplog, monkeypatch):
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as client:
+        with monkeypatch.context() as patch:
+
+            def mistaken(event, wire_format):
+                raise LookupError("a mistake")
+
+            patch.setattr(Event, "frame", mistaken)
+            await client.send("lost")
+            await until(lambda: caplog.records)
+        await client.send("and on")
+        assert await client.recv() == "and on"
+    assert [record.getMessage() for record in caplog.records] == ["messages were lost"]
     caplog.clear()
 
 
