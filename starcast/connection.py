@@ -181,19 +181,18 @@ class Connection:
         sending = self.outbox.in_flight is not None and not self._ended
         return self._presence.is_stuck(sending, self.shard.tuning.send_timeout)
 
-    @property
-    def receives(self) -> bool:
-        """Whether `receive` may be called: nobody has replaced what a handler's receive calls."""
-        return self._handler.receives
-
-    def receive(self, take: Take) -> Awaitable[Message]:
-        """Receive the handler's next message that `take` does not handle. Only if it `receives`.
+    def receive(self, take: Take) -> Awaitable[Message] | None:
+        """Receive the handler's next message that `take` does not handle.
 
         Args:
             take: Called where a message is read, which is not in the handler's task. It returns
                 whether it has handled the message.
+
+        Returns:
+            None if `websocket.receive` has to be called: the client is not on the fast path, or
+            somebody has replaced it.
         """
-        return self._handler.direct_receive(take)
+        return self._handler.direct_receive(take) if self._handler.is_direct else None
 
     # What is sent
 

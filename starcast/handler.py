@@ -131,7 +131,7 @@ class Handler:
     # Receive
 
     @property
-    def receives(self) -> bool:
+    def is_direct(self) -> bool:
         """Whether `websocket.receive` is still the handler's own, on the fast path."""
         return self._websocket.receive is self._installed and self._direct is not None
 

@@ -87,14 +87,14 @@ class Shortcut:
         websocket, source = self._websocket, self._source
         self._asked = None
         connection = self._relay.hub.find(websocket)
-        is_plain = self._is_plain is None or self._is_plain()
-        if connection is None or not connection.receives or not is_plain:
-            return websocket.receive()
-        # A message is only taken while all of this is as it is now.
-        self._connection, self._receive = connection, websocket.receive
-        self._on_receive, self._decode = source.on_receive, source.decode
-        self._run = contextvars.copy_context().run
-        return connection.receive(self._take)
+        receiving = None
+        if connection is not None and (self._is_plain is None or self._is_plain()):
+            # A message is only taken while all of this is as it is now.
+            self._connection, self._receive = connection, websocket.receive
+            self._on_receive, self._decode = source.on_receive, source.decode
+            self._run = contextvars.copy_context().run
+            receiving = connection.receive(self._take)
+        return websocket.receive() if receiving is None else receiving
 
     def channel(self, websocket: WebSocket) -> Channel:
         """Return the channel of the message that was received, or raise what `get_channel` did."""

@@ -87,12 +87,15 @@ class HardenedProtocol(ReadingProtocol):
 
     def eof_received(self) -> None:
         """Treat a client that will send nothing more as one that has left."""
+        self._has_eof = True
         self.stop_keepalive()
         code = NO_STATUS if self.handshake_complete else ABNORMAL
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
         self._abort_later()
 
     def handle_parser_exception(self) -> None:
+        if self._has_ended:
+            return  # it was read before the connection ended, and nobody is there to be told
         closed = self.conn.close_sent
         if closed is None:  # before the handshake is over, no close frame can be sent
             self.queue.put_nowait({"type": "websocket.disconnect", "code": ABNORMAL})
@@ -115,7 +118,8 @@ class HardenedProtocol(ReadingProtocol):
 
     def keepalive_timeout(self) -> None:
         unsent = self.transport.get_write_buffer_size()
-        is_alive = self._heard or (self._pongs_wait and unsent < self._unsent)
+        slowly_reads = self._pongs_wait and unsent < self._unsent
+        is_alive = self._heard or self._is_paused or slowly_reads
         if is_alive and self.ping_timeout is not None:
             # The pong may be queued behind data that is not read yet, because the channel or the
             # app cannot keep up, or because the client reads its own pongs slowly.
@@ -140,7 +144,6 @@ class HardenedProtocol(ReadingProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._forget()
         super().connection_lost(exc)
 
     def abort(self) -> None:

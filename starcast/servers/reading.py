@@ -66,6 +66,7 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
     _has_inflated = False  # whether a message was inflated in place
     _queued_bytes = 0  # of the messages that were queued since none waited
     _pongs_wait = False  # the client does not read its pongs; until then, nothing more is read
+    _has_eof = False  # the client will send nothing more
     _heard = False  # whether anything was received from the client since the last ping
 
     def slim(self) -> None:
@@ -96,6 +97,8 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
                 self._follows = False
                 if self._read_alone(data):
                     return
+            if self._has_ended:
+                return  # TLS may go on for a while
             if not self._unparsed:
                 self._unparsed = data
             elif isinstance(self._unparsed, bytearray):
@@ -151,9 +154,13 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
     def _parse(self) -> None:
         """Parse what was read, until it is to be paused or the event loop has other work to do."""
         data, begin, size, deadline = self._unparsed, 0, len(self._unparsed), 0.0
+        had_ended = self._has_ended
         while begin < size and not self._is_paused and not self._pongs_wait:
             if self._is_between:
-                found = find_frame(data, begin, self.config.ws_max_size)
+                max_size = self.config.ws_max_size
+                if max_size is not None and self.frames:
+                    max_size -= self.conn.current_size or 0
+                found = find_frame(data, begin, max_size)
                 if found is None:  # the rest is still to come
                     break
                 first, content, end = found
@@ -173,10 +180,10 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
             self._follows = end < size
             super().data_received(bytes(data[begin:end]))
             begin = end
-            if self.transport.is_closing():
+            if self.transport.is_closing() and not had_ended:
                 begin = size
             elif (now := self.loop.time()) > (deadline := deadline or now + SLICE):
-                self.transport.pause_reading()
+                self._pause_reading()
                 self.loop.call_soon(self._parse_more)
                 break
         if begin:  # without a copy of the frame that is still arriving
@@ -184,10 +191,31 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
 
     def _parse_more(self) -> None:
         """Parse what was read, and then read more, unless reading is paused."""
-        if not self._is_paused and not self._pongs_wait and not self.disconnected:
+        if not self._is_paused and not self._pongs_wait and not self._has_ended:
             self.transport.resume_reading()
             self._heard = True
             self._parse()
+
+    def _parse_rest(self, end: Any) -> None:
+        """Parse more of what was read before the connection ended.
+
+        Args:
+            end: The disconnect that the app is to receive after that. A close frame has precedence.
+        """
+        size = len(self._unparsed)
+        self._is_paused = self._pongs_wait = False
+        self._queued_bytes = 0
+        self._parse()
+        closed = self.conn.close_rcvd
+        if closed is not None:
+            end = {**end, "code": closed.code, "reason": closed.reason}
+        if closed is not None or len(self._unparsed) == size:  # the frame is not complete
+            self._unparsed = b""
+        self.queue.put_nowait(end)
+
+    def _pause_reading(self) -> None:
+        if not self._has_ended:
+            self.transport.pause_reading()
 
     def _resume_reading(self) -> None:
         if self._unparsed:
@@ -214,16 +242,27 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
         self._queued_bytes += len(payload)
         if self._queued_bytes >= MAX_QUEUED_BYTES or self.queue.qsize() >= MAX_QUEUED:
             self._is_paused = True
-            self.transport.pause_reading()
+            self._pause_reading()
 
     async def receive(self) -> ASGIReceiveEvent:
         message = await self.queue.get()
+        while self._unparsed and message["type"] == "websocket.disconnect" and self._has_ended:
+            while not self.queue.empty():
+                await self.queue.get()  # the same, reported once more
+            self._parse_rest(message)
+            await asyncio.sleep(0)
+            message = await self.queue.get()
         self._heard = True
         if self.queue.empty():
             self._queued_bytes = 0
             if self._is_paused:
                 self.read_paused = False
         return message
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the connection has ended, apart from what was read before."""
+        return self._has_eof or self.transport.is_closing()
 
     @property
     def read_paused(self) -> bool:
@@ -239,6 +278,9 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
             self._resume_reading()
 
     def handle_ping(self) -> None:
+        if self._has_ended:
+            self.conn.data_to_send()  # nobody would read the pong
+            return
         super().handle_ping()
         if not self.writable.is_set():
             self._pongs_wait = True
@@ -267,11 +309,6 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
         """Close the connection because of what the client sent."""
         self.conn.fail(code, reason)
         self.handle_parser_exception()
-
-    def _forget(self) -> None:
-        """Drop what was read: the connection is lost, so there is nothing to resume."""
-        self._unparsed = b""
-        self._is_paused = False
 
     def _close_transport(self) -> None:
         # After a second `close`, asyncio's TLS transport cannot be aborted any more.

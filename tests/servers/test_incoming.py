@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -289,3 +290,36 @@ def test_every_cut():
         pieces = [data[:end], data[end:]]
         assert asyncio.run(outcome(pieces, False, BroadcastProtocol)) == whole
         assert asyncio.run(outcome(pieces, False, adopted_at=1)) == whole
+
+
+async def after_the_end() -> int:
+    """Send a large message to a connection that is closing; return the bytes that are kept."""
+
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        accepted.set()
+        await ended.wait()
+
+    accepted, ended = asyncio.Event(), asyncio.Event()
+    config = uvicorn.Config(app, ws_ping_interval=None, log_config=None)
+    config.load()
+    protocol: Any = BroadcastProtocol(config, ServerState(), {}, asyncio.get_running_loop())
+    protocol.connection_made(Transport())
+    protocol.data_received(HANDSHAKE.format("").encode())
+    await accepted.wait()
+    protocol.shutdown()
+    sent = frame(BINARY, bytes(1_000_000))
+    tracemalloc.start()
+    for start in range(0, 900_000, 10_000):
+        protocol.data_received(sent[start : start + 10_000])
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    ended.set()
+    await until(lambda: not protocol.tasks)
+    protocol.connection_lost(None)
+    return kept
+
+
+def test_what_still_comes_over_tls_while_a_connection_is_closing_takes_no_memory():
+    assert asyncio.run(after_the_end()) < 100_000
