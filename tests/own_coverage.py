@@ -89,6 +89,7 @@ OWN: dict[str, list[str]] = {
     "servers/reading.py": [
         "servers/test_incoming.py",
         "servers/test_lean.py",
+        "servers/test_reading.py",
         "scenarios/test_bad_clients.py",
         "test_adoption.py",
     ],
