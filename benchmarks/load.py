@@ -313,10 +313,8 @@ class Load:
         self.members[0][0].send(data)
         deadline = began + STALL
         while missing > 0:
-            pinger = self.pinger
-            if pinger and not pinger.pinged and time.perf_counter() >= pinger.next_ping:
-                pinger.ping()
-            got = self.pump(PING_EVERY if pinger else 0.5)
+            self._ping()
+            got = self.pump(PING_EVERY if self.pinger else 0.5)
             for _, more in got:
                 missing -= more
             if got:
@@ -328,6 +326,11 @@ class Load:
         return time.perf_counter() - began
 
     pinger: Client | None = None
+
+    def _ping(self) -> None:
+        pinger = self.pinger
+        if pinger and not pinger.pinged and time.perf_counter() >= pinger.next_ping:
+            pinger.ping()
 
     # Kinds
 
@@ -369,8 +372,7 @@ class Load:
         while rounds < 2 or time.perf_counter() < end:
             self.round(next(frames), task.batch)
             rounds += 1
-        if task.pings:
-            self.pinger = list(self.clients.values())[-1]
+        self._start_pings()
         self.bytes = 0
         times = []
         before = accounting.cpu_seconds(self.pids)
@@ -389,11 +391,23 @@ class Load:
         self._compare({0: self.sent})
         deliveries = len(times) * task.batch * len(self.clients)
         result = self._figures(deliveries, elapsed, cpu, own, times)
-        if self.pinger:
-            lags = self.pinger.lags
-            result["ping_p50_ms"] = percentile(lags, 50) * 1e3 if lags else None
-            result["ping_max_ms"] = max(lags) * 1e3 if lags else None
+        result |= self._lags()
         return result
+
+    def _start_pings(self) -> None:
+        if self.task.pings:
+            self.pinger = list(self.clients.values())[-1]
+
+    def _lags(self) -> dict:
+        """How long pings took to be answered."""
+        lags = self.pinger.lags if self.pinger else []
+        if not lags:
+            return {}
+        return {
+            "ping_p50_ms": percentile(lags, 50) * 1e3,
+            "ping_p99_ms": percentile(lags, 99) * 1e3,
+            "ping_max_ms": max(lags) * 1e3,
+        }
 
     def _rooms(self) -> dict:
         """Publish to the rooms in turn, so that a number of them wait for their message."""
@@ -406,13 +420,14 @@ class Load:
         turn = busy = deliveries = 0
         times: list[float] = []
         clock = time.perf_counter
-        now = clock()
+        now = heard = clock()
         warm = now + min(WARM_UP, task.seconds)
         began = before = own_before = 0.0
         end = None
         while True:
             now = clock()
             if end is None and now >= warm and turn >= task.rooms:
+                self._start_pings()
                 times, deliveries, self.bytes = [], 0, 0
                 before = accounting.cpu_seconds(self.pids)
                 own_before = time.process_time()
@@ -431,8 +446,11 @@ class Load:
                     busy += 1
             elif not busy:
                 break
-            got = self.pump(STALL)
-            if not got:
+            self._ping()
+            got = self.pump(PING_EVERY if self.pinger else STALL)
+            if got:
+                heard = now
+            elif now - heard > STALL:
                 raise Failed(f"stalled: {busy} rooms wait for {STALL:g} seconds")
             for client, count in got:
                 room = client.room
@@ -447,7 +465,7 @@ class Load:
         own = time.process_time() - own_before
         cpu = accounting.cpu_seconds(self.pids) - before
         self._compare(sent)
-        return self._figures(deliveries, elapsed, cpu, own, times)
+        return self._figures(deliveries, elapsed, cpu, own, times) | self._lags()
 
     def _talks(self) -> dict:
         """Each client has one message in flight: it sends the next when its room's are there.

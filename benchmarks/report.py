@@ -300,6 +300,11 @@ CPU, RATE, P50, P99 = (
 )
 
 
+PINGS = {
+    "ping_p50_ms": "a ping is answered, p50 ms",
+    "ping_p99_ms": "p99 ms",
+    "ping_max_ms": "at the latest, ms",
+}
 MESSAGE = "server CPU, us per message received"
 CONNECTION, CONNECTIONS = "server CPU, us per connection", "connections a second"
 
@@ -324,7 +329,13 @@ def sections(results: Results) -> list[tuple[str, str]]:
             _variants(
                 results,
                 "E",
-                {"cpu_us": CPU, "deliveries_per_second": RATE, "p50_ms": P50, "p99_ms": P99},
+                {
+                    "cpu_us": CPU,
+                    "deliveries_per_second": RATE,
+                    "p50_ms": P50,
+                    "p99_ms": P99,
+                    **PINGS,
+                },
             ),
         ),
         (
@@ -364,8 +375,7 @@ def sections(results: Results) -> list[tuple[str, str]]:
                     "cpu_us": CPU,
                     "p50_ms": P50,
                     "p99_ms": P99,
-                    "ping_p50_ms": "a ping is answered, p50 ms",
-                    "ping_max_ms": "at the latest, ms",
+                    **PINGS,
                 },
             ),
         ),

@@ -95,7 +95,12 @@ SCENARIOS = {
             "E",
             "1,000 rooms of 10 clients, 128 bytes, published to in turn, 40 rooms in flight",
             ("starcast", "floor"),
-            {"": {"kind": "rooms", "clients": 10_000, "rooms": 1000, "in_flight": 40}},
+            {
+                "": {
+                    **{"kind": "rooms", "clients": 10_000, "rooms": 1000, "in_flight": 40},
+                    "pings": True,
+                }
+            },
         ),
         Scenario(
             "N",

@@ -14,6 +14,7 @@ hub is made with `ready_frames=False`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -158,8 +159,7 @@ def adopt(protocol: Any) -> Wire | None:
     """
     if isinstance(protocol, BroadcastProtocol):  # a hub had the client before
         return _open(protocol)
-    missing = {name for name in _METHODS if not hasattr(protocol, name)}
-    missing |= _ATTRIBUTES.difference(vars(protocol))
+    missing = _missing_methods(type(protocol)) | _ATTRIBUTES.difference(vars(protocol))
     if missing:
         _not_supported(", ".join(sorted(missing)))
         return None
@@ -183,6 +183,11 @@ _METHODS = frozenset(
     send_500_response send_keepalive_ping send_receive_event_to_app shutdown stop_keepalive
     """.split()  # noqa: SIM905  # a list would take a line for each
 )
+
+
+@functools.cache
+def _missing_methods(cls: type) -> frozenset[str]:
+    return frozenset(name for name in _METHODS if not hasattr(cls, name))
 
 
 def _open(protocol: BroadcastProtocol) -> Wire | None:
