@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
@@ -225,10 +226,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
     def _is_plain(self) -> bool:
         """Whether a message is published as it comes: nobody has replaced what is in between."""
-        return (
-            getattr(self.on_receive, "__func__", None) is _ON_RECEIVE
-            and getattr(self.decode, "__func__", None) is _DECODE
-        )
+        return _is_own(self.on_receive, _ON_RECEIVE) and _is_own(self.decode, _DECODE)
 
     async def _on_message(self, message: Message) -> None:
         websocket = self._websocket
@@ -238,6 +236,11 @@ class BroadcastEndpoint(WebSocketEndpoint):
             if serving.has_handler(websocket, exc):
                 raise
             raise serving.invalid(exc) from None
+
+
+def _is_own(method: object, function: object) -> bool:
+    """Whether it is a method that is this function, and no proxy that claims to be one."""
+    return type(method) is MethodType and method.__func__ is function
 
 
 # As they are here: a tracing library may replace them in the class.

@@ -9,7 +9,7 @@ the hub has given up the client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FunctionType, MethodType
 from typing import Any, Protocol, TypeGuard
 
@@ -41,19 +41,20 @@ class Client(Protocol):
         """Call it when the client has had time for a close frame."""
 
 
-# Takes a message, as the app gets it and as bytes, and returns whether it has handled it.
+# Handles a message where it is read, in place of the task that waits for it and as if by that task.
+# Called with the message, as the app gets it and as bytes; returns whether it has handled it.
 Take = Callable[[str | bytes, bytes], bool]
+
+# Returns the next message that is not handled in this way.
+DirectReceive = Callable[[Take | None], Awaitable[Message]]
 
 
 class Reader(Protocol):
     """What reads from the client on the fast path."""
 
     @property
-    def receive(self) -> Receive:
+    def receive(self) -> DirectReceive:
         """The server's `receive` for this client."""
-
-    def hand_to(self, take: Take | None) -> None:
-        """Hand messages that the app waits for to `take`, where they are read."""
 
     def stop_receiving(self, code: int) -> None:
         """Let the app, which is waiting in `receive`, receive a disconnect."""
@@ -94,7 +95,7 @@ class Handler:
         if has_plain_send(websocket):
             self.send_event = getattr(websocket, "_send", self.send)
         self._reader = reader
-        self._direct: Receive | None = None
+        self._direct: DirectReceive | None = None
         receive = self._guarded_receive
         if reader is not None and has_plain_receive(websocket, reader.receive):
             self._direct, receive = reader.receive, self.direct_receive
@@ -144,15 +145,12 @@ class Handler:
         client, websocket = self._client, self._websocket
         if self.over or client.code is not None or websocket.client_state is not CONNECTED:
             return await self._guarded_receive()
-        assert self._reader is not None
         assert self._direct is not None
         self._receiving = True
-        self._reader.hand_to(take)
         try:
-            message = await self._direct()
+            message = await self._direct(take)
         finally:
             self._receiving = None
-            self._reader.hand_to(None)
         if client.code is not None:  # it was closed meanwhile
             if self._timer is not None:
                 self._timer.cancel()
@@ -242,7 +240,7 @@ def is_defined_in(modules: tuple[str, ...], function: object) -> TypeGuard[Funct
     return type(function) is FunctionType and function.__globals__.get("__name__") in modules
 
 
-def has_plain_receive(websocket: WebSocket, receive: Receive) -> bool:
+def has_plain_receive(websocket: WebSocket, receive: object) -> bool:
     """Whether `websocket.receive` is Starlette's, and calls that of the server."""
     own: Any = websocket.receive
     is_plain = owner(own) is websocket and is_defined_in(("starlette.websockets",), own.__func__)

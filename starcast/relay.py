@@ -119,35 +119,6 @@ class Relay:
                 logger.error("messages of clients are being lost: %s", exc)
             await self._tell(data, exc)
 
-    def publish_now(self, event: Event, data: Any) -> bool:
-        """Publish a message of a client that is registered, unless something has to wait.
-
-        Args:
-            event: The message.
-            data: What the hook is to be given if it is lost.
-
-        Returns:
-            Whether it was published. If not, `publish` does it.
-        """
-        hub = self.hub
-        is_full = (
-            self._unconfirmed + 1 >= MAX_UNCONFIRMED
-            or self._unconfirmed_cost + event.cost >= MAX_UNCONFIRMED_COST
-        )
-        if (
-            is_full
-            or self._telling is not None
-            or not hub.lifecycle.running
-            or self._is_crowded(event)
-        ):
-            return False
-        try:
-            hub.dispatcher.publish(event, on_lost=self._on_lost(data))
-        except (PublishQueueFull, BackendUnavailable, PayloadTooLarge):
-            return False
-        self._must_wait(event)
-        return True
-
     def _is_crowded(self, event: Event) -> bool:
         """Whether so much is on its way that the event may have to wait."""
         shard = self.shard

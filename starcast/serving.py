@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from starlette.exceptions import WebSocketException
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -48,17 +49,22 @@ def has_handler(websocket: WebSocket, exc: Exception) -> bool:
     return handler is not None and getattr(handler, "__func__", None) is not starlettes
 
 
-class _Fixed:
-    """The channel and the encoding of a client that `serve` serves."""
+class _Publisher:
+    """Publishes what a client of `serve` sends."""
 
-    on_receive = decode = None
-
-    def __init__(self, channel: Channel, encoding: Encoding | None) -> None:
+    def __init__(self, relay: Relay, channel: Channel, encoding: Encoding | None) -> None:
+        self._relay = relay
         self._channel = channel
         self.encoding = encoding
 
     def get_channel(self, websocket: WebSocket) -> Channel:
         return self._channel
+
+    async def decode(self, websocket: WebSocket, message: Message) -> Any:
+        return codec.decode(message, self.encoding)
+
+    async def on_receive(self, websocket: WebSocket, data: Any) -> None:
+        await self._relay.publish(self._channel, data, self.encoding)
 
 
 async def serve(
@@ -78,14 +84,13 @@ async def serve(
     beats = _heartbeats.check(heartbeats)
     bound = inbound.check(max_message)
     relay = Relay(hub, websocket, on_publish_error or close_sender)
-    shortcut = None
-    if publish:
-        shortcut = Shortcut(relay, _Fixed(channel, encoding))
+    publisher = _Publisher(relay, channel, encoding)
+    shortcut = Shortcut(relay, publisher, lambda: True) if publish else None
 
     async def on_message(message: Message) -> None:
         if not publish:
             raise InvalidMessage(POLICY_VIOLATION, "listen only")
-        await relay.publish(channel, codec.decode(message, encoding), encoding)
+        await publisher.on_receive(websocket, await publisher.decode(websocket, message))
 
     try:
         await connect()

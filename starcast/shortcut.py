@@ -1,21 +1,21 @@
 """Shortcut: publishes what a client sends where it is read, if nothing has to wait for that.
 
-On the fast path a message does not need the task of its sender, and in memory, if it is for a few
-members, not even another iteration of the event loop. Without both it takes half as long. Whatever
-is not as simple is left to the task.
+On the fast path, in memory and for a few members, a message needs neither the task of its sender
+nor another iteration of the event loop. Without both it takes half as long. Whatever is not as
+simple is left to the task.
 
-It must not be noticed. So `get_channel` is called once for each message, whoever publishes it, and
-sees the task and the context variables of its client. A hook or a `receive` that somebody puts in
-between, at any time, sees every message.
+It must not be noticed. What is called here is called once for each message, in the context of the
+client's task, as its current task, and only if it is that task's turn to receive. A hook or a
+`receive` that somebody puts in between, at any time, gets every message. The one thing that differs
+is `get_channel` if it does more than to name the channel: what it starts may come before a message
+that has to wait, because that is still on its way to the task.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import sys
-from asyncio import _enter_task, _leave_task
 from collections.abc import Awaitable, Callable
+from types import MethodType
 from typing import Any, Protocol
 
 from starlette.types import Message
@@ -24,7 +24,6 @@ from starlette.websockets import WebSocket
 from . import codec
 from .codec import Channel, Encoding
 from .event import Event
-from .exceptions import InvalidChannel
 from .heartbeats import Heartbeats
 from .relay import Relay
 
@@ -37,67 +36,63 @@ class Source(Protocol):
 
     encoding: Encoding | None
 
-    @property
-    def on_receive(self) -> Any:
-        """What a message passes on its way to the relay, or None."""
-
-    @property
-    def decode(self) -> Any:
-        """What it passes before that, or None."""
-
     def get_channel(self, websocket: WebSocket) -> Channel:
         """Return the channel of what the client sends."""
 
+    async def decode(self, websocket: WebSocket, message: Message) -> Any:
+        """Return what `on_receive` gets."""
+
+    async def on_receive(self, websocket: WebSocket, data: Any) -> None:
+        """Publish it."""
+
 
 class Shortcut:
-    """See the module. Made in the client's task.
+    """See the module.
 
     Args:
         relay: That of the client, which publishes everything else.
         source: What serves the client.
-        is_plain: Returns whether the source publishes a message as it comes; None if it always
-            does.
+        is_plain: Returns whether its `decode` and `on_receive` publish a message as it comes.
     """
 
     __slots__ = (
         *("_asked", "_bound", "_connection", "_decode", "_heartbeats", "_is_plain", "_on_receive"),
-        *("_receive", "_relay", "_run", "_source", "_task", "_websocket"),
+        *("_receive", "_relay", "_source", "_websocket"),
     )
 
-    def __init__(
-        self, relay: Relay, source: Source, is_plain: Callable[[], bool] | None = None
-    ) -> None:
+    def __init__(self, relay: Relay, source: Source, is_plain: Callable[[], bool]) -> None:
         self._relay = relay
         self._websocket = relay.websocket
         self._source = source
         self._is_plain = is_plain
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        # What `get_channel` returned or raised for the message that is left to the task.
+        # What `get_channel` returned, or what was raised, for the message that the task gets next.
         self._asked: tuple[Any, BaseException | None] | None = None
 
     def set_bounds(self, max_message: int | None, heartbeats: Heartbeats | None) -> None:
         """Leave longer messages, in bytes, and heartbeats to the task."""
         self._bound = max_message or sys.maxsize
-        self._heartbeats = heartbeats or ()
+        self._heartbeats = () if heartbeats is None else heartbeats
 
     def receive(self) -> Awaitable[Message]:
-        """Receive the next message that is left to the task. Call it there."""
-        websocket, source = self._websocket, self._source
+        """Receive the next message that is left to the task, which calls this."""
+        relay, websocket, source = self._relay, self._websocket, self._source
         self._asked = None
-        connection = self._relay.hub.find(websocket)
+        connection = relay.hub.find(websocket)
         receiving = None
-        if connection is not None and (self._is_plain is None or self._is_plain()):
+        if (
+            connection is not None
+            and relay.hub.link.is_local
+            and relay.hub.settings.dumps is codec.dumps  # another may tell when it is called
+            and self._is_plain()
+        ):
             # A message is only taken while all of this is as it is now.
             self._connection, self._receive = connection, websocket.receive
             self._on_receive, self._decode = source.on_receive, source.decode
-            self._run = contextvars.copy_context().run
             receiving = connection.receive(self._take)
         return websocket.receive() if receiving is None else receiving
 
     def channel(self, websocket: WebSocket) -> Channel:
-        """Return the channel of the message that was received, or raise what `get_channel` did."""
+        """Return the channel of the message that was received, or raise what was raised for it."""
         if self._asked is None:
             return self._source.get_channel(websocket)
         (channel, error), self._asked = self._asked, None
@@ -106,43 +101,39 @@ class Shortcut:
         return channel  # type: ignore[no-any-return]  # whatever it is: it is still to be checked
 
     def _take(self, content: str | bytes, payload: bytes) -> bool:
-        """Publish a message, or return False."""
-        source, websocket = self._source, self._websocket
-        data: Any = content
+        """Publish a message, or return False. What it raises is raised in the task."""
+        source, relay = self._source, self._relay
         try:
-            if (
-                len(payload) > self._bound
-                or content in self._heartbeats
-                or not self._connection.channels  # it has left or is closed
-                or websocket.receive is not self._receive
-                or source.on_receive != self._on_receive
-                or source.decode != self._decode
-                or not isinstance(content, _TYPES[source.encoding])
-            ):
+            encoding = source.encoding
+            if self._is_left(content, payload) or not isinstance(content, _TYPES[encoding]):
                 return False
-            if source.encoding == "json":
+            if encoding == "json":
                 data = codec.decode({"text": content}, "json")
-                content, payload = codec.encode(data, "json", self._relay.hub.settings.dumps)
+                content, payload = codec.encode(data, "json", codec.dumps)
         except Exception:
-            return False  # the same error occurs in the task
-        channel, error, loop, task = None, None, self._relay.shard.loop, self._task
-        _enter_task(loop, task)
+            return False  # nobody has seen anything, so the task can try again
+        channel = error = None
         try:
-            channel = self._run(source.get_channel, websocket)
+            channel = source.get_channel(self._websocket)
+            if source.encoding == encoding:
+                event = Event(codec.check_channel(channel), content, payload)
+                if relay.hub.dispatcher.write_now(event, relay.shard, relay.max_unchecked):
+                    return True
         except BaseException as exc:
             error = exc
-        _leave_task(loop, task)
-        if error is None and self._publish(channel, content, payload, data):
-            return True
         self._asked = channel, error
         return False
 
-    def _publish(self, channel: Any, content: str | bytes, payload: bytes, data: Any) -> bool:
-        try:
-            event = Event(codec.check_channel(channel), content, payload)
-        except InvalidChannel:
-            return False
-        relay = self._relay
-        return relay.hub.dispatcher.write_now(
-            event, relay.shard, relay.max_unchecked
-        ) or relay.publish_now(event, data)
+    def _is_left(self, content: str | bytes, payload: bytes) -> bool:
+        """Whether something else than the relay is to get a message, or nothing at all."""
+        source = self._source
+        on_receive, decode = source.on_receive, source.decode
+        return (
+            len(payload) > self._bound
+            or content in self._heartbeats
+            or not self._connection.channels  # it has left or is closed
+            or self._websocket.receive is not self._receive
+            # A proxy may claim to be what it wraps.
+            or not (type(on_receive) is MethodType and on_receive == self._on_receive)
+            or not (type(decode) is MethodType and decode == self._decode)
+        )

@@ -18,13 +18,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from starlette.types import Receive
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
 from . import logs
 from .frames import PLAIN, WireFormat
-from .handler import Take
+from .handler import DirectReceive
 from .servers.hardened import HardenedProtocol
 
 
@@ -81,22 +80,12 @@ class Wire:
         self._protocol.abort()
 
     @property
-    def receive(self) -> Receive:
+    def receive(self) -> DirectReceive:
         """The server's `receive` for this client."""
         return self._protocol.receive  # type: ignore[return-value]  # uvicorn has TypedDicts
 
-    def hand_to(self, take: Take | None) -> None:
-        """Hand messages that the app waits for to `take`, where they are read.
-
-        Args:
-            take: Called with a message, as the app would receive it and as bytes. It returns
-                whether it has handled the message. If not, the app receives it.
-        """
-        self._protocol.take = take
-
     def stop_receiving(self, code: int) -> None:
         """Let the app, which is waiting in `receive`, receive a disconnect."""
-        self._protocol.take = None
         self._protocol.queue.put_nowait({"type": "websocket.disconnect", "code": code})
 
     @property
@@ -159,7 +148,7 @@ def adopt(protocol: Any) -> Wire | None:
     """
     if isinstance(protocol, BroadcastProtocol):  # a hub had the client before
         return _open(protocol)
-    missing = _missing_methods(type(protocol)) | _ATTRIBUTES.difference(vars(protocol))
+    missing = _missing_methods(protocol.__class__) | _ATTRIBUTES.difference(vars(protocol))
     if missing:
         _not_supported(", ".join(sorted(missing)))
         return None

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from asyncio import _enter_task, _leave_task
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
+
+from ..handler import Take
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent
@@ -30,6 +34,43 @@ def _leave(waiters: list[Waiter], waiter: Waiter) -> None:
         waiters.remove(waiter)
 
 
+class Turn(asyncio.Future[None]):
+    """A task's wait for the next message, which it can also handle without being woken.
+
+    Args:
+        loop: Its event loop.
+        task: The task.
+        take: See `Inbox.get`.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any] | None, take: Take
+    ) -> None:
+        super().__init__(loop=loop)
+        self._task = task
+        self._take = take
+        self._context: Context | None = None  # that of the task, once it waits
+
+    def add_done_callback(self, callback: Any, *, context: Context | None = None) -> None:
+        """Called by the task, with its context."""
+        self._context = context
+        super().add_done_callback(callback, context=context)
+
+    def handle(self, content: str | bytes, payload: bytes) -> bool:
+        """Call `take` as the task would: in its context, and as the current task."""
+        if self._task is None or self._context is None:
+            return False
+        loop = self.get_loop()
+        try:
+            _enter_task(loop, self._task)
+        except RuntimeError:  # it is a task that hands over what was read
+            return False
+        try:
+            return self._context.run(self._take, content, payload)
+        finally:
+            _leave_task(loop, self._task)
+
+
 class Inbox:
     """Messages that the app has not received yet: what uvicorn uses of an `asyncio.Queue`.
 
@@ -46,10 +87,36 @@ class Inbox:
         self._messages.append(message)
         _wake_first(self._waiters)
 
-    async def get(self) -> ASGIReceiveEvent:
-        """Remove and return the oldest message. Wait for one if there is none."""
+    def handle(self, content: str | bytes, payload: bytes) -> bool:
+        """Let the task whose turn it is handle a message without being woken, if it can.
+
+        Args:
+            content: The message.
+            payload: The same as bytes.
+
+        Returns:
+            Whether it has. If not, put the message.
+        """
+        if self._messages:
+            return False
+        for waiter in self._waiters:
+            if not waiter.done():
+                return isinstance(waiter, Turn) and waiter.handle(content, payload)
+        return False
+
+    async def get(self, take: Take | None = None) -> ASGIReceiveEvent:
+        """Remove and return the oldest message. Wait for one if there is none.
+
+        Args:
+            take: Handles a message in place of this task, while it waits, or returns False.
+        """
         while not self._messages:
-            waiter: Waiter = asyncio.get_running_loop().create_future()
+            waiter: Waiter
+            loop = asyncio.get_running_loop()
+            if take is None:
+                waiter = loop.create_future()
+            else:
+                waiter = Turn(loop, asyncio.current_task(), take)
             self._waiters.append(waiter)
             try:
                 await waiter

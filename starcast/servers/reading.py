@@ -58,7 +58,6 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
     """
 
     # These are class attributes, so that an object of uvicorn's class can become one of this class.
-    take: Take | None = None  # see `Reader.hand_to`
     _unparsed: bytes | bytearray = b""  # read but not parsed yet
     _is_between = False  # whether the parser of websockets is known to be between two frames
     _follows = False  # whether something was read after what is being parsed
@@ -233,19 +232,24 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
             except UnicodeDecodeError as exc:
                 self._fail(INVALID_DATA, f"{exc.reason} at position {exc.start}")
                 return
-        if self.take is not None:
-            if not self._follows and self.take(content, payload):
-                return
-            self.take = None  # the app does not wait any more
+        queue: Any = self.queue
+        if not self._follows and isinstance(queue, Inbox) and queue.handle(content, payload):
+            return
         message = {"type": "websocket.receive", "text" if is_text else "bytes": content}
-        self.queue.put_nowait(message)  # type: ignore[arg-type]  # uvicorn has TypedDicts
+        queue.put_nowait(message)
         self._queued_bytes += len(payload)
-        if self._queued_bytes >= MAX_QUEUED_BYTES or self.queue.qsize() >= MAX_QUEUED:
+        if self._queued_bytes >= MAX_QUEUED_BYTES or queue.qsize() >= MAX_QUEUED:
             self._is_paused = True
             self._pause_reading()
 
-    async def receive(self) -> ASGIReceiveEvent:
-        message = await self.queue.get()
+    async def receive(self, take: Take | None = None) -> ASGIReceiveEvent:
+        """Return the next message for the app that `take` does not handle: see `Inbox.get`."""
+        queue: Any = self.queue
+        message: ASGIReceiveEvent
+        if take is not None and isinstance(queue, Inbox):
+            message = await queue.get(take)
+        else:
+            message = await queue.get()
         while self._unparsed and message["type"] == "websocket.disconnect" and self._has_ended:
             while not self.queue.empty():
                 await self.queue.get()  # the same, reported once more
