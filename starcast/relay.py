@@ -82,6 +82,18 @@ class Relay:
         self._telling: asyncio.Task[None] | None = None
         self._ended = False
 
+    def event(self, channel: Channel, data: Any, encoding: Encoding | None) -> Event:
+        """Return what is published for a message of the client.
+
+        Raises:
+            InvalidMessage: It can be read and not be sent on.
+        """
+        try:
+            return self.hub.event(codec.check_channel(channel), data, None, encoding)
+        except EncodingError as exc:
+            # It could be read and cannot be written: a number too large for `dumps=`, say.
+            raise InvalidMessage(INVALID_DATA, "cannot be sent on") from exc
+
     async def publish(self, channel: Channel, data: Any, encoding: Encoding | None) -> None:
         """Publish a message of the client, as soon as the channel's members can take it.
 
@@ -92,11 +104,7 @@ class Relay:
             Exception: Whatever the hook raises.
         """
         hub = self.hub
-        try:
-            event = hub.event(codec.check_channel(channel), data, None, encoding)
-        except EncodingError as exc:
-            # It could be read and cannot be written: a number too large for `dumps=`, say.
-            raise InvalidMessage(INVALID_DATA, "cannot be sent on") from exc
+        event = self.event(channel, data, encoding)
         # A hook that publishes the message again runs in that very task.
         if self._telling is not None and self._telling is not asyncio.current_task():
             await asyncio.wait([self._telling])

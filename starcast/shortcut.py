@@ -103,37 +103,34 @@ class Shortcut:
     def _take(self, content: str | bytes, payload: bytes) -> bool:
         """Publish a message, or return False. What it raises is raised in the task."""
         source, relay = self._source, self._relay
+        data: Any = content
         try:
-            encoding = source.encoding
-            if self._is_left(content, payload) or not isinstance(content, _TYPES[encoding]):
+            encoding, on_receive, decode = source.encoding, source.on_receive, source.decode
+            if (
+                len(payload) > self._bound
+                or content in self._heartbeats
+                or not isinstance(content, _TYPES[encoding])
+                or not self._connection.channels  # it has left or is closed
+                or self._websocket.receive is not self._receive
+                # A proxy may claim to be what it wraps.
+                or not (type(on_receive) is MethodType and on_receive == self._on_receive)
+                or not (type(decode) is MethodType and decode == self._decode)
+            ):
                 return False
             if encoding == "json":
                 data = codec.decode({"text": content}, "json")
-                content, payload = codec.encode(data, "json", codec.dumps)
         except Exception:
             return False  # nobody has seen anything, so the task can try again
         channel = error = None
         try:
             channel = source.get_channel(self._websocket)
-            if source.encoding == encoding:
+            if encoding == "json" or source.encoding != encoding:
+                event = relay.event(channel, data, source.encoding)
+            else:
                 event = Event(codec.check_channel(channel), content, payload)
-                if relay.hub.dispatcher.write_now(event, relay.shard, relay.max_unchecked):
-                    return True
+            if relay.hub.dispatcher.write_now(event, relay.shard, relay.max_unchecked):
+                return True
         except BaseException as exc:
             error = exc
         self._asked = channel, error
         return False
-
-    def _is_left(self, content: str | bytes, payload: bytes) -> bool:
-        """Whether something else than the relay is to get a message, or nothing at all."""
-        source = self._source
-        on_receive, decode = source.on_receive, source.decode
-        return (
-            len(payload) > self._bound
-            or content in self._heartbeats
-            or not self._connection.channels  # it has left or is closed
-            or self._websocket.receive is not self._receive
-            # A proxy may claim to be what it wraps.
-            or not (type(on_receive) is MethodType and on_receive == self._on_receive)
-            or not (type(decode) is MethodType and decode == self._decode)
-        )

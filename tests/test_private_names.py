@@ -49,6 +49,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "shard.time": "a clock that the test moves",
         "Connection.offer": "no input makes a delivery raise",
     },
+    "test_shortcut.py": {"Event.frame": "no input makes a delivery raise"},
     "test_testing.py": {"testing.DEADLINE": "it is for users to change"},
     "test_uvicorn.py": {"Wire.write": "counts how often it is called"},
 }

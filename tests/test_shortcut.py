@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import sys
+import json
 import threading
+import traceback
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from websockets.exceptions import ConnectionClosed
 
 from starcast import Broadcast, BroadcastEndpoint, InvalidChannel
 from starcast.event import Event
+from starcast.frames import TEXT
 from support import Broker, Bus, Served, examples, until
+from test_uvicorn import masked
 
 pytestmark = pytest.mark.anyio
 
@@ -42,12 +45,7 @@ class Tenants:
 
 def callers() -> set[str]:
     """The names of the functions that are being called."""
-    frame = sys._getframe(1)
-    names = set()
-    while frame is not None:
-        names.add(frame.f_code.co_name)
-        frame = frame.f_back
-    return names
+    return {frame.f_code.co_name for frame, _ in traceback.walk_stack(None)}
 
 
 class Room(BroadcastEndpoint):
@@ -313,6 +311,13 @@ async def test_a_channel_and_an_encoding_may_change(ws, caplog):
         first.get_channel = lambda websocket: "x.b"
         await one.send("[3,  4]")
         assert await two.recv() == "[3,4]"
+        first.get_channel = lambda websocket: setattr(first, "encoding", "text") or "x.a"
+        await one.send('"as text"')
+        assert await one.recv() == "as text"
+        first.get_channel = lambda websocket: setattr(first, "encoding", "json") or "x.a"
+        await one.send("as JSON")
+        assert await one.recv() == '"as JSON"'
+        first.get_channel = lambda websocket: "x.a"
         first.encoding = []  # a mistake, which the task reports
         await one.send("")
         assert (await close_of(one))[0] == 1011
@@ -719,3 +724,213 @@ async def test_a_served_channel_and_a_mount(ws):
             await three.send("from the mount")
             assert await three.recv() == await one.recv() == "from the mount"
     await server.stop()
+
+
+class Proxy:
+    """What tracing libraries put in place of a function: it claims to be what it wraps."""
+
+    def __init__(self, wrapped: Any, seen: list[Any]) -> None:
+        self.wrapped, self.seen = wrapped, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        return self if instance is None else Proxy(self.wrapped.__get__(instance, owner), self.seen)
+
+    def __eq__(self, other: object) -> bool:
+        return self.wrapped == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, *args: Any) -> Any:
+        self.seen.append(args[-1])
+        return self.wrapped(*args)
+
+
+@pytest.mark.parametrize("name", ["on_receive", "decode"])
+@pytest.mark.parametrize("when", ["before", "while connected"])
+async def test_a_proxy_of_a_hook_sees_every_message(name, when):
+    seen: list[Any] = []
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    async with served(Plain) as server, contextlib.AsyncExitStack() as stack:
+
+        def replace() -> None:
+            proxy = Proxy(vars(BroadcastEndpoint)[name], seen)
+            stack.enter_context(replaced(BroadcastEndpoint, name, proxy))
+
+        if when == "before":
+            replace()
+        async with server.connect("/a/x") as client:
+            await client.send("hello")
+            assert await client.recv() == "hello"
+            if when == "while connected":
+                replace()
+            before = len(seen)
+            for _ in range(3):
+                await client.send("hello")
+                assert await client.recv() == "hello"
+            assert len(seen) == before + 3
+
+
+async def test_context_variables_may_be_set_and_reset(ws):
+    """It is the context of the task itself, and no copy."""
+    count: contextvars.ContextVar[int] = contextvars.ContextVar("count", default=0)
+    tokens: list[Any] = []
+    counts: list[int] = []
+
+    class Counts(Room):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+            tokens.append(count.set(10))
+
+        def get_channel(self, websocket):
+            if tokens:
+                count.reset(tokens.pop())
+            else:
+                count.set(count.get() + 1)
+            return super().get_channel(websocket)
+
+        async def on_disconnect(self, websocket, close_code):
+            await super().on_disconnect(websocket, close_code)
+            counts.append(count.get())
+
+    async with served(Counts, ws) as server:
+        async with server.connect("/a/x") as client:
+            for _ in range(3):
+                await client.send("hello")
+                assert await client.recv() == "hello"
+        await until(lambda: counts)
+    assert any(Counts.without_task)
+    assert counts == [1 + 2]  # one for `on_connect`
+
+
+async def test_two_tasks_that_receive_take_turns(ws):
+    others: list[str] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+        async def on_connect(self, websocket):
+            await super().on_connect(websocket)
+
+            async def receive() -> None:
+                others.append(await websocket.receive_text())
+
+            tasks.add(asyncio.create_task(receive()))
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as client:
+        await client.send("one")
+        assert await client.recv() == "one"
+        await client.send("two")
+        await until(lambda: others)
+        await client.send("three")
+        assert await client.recv() == "three"
+    assert others == ["two"]
+    await asyncio.gather(*tasks)
+
+
+async def test_a_task_that_was_cancelled_publishes_nothing_more(ws, caplog):
+    asked: list[str] = []
+    tasks: dict[str, Any] = {}
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+        def get_channel(self, websocket):
+            room = websocket.path_params["room"]
+            asked.append(room)
+            tasks[room] = asyncio.current_task()
+            return super().get_channel(websocket)
+
+    async with (
+        served(Plain, ws) as server,
+        server.connect("/a/x") as client,
+        Plain.broadcast.subscribe("x.a") as events,
+    ):
+        (protocol,) = server.server.server_state.connections
+        asked.clear()
+        tasks["a"].cancel()
+        protocol.data_received(masked(b"too late", TEXT))  # before the task has its turn
+        await until(lambda: not Plain.broadcast.channels or len(Plain.broadcast) == 0)
+        assert asked == []
+        await Plain.broadcast.publish("x.a", "the end")
+        assert (await anext(events)).message == "the end"
+        with contextlib.suppress(ConnectionClosed):
+            await client.recv()
+    caplog.clear()
+
+
+async def test_what_a_task_hands_over_is_published_too(ws):
+    """As a protocol that limits how fast a client is read may do."""
+
+    class Plain(Room):
+        broadcast = Broadcast()
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as client:
+        await client.send("hello")
+        assert await client.recv() == "hello"
+        (protocol,) = server.server.server_state.connections
+        protocol.data_received(masked(b"from a task", TEXT))
+        assert await client.recv() == "from a task"
+
+
+async def test_a_channel_that_only_looks_like_one_is_the_tasks_error(ws, caplog):
+    class Lazy:
+        @property
+        def __class__(self):  # type: ignore[no-untyped-def, misc]
+            return str
+
+    class Plain(Room):
+        broadcast = Broadcast()
+        channel: Any = "a"
+
+        def get_channel(self, websocket):
+            super().get_channel(websocket)
+            return self.channel
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as client:
+        Plain.channel = Lazy()
+        await client.send("hello")
+        assert (await close_of(client))[0] == 1011
+    assert "Exception in ASGI application" in caplog.text
+    caplog.clear()
+
+
+async def test_a_dumps_of_ones_own_is_called_by_the_task(ws):
+    tasks: list[Any] = []
+
+    def dumps(data: Any) -> str:
+        tasks.append((asyncio.current_task(), tenant.get()))
+        return json.dumps(data)
+
+    class Plain(Room):
+        broadcast = Broadcast(dumps=dumps)
+        encoding = "json"
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as client:
+        for _ in range(2):
+            await client.send("[1,2]")
+            assert await client.recv() == "[1, 2]"
+    assert len(set(tasks)) == 1
+    assert tasks[0][0] is not None
+    assert tasks[0][1] == "x"
+
+
+async def test_heartbeats_that_are_added_while_a_client_is_connected(ws):
+    class Plain(Room):
+        broadcast = Broadcast()
+        heartbeats: dict[str, str] = {}  # noqa: RUF012
+
+    async with served(Plain, ws) as server, server.connect("/a/x") as client:
+        await client.send("ping")
+        assert await client.recv() == "ping"
+        Plain.heartbeats["ping"] = "pong"
+        await client.send("ping")
+        assert await client.recv() == "pong"

@@ -132,7 +132,7 @@ class HardenedProtocol(ReadingProtocol):
         self._abort_later()
 
     def shutdown(self) -> None:
-        if self.close_sent or self.transport.is_closing():
+        if self.conn.close_sent is not None or self.close_sent or self.transport.is_closing():
             # To some of these, uvicorn would send a second close frame, an error that ends the
             # whole server.
             self.stop_keepalive()

@@ -35,40 +35,27 @@ def _leave(waiters: list[Waiter], waiter: Waiter) -> None:
 
 
 class Turn(asyncio.Future[None]):
-    """A task's wait for the next message, which it can also handle without being woken.
+    """The current task's wait for the next message, which it may handle without being woken.
 
-    Args:
-        loop: Its event loop.
-        task: The task.
+    Attributes:
         take: See `Inbox.get`.
+        task: The task.
+        context: That of the task, as soon as it waits.
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any] | None, take: Take
-    ) -> None:
+    __slots__ = ("context", "take", "task")
+    context: Context
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, take: Take) -> None:
         super().__init__(loop=loop)
-        self._task = task
-        self._take = take
-        self._context: Context | None = None  # that of the task, once it waits
+        self.take = take
+        self.task = asyncio.current_task(loop)
 
     def add_done_callback(self, callback: Any, *, context: Context | None = None) -> None:
         """Called by the task, with its context."""
-        self._context = context
+        if context is not None:
+            self.context = context
         super().add_done_callback(callback, context=context)
-
-    def handle(self, content: str | bytes, payload: bytes) -> bool:
-        """Call `take` as the task would: in its context, and as the current task."""
-        if self._task is None or self._context is None:
-            return False
-        loop = self.get_loop()
-        try:
-            _enter_task(loop, self._task)
-        except RuntimeError:  # it is a task that hands over what was read
-            return False
-        try:
-            return self._context.run(self._take, content, payload)
-        finally:
-            _leave_task(loop, self._task)
 
 
 class Inbox:
@@ -90,6 +77,9 @@ class Inbox:
     def handle(self, content: str | bytes, payload: bytes) -> bool:
         """Let the task whose turn it is handle a message without being woken, if it can.
 
+        What it gave to `get` is called as it would call that: in its context, and as if it were the
+        current task.
+
         Args:
             content: The message.
             payload: The same as bytes.
@@ -97,12 +87,26 @@ class Inbox:
         Returns:
             Whether it has. If not, put the message.
         """
-        if self._messages:
+        waiters = self._waiters
+        while waiters and waiters[0].done():
+            del waiters[0]
+        if self._messages or not waiters:
             return False
-        for waiter in self._waiters:
-            if not waiter.done():
-                return isinstance(waiter, Turn) and waiter.handle(content, payload)
-        return False
+        turn = waiters[0]
+        if not isinstance(turn, Turn):
+            return False
+        loop = turn.get_loop()
+        try:
+            _enter_task(loop, turn.task)  # type: ignore[arg-type]  # there is one
+        except RuntimeError:  # it is a task that hands over what was read
+            return False
+        try:
+            handled = turn.context.run(turn.take, content, payload)
+        finally:
+            _leave_task(loop, turn.task)  # type: ignore[arg-type]
+        if handled and len(waiters) > 1 and waiters[0] is turn:
+            waiters.append(waiters.pop(0))  # as if it had received the message and waited again
+        return handled
 
     async def get(self, take: Take | None = None) -> ASGIReceiveEvent:
         """Remove and return the oldest message. Wait for one if there is none.
@@ -111,12 +115,8 @@ class Inbox:
             take: Handles a message in place of this task, while it waits, or returns False.
         """
         while not self._messages:
-            waiter: Waiter
             loop = asyncio.get_running_loop()
-            if take is None:
-                waiter = loop.create_future()
-            else:
-                waiter = Turn(loop, asyncio.current_task(), take)
+            waiter = loop.create_future() if take is None else Turn(loop, take)
             self._waiters.append(waiter)
             try:
                 await waiter

@@ -150,10 +150,16 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
             frame = extension.decode(frame, max_size=max_size)
         return bytes(frame.data)
 
-    def _parse(self) -> None:
-        """Parse what was read, until it is to be paused or the event loop has other work to do."""
+    def _parse(self) -> bool:
+        """Parse what was read, until it is to be paused or the event loop has other work to do.
+
+        It is also called in the app's task: see `_parse_rest`.
+
+        Returns:
+            Whether no whole frame is left.
+        """
         data, begin, size, deadline = self._unparsed, 0, len(self._unparsed), 0.0
-        had_ended = self._has_ended
+        had_ended, is_late = self._has_ended, False
         while begin < size and not self._is_paused and not self._pongs_wait:
             if self._is_between:
                 max_size = self.config.ws_max_size
@@ -180,37 +186,45 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
             super().data_received(bytes(data[begin:end]))
             begin = end
             if self.transport.is_closing() and not had_ended:
-                begin = size
-            elif (now := self.loop.time()) > (deadline := deadline or now + SLICE):
+                if self.conn.state is not State.OPEN:
+                    begin = size  # what follows a close frame or a fault does not matter
+                break  # otherwise the connection is broken: see `_parse_rest`
+            if (now := self.loop.time()) > (deadline := deadline or now + SLICE):
+                is_late = True
                 self._pause_reading()
                 self.loop.call_soon(self._parse_more)
                 break
         if begin:  # without a copy of the frame that is still arriving
             self._unparsed = data[begin:] if begin < size else b""
+        return not (is_late or self._is_paused or self._pongs_wait)
 
     def _parse_more(self) -> None:
         """Parse what was read, and then read more, unless reading is paused."""
         if not self._is_paused and not self._pongs_wait and not self._has_ended:
-            self.transport.resume_reading()
             self._heard = True
-            self._parse()
+            # In this order: over TLS, what has come with the client's end is lost otherwise.
+            if self._parse() and not self._has_ended:
+                self.transport.resume_reading()
 
-    def _parse_rest(self, end: Any) -> None:
+    def _parse_rest(self, ends: list[Any]) -> None:
         """Parse more of what was read before the connection ended.
 
+        The app receives that, as much as may wait for it at a time, and calls this again.
+
         Args:
-            end: The disconnect that the app is to receive after that. A close frame has precedence.
+            ends: The disconnects that it is to receive afterwards, one for each task that waits. A
+                close frame of the client's has precedence.
         """
-        size = len(self._unparsed)
         self._is_paused = self._pongs_wait = False
         self._queued_bytes = 0
-        self._parse()
+        is_done = self._parse()
         closed = self.conn.close_rcvd
-        if closed is not None:
-            end = {**end, "code": closed.code, "reason": closed.reason}
-        if closed is not None or len(self._unparsed) == size:  # the frame is not complete
-            self._unparsed = b""
-        self.queue.put_nowait(end)
+        if is_done or closed is not None:
+            self._unparsed = b""  # no whole frame, or nothing that matters
+        for end in ends:
+            if closed is not None:
+                end = {**end, "code": closed.code, "reason": closed.reason}
+            self.queue.put_nowait(end)
 
     def _pause_reading(self) -> None:
         if not self._has_ended:
@@ -251,11 +265,12 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
         else:
             message = await queue.get()
         while self._unparsed and message["type"] == "websocket.disconnect" and self._has_ended:
-            while not self.queue.empty():
-                await self.queue.get()  # the same, reported once more
-            self._parse_rest(message)
-            await asyncio.sleep(0)
-            message = await self.queue.get()
+            ends = [message]
+            while not queue.empty():
+                ends.append(await queue.get())
+            self._parse_rest(ends)
+            await asyncio.sleep(0)  # other tasks have a turn
+            message = await queue.get()
         self._heard = True
         if self.queue.empty():
             self._queued_bytes = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import struct
 import tracemalloc
@@ -292,34 +293,97 @@ def test_every_cut():
         assert asyncio.run(outcome(pieces, False, adopted_at=1)) == whole
 
 
-async def after_the_end() -> int:
-    """Send a large message to a connection that is closing; return the bytes that are kept."""
+@contextlib.asynccontextmanager
+async def late(transport: Transport):
+    """A connection whose app receives only when it is told to. Gives its protocol, an event that
+    tells it, and what it has received.
+    """
 
     async def app(scope, receive, send):
         await receive()
         await send({"type": "websocket.accept"})
         accepted.set()
-        await ended.wait()
+        await begin.wait()
+        while not received or isinstance(received[-1], str):
+            message = await receive()
+            received.append(message.get("text", message.get("code")))
 
-    accepted, ended = asyncio.Event(), asyncio.Event()
+    accepted, begin = asyncio.Event(), asyncio.Event()
+    received: list[Any] = []
     config = uvicorn.Config(app, ws_ping_interval=None, log_config=None)
     config.load()
     protocol: Any = BroadcastProtocol(config, ServerState(), {}, asyncio.get_running_loop())
-    protocol.connection_made(Transport())
+    protocol.connection_made(transport)
     protocol.data_received(HANDSHAKE.format("").encode())
     await accepted.wait()
-    protocol.shutdown()
+    yield protocol, begin, received
+    begin.set()
+    await until(lambda: not protocol.tasks)
+    if protocol in protocol.connections:
+        protocol.connection_lost(None)
+
+
+async def after_the_end() -> int:
+    """Send a large message to a connection that is closing; return the bytes that are kept."""
+    async with late(Transport()) as (protocol, _, _):
+        protocol.shutdown()
+        return kept_of_a_message(protocol)
+
+
+def kept_of_a_message(protocol: Any) -> int:
     sent = frame(BINARY, bytes(1_000_000))
     tracemalloc.start()
     for start in range(0, 900_000, 10_000):
         protocol.data_received(sent[start : start + 10_000])
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    ended.set()
-    await until(lambda: not protocol.tasks)
-    protocol.connection_lost(None)
     return kept
 
 
 def test_what_still_comes_over_tls_while_a_connection_is_closing_takes_no_memory():
     assert asyncio.run(after_the_end()) < 100_000
+
+
+class Broken(Transport):
+    """Closes when it is written to, as that of a client that has reset its connection."""
+
+    is_broken = False
+
+    def write(self, data: bytes) -> None:
+        self.closing = self.closing or self.is_broken
+        super().write(data)
+
+
+def test_what_follows_a_ping_whose_answer_cannot_be_sent_is_received():
+    async def scenario() -> list[Any]:
+        transport = Broken()
+        async with late(transport) as (protocol, begin, received):
+            transport.is_broken = True
+            sent = [frame(PING, b""), *(frame(TEXT, b"%d" % number) for number in range(20))]
+            protocol.data_received(b"".join(sent))
+            assert transport.closing
+            protocol.connection_lost(ConnectionResetError())
+            begin.set()
+            await until(lambda: not protocol.tasks)
+        return received
+
+    assert asyncio.run(scenario()) == [*map(str, range(20)), 1005]
+
+
+@pytest.mark.parametrize("fault", [frame(3, b""), frame(TEXT, b"\xff")])
+def test_a_shutdown_after_a_fault_in_what_came_before_the_end(fault):
+    """asyncio's TLS reports the end of what is read before it closes."""
+
+    async def scenario() -> list[Any]:
+        async with late(Transport()) as (protocol, begin, received):
+            sent = [*(frame(TEXT, b"%d" % number) for number in range(40)), fault]
+            protocol.data_received(b"".join(sent))
+            protocol.eof_received()
+            begin.set()
+            await until(lambda: not protocol.tasks)
+            protocol.transport.closing = False  # it is about to
+            protocol.shutdown()
+            assert protocol.transport.closing
+        return received
+
+    assert asyncio.run(scenario()) == [*map(str, range(40)), 1005]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import zlib
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from starcast import Broadcast
-from starcast.servers.lean import Gate, Inbox, Inflater
+from starcast.servers.lean import Gate, Inbox, Inflater, Turn
 from support import examples, until
 from test_uvicorn import Client
 
@@ -176,3 +177,14 @@ async def test_what_a_connection_keeps(serve, ws, early):
             await client.send(text)
             await until(lambda: got == sent)
         assert not isinstance(extension.decoder, Inflater)
+
+
+async def test_a_turn_keeps_the_context_of_its_task():
+    """Also if somebody else wants to know when it is over."""
+    context = contextvars.copy_context()
+    turn = Turn(asyncio.get_running_loop(), lambda content, payload: True)
+    turn.add_done_callback(print, context=context)
+    turn.add_done_callback(print)
+    assert turn.context is context
+    assert turn.task is asyncio.current_task()
+    turn.remove_done_callback(print)

@@ -123,6 +123,7 @@ async def test_a_connection_that_ends_over_tls(serve, ws, certificate, ends):
     transport = client.transport
     transport.write(SENT + (OWN_CODE if ends == "closes and says why" else b""))
     (protocol,) = server.server.server_state.connections
+    protocol.close_timeout = 0.3  # asyncio waits longer for the other half
     await until(lambda: not protocol.transport.is_reading())
     if ends == "half-closes":
         raw = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
