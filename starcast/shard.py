@@ -39,7 +39,7 @@ logger = logging.getLogger("starcast")
 STEP = 128
 
 # Members that are few enough to be written to without a check in between.
-SMALL = 8
+SMALL = 16
 
 # Whether a task can take its first step where it is made (Python 3.12).
 EAGER = sys.version_info >= (3, 12)
