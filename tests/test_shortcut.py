@@ -250,6 +250,8 @@ async def fall_behind(client: Any, hub: Broadcast, channel: str) -> None:
     client.transport.pause_reading()
     while hub.stats().buffered == 0:
         await hub.publish(channel, "x" * 100_000)
+        for _ in range(5):  # a task may be about to send it
+            await asyncio.sleep(0)
 
 
 async def test_get_channel_is_called_once_for_each_message_and_in_the_task(ws):
@@ -269,12 +271,14 @@ async def test_get_channel_is_called_once_for_each_message_and_in_the_task(ws):
     async with (
         served(Counts, ws) as server,
         server.connect("/a/x") as client,
-        server.connect("/a/x") as other,
+        server.connect("/a/x", max_queue=None) as other,
     ):
         await client.send("hello")
         assert await client.recv() == "hello"
         await fall_behind(other, Counts.broadcast, "x.a")
         await client.send("with one that is behind")
+        await until(lambda: len(tasks) == 2 + 2)
+        other.transport.resume_reading()
         while await client.recv() != "with one that is behind":
             pass
         Counts.error = WebSocketException(4000, "enough")
@@ -284,7 +288,6 @@ async def test_get_channel_is_called_once_for_each_message_and_in_the_task(ws):
         assert len({tasks[0], *tasks[2:]}) == 1
         assert tasks[0] is not None
         assert Counts.without_task == [False, False, True, True]
-        other.transport.resume_reading()
 
 
 async def test_a_channel_and_an_encoding_may_change(ws, caplog):
@@ -414,11 +417,13 @@ async def test_a_client_that_a_second_hub_closes_publishes_nothing_more(ws, join
         assert await two.recv() == await one.recv() == "before"
         if joins == "while connected":
             await other.connect(websockets[0], "room")
-        one.transport.pause_reading()  # so its close frame waits
-        while other.stats().buffered == 0:
-            await other.publish("room", "x" * 100_000)
-        closing = asyncio.create_task(websockets[0].close(4000))
-        await asyncio.sleep(0)
+            # Its handler has been waiting since before.
+            await one.send("between")
+            assert await two.recv() == await one.recv() == "between"
+        await fall_behind(one, other, "room")  # so its close frame waits
+        closing = asyncio.create_task(other.close(websockets[0], 4000))
+        await until(lambda: len(other) == 0)
+        await other.publish("elsewhere", "what was before it has been delivered")
         await one.send("after")
         await two.send("and on")
         assert await two.recv() == "and on"
