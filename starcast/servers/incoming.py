@@ -9,7 +9,7 @@ try:
 except ImportError:  # pragma: no cover  # there is no wheel for this platform
     from websockets.utils import apply_mask as unmask
 
-__all__ = ["COMPRESSED", "MESSAGES", "TEXT", "find_frame", "missing", "unmask"]
+__all__ = ["COMPRESSED", "MESSAGES", "TEXT", "find_frame", "missing", "size_of_message", "unmask"]
 
 # The first byte of a frame that is a whole message and not compressed.
 TEXT = 0x81
@@ -94,3 +94,10 @@ def missing(parser: Any) -> int | None:
         wanted: int = variables["n"] - len(variables["self"].buffer)
         return wanted
     return None
+
+
+def size_of_message(conn: Any) -> int:
+    """Return the bytes of the message in fragments that the parser of websockets has so far."""
+    # The second name is that of websockets 15.
+    size: int | None = getattr(conn, "current_size", None) or getattr(conn, "cur_size", None)
+    return size or 0

@@ -25,6 +25,7 @@ from .incoming import (
     find_frame,
     has_parsed,
     missing,
+    size_of_message,
     unmask,
 )
 from .lean import Decompressor, Gate, Inbox, Inflater
@@ -164,7 +165,7 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
             if self._is_between:
                 max_size = self.config.ws_max_size
                 if max_size is not None and self.frames:
-                    max_size -= self.conn.current_size or 0
+                    max_size -= size_of_message(self.conn)
                 found = find_frame(data, begin, max_size)
                 if found is None:  # the rest is still to come
                     break
