@@ -185,8 +185,7 @@ class Connection:
         """Receive the handler's next message that `take` does not handle.
 
         Args:
-            take: Called where a message is read, which is not in the handler's task. It returns
-                whether it has handled the message.
+            take: See `handler.Take`.
 
         Returns:
             None if `websocket.receive` has to be called: the client is not on the fast path, or

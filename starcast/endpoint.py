@@ -226,7 +226,13 @@ class BroadcastEndpoint(WebSocketEndpoint):
 
     def _is_plain(self) -> bool:
         """Whether a message is published as it comes: nobody has replaced what is in between."""
-        return _is_own(self.on_receive, _ON_RECEIVE) and _is_own(self.decode, _DECODE)
+        on_receive, decode = self.on_receive, self.decode
+        return (
+            type(on_receive) is MethodType  # a proxy may claim to be what it wraps
+            and on_receive.__func__ is _ON_RECEIVE
+            and type(decode) is MethodType
+            and decode.__func__ is _DECODE
+        )
 
     async def _on_message(self, message: Message) -> None:
         websocket = self._websocket
@@ -236,11 +242,6 @@ class BroadcastEndpoint(WebSocketEndpoint):
             if serving.has_handler(websocket, exc):
                 raise
             raise serving.invalid(exc) from None
-
-
-def _is_own(method: object, function: object) -> bool:
-    """Whether it is a method that is this function, and no proxy that claims to be one."""
-    return type(method) is MethodType and method.__func__ is function
 
 
 # As they are here: a tracing library may replace them in the class.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from starlette.exceptions import WebSocketException
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -49,22 +48,15 @@ def has_handler(websocket: WebSocket, exc: Exception) -> bool:
     return handler is not None and getattr(handler, "__func__", None) is not starlettes
 
 
-class _Publisher:
-    """Publishes what a client of `serve` sends."""
+class _Fixed:
+    """The channel and the encoding of a client that `serve` serves."""
 
-    def __init__(self, relay: Relay, channel: Channel, encoding: Encoding | None) -> None:
-        self._relay = relay
+    def __init__(self, channel: Channel, encoding: Encoding | None) -> None:
         self._channel = channel
         self.encoding = encoding
 
     def get_channel(self, websocket: WebSocket) -> Channel:
         return self._channel
-
-    async def decode(self, websocket: WebSocket, message: Message) -> Any:
-        return codec.decode(message, self.encoding)
-
-    async def on_receive(self, websocket: WebSocket, data: Any) -> None:
-        await self._relay.publish(self._channel, data, self.encoding)
 
 
 async def serve(
@@ -84,13 +76,12 @@ async def serve(
     beats = _heartbeats.check(heartbeats)
     bound = inbound.check(max_message)
     relay = Relay(hub, websocket, on_publish_error or close_sender)
-    publisher = _Publisher(relay, channel, encoding)
-    shortcut = Shortcut(relay, publisher, lambda: True) if publish else None
+    shortcut = Shortcut(relay, _Fixed(channel, encoding), lambda: True) if publish else None
 
     async def on_message(message: Message) -> None:
         if not publish:
             raise InvalidMessage(POLICY_VIOLATION, "listen only")
-        await publisher.on_receive(websocket, await publisher.decode(websocket, message))
+        await relay.publish(channel, codec.decode(message, encoding), encoding)
 
     try:
         await connect()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
-from types import MethodType
 from typing import Any, Protocol
 
 from starlette.types import Message
@@ -32,18 +31,12 @@ _TYPES: dict[Encoding | None, type] = {"text": str, "json": str, "bytes": bytes,
 
 
 class Source(Protocol):
-    """What serves a client. All of this is looked up for each message."""
+    """What serves a client. Both are looked up for each message."""
 
     encoding: Encoding | None
 
     def get_channel(self, websocket: WebSocket) -> Channel:
         """Return the channel of what the client sends."""
-
-    async def decode(self, websocket: WebSocket, message: Message) -> Any:
-        """Return what `on_receive` gets."""
-
-    async def on_receive(self, websocket: WebSocket, data: Any) -> None:
-        """Publish it."""
 
 
 class Shortcut:
@@ -52,12 +45,12 @@ class Shortcut:
     Args:
         relay: That of the client, which publishes everything else.
         source: What serves the client.
-        is_plain: Returns whether its `decode` and `on_receive` publish a message as it comes.
+        is_plain: Returns whether a message is now published as it comes.
     """
 
     __slots__ = (
-        *("_asked", "_bound", "_connection", "_decode", "_heartbeats", "_is_plain", "_on_receive"),
-        *("_receive", "_relay", "_source", "_websocket"),
+        *("_asked", "_bound", "_connection", "_heartbeats", "_is_plain", "_receive", "_relay"),
+        *("_source", "_websocket"),
     )
 
     def __init__(self, relay: Relay, source: Source, is_plain: Callable[[], bool]) -> None:
@@ -75,7 +68,7 @@ class Shortcut:
 
     def receive(self) -> Awaitable[Message]:
         """Receive the next message that is left to the task, which calls this."""
-        relay, websocket, source = self._relay, self._websocket, self._source
+        relay, websocket = self._relay, self._websocket
         self._asked = None
         connection = relay.hub.find(websocket)
         receiving = None
@@ -85,9 +78,7 @@ class Shortcut:
             and relay.hub.settings.dumps is codec.dumps  # another may tell when it is called
             and self._is_plain()
         ):
-            # A message is only taken while all of this is as it is now.
             self._connection, self._receive = connection, websocket.receive
-            self._on_receive, self._decode = source.on_receive, source.decode
             receiving = connection.receive(self._take)
         return websocket.receive() if receiving is None else receiving
 
@@ -105,16 +96,14 @@ class Shortcut:
         source, relay = self._source, self._relay
         data: Any = content
         try:
-            encoding, on_receive, decode = source.encoding, source.on_receive, source.decode
+            encoding = source.encoding
             if (
                 len(payload) > self._bound
                 or content in self._heartbeats
                 or not isinstance(content, _TYPES[encoding])
                 or not self._connection.channels  # it has left or is closed
                 or self._websocket.receive is not self._receive
-                # A proxy may claim to be what it wraps.
-                or not (type(on_receive) is MethodType and on_receive == self._on_receive)
-                or not (type(decode) is MethodType and decode == self._decode)
+                or not self._is_plain()
             ):
                 return False
             if encoding == "json":
