@@ -49,7 +49,9 @@ class Turn(asyncio.Future[None]):
     def __init__(self, loop: asyncio.AbstractEventLoop, take: Take) -> None:
         super().__init__(loop=loop)
         self.take = take
-        self.task = asyncio.current_task(loop)
+        task = asyncio.current_task(loop)
+        assert task is not None
+        self.task = task
 
     def add_done_callback(self, callback: Any, *, context: Context | None = None) -> None:
         """Called by the task, with its context."""
@@ -97,13 +99,13 @@ class Inbox:
             return False
         loop = turn.get_loop()
         try:
-            _enter_task(loop, turn.task)  # type: ignore[arg-type]  # there is one
+            _enter_task(loop, turn.task)
         except RuntimeError:  # it is a task that hands over what was read
             return False
         try:
             handled = turn.context.run(turn.take, content, payload)
         finally:
-            _leave_task(loop, turn.task)  # type: ignore[arg-type]
+            _leave_task(loop, turn.task)
         if handled and len(waiters) > 1 and waiters[0] is turn:
             waiters.append(waiters.pop(0))  # as if it had received the message and waited again
         return handled

@@ -78,9 +78,9 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
         self._is_between = not self._unparsed and missing(self.conn.parser) == 0
         queue: Any = self.queue
         if queue.empty() and not getattr(queue, "_getters", True):
-            self.queue = Inbox()  # type: ignore[assignment]
+            self.queue = Inbox()  # type: ignore[assignment]  # it stands in for uvicorn's
         if isinstance(self.writable, asyncio.Event) and self.writable.is_set():
-            self.writable = Gate()  # type: ignore[assignment]
+            self.writable = Gate()  # type: ignore[assignment]  # likewise
         if self._is_between and not self._has_inflated and not has_parsed(self.conn.parser):
             for extension in self.conn.extensions:
                 if isinstance(getattr(extension, "decoder", None), Decompressor):
@@ -260,11 +260,8 @@ class ReadingProtocol(WebSocketsSansIOProtocol):
     async def receive(self, take: Take | None = None) -> ASGIReceiveEvent:
         """Return the next message for the app that `take` does not handle: see `Inbox.get`."""
         queue: Any = self.queue
-        message: ASGIReceiveEvent
-        if take is not None and isinstance(queue, Inbox):
-            message = await queue.get(take)
-        else:
-            message = await queue.get()
+        getting = queue.get(take) if isinstance(queue, Inbox) else queue.get()
+        message: ASGIReceiveEvent = await getting
         while self._unparsed and message["type"] == "websocket.disconnect" and self._has_ended:
             ends = [message]
             while not queue.empty():

@@ -317,7 +317,7 @@ async def test_it_is_not_opened_on_a_loop_that_ends(how):
                 await asyncio.Event().wait()
             finally:
                 # In the very iteration in which it has ended.
-                while hub.stats().backend.state != "closed":  # noqa: ASYNC110
+                while hub.stats().backend.state != "closed":  # noqa: ASYNC110  # not later
                     await asyncio.sleep(0)
                 if how == "wait":
                     await asyncio.sleep(3 * TUNING.restart_delay)

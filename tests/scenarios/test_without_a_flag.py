@@ -33,7 +33,7 @@ COMMANDS = {
 @pytest.fixture(params=COMMANDS)
 def server(request, tmp_path):
     module = COMMANDS[request.param][0]
-    if module in ("fastapi", "gunicorn"):
+    if module in ("fastapi", "gunicorn"):  # they come with the extra `dev`, and not with `test`
         pytest.importorskip("fastapi_cli" if module == "fastapi" else module)
     server = ServerProcess(COMMANDS[request.param], tmp_path / "log", HERE)
     yield server
