@@ -49,13 +49,21 @@ def callers() -> set[str]:
 
 
 class Room(BroadcastEndpoint):
-    """Notes which messages were published without the client's task."""
+    """Notes its clients, and which messages were published without the client's task."""
 
-    without_task: list[bool]  # of a subclass
+    # Of a subclass:
+    without_task: list[bool]
+    instances: list[Any]
+    websockets: list[WebSocket]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.without_task = []
+        cls.without_task, cls.instances, cls.websockets = [], [], []
+
+    async def on_connect(self, websocket):
+        await super().on_connect(websocket)
+        self.instances.append(self)
+        self.websockets.append(websocket)
 
     def get_channel(self, websocket):
         self.without_task.append("data_received" in callers())
@@ -165,14 +173,9 @@ def replaced(owner: Any, name: str, value: Any):
 @pytest.mark.parametrize("when", ["before", "while connected"])
 async def test_a_hook_that_is_replaced_sees_every_message(name, where, when):
     seen: list[Any] = []
-    instances: list[Room] = []
 
     class Plain(Room):
         broadcast = Broadcast()
-
-        async def on_connect(self, websocket):
-            await super().on_connect(websocket)
-            instances.append(self)
 
     original = getattr(BroadcastEndpoint, name)
 
@@ -186,8 +189,9 @@ async def test_a_hook_that_is_replaced_sees_every_message(name, where, when):
             owner = {"BroadcastEndpoint": BroadcastEndpoint, "class": Plain}.get(where)
             if owner is not None:
                 stack.enter_context(replaced(owner, name, traced))
-            elif instances:
-                instances[0].__dict__[name] = functools.partial(traced, instances[0])
+            elif Plain.instances:
+                (instance,) = Plain.instances
+                vars(instance)[name] = functools.partial(traced, instance)
 
         if when == "before":
             replace()
@@ -210,7 +214,6 @@ async def test_a_hook_that_is_replaced_sees_every_message(name, where, when):
 @pytest.mark.parametrize("when", ["in on_connect", "while connected"])
 async def test_a_receive_that_is_wrapped_returns_every_message(ws, when):
     seen: list[Any] = []
-    websockets: list[WebSocket] = []
 
     def wrap(websocket: WebSocket) -> None:
         receive = websocket.receive
@@ -227,7 +230,6 @@ async def test_a_receive_that_is_wrapped_returns_every_message(ws, when):
 
         async def on_connect(self, websocket):
             await super().on_connect(websocket)
-            websockets.append(websocket)
             if when == "in on_connect":
                 wrap(websocket)
 
@@ -235,7 +237,7 @@ async def test_a_receive_that_is_wrapped_returns_every_message(ws, when):
         await client.send("first")
         assert await client.recv() == "first"
         if when == "while connected":
-            wrap(websockets[0])
+            wrap(*Plain.websockets)
             # Its handler has been waiting since before.
             await client.send("second")
             assert await client.recv() == "second"
@@ -291,14 +293,8 @@ async def test_get_channel_is_called_once_for_each_message_and_in_the_task(ws):
 
 
 async def test_a_channel_and_an_encoding_may_change(ws, caplog):
-    instances: list[Any] = []
-
     class Plain(Room):
         broadcast = Broadcast()
-
-        async def on_connect(self, websocket):
-            await super().on_connect(websocket)
-            instances.append(self)
 
     async with (
         served(Plain, ws) as server,
@@ -307,7 +303,7 @@ async def test_a_channel_and_an_encoding_may_change(ws, caplog):
     ):
         await one.send("[1,  2]")
         assert await one.recv() == "[1,  2]"
-        first = instances[0]
+        first = Plain.instances[0]
         first.encoding = "json"
         await one.send("[1,  2]")
         assert await one.recv() == "[1,2]"
@@ -397,15 +393,13 @@ async def test_a_handler_that_goes_on_to_another_channel_publishes_there(ws):
 @pytest.mark.parametrize("joins", ["in on_connect", "while connected"])
 async def test_a_client_that_a_second_hub_closes_publishes_nothing_more(ws, joins):
     other = Broadcast()
-    websockets: list[WebSocket] = []
 
     class Plain(Room):
         broadcast = Broadcast()
 
         async def on_connect(self, websocket):
             await super().on_connect(websocket)
-            websockets.append(websocket)
-            if joins == "in on_connect" and len(websockets) == 1:
+            if joins == "in on_connect" and len(self.websockets) == 1:
                 await other.connect(websocket, "room")
 
     async with (
@@ -416,12 +410,12 @@ async def test_a_client_that_a_second_hub_closes_publishes_nothing_more(ws, join
         await one.send("before")
         assert await two.recv() == await one.recv() == "before"
         if joins == "while connected":
-            await other.connect(websockets[0], "room")
+            await other.connect(Plain.websockets[0], "room")
             # Its handler has been waiting since before.
             await one.send("between")
             assert await two.recv() == await one.recv() == "between"
         await fall_behind(one, other, "room")  # so its close frame waits
-        closing = asyncio.create_task(other.close(websockets[0], 4000))
+        closing = asyncio.create_task(other.close(Plain.websockets[0], 4000))
         await until(lambda: len(other) == 0)
         await other.publish("elsewhere", "what was before it has been delivered")
         await one.send("after")
@@ -434,7 +428,7 @@ async def test_a_client_that_a_second_hub_closes_publishes_nothing_more(ws, join
 
 class ByShortcut(Room):
     broadcast = Broadcast()
-    heartbeats = {"ping": "pong", b"ping": b"pong"}  # noqa: RUF012
+    heartbeats = {"ping": "pong", b"ping": b"pong"}  # noqa: RUF012  # the docs tell people to write it so
     max_message = 300
 
 
@@ -746,7 +740,7 @@ class Proxy:
     def __eq__(self, other: object) -> bool:
         return self.wrapped == other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __call__(self, *args: Any) -> Any:
         self.seen.append(args[-1])
@@ -889,7 +883,7 @@ async def test_what_a_task_hands_over_is_published_too(ws):
 async def test_a_channel_that_only_looks_like_one_is_the_tasks_error(ws, caplog):
     class Lazy:
         @property
-        def __class__(self):  # type: ignore[no-untyped-def, misc]
+        def __class__(self):
             return str
 
     class Plain(Room):
@@ -931,7 +925,7 @@ async def test_a_dumps_of_ones_own_is_called_by_the_task(ws):
 async def test_heartbeats_that_are_added_while_a_client_is_connected(ws):
     class Plain(Room):
         broadcast = Broadcast()
-        heartbeats: dict[str, str] = {}  # noqa: RUF012
+        heartbeats: dict[str, str] = {}  # noqa: RUF012  # likewise
 
     async with served(Plain, ws) as server, server.connect("/a/x") as client:
         await client.send("ping")

@@ -65,12 +65,28 @@ class App(Starlette):
             await self.hub.disconnect(websocket)
         self.connected = True
         await self.begin.wait()
-        while True:
-            message = await websocket.receive()
+        while self.end is None:
+            message = await self.receive(websocket)
             if message["type"] == "websocket.disconnect":
                 self.end = message["code"], message.get("reason", "")
-                return
-            self.received.append(message["text"])
+            else:
+                self.received.append(message["text"])
+
+    async def receive(self, websocket: WebSocket) -> Any:
+        return await websocket.receive()
+
+
+async def start(serve: Any, app: App, last: bytes = b"", **config: Any) -> tuple[Any, Client, Any]:
+    """Let a client send all that. Returns the server, the client and its protocol, in which it
+    waits.
+    """
+    server = await serve(app, **config)
+    client = await Client.connect(server)
+    await until(lambda: app.connected)
+    await asyncio.get_running_loop().sock_sendall(client.sock, SENT + last)
+    (protocol,) = server.server.server_state.connections
+    await until(lambda: not protocol.transport.is_reading())
+    return server, client, protocol
 
 
 @pytest.fixture(params=["auto", PROTOCOL], ids=["adopted", "protocol"])
@@ -93,12 +109,7 @@ def ws(request) -> str:
 )
 async def test_a_connection_that_is_reset(serve, ws, in_hub, last, end):
     app = App(in_hub)
-    server = await serve(app, ws=ws)
-    client = await Client.connect(server)
-    await until(lambda: app.connected)
-    await asyncio.get_running_loop().sock_sendall(client.sock, SENT + last)
-    (protocol,) = server.server.server_state.connections
-    await until(lambda: not protocol.transport.is_reading())
+    server, client, protocol = await start(serve, app, last, ws=ws)
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()  # with a reset, which the next write finds
     protocol.transport.write(AN_EMPTY_PING)
@@ -139,14 +150,23 @@ async def test_a_connection_that_ends_over_tls(serve, ws, certificate, ends):
     await until(lambda: not starcast_tasks())
 
 
-async def test_a_shutdown_comes_after_what_was_read(serve, ws):
-    app = App()
-    server = await serve(app, ws=ws)
-    client = await Client.connect(server)
-    await until(lambda: app.connected)
-    await asyncio.get_running_loop().sock_sendall(client.sock, SENT)
-    (protocol,) = server.server.server_state.connections
-    await until(lambda: not protocol.transport.is_reading())
+class Cancels(App):
+    """Cancels each receive as soon as it has begun."""
+
+    async def receive(self, websocket: WebSocket) -> Any:
+        while True:
+            receiving = asyncio.ensure_future(websocket.receive())
+            await asyncio.sleep(0)
+            receiving.cancel()
+            (outcome,) = await asyncio.gather(receiving, return_exceptions=True)
+            if isinstance(outcome, dict):
+                return outcome
+
+
+@pytest.mark.parametrize("app_class", [App, Cancels])
+async def test_a_shutdown_comes_after_what_was_read(serve, ws, app_class):
+    app = app_class(in_hub=app_class is App)
+    _, client, protocol = await start(serve, app, ws=ws)
     protocol.shutdown()
     app.begin.set()
     await until(lambda: app.end)
@@ -155,51 +175,11 @@ async def test_a_shutdown_comes_after_what_was_read(serve, ws):
     client.close()
 
 
-async def test_a_receive_that_is_cancelled_loses_nothing_of_the_rest(serve, ws):
-    app = App(in_hub=False)
-    got: list[Any] = []
-
-    async def receive_one_after_another(websocket: WebSocket) -> None:
-        while True:
-            receiving = asyncio.ensure_future(websocket.receive())
-            await asyncio.sleep(0)
-            receiving.cancel()
-            (outcome,) = await asyncio.gather(receiving, return_exceptions=True)
-            if isinstance(outcome, dict):
-                got.append(outcome.get("text", "the end"))
-                if got[-1] == "the end":
-                    return
-
-    async def serve_client(websocket: WebSocket) -> None:
-        await app.hub.connect(websocket, "x")
-        await app.hub.disconnect(websocket)
-        app.connected = True
-        await app.begin.wait()
-        await receive_one_after_another(websocket)
-
-    app.router.routes[:] = [WebSocketRoute("/ws/x", serve_client)]
-    server = await serve(app, ws=ws)
-    client = await Client.connect(server)
-    await until(lambda: app.connected)
-    await asyncio.get_running_loop().sock_sendall(client.sock, SENT)
-    (protocol,) = server.server.server_state.connections
-    await until(lambda: not protocol.transport.is_reading())
-    protocol.shutdown()
-    app.begin.set()
-    await until(lambda: got and got[-1] == "the end")
-    assert got == [*RECEIVED, "the end"]
-    client.close()
-
-
 async def test_a_client_is_not_taken_for_dead_while_its_messages_wait(serve, ws):
     """Its answer to the server's ping stands behind them."""
     app = App()
-    server = await serve(app, ws=ws, ws_ping_interval=1000, ws_ping_timeout=1000)
-    client = await Client.connect(server)
-    await until(lambda: app.connected)
-    await asyncio.get_running_loop().sock_sendall(client.sock, SENT)
-    (protocol,) = server.server.server_state.connections
-    await until(lambda: not protocol.transport.is_reading())
+    pings = {"ws_ping_interval": 1000, "ws_ping_timeout": 1000}
+    _, client, protocol = await start(serve, app, ws=ws, **pings)
     protocol.send_keepalive_ping()
     for _ in range(3):
         protocol.pong_timer.cancel()
