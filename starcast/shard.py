@@ -181,7 +181,9 @@ class Shard:
         while self.to_drain:
             self._start(self._drain_one_after_another(deadline))
             # Before Python 3.12, the task starts in the next iteration.
-            if not EAGER or time.monotonic() > deadline:  # pragma: no branch  # on 3.11 it is always true
+            if (
+                not EAGER or time.monotonic() > deadline
+            ):  # pragma: no branch  # on 3.11 it is always true
                 return False
         return True
 

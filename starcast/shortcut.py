@@ -86,7 +86,7 @@ class Shortcut:
         """Return the channel of the message that was received, or raise what was raised for it."""
         if self._asked is None:
             return self._source.get_channel(websocket)
-        (channel, error), self._asked = self._asked, None
+        channel, error = self._asked
         if error is not None:
             raise error
         return channel  # type: ignore[no-any-return]  # whatever it is: it is still to be checked

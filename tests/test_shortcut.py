@@ -283,13 +283,16 @@ async def test_get_channel_is_called_once_for_each_message_and_in_the_task(ws):
         other.transport.resume_reading()
         while await client.recv() != "with one that is behind":
             pass
+        # Two that arrive together are left to the task before anybody asks.
+        client.transport.write(masked(b"one", TEXT) + masked(b"two", TEXT))
+        assert [await client.recv(), await client.recv()] == ["one", "two"]
         Counts.error = WebSocketException(4000, "enough")
         await client.send("hello")
         assert await close_of(client) == (4000, "enough")
-        assert len(tasks) == 2 + 3
+        assert len(tasks) == 2 + 5
         assert len({tasks[0], *tasks[2:]}) == 1
         assert tasks[0] is not None
-        assert Counts.without_task == [False, False, True, True]
+        assert Counts.without_task == [False, False, True, True, False, False]
 
 
 async def test_a_channel_and_an_encoding_may_change(ws, caplog):
@@ -354,6 +357,7 @@ async def test_a_get_channel_that_cancels_its_task(ws, caplog):
                 if how == "cancel":  # which takes effect where the task waits next
                     assert await other.recv() == "hello"
                 assert await other.recv() == "and on"
+    assert "asyncio" not in {record.name for record in caplog.records}  # a fatal error
     caplog.clear()
 
 
