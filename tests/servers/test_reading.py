@@ -85,7 +85,7 @@ async def start(serve: Any, app: App, last: bytes = b"", **config: Any) -> tuple
     await until(lambda: app.connected)
     await asyncio.get_running_loop().sock_sendall(client.sock, SENT + last)
     (protocol,) = server.server.server_state.connections
-    await until(lambda: not protocol.transport.is_reading())
+    await until(lambda: protocol.read_paused)  # the app has much to receive
     return server, client, protocol
 
 
@@ -135,7 +135,7 @@ async def test_a_connection_that_ends_over_tls(serve, ws, certificate, ends):
     transport.write(SENT + (OWN_CODE if ends == "closes and says why" else b""))
     (protocol,) = server.server.server_state.connections
     protocol.close_timeout = 0.3  # asyncio waits longer for the other half
-    await until(lambda: not protocol.transport.is_reading())
+    await until(lambda: protocol.read_paused)  # the app has much to receive
     if ends == "half-closes":
         raw = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
         raw.shutdown(socket.SHUT_WR)
