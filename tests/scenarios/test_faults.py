@@ -413,7 +413,7 @@ async def test_thousands_of_connects_and_disconnects_leave_nothing():
             peer = Peer()
             peer.say("hello")
             peer.leave()
-            await hub.serve(peer.websocket)
+            await asyncio.create_task(hub.serve(peer.websocket))  # as a server does
             await hub.send("a turn of the loop")
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
@@ -425,7 +425,9 @@ async def test_thousands_of_connects_and_disconnects_leave_nothing():
         after = await cycles(count - 1000)
     finally:
         tracemalloc.stop()
-    assert after - before < 50 * KIB  # a single leaked object a cycle would be more
+    # A loop keeps up to a hundred cancelled timers and their contexts for a while, about 45 KiB.
+    # A single leaked object a cycle would be more than the limit.
+    assert after - before < 80 * KIB
     assert len(hub) == 0
     assert not hub.channels
     assert len(asyncio.all_tasks()) == tasks
