@@ -18,9 +18,11 @@ from .exceptions import (
     SubscriberLagged,
     Unsubscribed,
 )
+from .history import History, Resumed
 from .manager import ConnectionManager
 from .outbox import Overflowed
 from .publisher import Publisher
+from .resume import Past
 from .stats import BackendStats, Stats
 from .subscriber import GapSubscriber, Subscriber
 from .tuning import Tuning
@@ -39,14 +41,17 @@ __all__ = [
     "Event",
     "Gap",
     "GapSubscriber",
+    "History",
     "InvalidChannel",
     "InvalidMessage",
     "NotConnected",
     "OriginRefused",
     "Overflowed",
+    "Past",
     "PayloadTooLarge",
     "PublishQueueFull",
     "Publisher",
+    "Resumed",
     "StarcastError",
     "Stats",
     "Subscriber",

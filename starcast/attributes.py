@@ -19,7 +19,7 @@ SIMILAR = 0.85
 SETTINGS = {
     name: "Broadcast"
     for name, parameter in inspect.signature(Broadcast).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("name", "backend")
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("name", "backend", "history")
 } | {"publish": "Broadcast.app"}
 
 

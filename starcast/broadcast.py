@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, overload
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -24,24 +24,23 @@ from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client, c
 from .backends import Backend
 from .broker.opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .close_codes import NORMAL
-from .codec import Channel, Dumps, Encoding
+from .codec import DEFAULT_CHANNEL, Channel, Dumps, Encoding
 from .event import Gap
 from .heartbeats import Heartbeats
+from .history import Histories, History, Resumed, check_count
 from .hub import Headers, Hub
 from .inbound import MAX_MESSAGE
+from .inspection import Inspection
 from .lifespan import with_handlers
+from .listening import Listening
 from .mount import Authorize, make_app
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .relay import OnPublishError
 from .settings import AfterGap, Settings
-from .stats import Stats
-from .subscriber import GapSubscriber, Subscriber
 from .tuning import Tuning
 
-DEFAULT_CHANNEL = "default"
 
-
-class Broadcast:
+class Broadcast(Listening, Inspection):
     """A hub: what is published to a channel reaches every client and subscriber of the channel.
 
     Create one for the app, on any thread; it does not need an event loop yet. Clients may live on
@@ -105,10 +104,16 @@ class Broadcast:
             broker, to notice when the broker stops answering: 3 by default, more than 0. Noticing
             may take 5 seconds longer. None are sent while no channel is in use and nothing is
             published.
+        history: Whether what is published is kept for a while, so that clients that come back miss
+            nothing: a `History` for all channels, or a dict by channel, such as
+            `{"room:*": History(size=50), "*": None}`, where a name with a `*` at its end stands for
+            all that begin so, and the longest one that fits decides. None, the default: nothing is
+            kept. All programs that publish to a channel need the same setting: what is published
+            without it is delivered and not kept.
         tuning: Timings and bounds that few programs have to change: see `Tuning`.
 
     Raises:
-        ConfigurationError: An argument is not valid.
+        ConfigurationError: An argument is not valid, or the backend keeps no history.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class Broadcast:
         after_gap: AfterGap = "keep",
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
+        history: History | Mapping[str, History | None] | None = None,
         tuning: Tuning | None = None,
     ) -> None:
         settings = Settings(
@@ -146,6 +152,7 @@ class Broadcast:
             open_timeout=open_timeout,
             probe_interval=probe_interval,
             tuning=Tuning() if tuning is None else tuning,
+            histories=Histories(history),
         )
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
         scheme = str(url).strip().partition("://")[0]
@@ -184,7 +191,10 @@ class Broadcast:
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
-    ) -> None: ...
+        since: str | None = None,
+        history: int = 0,
+        ids: bool = False,
+    ) -> Resumed | None: ...
 
     async def connect(
         self,
@@ -195,7 +205,10 @@ class Broadcast:
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
-    ) -> None:
+        since: str | None = None,
+        history: int = 0,
+        ids: bool = False,
+    ) -> Resumed | None:
         """Register a client on a channel; without a websocket, open the hub.
 
         Opening is optional, because the hub opens on first use, and may happen on another event
@@ -217,6 +230,24 @@ class Broadcast:
             max_buffer: For this client instead of the hub's, in bytes. `max_buffer` and `overflow`
                 only take effect on a client's first `connect`.
             overflow: For this client instead of the hub's.
+            since: The id of the last event that the client has. It first gets all that were
+                published after it, and then what is published from now on: nothing is missing and
+                nothing comes twice. If that is not possible, because something of it is not kept
+                any more or the id is none of this channel's history, it gets no part of it.
+            history: How many of the newest events the client gets first if there is no `since`, or
+                if it is not recovered. The past is sent as fast as the client reads, and does not
+                count in its buffer.
+            ids: Whether this client gets each message as a JSON object with the id, the channel and
+                the message, `{"id": ..., "channel": ..., "data": ...}`, in a text frame. Bytes are
+                in Base64, and `"encoding": "base64"` says so. On a channel with a history it first
+                gets `{"channel": ..., "id": ..., "recovered": ...}`: the position at which it
+                begins and, with `since`, whether nothing is missing. Only takes effect on a
+                client's first `connect`.
+
+        Returns:
+            Where the client begins, and whether it has missed nothing since the event that it
+            named. None on a channel that has no history, for a client that was on the channel
+            before, and without a websocket.
 
         Raises:
             OriginRefused: The page may not connect. If nothing catches this, the client gets 403.
@@ -227,21 +258,23 @@ class Broadcast:
                 not confirm the subscription to the channel within two seconds. If nothing catches
                 this, the client gets 503 (403 if the server does not support that), or is closed
                 with 1013 if it was accepted before.
-            ConfigurationError: `max_buffer` or `overflow` is not valid.
+            ConfigurationError: `max_buffer`, `overflow` or `history` is not valid, or there is a
+                `since` or a `history` and the channel has no history.
             TypeError: `websocket` is None or not a websocket.
             RuntimeError: It was called on another event loop than the client's. Only uvicorn lets
                 the hub notice this; on other servers the behaviour is undefined.
         """
         if websocket is OMITTED:
             await self._hub.lifecycle.ready()
-            return
+            return None
         websocket = check_client(websocket, *arguments.CONNECT)
         settings = self._hub.settings
         timeout = settings.tuning.close_timeout
         async with refusals.prepared(websocket, settings.refuse, subprotocol, timeout):
             channel = check_channel(websocket, channel)
-            outbox = settings.outbox(max_buffer, overflow)
-            await self._hub.connect(websocket, channel, outbox, subprotocol, headers)
+            outbox = settings.outbox(max_buffer, overflow, ids)
+            wish = self._hub.past.wish(channel, since, history)
+            return await self._hub.connect(websocket, channel, outbox, subprotocol, headers, wish)
 
     @overload
     async def disconnect(self) -> None: ...
@@ -360,7 +393,8 @@ class Broadcast:
         *,
         exclude: Exclude = None,
         encoding: Encoding | None = None,
-    ) -> None:
+        idempotency_key: str | None = None,
+    ) -> str | None:
         """Publish a message to a channel.
 
         In memory it returns when the message is in the socket or the outbox of every client on this
@@ -375,9 +409,18 @@ class Broadcast:
             exclude: A websocket or several that do not get it. None, alone or in a list,
                 excludes no client. Websockets that are not registered are ignored.
             encoding: `"json"` sends a `str` as JSON too; `"text"` and `"bytes"` require that type.
+            idempotency_key: On a channel that has a history, 1 to 200 characters that stand for
+                this message. If a message was published to the channel with it within the history's
+                `ttl`, and within the last 300 seconds, this one is not published again: so a
+                `publish` that has raised `BackendUnavailable` can be tried again.
+
+        Returns:
+            The id of the event, that of the first one if it is tried again. None if the channel has
+            no history.
 
         Raises:
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
+            ConfigurationError: `idempotency_key` is not valid, or the channel has no history.
             InvalidChannel: The name is not valid.
             PublishQueueFull: An event loop that has clients on the channel had no space for it
                 within two seconds, or more than 16 MiB are waiting for the broker. Nobody got the
@@ -391,8 +434,10 @@ class Broadcast:
         catches these errors.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
+        key = self._hub.past.key(event.channel, idempotency_key)
         await self._hub.lifecycle.reopen()
-        await self._hub.dispatcher.publish_and_wait(event)
+        await self._hub.dispatcher.publish_and_wait(event, key)
+        return event.id
 
     def publish_nowait(
         self,
@@ -420,61 +465,6 @@ class Broadcast:
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
         self._hub.dispatcher.publish_nowait(event)
 
-    @overload
-    def subscribe(
-        self,
-        channel: Channel = DEFAULT_CHANNEL,
-        *,
-        max_buffer: int | None = None,
-        overflow: Overflow = "disconnect",
-        gaps: Literal[False] = False,
-    ) -> Subscriber: ...
-
-    @overload
-    def subscribe(
-        self,
-        channel: Channel = DEFAULT_CHANNEL,
-        *,
-        max_buffer: int | None = None,
-        overflow: Overflow = "disconnect",
-        gaps: Literal[True],
-    ) -> GapSubscriber: ...
-
-    def subscribe(
-        self,
-        channel: Channel = DEFAULT_CHANNEL,
-        *,
-        max_buffer: int | None = None,
-        overflow: Overflow = "disconnect",
-        gaps: bool = False,
-    ) -> Subscriber | GapSubscriber:
-        """Return a channel's messages for code on the server.
-
-            async with broadcast.subscribe("room") as subscriber:
-                async for event in subscriber:
-                    print(event.message)
-
-        Args:
-            channel: 1 to 200 characters without control characters. An int or a UUID names the
-                channel of its `str()`.
-            max_buffer: Bytes that may wait to be read; the hub's setting by default.
-            overflow: What happens when the buffer is full. `"disconnect"`, the default whatever the
-                hub's setting is: iteration returns what is buffered and then raises
-                `SubscriberLagged`.
-            gaps: Whether to get a `Gap` at its place among the events when the broker was away.
-
-        Raises:
-            InvalidChannel, ConfigurationError: An argument is not valid. BackendUnavailable is
-                raised on entering the block, if the broker has not confirmed the subscription
-                within two seconds.
-        """
-        return (GapSubscriber if gaps else Subscriber)(
-            codec.check_channel(channel),
-            self._hub.settings.outbox(max_buffer, overflow),
-            join=self._hub.join,
-            leave=self._hub.registry.unsubscribe,
-        )
-
     # Serve
 
     async def serve(
@@ -490,6 +480,8 @@ class Broadcast:
         headers: Headers | None = None,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
+        history: int = 0,
+        ids: bool = False,
         max_message: int | None = None,
         on_publish_error: OnPublishError | None = None,
     ) -> int:
@@ -511,6 +503,8 @@ class Broadcast:
                 published, and listen-only clients may send it.
             subprotocols: Instead of `subprotocol`: the server answers with the first of these names
                 that the client offers, or with none.
+            history, ids: See `connect`. On a channel that has a history, a client that adds
+                `?last_event_id=` to its URL gets what it has missed, as with `since`.
             max_message: For this client instead of the hub's, in bytes.
             on_publish_error: Called as `on_publish_error(websocket, data, exc)` when a message of
                 the client could not be published; `exc` is a `BackendUnavailable` or a
@@ -530,6 +524,7 @@ class Broadcast:
             OriginRefused, InvalidChannel, ConfigurationError, TypeError: See `connect`.
         """
         check_client(websocket, "serve(...)")
+        wish = self._hub.past.asked(websocket, channel, check_count("history", history))
         connect = functools.partial(
             self.connect,
             websocket,
@@ -538,6 +533,9 @@ class Broadcast:
             headers=headers,
             max_buffer=max_buffer,
             overflow=overflow,
+            since=wish.since,
+            history=wish.last,
+            ids=ids,
         )
         return await serving.serve(
             self._hub,
@@ -559,6 +557,8 @@ class Broadcast:
         encoding: Encoding | None = "text",
         heartbeats: Heartbeats | None = None,
         subprotocols: Sequence[str] = (),
+        history: int = 0,
+        ids: bool = False,
         max_message: int | None = None,
         refuse: Refuse | None = None,
     ) -> ASGIApp:
@@ -579,7 +579,7 @@ class Broadcast:
                 `return user is not None`, not `return user`. Other exceptions go through the app as
                 usual.
             encoding: See `serve`; ignored without `publish`.
-            heartbeats, subprotocols, max_message: See `serve`.
+            heartbeats, subprotocols, history, ids, max_message: See `serve`.
             refuse: Instead of the hub's, see there.
 
         Raises:
@@ -594,62 +594,10 @@ class Broadcast:
             publish=publish,
             heartbeats=heartbeats,
             subprotocols=subprotocols,
+            history=history,
+            ids=ids,
             max_message=max_message,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._mount(scope, receive, send)
-
-    # Look
-
-    @property
-    def name(self) -> str:
-        """The name of this hub on its broker."""
-        return self._hub.claim.name
-
-    def __repr__(self) -> str:
-        """Return its kind of backend, its name, whether it is open and its clients; no secrets."""
-        number = len(self)
-        clients = "1 client" if number == 1 else f"{number} clients"
-        state = "open" if self._hub.lifecycle.open else "closed"
-        return f"<Broadcast {self._kind} {self.name!r} {state}, {clients}>"
-
-    def __len__(self) -> int:
-        """Return how many clients are connected to this process."""
-        return len(self._hub.registry)
-
-    def __contains__(self, websocket: object) -> bool:
-        """Return whether a client is registered: `websocket in hub`. From any thread."""
-        return isinstance(websocket, WebSocket) and self._hub.is_registered(websocket)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def clients(self, channel: Channel | None = None) -> list[WebSocket]:
-        """Return the clients of this process, or those on a channel: a new list each time.
-
-        They stand in the order in which they joined, on each event loop. From any thread. The hub
-        knows no users: what your app has put on `websocket.state` says whose they are.
-
-        Raises:
-            InvalidChannel: The name is not valid.
-        """
-        return self._hub.clients(channel)
-
-    @property
-    def channels(self) -> dict[str, int]:
-        """Channel name to number of clients, for the channels that have any: a fresh copy."""
-        return self._hub.registry.channels()
-
-    def stats(self) -> Stats:
-        """Return a snapshot of counters and health. From any thread."""
-        return self._hub.stats()
-
-    async def healthy(self) -> bool:
-        """Whether the hub is open and its broker answers, for a readiness check. From any loop.
-
-        With a broker, the hub sends itself a message through the broker and waits up to two seconds
-        for it. It is not healthy either while the broker refuses a channel that has members. A hub
-        that has not been opened is not healthy: give the app `lifespan=hub.lifespan`.
-        """
-        return await self._hub.healthy()

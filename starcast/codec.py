@@ -21,6 +21,8 @@ Encoding = Literal["text", "bytes", "json"]
 Dumps = Callable[[Any], str | bytes]
 Channel = str | int | uuid.UUID
 
+DEFAULT_CHANNEL = "default"
+
 MAX_CHANNEL = 200  # characters
 # Bits of an int that names a channel. They make more than MAX_CHANNEL digits, but fewer than the
 # 4,300 from which Python refuses to convert an int to a str.

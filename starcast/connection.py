@@ -29,9 +29,10 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -39,15 +40,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from . import fastpath
 from .close_codes import ABNORMAL, NORMAL, TRY_AGAIN_LATER
 from .event import Event
-from .handler import Handler, Take, owner
-from .outbox import Close, Item, Leave, Outbox, OutboxFull, Send, discard
+from .handler import Handler, Take
+from .outbox import Close, Item, Leave, Outbox, OutboxFull, Replay, Send, discard
 from .servers.watch import Presence
-from .servers.wire import FrameWriter, Wire
+from .servers.wire import FrameWriter
 from .stats import Counters
 from .sync.waiter import Waiter
 from .tuning import Tuning
-
-DISCONNECTED = WebSocketState.DISCONNECTED
 
 
 class State(enum.Enum):
@@ -77,11 +76,6 @@ class Shard(Protocol):
 
     def forget(self, connection: Connection) -> object:
         """Take a client that has ended, or is about to, off the hub."""
-
-
-def is_gone(websocket: WebSocket) -> bool:
-    """Whether either side has closed it, as far as the app was told."""
-    return DISCONNECTED in (websocket.client_state, websocket.application_state)
 
 
 class Connection:
@@ -115,16 +109,13 @@ class Connection:
         self.frames: FrameWriter | None = None  # if the server takes ready-made ones
         self._ended = False
         self._task: asyncio.Task[None] | None = None  # sends to this client now
-        self._deadline: asyncio.TimerHandle | None = None
+        self._deadline: TimerHandle | None = None
         self._waiters: list[Waiter] = []
         self._presence = Presence(self, websocket, protocol)
-        wire: Wire | str = fastpath.READY_FRAMES
-        if ready_frames:
-            is_free = not isinstance(owner(websocket.send), Handler)
-            wire = fastpath.open_wire(websocket, protocol) if is_free else fastpath.OTHER_HUB
+        wire = fastpath.open_wire(websocket, protocol) if ready_frames else fastpath.READY_FRAMES
         self.asgi_reason = wire if isinstance(wire, str) else None  # None on the fast path
         if not isinstance(wire, str):
-            self.frames = FrameWriter(wire, self)
+            self.frames = FrameWriter(wire, self, with_ids=outbox.ids)
         self._handler = Handler(self, None if isinstance(wire, str) else wire)
         if self.frames is not None:
             self.frames.resume()
@@ -230,31 +221,23 @@ class Connection:
         self._task = task or asyncio.current_task()
         try:
             while outbox.in_flight is not None:
-                for item in outbox.in_flight:
-                    presence.sends += 1
-                    if transport is not None and transport.is_closing():
-                        self.end(ABNORMAL)
-                    if self._ended:
-                        return
-                    if isinstance(item, Event):
-                        if self.frames is not None:
-                            written = await self.frames.write(outbox.in_flight)
-                            self.shard.counters.delivered += written
-                            if not written:
-                                self.end(ABNORMAL)
-                            break  # these were all of them
-                        # A fresh dict each time: middleware may change what it is given.
-                        await self._handler.send_event(
-                            {"type": "websocket.send", item.kind: item.message}
-                        )
-                        self.shard.counters.delivered += 1
-                    elif isinstance(item, Send):
-                        await self._send(item)
-                    elif isinstance(item, Close):
-                        await self._close(item)
-                    else:
-                        assert isinstance(item, Leave)  # a Gap is for subscribers
-                        self._leave(item)
+                presence.sends += 1
+                if transport is not None and transport.is_closing():
+                    self.end(ABNORMAL)
+                if self._ended:
+                    return
+                item = outbox.in_flight[0]
+                if isinstance(item, Event):
+                    await self._send_events(cast("Sequence[Event]", outbox.in_flight))
+                elif isinstance(item, Replay):
+                    await self._send_events(await item.events)
+                elif isinstance(item, Send):
+                    await self._send(item)
+                elif isinstance(item, Close):
+                    await self._close(item)
+                else:
+                    assert isinstance(item, Leave)  # a Gap is for subscribers
+                    self._leave(item)
                 following = outbox.take() if outbox.items else None
                 outbox.in_flight = None if following is None else (following,)
         except asyncio.CancelledError:
@@ -271,6 +254,24 @@ class Connection:
                 discard(unsent[0])
             elif self.frames is not None and not self._ended:
                 self.frames.resume()
+
+    async def _send_events(self, events: Sequence[Event]) -> None:
+        """Send events, and on the fast path those that follow them in the outbox as well."""
+        if self.frames is not None and events:
+            written = await self.frames.write(events)
+            self.shard.counters.delivered += written
+            if not written:
+                self.end(ABNORMAL)
+            return
+        for event in events:
+            if self._ended or self._presence.is_over:
+                self.end(ABNORMAL)
+                return
+            self._presence.sends += 1
+            sent = event.with_id if self.outbox.ids else event
+            # A fresh dict each time: middleware may change what it is given.
+            await self._handler.send_event({"type": "websocket.send", sent.kind: sent.message})
+            self.shard.counters.delivered += 1
 
     async def send(self, message: Message) -> bool:
         """Send a message of the handler's after everything that was published before.
@@ -377,9 +378,7 @@ class Connection:
         if not self._ended:
             await waiter
 
-    def call_after_close_timeout(
-        self, callback: Callable[..., None], *args: object
-    ) -> asyncio.TimerHandle:
+    def call_after_close_timeout(self, callback: Callable[..., None], *args: object) -> TimerHandle:
         """Call it when the client has had time for what was sent to it and for a close frame."""
         return self.shard.loop.call_later(self.shard.tuning.close_timeout, callback, *args)
 

@@ -19,6 +19,7 @@ from .broker.local import LocalLink
 from .broker.sender import Ack, OnLost
 from .event import Event
 from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
+from .history import Histories
 from .registry import Registry
 from .shard import Shard
 from .sync.bounded import Full
@@ -57,8 +58,9 @@ class Dispatcher:
         failed: How many messages were not.
     """
 
-    def __init__(self, registry: Registry, link: Link | LocalLink) -> None:
+    def __init__(self, registry: Registry, link: Link | LocalLink, histories: Histories) -> None:
         self.state = State.NEW
+        self._histories = histories
         self._registry = registry
         self._link = link
         self._lock = registry.lock
@@ -101,9 +103,13 @@ class Dispatcher:
             raise
 
     def publish(
-        self, event: Event, wait: bool = False, on_lost: OnLost | None = None
+        self,
+        event: Event,
+        wait: bool = False,
+        on_lost: OnLost | None = None,
+        key: str | None = None,
     ) -> Ack | None:
-        """Publish an event.
+        """Publish an event, unless one was published with this idempotency key.
 
         With `wait`, return an `Ack` to wait for the broker's confirmation; None in memory. Without
         `wait`, `on_lost` is called if the broker does not get it: see `Link.publish`.
@@ -113,7 +119,7 @@ class Dispatcher:
         if self.state is not State.OPEN and not (link.is_local and self.state is State.NEW):
             self.check_fork()
             raise BackendUnavailable(NOT_OPEN)
-        ack = link.publish(event, wait, on_lost)
+        ack = link.publish(event, wait, on_lost, key)
         with self._lock:
             self.published += 1
         self._registry.journal.message(LOCAL if link.is_local else REMOTE, event)
@@ -133,6 +139,8 @@ class Dispatcher:
             Whether it was written or queued. If not, publish it in another way.
         """
         if self.state is not State.OPEN or event.exclude or not self._link.is_local:
+            return False
+        if self._histories.find(event.channel) is not None:
             return False
         if shard.awake:
             shard.flush()
@@ -163,8 +171,12 @@ class Dispatcher:
         except Full as exc:
             await self.retry(functools.partial(self.publish, event, on_lost=on_lost), exc)
 
-    async def publish_and_wait(self, event: Event) -> None:
-        """Hand an event over, and wait until the broker, or in memory this loop, has it."""
+    async def publish_and_wait(self, event: Event, key: str | None = None) -> None:
+        """Hand an event over, and wait until the broker, or in memory this loop, has it.
+
+        The event has its position then, if its channel has a history. It is not published if one
+        was with this idempotency key.
+        """
         deadline = None
         shard = self._registry.shards.get(asyncio.get_running_loop())
         # What is queued already goes with the event in one write.
@@ -172,10 +184,10 @@ class Dispatcher:
             await self.settle()
             return
         try:
-            ack = self.publish(event, wait=True)
+            ack = self.publish(event, wait=True, key=key)
         except Full as exc:
             deadline = asyncio.get_running_loop().time() + self._timeout
-            again = functools.partial(self.publish, event, wait=True)
+            again = functools.partial(self.publish, event, wait=True, key=key)
             ack = await self.retry(again, exc, deadline)
         if ack is None:
             await self.settle()
@@ -186,6 +198,7 @@ class Dispatcher:
             with self._lock:
                 self.failed += 1
             raise
+        event.position = ack.position
 
     async def retry(
         self,

@@ -16,11 +16,12 @@ from starlette.websockets import WebSocket, WebSocketState
 from . import attributes, codec, heartbeats, inbound, serving
 from .admission import refusals, subprotocols
 from .admission.hooks import Refuse, check_refuse
-from .broadcast import DEFAULT_CHANNEL, Broadcast
+from .broadcast import Broadcast
 from .close_codes import ABNORMAL
-from .codec import Channel
+from .codec import DEFAULT_CHANNEL, Channel
 from .exceptions import BackendUnavailable, PublishQueueFull
 from .heartbeats import Heartbeats
+from .history import check_count
 from .relay import Relay
 from .shortcut import Shortcut
 
@@ -75,6 +76,11 @@ class BroadcastEndpoint(WebSocketEndpoint):
             client offers, or with none.
         max_message: Bytes that one message of a client may have; None, the default, stands for the
             hub's setting. A longer one closes the client with 1009, and no hook gets it.
+        history: On a channel that has a history, how many of its newest messages a client gets
+            first, 0 by default. A client that adds `?last_event_id=` to its URL gets what it has
+            missed instead, if all of that is still kept.
+        ids: Whether clients get each message as a JSON object with its id. See
+            `Broadcast.connect`.
         refuse: How a client is turned away before it is accepted, `"http"` or `"close"`; None, the
             default, stands for the hub's setting. See `Broadcast`.
 
@@ -91,6 +97,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
     heartbeats: Heartbeats | None = None
     subprotocols: Sequence[str] = ()
     max_message: int | None = None
+    history: int = 0
+    ids: bool = False
     refuse: Refuse | None = None
 
     # FastAPI reads this to know what to call the class with.
@@ -108,6 +116,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
         heartbeats.check(cls.heartbeats)
         subprotocols.check(cls.subprotocols)
         inbound.check(cls.max_message)
+        check_count("history", cls.history)
         check_refuse(cls.refuse)
 
     @overload
@@ -141,8 +150,15 @@ class BroadcastEndpoint(WebSocketEndpoint):
     async def on_connect(self, websocket: WebSocket) -> None:
         """Accept and register the client."""
         subprotocol = subprotocols.choose(websocket, self.subprotocols)
+        channel = self.get_channel(websocket)
+        wish = self.broadcast._hub.past.asked(websocket, channel, self.history)
         await self.broadcast.connect(
-            websocket, self.get_channel(websocket), subprotocol=subprotocol
+            websocket,
+            channel,
+            subprotocol=subprotocol,
+            since=wish.since,
+            history=wish.last,
+            ids=self.ids,
         )
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from typing import Any
 
 from . import frames
+from .history import Position
 
 # Bytes that an event counts for in a buffer besides its payload, so that empty messages are bounded
 # too. An estimate of the object, the headers of its strings and its slot in a queue.
@@ -36,9 +38,13 @@ class Event:
         exclude: The ids of the connections that do not receive it.
         cost: What it counts for in a buffer, in bytes.
         kind: The type of its frame: `"text"` or `"bytes"`.
+        position: Its place in the history of its channel; None if the channel has none.
     """
 
-    __slots__ = ("_frames", "channel", "cost", "exclude", "kind", "message", "payload")
+    __slots__ = (
+        *("_frames", "_with_id", "channel", "cost", "exclude", "kind", "message", "payload"),
+        "position",
+    )
 
     def __init__(
         self,
@@ -57,15 +63,39 @@ class Event:
         self.exclude = exclude
         self.cost = len(payload) + OVERHEAD
         self.kind = "text" if isinstance(message, str) else "bytes"
+        self.position: Position | None = None
         self._frames: dict[frames.WireFormat, bytes] = {}
+        self._with_id: Event | None = None
+
+    @property
+    def id(self) -> str | None:
+        """What names it in the history of its channel: for `since=`. None if there is none."""
+        return None if self.position is None else str(self.position)
 
     def frame(self, wire_format: frames.WireFormat) -> bytes:
         """Return the message's frame in a wire format. It is made on first use, and kept."""
         frame = self._frames.get(wire_format)
         if frame is None:
+            if wire_format & frames.WITH_ID:
+                return self.with_id.frame(wire_format ^ frames.WITH_ID)
             opcode = frames.TEXT if self.kind == "text" else frames.BINARY
             frame = self._frames[wire_format] = frames.make(opcode, self.payload, wire_format)
         return frame
+
+    @property
+    def with_id(self) -> Event:
+        """What clients get that want ids: an object with the message and its id, made once."""
+        if self._with_id is None:
+            content: dict[str, Any] = {"id": self.id, "channel": self.channel}
+            if isinstance(self.message, str):
+                content["data"] = self.message
+            else:
+                content |= {
+                    "data": base64.b64encode(self.message).decode(),
+                    "encoding": "base64",
+                }
+            self._with_id = Event(self.channel, json.dumps(content, ensure_ascii=False))
+        return self._with_id
 
     def json(self) -> Any:
         """Return the message parsed as JSON.
@@ -91,6 +121,20 @@ class Event:
 
     def __repr__(self) -> str:
         return f"Event(channel={self.channel!r}, message={self.message!r})"
+
+
+class Notice(Event):
+    """An object for one client that wants ids: what became of its `since`, say."""
+
+    __slots__ = ()
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__("", json.dumps(content, ensure_ascii=False))
+
+    @property
+    def with_id(self) -> Event:
+        """Itself, but not as a reference to itself: that would be a cycle."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

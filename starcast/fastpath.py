@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket
 
-from .handler import has_plain_send
+from .handler import Handler, has_plain_send, owner
 from .servers import served
 from .servers.wire import Wire
 
@@ -37,6 +37,8 @@ def open_wire(websocket: WebSocket, protocol: Any) -> Wire | str:
         websocket: The client's.
         protocol: uvicorn's protocol object of the client; None on another server.
     """
+    if isinstance(owner(websocket.send), Handler):
+        return OTHER_HUB
     if not has_plain_send(websocket):
         return MIDDLEWARE
     announced = (websocket.scope.get("extensions") or {}).get("starcast")

@@ -19,6 +19,9 @@ _RSV1 = 0x40  # the message is compressed, RFC 7692 section 6
 WireFormat = int
 PLAIN: WireFormat = 0
 
+# Added to the wire format of a client that gets each message in an object with its id.
+WITH_ID: WireFormat = 16
+
 # Smaller payloads are not compressed, in bytes. A short JSON object would hardly become shorter,
 # and each client would have to inflate it.
 WORTH_COMPRESSING = 128

@@ -21,6 +21,12 @@ from .close_codes import ABNORMAL
 CONNECTED = WebSocketState.CONNECTED
 
 
+def is_gone(websocket: WebSocket) -> bool:
+    """Whether either side has closed it, as far as the app was told."""
+    gone = WebSocketState.DISCONNECTED
+    return gone in (websocket.client_state, websocket.application_state)
+
+
 class Client(Protocol):
     """What a handler needs of its connection."""
 

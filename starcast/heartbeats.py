@@ -13,8 +13,8 @@ from typing import Any
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from .connection import is_gone
 from .exceptions import ConfigurationError, PublishQueueFull
+from .handler import is_gone
 from .hub import Hub
 
 # The keys are `str` or bytes. A mapping is invariant in its keys, so `Mapping[str | bytes, ...]`

@@ -24,16 +24,21 @@ from .broker.local import LocalLink
 from .broker.naming import DEFAULT_NAME, NamedBackend, check_name
 from .close_codes import ABNORMAL, GOING_AWAY
 from .codec import Channel, Encoding
-from .connection import Connection, is_gone
+from .connection import Connection
 from .dispatcher import Dispatcher
 from .event import Event, Gap
 from .exceptions import BackendUnavailable, ClientGone
+from .group import Member
+from .handler import is_gone
+from .history import Position, Resumed, Wish
 from .lifecycle import Lifecycle
 from .missed import Missed
-from .outbox import Close, Outbox
+from .outbox import Close, Outbox, Replay
 from .registry import Registry
+from .resume import Reader, notice
 from .servers import daphne, served
 from .settings import Settings
+from .shard import Shard
 from .stats import Counters, Stats
 from .subscriber import Subscription
 from .sync.bounded import Full
@@ -61,7 +66,8 @@ class Hub:
         name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
         self.link = self._make_link(backend, name)
-        self.dispatcher = Dispatcher(self.registry, self.link)
+        self.dispatcher = Dispatcher(self.registry, self.link, settings.histories)
+        self.past = Reader(self.link, self.lock, settings.histories)
         self.lifecycle = Lifecycle(
             self.dispatcher, self.registry, self.link, self.claim, settings.open_timeout
         )
@@ -70,9 +76,18 @@ class Hub:
     def _make_link(self, backend: Backend | None, name: str) -> Link | LocalLink:
         registry, settings = self.registry, self.settings
         if backend is None:
-            return LocalLink(registry.deliver, registry.shards)
+            return LocalLink(registry, settings.histories)
         backends.check(backend)
-        owner = Owner(registry.deliver_remote, self._on_link_gap, registry.loops, self._reopen)
+        if settings.histories.any:
+            backends.check_history(backend)
+        owner = Owner(
+            registry.deliver_remote,
+            self._on_link_gap,
+            registry.loops,
+            self._reopen,
+            settings.histories,
+            registry.positions,
+        )
         named = NamedBackend(backend, name)
         return Link(named, self.lock, owner, settings.tuning, settings.probe_interval)
 
@@ -82,9 +97,17 @@ class Hub:
     # Gaps
 
     def _on_link_gap(self, gap: Gap) -> None:
-        """Tell the members of the gap's channels, and the hook. The link calls this."""
-        self.registry.tell_gap(gap, self.settings.gap_close())
+        """Tell the members of the gap's channels, and the hook. The link calls this.
+
+        Members of channels that all have a history are spared the gap of an outage: the link fills
+        their channels, and reports the gaps that are left.
+        """
+        spare = self._misses_nothing if gap.channel is None else None
+        self.registry.tell_gap(gap, self.settings.gap_close(), spare=spare)
         self.settings.tell_gap(gap)
+
+    def _misses_nothing(self, member: Member) -> bool:
+        return all(map(self.settings.histories.find, member.channels))
 
     def _tell_missed(self, missed: Missed) -> None:
         """Tell the members that have missed messages because their event loop was blocked."""
@@ -103,8 +126,13 @@ class Hub:
         outbox: Outbox,
         subprotocol: str | None,
         headers: Headers | None,
-    ) -> None:
-        """Accept a client, unless that was done, and put it on a channel."""
+        wish: Wish,
+    ) -> Resumed | None:
+        """Accept a client, unless that was done, and put it on a channel.
+
+        Returns:
+            Where it begins, if the channel has a history and the client was not on it before.
+        """
         protocol = served.find_protocol(websocket)
         if not self.is_registered(websocket):
             served.check_loop(protocol)
@@ -119,7 +147,9 @@ class Hub:
             self.link.acquire_again(channel)  # it need not be waited for
         else:
             await self.link.acquire(channel)
+        wake: list[Shard] = []
         try:
+            await self.past.catch_up(channel, wish)
             if websocket.application_state is WebSocketState.CONNECTING:
                 try:
                     await websocket.accept(subprotocol=subprotocol, headers=headers)
@@ -131,7 +161,17 @@ class Hub:
                 closed = self.lifecycle.closings != closings
                 if not closed:
                     registered = self._register(websocket, channel, outbox, protocol)
-            self.registry.journal.write()
+                here = self.link.position(channel) if registered else None
+                connection = self.find(websocket)
+                replay = None
+                if (
+                    here is not None
+                    and connection is not None
+                    and (not wish.is_empty or connection.outbox.ids)
+                ):
+                    replay = Replay(asyncio.get_running_loop())
+                    wake = self.registry.queue(replay, connection)
+            self.registry.wake(wake)
             self.link.take_over()  # if the loop that it was on has ended
             if closed:  # while the websocket was being accepted
                 await websocket.close(GOING_AWAY)
@@ -139,6 +179,29 @@ class Hub:
         finally:
             if not registered:
                 self._release(channel)
+        if here is None:
+            return None
+        if replay is None:
+            return Resumed(str(here))
+        return await self._replay(websocket, channel, wish, here, replay)
+
+    async def _replay(
+        self, websocket: WebSocket, channel: str, wish: Wish, here: Position, replay: Replay
+    ) -> Resumed:
+        """Let a client that has joined at this position have what it wants of the past."""
+        events: list[Event] = []
+        connection = self.find(websocket)
+        try:
+            events, resumed = await self.past.read(channel, wish, here)
+        except BaseException:
+            self.leave(websocket, channel)
+            raise
+        else:
+            if connection is not None and connection.outbox.ids:
+                events.insert(0, notice(channel, resumed))
+        finally:
+            replay.begin(events)
+        return resumed
 
     def _register(self, websocket: WebSocket, channel: str, outbox: Outbox, protocol: Any) -> bool:
         """Put it on the channel; False if it was there already."""
@@ -213,16 +276,30 @@ class Hub:
 
     async def join(self, subscriber: Subscription[Any]) -> Counters:
         """Put a subscriber of this loop on its channel, and return what it counts with."""
+        channel, wish = subscriber.channel, subscriber.wish
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
-        await self.link.acquire(subscriber.channel)
-        with self.lock:
-            if self.lifecycle.closings != closings:
-                self._release(subscriber.channel)
-                raise BackendUnavailable("the hub was closed")
-            counters = self.registry.subscribe(subscriber)
+        await self.link.acquire(channel)
+        registered = False
+        try:
+            await self.past.catch_up(channel, wish)
+            with self.lock:
+                if self.lifecycle.closings != closings:
+                    raise BackendUnavailable("the hub was closed")
+                counters = self.registry.subscribe(subscriber)
+                registered = True
+                here = self.link.position(channel)
+        finally:
+            if not registered:
+                self._release(channel)
         self.registry.journal.write()
         self.link.take_over()
+        if here is not None:
+            try:
+                subscriber.begin(*await self.past.read(channel, wish, here))
+            except BaseException:
+                self.registry.unsubscribe(subscriber)
+                raise
         return counters
 
     def _release(self, channel: str) -> None:

@@ -19,6 +19,7 @@ from .arguments import check_channel
 from .codec import Encoding
 from .exceptions import ConfigurationError
 from .heartbeats import Heartbeats
+from .history import check_count
 from .hub import Hub
 from .serving import answer
 
@@ -36,6 +37,8 @@ def make_app(
     publish: bool,
     heartbeats: Heartbeats | None,
     subprotocols: Sequence[str],
+    history: int,
+    ids: bool,
     max_message: int | None,
 ) -> Router:
     """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`."""
@@ -46,6 +49,8 @@ def make_app(
         publish=publish,
         heartbeats=_heartbeats.check(heartbeats),
         subprotocols=_subprotocols.check(subprotocols),
+        history=check_count("history", history),
+        ids=ids,
         max_message=inbound.check(max_message),
     )
     if authorize is not None and not callable(authorize):

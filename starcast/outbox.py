@@ -77,6 +77,24 @@ class Leave:
             self.waiter.set()
 
 
+class Replay:
+    """Events of a channel's past, which a client gets before those that are published from now on.
+
+    They are kept by whoever keeps the history, so they do not count in the client's buffer, and it
+    takes them as fast as it can. What is published meanwhile does count.
+    """
+
+    __slots__ = ("events",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.events: asyncio.Future[Sequence[Event]] = loop.create_future()
+
+    def begin(self, events: Sequence[Event]) -> None:
+        """Let them be sent. On the loop of the client."""
+        if not self.events.done():
+            self.events.set_result(events)
+
+
 class Send:
     """An ASGI message that the client's own handler sends, and waits until it has been sent.
 
@@ -102,8 +120,9 @@ class Send:
 
 
 # What a client gets, in order. Control items cost nothing and are never dropped. A client has one
-# Close and one Leave at most, and one Send for each task of its handler that is sending.
-Item = Event | Gap | Close | Leave | Send
+# Close and one Leave at most, one Replay for each channel that it joins, and one Send for each task
+# of its handler that is sending.
+Item = Event | Gap | Close | Leave | Send | Replay
 
 
 class OutboxFull(Exception):
@@ -163,6 +182,7 @@ class Outbox:
     __slots__ = (
         "_on_overflow",
         "draining",
+        "ids",
         "in_flight",
         "items",
         "max_buffer",
@@ -177,6 +197,7 @@ class Outbox:
         max_buffer: int = MAX_BUFFER,
         overflow: Overflow = "disconnect",
         on_overflow: OnOverflow | None = None,
+        ids: bool = False,
     ) -> None:
         if not isinstance(max_buffer, int) or isinstance(max_buffer, bool) or max_buffer < 1:
             raise ConfigurationError(f"max_buffer is a number of bytes above 0, not {max_buffer!r}")
@@ -187,6 +208,7 @@ class Outbox:
         self.max_buffer = max_buffer
         self.overflow: Overflow = overflow
         self._on_overflow = on_overflow
+        self.ids = ids  # whether the client gets each message in an object with its id
         self.size = 0
         # What is being sent, or is about to be: one item, or the events of one delivery.
         self.in_flight: Sequence[Item] | None = None

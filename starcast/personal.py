@@ -5,8 +5,9 @@ from __future__ import annotations
 from starlette.websockets import WebSocket
 
 from .close_codes import ABNORMAL
-from .connection import Connection, is_gone
+from .connection import Connection
 from .exceptions import ClientGone, NotConnected
+from .handler import is_gone
 from .registry import Registry
 from .servers import served
 from .sync.space import SpaceQueue

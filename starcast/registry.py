@@ -13,9 +13,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .connection import Connection, is_gone
+from .connection import Connection
 from .event import Event, Gap
 from .group import Done, Member
+from .handler import is_gone
+from .history import Position
 from .journal import Journal
 from .missed import Missed
 from .outbox import Close, Item, Leave
@@ -53,6 +55,8 @@ class Registry:
         self.connections: dict[Connection, Shard] = {}
         self.subscribers: dict[Subscription[Any], Shard] = {}
         self._missed: dict[Shard, Missed] = {}  # of loops that are blocked now
+        # With a broker: the place that members have reached on each channel that has a history.
+        self.positions: dict[str, Position] = {}
         self._counts = ClientCounts()
         self._retired = Counters()  # of shards whose loop has ended
         self.waiting_senders = 0
@@ -115,7 +119,7 @@ class Registry:
             wake = [shard] if not dead and shard.add(connection.leaving, (connection,)) else []
         if dead:
             connection.kill()
-        self._wake(wake, [connection])
+        self.wake(wake, [connection])
         return None if dead else left
 
     def remove(self, connection: Connection) -> Shard | None:
@@ -146,7 +150,7 @@ class Registry:
         with self.lock:
             shard = self.remove(connection)
             wake = [shard] if shard is not None and shard.add(close, (connection,)) else []
-        self._wake(wake, [connection])
+        self.wake(wake, [connection])
         return shard is not None
 
     def subscribe(self, subscriber: Subscription[Any]) -> Counters:
@@ -183,7 +187,7 @@ class Registry:
             wake = [shard for shard, own in members.items() if shard.add(close, tuple(own))]
             for connection in connections:
                 self.remove(connection)
-        self._wake(wake, connections)
+        self.wake(wake, connections)
         return connections
 
     def _members(self, channel: str | None = None) -> Iterator[tuple[Member, Shard]]:
@@ -267,16 +271,17 @@ class Registry:
         others = (other for other in self.shards.values() if other is not shard)
         return any(channel in other.channels for other in others)
 
-    def deliver(self, event: Event) -> None:
-        """Queue an event on every loop with members on its channel.
+    def add(self, event: Event) -> list[Shard]:
+        """Queue an event on every loop with members on its channel. With the lock held.
+
+        Returns:
+            What to pass to `wake` once the lock is released. A loop is woken once for all messages
+            of one iteration, so this is empty most of the time.
 
         Raises:
             Full: A loop has no space. No member gets the event.
         """
-        with self.lock:
-            wake = self._add(event, self._targets(event.channel))
-        if wake:  # a loop is woken once for all messages of one iteration
-            self._wake(wake)
+        return self._add(event, self._targets(event.channel))
 
     def deliver_remote(self, event: Event, since: float) -> bool:
         """Queue an event from the broker on every loop that has space, and return whether all had.
@@ -287,6 +292,8 @@ class Registry:
         wake = []
         all_had_space = True
         with self.lock:
+            if event.position is not None and event.channel in self.positions:
+                self.positions[event.channel] = event.position
             for shard, members in self._targets(event.channel):
                 if shard not in self._missed and shard.queue.has_space(event.cost):
                     if shard.add(event, members):
@@ -296,13 +303,22 @@ class Registry:
                 if shard not in self._missed:
                     self._missed[shard] = Missed(shard, since, self._end_missed)
                 self._missed[shard].add(event.channel)
-        self._wake(wake)
+        self.wake(wake)
         self.journal.message("received %d bytes for %r from the broker", event)
         return all_had_space
 
     def _end_missed(self, missed: Missed) -> None:
         del self._missed[missed.shard]
         self._on_missed(missed)
+
+    def queue(self, item: Item, connection: Connection) -> list[Shard]:
+        """Queue an item for one client that is registered. With the lock held.
+
+        Returns:
+            What to pass to `wake` once the lock is released.
+        """
+        shard = self.connections[connection]
+        return [shard] if shard.add(item, (connection,)) else []
 
     def post(self, event: Event, connection: Connection) -> bool:
         """Queue an event for one client; False if it is not registered any more.
@@ -324,17 +340,23 @@ class Registry:
                 return False
             wake = self._add(event, [(shard, (connection,))], arrived)
             outbox.promised += event.cost
-        self._wake(wake)
+        self.wake(wake)
         return True
 
     def tell_gap(
-        self, gap: Gap, close: Close | None, members: dict[Member, Shard] | None = None
+        self,
+        gap: Gap,
+        close: Close | None,
+        members: dict[Member, Shard] | None = None,
+        *,
+        spare: Callable[[Member], bool] | None = None,
     ) -> None:
         """Queue a gap for the subscribers that want it, and close the clients if asked to.
 
         Args:
             gap: The gap.
             close: What closes the clients, or None.
+            spare: Returns whether a member has missed nothing.
             members: The members to tell, each with its shard, in which case the caller holds the
                 lock, and their loops are woken in the next iteration of this one. By default, all
                 members of the gap's channel, or of the hub.
@@ -344,6 +366,8 @@ class Registry:
         with self.lock:
             affected = dict(self._members(gap.channel)) if members is None else members
             for member, shard in affected.items():
+                if spare is not None and spare(member):
+                    continue
                 if isinstance(member, Connection):
                     if close is not None:
                         notices.append((close, member, shard))
@@ -353,9 +377,9 @@ class Registry:
                     notices.append((gap, member, shard))
             wake = [shard for item, member, shard in notices if shard.add(item, (member,))]
         if members is None:
-            self._wake(wake, closed)
+            self.wake(wake, closed)
         else:
-            asyncio.get_running_loop().call_soon(self._wake, wake, closed)
+            asyncio.get_running_loop().call_soon(self.wake, wake, closed)
 
     def _targets(self, channel: str) -> list[Target]:
         """Return the members of a channel, for each loop that has any."""
@@ -382,7 +406,7 @@ class Registry:
                 wake.append(shard)
         return wake
 
-    def _wake(self, shards: Iterable[Shard], left: Iterable[Connection] = ()) -> None:
+    def wake(self, shards: Iterable[Shard], left: Iterable[Connection] = ()) -> None:
         """Let the loops deliver, and end waits for space in the buffers of clients that left."""
         for shard in shards:
             try:

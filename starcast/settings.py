@@ -15,6 +15,7 @@ from .close_codes import SERVICE_RESTART
 from .codec import Dumps
 from .event import Gap
 from .exceptions import ConfigurationError
+from .history import Histories
 from .outbox import Close, OnOverflow, Outbox, Overflow
 from .tuning import Tuning
 
@@ -45,6 +46,7 @@ class Settings:
     open_timeout: float
     probe_interval: float
     tuning: Tuning
+    histories: Histories
 
     def __post_init__(self) -> None:
         check_timing(self.open_timeout, self.probe_interval)
@@ -56,12 +58,18 @@ class Settings:
         check_refuse(self.refuse)
         self.outbox()  # raises if its settings are not valid
 
-    def outbox(self, max_buffer: int | None = None, overflow: Overflow | None = None) -> Outbox:
+    def outbox(
+        self,
+        max_buffer: int | None = None,
+        overflow: Overflow | None = None,
+        ids: bool = False,
+    ) -> Outbox:
         """Return an outbox. Arguments that are given override the settings."""
         return Outbox(
             self.max_buffer if max_buffer is None else max_buffer,
             self.overflow if overflow is None else overflow,
             self.on_overflow,
+            ids,
         )
 
     def gap_close(self) -> Close | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Self, TypeVar, cast
 
 from .event import Event, Gap
 from .exceptions import SubscriberLagged, Unsubscribed
+from .history import Resumed, Wish
 from .outbox import Close, Item, Outbox, OutboxFull
 from .servers import served, stopping, watch
 from .stats import Counters
@@ -28,6 +30,11 @@ class Subscription(Generic[T]):
         outbox: Holds the items that have not been read yet.
         join: Subscribes, and returns the counters of this event loop.
         leave: Unsubscribes. Safe to call more than once.
+        wish: What it wants of the channel's past.
+
+    Attributes:
+        resumed: Where it begins, and whether it has missed nothing since the event that it named;
+            None outside of the block and on a channel without a history.
     """
 
     gaps = False  # whether it receives gaps
@@ -44,8 +51,12 @@ class Subscription(Generic[T]):
         *,
         join: Callable[[Subscription[T]], Awaitable[Counters]],
         leave: Callable[[Subscription[T]], None],
+        wish: Wish,
     ) -> None:
         self.channel = channel
+        self.wish = wish
+        self.resumed: Resumed | None = None
+        self._past: deque[Event] = deque()
         self.outbox = outbox
         self._join = join
         self._leave = leave
@@ -61,6 +72,16 @@ class Subscription(Generic[T]):
     def waiting(self) -> int:
         """Bytes that have not been read yet."""
         return self.outbox.size
+
+    @property
+    def channels(self) -> set[str]:
+        """Its channel, as a connection has several."""
+        return {self.channel}
+
+    def begin(self, past: list[Event], resumed: Resumed) -> None:
+        """Yield the past before everything else. It does not count in the buffer."""
+        self._past.extend(past)
+        self.resumed = resumed
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
@@ -78,6 +99,7 @@ class Subscription(Generic[T]):
     async def __aexit__(self, *exc_info: object) -> None:
         stopping.forget(self)
         self._leave(self)
+        self._past.clear()
         self.outbox.clear()
         self.end()
 
@@ -90,6 +112,9 @@ class Subscription(Generic[T]):
                 "a Subscriber only receives events inside `async with`: write "
                 "`async with hub.subscribe(...) as subscriber`"
             )
+        if self._past:
+            self._counters.delivered += 1
+            return cast(T, self._past.popleft())
         while (item := self.outbox.take()) is None:
             if self._lagged:
                 self._lagged = False
@@ -146,6 +171,7 @@ class Subscription(Generic[T]):
 
     def lose(self, *, drop: bool = False) -> None:
         """End the iteration at once: the client that the block serves has left."""
+        self._past.clear()
         self.outbox.clear()
         self.end()
         if drop:

@@ -60,7 +60,7 @@ class Inbox:
         self.errors: list[Exception] = []
         self._news = asyncio.Event()
 
-    def deliver(self, channel: str, payload: bytes) -> None:
+    def deliver(self, channel: str, payload: bytes, *position: object) -> None:
         self.got.append((channel, payload))
         self._news.set()
 

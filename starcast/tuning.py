@@ -46,6 +46,8 @@ class Tuning:
         max_held_back: How much is held back of what arrives while channels are being resubscribed.
         max_subscribing: How many channels are being subscribed to at once.
         subscribe_backoff: The longest wait before a channel that the broker refused is tried again.
+        position_interval: How long nothing arrives on a channel that has a history, until the
+            broker is asked whether there was something: it may drop messages without a word.
         restart_delay: How long the connection to the broker is not started again on an event loop
             that has cancelled it: most likely that loop is ending.
     """
@@ -70,6 +72,7 @@ class Tuning:
     max_held_back: int = 8 * MIB
     max_subscribing: int = 1000
     subscribe_backoff: float = 10.0
+    position_interval: float = 30.0
     restart_delay: float = 1.0
 
     def __post_init__(self) -> None:

@@ -20,8 +20,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from .. import logs
 from ..answers import Answered, may_be_denied
 from ..close_codes import ABNORMAL
-from ..connection import is_gone
 from ..exceptions import ClientGone, InvalidChannel, OriginRefused
+from ..handler import is_gone
 from ..servers import daphne, served, watch
 from .hooks import Refuse, Refused
 

@@ -91,4 +91,13 @@ def check(backend: object) -> None:
     )
 
 
-__all__ = ["Backend", "BrokerConnection", "check", "from_url"]
+def check_history(backend: Backend) -> None:
+    """Raise `ConfigurationError` if this keeps no history."""
+    if not getattr(backend, "keeps_history", False):
+        raise ConfigurationError(
+            f"{type(backend).__name__} keeps no history: leave out history=, or use memory:// or "
+            "redis://"
+        )
+
+
+__all__ = ["Backend", "BrokerConnection", "check", "check_history", "from_url"]

@@ -8,12 +8,70 @@ while it is connected belongs to it. It is used on the event loop that called `c
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..exceptions import BackendUnavailable
+from ..history import History, Position
 
-Deliver = Callable[[str, bytes], None]
 Lost = Callable[[Exception], None]
+
+
+class Deliver(Protocol):
+    """What a connection calls with each message that arrives."""
+
+    def __call__(
+        self,
+        channel: str,
+        payload: bytes,
+        position: Position | None = None,
+        previous: int | None = None,
+        /,
+    ) -> None:
+        """Take a message.
+
+        Args:
+            channel, payload: The message.
+            position: Its place in the channel's history; None if it is not kept.
+            previous: The offset of the channel's message before it; by default, the number below.
+        """
+
+
+class Kept(NamedTuple):
+    """A message to publish that is kept in the history of its channel.
+
+    Attributes:
+        channel, payload: The message.
+        history: How much is kept.
+        key: Its idempotency key: if a message of the channel was published with it within the last
+            `history.key_ttl` seconds, this one is neither kept nor sent.
+    """
+
+    channel: str
+    payload: bytes
+    history: History
+    key: str | None = None
+
+
+class StoredMessage(NamedTuple):
+    """A message that was kept, and its offset."""
+
+    offset: int
+    payload: bytes
+
+
+class Stored(NamedTuple):
+    """What was kept of a channel.
+
+    Attributes:
+        position: That of the channel's newest message; the offset is 0 if there was none yet.
+        messages: Those that were asked for, in the order that was asked for.
+        complete: Whether every message after `since` is still kept. Only of meaning if the epoch of
+            `position` is that of `since`, and if the messages were not asked for in reverse.
+    """
+
+    position: Position
+    messages: list[StoredMessage]
+    complete: bool
 
 
 class LoginRefused(BackendUnavailable):
@@ -26,12 +84,20 @@ class MessagesRefused(BackendUnavailable):
     Args:
         message: What the broker said about one of them.
         reasons: Why each refused message was refused, by its position in the batch.
+        positions: The place in its channel's history of each message that was accepted, and None
+            for the others. Of `publish_kept` only.
     """
 
-    # Some programs rebuild an exception from its message alone, so `reasons` needs a default.
-    def __init__(self, message: str, reasons: dict[int, str] | None = None) -> None:
+    # Some programs rebuild an exception from its message alone, so the others need a default.
+    def __init__(
+        self,
+        message: str,
+        reasons: dict[int, str] | None = None,
+        positions: Sequence[Position | None] = (),
+    ) -> None:
         super().__init__(message)
         self.reasons = reasons or {}
+        self.positions = positions
 
 
 class SubscriptionRevoked(BackendUnavailable):
@@ -108,6 +174,49 @@ class BrokerConnection(Protocol):
         """
 
 
+class HistoryConnection(BrokerConnection, Protocol):
+    """A connection to a broker that also keeps the history of channels.
+
+    A hub with a `history` needs one. A program that is subscribed to a channel gets what is
+    published with `publish_kept` as it gets anything else, with its position.
+    """
+
+    def publish_kept(self, messages: Sequence[Kept]) -> Awaitable[Sequence[Position]]:
+        """Keep and publish messages, each in one atomic step, until the broker has them.
+
+        As with `publish`, they arrive in this order. The offsets of a channel grow in the order in
+        which its messages arrive.
+
+        Returns:
+            The position of each message; for one that was published before with the same key, its
+            position then.
+
+        Raises:
+            MessagesRefused: The broker accepted all messages except for these. `positions` has
+                those of the others, and None for these.
+            Exception: The connection is broken; the broker may have any number of the messages.
+        """
+
+    async def read_kept(
+        self, channel: str, history: History, since: int | None, limit: int, reverse: bool
+    ) -> Stored:
+        """Return what is kept of a channel, and its position, as they are at one moment.
+
+        A channel that the broker does not know yet, or not any more, gets a new epoch here.
+
+        Args:
+            channel: The channel.
+            history: How much is kept. What is older than its `ttl` is not returned.
+            since: Return messages after this offset, or with `reverse` those before it; None for
+                those from the oldest on, or with `reverse` from the newest on.
+            limit: How many messages at most; 0 for the position alone.
+            reverse: Whether to begin with the newest one.
+
+        Raises:
+            Exception: The connection is broken, or the broker refused.
+        """
+
+
 class Backend(Protocol):
     """How to reach a broker. Implement this and pass it as `Broadcast(backend=...)`.
 
@@ -122,6 +231,8 @@ class Backend(Protocol):
             `Redis at 127.0.0.1:6379, prefix 'starcast:'`. Two backends with the same address share
             their channels. With this attribute, the hub refuses to open beside another hub of this
             process with which it would share channels by accident.
+        keeps_history: Optional, a `bool`: whether its connections are `HistoryConnection`s. A hub
+            with a `history` needs that.
         if_silent: Optional, a `str`: what a developer should check if nothing that is published
             ever arrives. It is appended to an error message.
     """
@@ -133,7 +244,8 @@ class Backend(Protocol):
 
         Args:
             deliver: Call `deliver(channel, payload)` for each message on a subscribed channel, in
-                order, on this event loop. It does not block and does not raise.
+                order, on this event loop. It does not block and does not raise. See `Deliver` for
+                messages that are kept.
             lost: Call `lost(error)` once if the connection breaks by itself; the hub then calls
                 `close`. If the broker takes away a single channel, call it with a
                 `SubscriptionRevoked`, each time this happens: the connection stays open, and the

@@ -75,6 +75,7 @@ class RedisBackend:
             not one of URL and client.
     """
 
+    keeps_history = True
     if_silent = "is there a proxy in between that does not carry SUBSCRIBE and PUBLISH?"
 
     def __init__(

@@ -11,12 +11,16 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from ..exceptions import BackendUnavailable
-from .base import Deliver, Lost, MessagesRefused
+from ..history import History, Position
+from . import redis_history
+from .base import Deliver, Kept, Lost, MessagesRefused, Stored
+from .redis_history import Script
 
 Command = tuple[str | bytes, ...]
 
@@ -69,7 +73,54 @@ class RedisConnection:
         """See `BrokerConnection`."""
         await self._execute(self._subscriber, [("UNSUBSCRIBE", self._encode(channel))])
 
-    def publish(self, messages: Sequence[tuple[str, bytes]]) -> asyncio.Future[None]:
+    async def publish_kept(self, messages: Sequence[Kept]) -> list[Position]:
+        """See `HistoryConnection`."""
+        calls = [redis_history.publish_arguments(self._prefix, message) for message in messages]
+        answers = await self._call(redis_history.PUBLISH, calls)
+        refused = {n: str(it) for n, it in enumerate(answers) if isinstance(it, Exception)}
+        positions = [
+            None if number in refused else redis_history.position(answer)
+            for number, answer in enumerate(answers)
+        ]
+        if refused:
+            raise MessagesRefused(next(iter(refused.values())), refused, positions)
+        return [position for position in positions if position is not None]
+
+    async def read_kept(
+        self, channel: str, history: History, since: int | None, limit: int, reverse: bool
+    ) -> Stored:
+        """See `HistoryConnection`."""
+        call = redis_history.read_arguments(self._prefix, channel, history, since, limit, reverse)
+        (answer,) = await self._call(redis_history.READ, [call])
+        if isinstance(answer, Exception):
+            raise answer
+        return redis_history.stored(answer)
+
+    async def _call(self, script: Script, calls: Sequence[Command]) -> list[Any]:
+        """Call a script several times; return the answers, with an error for each refused call."""
+        answers: dict[int, Any] = {}
+        open_calls = list(range(len(calls)))
+        load = False
+        while open_calls:
+            commands: list[Command] = [
+                ("EVALSHA", script.digest, *calls[number]) for number in open_calls
+            ]
+            if load:
+                commands[0] = ("EVAL", script.source, *calls[open_calls[0]])
+            try:
+                answered = await self._execute(self._publisher, commands)
+            except _CommandsRefused as error:
+                answered = error.answers
+            answers |= zip(open_calls, answered, strict=True)
+            # The server does not know the script, or not any more, if it says so. It is given it
+            # with the first of these calls.
+            open_calls = [
+                number for number in open_calls if isinstance(answers[number], _UnknownScript)
+            ]
+            load = True
+        return [answers[number] for number in range(len(calls))]
+
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> asyncio.Future[Any]:
         """See `BrokerConnection`."""
         commands = [("PUBLISH", self._encode(channel), payload) for channel, payload in messages]
         return self._execute(self._publisher, commands)
@@ -101,9 +152,13 @@ class RedisConnection:
 
     def _receive(self, name: bytes, payload: bytes) -> None:
         # Only a pattern can match a name that is not ours, and not UTF-8.
-        self._deliver(name.decode(errors="replace")[len(self._prefix) :], payload)
+        channel = name.decode(errors="replace")[len(self._prefix) :]
+        if payload.startswith(redis_history.KEPT):
+            self._deliver(channel, *redis_history.split(payload))
+        else:
+            self._deliver(channel, payload)
 
-    def _execute(self, stream: _Stream, commands: Sequence[Command]) -> asyncio.Future[None]:
+    def _execute(self, stream: _Stream, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         if self._error is not None:
             raise BackendUnavailable(f"there is no connection to {self._name}")
         return stream.execute(commands)
@@ -127,6 +182,18 @@ class RedisConnection:
             self._error = BackendUnavailable(f"the connection to {self._name} {how}")
             self._subscriber.close(self._error)
             self._publisher.close(self._error)
+
+
+class _UnknownScript(BackendUnavailable):
+    """The server does not know the script that was called."""
+
+
+class _CommandsRefused(MessagesRefused):
+    """Some of several commands were refused, and have an error among the answers."""
+
+    def __init__(self, answers: list[Any], reasons: dict[int, str]) -> None:
+        super().__init__(next(iter(reasons.values())), reasons)
+        self.answers = answers
 
 
 class _Stream:
@@ -164,9 +231,9 @@ class _Stream:
         self._receive = receive
         self._on_break = on_break
         # The futures of calls, one for each command without an answer.
-        self._pending: deque[asyncio.Future[None]] = deque()
-        # Of the call whose answers are arriving: their number, and the reasons of the refused ones.
-        self._answered = 0
+        self._pending: deque[asyncio.Future[list[Any]]] = deque()
+        # Of the call whose answers are arriving: these, and the reasons of the refused ones.
+        self._answers: list[Any] = []
         self._refused: dict[int, str] = {}
         self.task = asyncio.create_task(self._read())
 
@@ -180,19 +247,19 @@ class _Stream:
         """Since when an answer is due and no bytes have arrived."""
         return max(self._bytes_at, self._pending_since) if self._pending else math.inf
 
-    def execute(self, commands: Sequence[Command]) -> asyncio.Future[None]:
+    def execute(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """Write commands, and return a future that is done when the last of them is answered.
 
-        It fails with `MessagesRefused` if some of them were refused.
+        It fails with `_CommandsRefused` if some of them were refused.
         """
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         if commands:
             if not self._pending:
                 self._pending_since = time.monotonic()
             self._writer.writelines(self.connection.pack_commands(commands))
             self._pending.extend([answered] * len(commands))
         else:
-            answered.set_result(None)
+            answered.set_result([])
         return answered
 
     def close(self, error: Exception) -> None:
@@ -219,28 +286,31 @@ class _Stream:
                         self._receive(answer[-2], answer[-1])
                     else:
                         self.answer = answer
-                        self._answer()
+                        self._answer(answer)
         except asyncio.CancelledError as error:
             self._on_break(error)  # unless it was `close`
             raise
         except Exception as error:
             self._on_break(error)
 
-    def _answer(self, refusal: ResponseError | None = None) -> None:
+    def _answer(self, answer: object) -> None:
         self._read_at = self._bytes_at
         answered = self._pending.popleft()
-        if refusal is not None:
-            self._refused[self._answered] = f"Redis refuses: {reason(refusal)}"
-        self._answered += 1
+        if isinstance(answer, ResponseError):
+            self._refused[len(self._answers)] = f"Redis refuses: {reason(answer)}"
+            kind = _UnknownScript if isinstance(answer, NoScriptError) else BackendUnavailable
+            answer = kind(self._refused[len(self._answers)])
+        self._answers.append(answer)
         if self._pending and self._pending[0] is answered:
             return
-        refused, self._refused, self._answered = self._refused, {}, 0
+        answers, self._answers = self._answers, []
+        refused, self._refused = self._refused, {}
         if answered.done():
             return  # cancelled
         if refused:
-            answered.set_exception(MessagesRefused(next(iter(refused.values())), refused))
+            answered.set_exception(_CommandsRefused(answers, refused))
         else:
-            answered.set_result(None)
+            answered.set_result(answers)
 
 
 async def abort(connection: AbstractConnection) -> None:

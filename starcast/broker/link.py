@@ -30,11 +30,12 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
-from ..backends.base import Backend
+from ..backends.base import Backend, HistoryConnection, Kept, Stored
 from ..event import Event, Gap
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
+from ..history import Histories, Position
 from ..logs import LogLimit
 from ..stats import BackendStats
 from ..sync.waiter import running_loop
@@ -48,8 +49,11 @@ from .sender import LATE, NOT_OPEN, Ack, OnLost, Sender
 from .session import Parts, Session
 from .subscriptions import Subscriptions
 from .supervisor import Supervisor
+from .tracks import Tracks
 
 logger = logging.getLogger("starcast")
+
+NO_HISTORY_NOW = "there is no connection to the broker, which has the history"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +66,9 @@ class Owner:
             those who do not are told of a gap: see `Link.report`.
         on_gap: Called after each gap, on the link's loop.
         loops: Returns the event loops that have clients. From any thread.
+        histories: Which channels have a history.
+        positions: The place that the clients of this process have reached on each of these. Guarded
+            by the hub's lock; `deliver` sets it.
         reopen: Starts the link on this event loop, if the hub is open and the link has ended.
     """
 
@@ -69,6 +76,8 @@ class Owner:
     on_gap: Callable[[Gap], None]
     loops: Callable[[], Iterable[asyncio.AbstractEventLoop]]
     reopen: Callable[[], Coroutine[Any, Any, None]]
+    histories: Histories
+    positions: dict[str, Position]
 
 
 class Link:
@@ -103,7 +112,16 @@ class Link:
         self._health = Health(lock)
         self._sender = Sender(lock, tuning, self._on_lost)
         self._round_trips = RoundTrips(self._sender, tuning.publish_timeout)
-        self._subscriptions = Subscriptions(lock, self._health, tuning, owner.on_gap)
+        self._tracks = Tracks(
+            lock,
+            self._health,
+            tuning,
+            owner.histories,
+            owner.positions,
+            self._receive,
+            owner.on_gap,
+        )
+        self._subscriptions = Subscriptions(lock, self._health, tuning, self._tracks, owner.on_gap)
         self._parts = Parts(
             backend,
             tuning,
@@ -111,6 +129,7 @@ class Link:
             self._sender,
             self._subscriptions,
             self._round_trips,
+            self._tracks,
             self._receive,
         )
         self._hub = b""  # names this process's hub to itself, anew with each opening
@@ -160,7 +179,11 @@ class Link:
             )
 
     def publish(
-        self, event: Event, wait: bool = False, on_lost: OnLost | None = None
+        self,
+        event: Event,
+        wait: bool = False,
+        on_lost: OnLost | None = None,
+        key: str | None = None,
     ) -> Ack | None:
         """Queue an event. With `wait`, return what is set when the broker has it.
 
@@ -178,8 +201,10 @@ class Link:
                 f"the message takes {len(data)} bytes, and the broker at most "
                 f"{self._sender.max_payload}"
             )
+        history = self._owner.histories.find(event.channel)
+        kept = None if history is None else Kept(event.channel, data, history, key)
         try:
-            return self._sender.put(event.channel, data, wait, on_lost)
+            return self._sender.put(event.channel, data, wait, on_lost, kept)
         except PublishQueueFull as exc:
             if not wait:
                 self._on_lost(str(exc))
@@ -210,6 +235,42 @@ class Link:
     def release(self, channel: str) -> None:
         """Want a channel no more."""
         self._subscriptions.release(channel)
+
+    def position(self, channel: str) -> Position | None:
+        """Return the place that clients have reached. With the lock held."""
+        return self._owner.positions.get(channel)
+
+    def unpack(self, channel: str, payload: bytes) -> Event:
+        """Return the event that the broker has as this.
+
+        Raises:
+            Malformed: It is none.
+        """
+        return envelope.unpack(channel, payload, self._hub)
+
+    async def read(self, channel: str, since: int | None, limit: int, reverse: bool) -> Stored:
+        """Return what is kept of a channel that has a history: see `HistoryConnection.read_kept`.
+
+        From any loop.
+
+        Raises:
+            BackendUnavailable: The broker is away, or did not answer within two seconds.
+        """
+        session, history = self._session, self._owner.histories.find(channel)
+        assert history is not None
+        if session is None or not self.connected:
+            raise BackendUnavailable(NO_HISTORY_NOW)
+        connection = cast(HistoryConnection, session.connection)
+        return await session.ask(
+            lambda: connection.read_kept(channel, history, since, limit, reverse)
+        )
+
+    async def catch_up(self, channel: str) -> None:
+        """Let this process be where the broker is. Raises as `read` does."""
+        session = self._session
+        if session is None or not self.connected:
+            raise BackendUnavailable(NO_HISTORY_NOW)
+        await session.ask(lambda: self._tracks.catch_up(session, channel))
 
     async def round_trip(self) -> None:
         """Wait until everything published so far has come back, or is given up. From any loop."""
@@ -381,11 +442,15 @@ class Link:
         with contextlib.suppress(BackendUnavailable):  # the next use of the hub tries again
             await self._owner.reopen()
 
-    def _receive(self, channel: str, data: bytes) -> None:
+    def _receive(self, channel: str, data: bytes, position: Position | None) -> None:
         try:
-            event = envelope.unpack(channel, data, self._hub)
+            event = self.unpack(channel, data)
         except envelope.Malformed:
             self._health.count(malformed=1)
+            with self._lock:
+                if position is not None and channel in self._owner.positions:
+                    self._owner.positions[channel] = position
             return
+        event.position = position
         if not self._owner.deliver(event, self._health.answered):
             self._health.count(lost=1)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sized
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from .. import logs
+from ..backends.base import Stored
 from ..event import Event
+from ..history import Histories, Position
 from ..servers import workers
+from . import envelope
+from .memory_log import HUB, MemoryLog
 from .sender import OnLost
 
 NOBODY = (
@@ -17,31 +23,78 @@ NOBODY = (
 )
 
 
+class Registry(Protocol):
+    """What the link needs of its `registry.Registry`."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """The hub's."""
+
+    @property
+    def shards(self) -> Mapping[Any, Any]:
+        """The event loops that have had clients."""
+
+    def add(self, event: Event) -> list[Any]:
+        """Queue an event for the members of its channel, and return what to wake."""
+
+    def wake(self, shards: Iterable[Any]) -> None:
+        """Let the loops deliver."""
+
+
 class LocalLink:
     """Delivers what is published to the clients of this process. Made on any thread.
 
     Args:
-        deliver: Called with each event. It raises if no member gets it.
-        shards: The event loops that have had clients.
+        registry: The hub's.
+        histories: Which channels have a history.
     """
 
     is_local = True
     alive = True
     outstanding = 0
 
-    def __init__(self, deliver: Callable[[Event], None], shards: Sized) -> None:
-        self._deliver = deliver
-        self._shards = shards
+    def __init__(self, registry: Registry, histories: Histories) -> None:
+        self._registry = registry
+        self._log = MemoryLog(histories) if histories.any else None
 
-    def publish(self, event: Event, wait: bool = False, on_lost: OnLost | None = None) -> None:
+    def publish(
+        self,
+        event: Event,
+        wait: bool = False,
+        on_lost: OnLost | None = None,
+        key: str | None = None,
+    ) -> None:
         """Deliver an event, so there is nothing to wait for and nothing is lost.
 
         Raises:
             PublishQueueFull: An event loop has too much to deliver.
         """
-        self._deliver(event)
-        if not self._shards:
+        registry = self._registry
+        with registry.lock:
+            if self._log is None:
+                wake = registry.add(event)
+            else:
+                wake = self._log.publish(event, key, registry.add)
+        if wake:
+            registry.wake(wake)
+        if not registry.shards:
             logs.once(("published to nobody",), NOBODY, level=logging.INFO)
+
+    def position(self, channel: str) -> Position | None:
+        """Return the place that clients have reached. With the lock held."""
+        found = None if self._log is None else self._log.channel(channel)
+        return None if found is None else found.position
+
+    def unpack(self, channel: str, payload: bytes) -> Event:
+        """Return the event that was kept as this."""
+        return envelope.unpack(channel, payload, HUB)
+
+    async def read(self, channel: str, since: int | None, limit: int, reverse: bool) -> Stored:
+        """Return what is kept of a channel that has a history."""
+        with self._registry.lock:
+            found = None if self._log is None else self._log.channel(channel)
+            assert found is not None
+            return found.read(since, limit, reverse)
 
     async def acquire(self, channel: str) -> None:
         pass
@@ -69,6 +122,9 @@ class LocalLink:
 
     async def round_trip(self) -> None:
         """Nothing is on its way: what is published is delivered at once."""
+
+    async def catch_up(self, channel: str) -> None:
+        """Nothing is behind: what is published is delivered at once."""
 
     async def healthy(self) -> bool:
         return True

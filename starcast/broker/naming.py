@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Coroutine, Sequence
-from typing import Any
+from typing import Any, cast
 
-from ..backends.base import Backend, BrokerConnection, Deliver, Lost, SubscriptionRevoked
+from ..backends.base import (
+    Backend,
+    BrokerConnection,
+    Deliver,
+    HistoryConnection,
+    Kept,
+    Lost,
+    Stored,
+    SubscriptionRevoked,
+)
 from ..exceptions import ConfigurationError
+from ..history import History, Position
 
 DEFAULT_NAME = "default"
 
@@ -43,9 +53,14 @@ class NamedBackend:
         prefix = self._prefix
         length = len(prefix)
 
-        def deliver_own(channel: str, payload: bytes) -> None:
+        def deliver_own(
+            channel: str,
+            payload: bytes,
+            position: Position | None = None,
+            previous: int | None = None,
+        ) -> None:
             if channel.startswith(prefix):
-                deliver(channel[length:], payload)
+                deliver(channel[length:], payload, position, previous)
 
         def lost_own(error: Exception) -> None:
             if isinstance(error, SubscriptionRevoked):
@@ -77,6 +92,16 @@ class NamedConnection:
     def publish(self, messages: Sequence[tuple[str, bytes]]) -> Awaitable[None]:
         prefix = self._prefix
         return self._connection.publish([(prefix + channel, data) for channel, data in messages])
+
+    def publish_kept(self, messages: Sequence[Kept]) -> Awaitable[Sequence[Position]]:
+        own = [it._replace(channel=self._prefix + it.channel) for it in messages]
+        return cast(HistoryConnection, self._connection).publish_kept(own)
+
+    def read_kept(
+        self, channel: str, history: History, since: int | None, limit: int, reverse: bool
+    ) -> Awaitable[Stored]:
+        connection = cast(HistoryConnection, self._connection)
+        return connection.read_kept(self._prefix + channel, history, since, limit, reverse)
 
     def close(self) -> Coroutine[Any, Any, None]:
         return self._connection.close()

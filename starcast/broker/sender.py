@@ -12,13 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, cast
 
 from .. import logs
-from ..backends.base import BrokerConnection, MessagesRefused
+from ..backends.base import BrokerConnection, HistoryConnection, Kept, MessagesRefused
 from ..event import OVERHEAD
 from ..exceptions import BackendUnavailable
+from ..history import Position
 from ..sync.bounded import BoundedQueue, Full
 from ..sync.deadline import Deadline, Overdue
 from ..sync.waiter import Waiter, running_loop
@@ -41,15 +43,19 @@ class Ack(Waiter):
 
     Args:
         timeout: How long `wait` waits, in seconds.
+
+    Attributes:
+        position: The place of the message in the history of its channel; None if it has none.
     """
 
-    __slots__ = ("abandoned", "failed", "timeout")
+    __slots__ = ("abandoned", "failed", "position", "timeout")
 
     def __init__(self, timeout: float) -> None:
         super().__init__()
         self.timeout = timeout
         self.failed: str | None = None  # the reason, if it has failed
         self.abandoned = False  # the caller no longer waits
+        self.position: Position | None = None
 
     def fail(self, why: str) -> None:
         """Set it as failed, unless it is set already."""
@@ -79,7 +85,7 @@ class Ack(Waiter):
 class Entry:
     """A queued message, and its acknowledgement or what to call if it is lost."""
 
-    __slots__ = ("ack", "channel", "cost", "data", "expires", "is_probe", "on_lost")
+    __slots__ = ("ack", "channel", "cost", "data", "expires", "is_probe", "kept", "on_lost")
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class Entry:
         ack: Ack | None = None,
         on_lost: OnLost | None = None,
         is_probe: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         self.channel = channel
         self.data = data
@@ -96,12 +103,21 @@ class Entry:
         self.ack = ack
         self.on_lost = on_lost
         self.is_probe = is_probe
+        self.kept = kept  # what the broker is given, if the channel has a history
         self.cost = len(data) + OVERHEAD
 
     def has_expired(self, now: float) -> bool:
         if self.ack is not None:
             return self.ack.abandoned
         return self.is_probe or self.expires <= now
+
+
+def _publish(connection: BrokerConnection, batch: list[Entry]) -> Awaitable[Any]:
+    """Publish entries, all of which are kept, or none."""
+    if batch[0].kept is None:
+        return connection.publish([(entry.channel, entry.data) for entry in batch])
+    kept = [entry.kept for entry in batch if entry.kept is not None]
+    return cast(HistoryConnection, connection).publish_kept(kept)
 
 
 class Sender:
@@ -135,14 +151,19 @@ class Sender:
         # On the loop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batch: list[Entry] = []  # what the broker has not confirmed
-        self._sending: asyncio.Future[None] | None = None
+        self._sending: asyncio.Future[Any] | None = None
         self._busy = False
         self._expiry: Overdue | None = None
 
     # From any thread
 
     def put(
-        self, channel: str, data: bytes, wait: bool, on_lost: OnLost | None = None
+        self,
+        channel: str,
+        data: bytes,
+        wait: bool,
+        on_lost: OnLost | None = None,
+        kept: Kept | None = None,
     ) -> Ack | None:
         """Queue a message. With `wait`, return what is set when the broker has it.
 
@@ -155,7 +176,7 @@ class Sender:
         """
         timeout = self._tuning.publish_timeout
         ack = Ack(timeout) if wait else None
-        entry = Entry(channel, data, time.monotonic() + timeout, ack, on_lost)
+        entry = Entry(channel, data, time.monotonic() + timeout, ack, on_lost, kept=kept)
         wake = False
         with self._lock:
             closed = self._closed
@@ -275,9 +296,7 @@ class Sender:
             self._busy = True
             try:
                 # A future is used as it is; a coroutine needs a task, and so an iteration more.
-                self._sending = asyncio.ensure_future(
-                    connection.publish([(entry.channel, entry.data) for entry in batch])
-                )
+                self._sending = asyncio.ensure_future(_publish(connection, batch))
             except Exception as exc:
                 self._fail_batch(logs.describe(exc))
             else:
@@ -293,6 +312,8 @@ class Sender:
         with self._lock:
             while self.queue.entries and len(batch) < max_messages and size < max_size:
                 entry = self.queue.entries[0]
+                if batch and (entry.kept is None) is not (batch[0].kept is None):
+                    break  # the broker is given them in another way
                 self.queue.drop_first(entry.cost)
                 if len(entry.data) > max_payload:
                     too_large.append(entry)
@@ -305,24 +326,28 @@ class Sender:
         self._fail(too_large, f"the broker now takes {max_payload} bytes at most")
         return batch
 
-    def _sent(self, sending: asyncio.Future[None]) -> None:
+    def _sent(self, sending: asyncio.Future[Any]) -> None:
         # If the connection is broken, the backend reports that, or the probe notices.
         error = ConnectionError(LOST) if sending.cancelled() else sending.exception()
         if sending is not self._sending:
             return  # it was detached meanwhile
         self._sending = None
-        if error is None or isinstance(error, MessagesRefused):
-            self._confirm_batch({} if error is None else error.reasons)
+        if isinstance(error, MessagesRefused):
+            self._confirm_batch(error.positions, error.reasons)
+        elif error is None:
+            self._confirm_batch(sending.result() or (), {})
         else:
             self._fail_batch(logs.describe(error))
         self._send()
 
-    def _confirm_batch(self, refused: dict[int, str]) -> None:
+    def _confirm_batch(self, positions: Sequence[Position | None], refused: dict[int, str]) -> None:
         batch, self._batch = self._batch, []
         for number, entry in enumerate(batch):
             if number in refused:
                 self._fail([entry], refused[number])
             elif entry.ack is not None:
+                if entry.kept is not None:
+                    entry.ack.position = positions[number]
                 entry.ack.set()
 
     def _fail_batch(self, why: str) -> None:

@@ -12,13 +12,14 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from .. import logs
 from ..backends.base import Backend, BrokerConnection, SubscriptionRevoked
 from ..event import OVERHEAD
 from ..exceptions import BackendUnavailable
+from ..history import Position
 from ..sync.bounded import BoundedQueue
 from ..sync.deadline import Deadline
 from ..sync.waiter import running_loop
@@ -26,10 +27,13 @@ from ..tuning import Tuning
 from .health import Health
 from .probe import Probe, location
 from .round_trips import RoundTrips
-from .sender import Sender
+from .sender import LOST, Ack, Sender
 from .subscriptions import Subscriptions
+from .tracks import Tracks
 
 logger = logging.getLogger("starcast")
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Parts:
 
     Attributes:
         backend: Makes the connections.
-        receive: Called with the channel and the payload of each message.
+        tracks: How far this process has come on the channels that have a history.
+        receive: Called with the channel and the payload of each message of the others.
     """
 
     backend: Backend
@@ -47,7 +52,8 @@ class Parts:
     sender: Sender
     subscriptions: Subscriptions
     round_trips: RoundTrips
-    receive: Callable[[str, bytes], None]
+    tracks: Tracks
+    receive: Callable[[str, bytes, Position | None], None]
 
 
 class Session:
@@ -76,7 +82,7 @@ class Session:
         self._message_at = 0.0  # when a message arrived last, in `time.monotonic()`
         self._tasks: set[asyncio.Task[None]] = set()
         # Of this loop only, so its lock need not lock.
-        self._held_back = BoundedQueue[tuple[str, bytes]](
+        self._held_back = BoundedQueue[tuple[str, bytes, Position | None, int | None]](
             contextlib.nullcontext(), parts.tuning.max_held_back
         )
 
@@ -143,8 +149,9 @@ class Session:
     def catch_up(self, probe_interval: float) -> None:
         """Deliver what was held back, and confirm waiting subscribers. They come after the gap."""
         self.ready = True
-        for channel, data in self._held_back.take_all():
-            self._parts.receive(channel, data)
+        self._parts.tracks.resume(self)
+        for message in self._held_back.take_all():
+            self._receive(*message)
         subscriptions = self._parts.subscriptions
         subscriptions.confirm()
         self.run(
@@ -195,6 +202,34 @@ class Session:
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(function, *arguments)
 
+    async def ask(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something on the session's loop, and return its result. From any loop.
+
+        Raises:
+            BackendUnavailable: It raised an error, or there was no result in time.
+        """
+        answer = Ack(self._parts.tuning.publish_timeout)
+        results: list[T] = []
+
+        async def answer_it() -> None:
+            try:
+                results.append(await work())
+                answer.set()
+            except Exception as exc:
+                answer.fail(logs.describe(exc))
+            finally:
+                answer.fail(LOST)  # if it was cancelled
+
+        def begin() -> None:
+            if self._closing:
+                answer.fail(LOST)
+            else:
+                self.run(answer_it())
+
+        self.call(begin)
+        await answer.wait()
+        return results[0]
+
     # On its loop
 
     def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -233,7 +268,13 @@ class Session:
         self._parts.round_trips.fail()
         self.probe.fail()
 
-    def _deliver(self, channel: str, data: bytes) -> None:
+    def _deliver(
+        self,
+        channel: str,
+        data: bytes,
+        position: Position | None = None,
+        previous: int | None = None,
+    ) -> None:
         if self._closing or self.lost.done():
             return
         self._message_at = time.monotonic()
@@ -244,17 +285,27 @@ class Session:
             else:
                 self.probe.arrived()
         elif not self.ready:
-            self._hold_back(channel, data)
+            self._hold_back(channel, data, position, previous)
         else:
             if channel in subscriptions.refusals:
                 subscriptions.restored(channel)
-            self._parts.receive(channel, data)
+            self._receive(channel, data, position, previous)
 
-    def _hold_back(self, channel: str, data: bytes) -> None:
+    def _receive(
+        self, channel: str, data: bytes, position: Position | None, previous: int | None
+    ) -> None:
+        if position is None:
+            self._parts.receive(channel, data, None)
+        else:
+            self._parts.tracks.arrived(self, channel, data, position, previous)
+
+    def _hold_back(
+        self, channel: str, data: bytes, position: Position | None, previous: int | None
+    ) -> None:
         held_back = self._held_back
         cost = len(data) + OVERHEAD
         while not held_back.has_space(cost):
-            _, oldest = held_back.entries[0]
+            _, oldest, kept, _ = held_back.entries[0]
             held_back.drop_first(len(oldest) + OVERHEAD)
-            self.dropped += 1
-        held_back.append((channel, data), cost)
+            self.dropped += kept is None  # the others are still in the history
+        held_back.append((channel, data, position, previous), cost)

@@ -27,6 +27,7 @@ from ..tuning import Tuning
 from .health import Health
 from .opening import Backoff
 from .sender import Ack
+from .tracks import Tracks
 
 if TYPE_CHECKING:
     from .session import Session
@@ -63,7 +64,8 @@ class Subscriptions:
         lock: The hub's.
         health: Of the link.
         tuning: The hub's.
-        on_gap: Called with the gap of a channel that is restored.
+        tracks: How far this process has come on the channels that have a history.
+        on_gap: Called with the gap of a channel that is restored and has no history.
 
     Attributes:
         refusals: The channels that have members and that the broker refuses. Guarded by the lock.
@@ -74,9 +76,11 @@ class Subscriptions:
         lock: AbstractContextManager[object],
         health: Health,
         tuning: Tuning,
+        tracks: Tracks,
         on_gap: Callable[[Gap], None],
     ) -> None:
         self._lock = lock
+        self._tracks = tracks
         self._health = health
         self._tuning = tuning
         self._on_gap = on_gap
@@ -131,12 +135,21 @@ class Subscriptions:
                 return
             del self._wanted[channel]
             self.refusals.pop(channel, None)
+            if channel not in self._confirmed:
+                self._tracks.forget(channel)
         self._schedule(channel)
 
     @property
     def wanted(self) -> bool:
         """Whether any channel is wanted."""
         return bool(self._wanted)
+
+    @property
+    def all_kept(self) -> bool:
+        """Whether all channels that are wanted have a history, so that nothing can be missing."""
+        find = self._tracks.histories.find
+        with self._lock:
+            return bool(self._wanted) and all(find(channel) for channel in self._wanted)
 
     @property
     def count(self) -> int:
@@ -193,6 +206,8 @@ class Subscriptions:
             if self._session is not session:
                 return
             self._session = None
+            for channel in self._confirmed - self._wanted.keys():
+                self._tracks.forget(channel)
             self._confirmed.clear()
             refusals = list(self.refusals.values())
         self._changing.clear()
@@ -210,9 +225,12 @@ class Subscriptions:
 
     async def _settle(self, session: Session, channel: str) -> None:
         while session is self._session and self._differs(channel):
-            if channel not in self._wanted:
-                with self._lock:
+            with self._lock:
+                is_wanted = channel in self._wanted
+                if not is_wanted:
                     self._confirmed.discard(channel)  # a new member has to wait
+                    self._tracks.forget(channel)
+            if not is_wanted:
                 with contextlib.suppress(Exception):  # the connection is broken
                     await session.connection.unsubscribe(channel)
             elif not await self._subscribe(session, channel):
@@ -226,6 +244,7 @@ class Subscriptions:
         why = ""
         try:
             await session.connection.subscribe(channel)
+            await self._tracks.start(session, channel)
         except Exception as exc:
             why = logs.describe(exc)
         is_held = False
@@ -260,7 +279,8 @@ class Subscriptions:
         """
         with self._lock:
             refusal = self.refusals.pop(channel, None)
-        if refusal is None:
+        session = self._session
+        if refusal is None or (session and self._tracks.restored(session, channel)):
             return
         gap = Gap(refusal.since, time.time() - refusal.since, refusal.why, channel)
         if self._restored_limit.allows("restored", channel):

@@ -159,6 +159,13 @@ class Supervisor:
         self._connected.set()
 
     def _report_gap(self, gap: Gap) -> None:
+        if self._parts.subscriptions.all_kept:
+            logger.warning(
+                "connected to the broker again; messages of the last %.1f seconds are read from "
+                "the history",
+                gap.seconds,
+            )
+            return
         self._parts.health.count(gaps=1)
         logger.warning(
             "connected to the broker again; messages of the last %.1f seconds may be missing",

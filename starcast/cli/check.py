@@ -87,7 +87,7 @@ async def check(
     named = NamedBackend(backend, name)
     channel = f"starcast-check-{uuid.uuid4().hex}"
 
-    def deliver(channel: str, payload: bytes) -> None:
+    def deliver(channel: str, payload: bytes, *position: object) -> None:
         arrived.put_nowait(payload)
 
     def lost(error: Exception) -> None:

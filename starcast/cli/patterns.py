@@ -47,7 +47,7 @@ class AllChannels:
         self._names.clear()
         self._all = ""
 
-        def deliver_named(channel: str, payload: bytes) -> None:
+        def deliver_named(channel: str, payload: bytes, *position: object) -> None:
             if channel in self._names:
                 deliver(channel, payload)
             else:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ..event import Event
-from ..frames import WireFormat
+from ..frames import WITH_ID, WireFormat
 from ..handler import Reader
 from ..outbox import Item, Outbox
 
@@ -79,9 +79,9 @@ class FrameWriter:
 
     __slots__ = ("_client", "direct", "wire", "wire_format")
 
-    def __init__(self, wire: Wire, client: Client) -> None:
+    def __init__(self, wire: Wire, client: Client, with_ids: bool = False) -> None:
         self.wire = wire
-        self.wire_format = wire.wire_format
+        self.wire_format = wire.wire_format | (WITH_ID if with_ids else 0)
         self.direct: Callable[[bytes], None] | None = None
         self._client = client
         wire.changed = self._look

@@ -1,0 +1,197 @@
+"""History in Redis: a stream for each channel, and a hash with its epoch and its offset.
+
+Each entry of a stream has the id `OFFSET-TIME`, with the time in milliseconds since 1970, and the
+message as its only field. A script adds the entry, removes old ones and publishes the message, so
+all of that is one step. What is published begins with two bytes that no text in UTF-8 and no
+envelope begins with, then the event's id and a colon.
+
+The names of a channel's keys have the same part in braces, so that they are in one slot of a
+cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import Any
+
+from ..exceptions import BackendUnavailable
+from ..history import POSITION_TTL, History, Position, parse_id
+from .base import Kept, Stored, StoredMessage
+
+KEPT = b"\xff\x02"
+
+# Lua 5.1 has floating-point numbers only, which hold integers up to 2 ** 53, and would write large
+# ones with an exponent.
+_COMMON = """
+local function integer(number) return string.format('%.0f', number) end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- Returns the epoch. If it was lost, the messages belong to another one.
+local function epoch_of(meta, stream, new)
+    local epoch = redis.call('HGET', meta, 'epoch')
+    if not epoch then
+        epoch = new
+        redis.call('DEL', stream)
+        redis.call('HSET', meta, 'epoch', epoch)
+    end
+    return epoch
+end
+
+-- Removes the messages that are older than so many milliseconds, and returns the first one left.
+local function expire(stream, ttl)
+    while true do
+        local entries = redis.call('XRANGE', stream, '-', '+', 'COUNT', 100)
+        local old = {}
+        for _, entry in ipairs(entries) do
+            if tonumber(string.match(entry[1], '%-(%d+)$')) >= now - ttl then break end
+            table.insert(old, entry[1])
+        end
+        if #old > 0 then redis.call('XDEL', stream, unpack(old)) end
+        if #old < #entries or #entries == 0 then return entries[#old + 1] end
+    end
+end
+"""
+
+# KEYS: the stream, the hash, the idempotency key's.
+# ARGV: the message, the channel, the size, the times to live of messages, of the hash and of the
+# idempotency key in milliseconds, a new epoch.
+_PUBLISH = (
+    _COMMON
+    + """
+local stream, meta, key = KEYS[1], KEYS[2], KEYS[3]
+local message, channel, size, ttl, meta_ttl, key_ttl, new = unpack(ARGV)
+if key then
+    local id = redis.call('GET', key)
+    if id then return id end
+end
+local epoch = epoch_of(meta, stream, new)
+local offset = integer(redis.call('HINCRBY', meta, 'offset', 1))
+redis.call('XADD', stream, 'MAXLEN', size, offset .. '-' .. integer(now), 'm', message)
+expire(stream, tonumber(ttl))
+redis.call('PEXPIRE', stream, ttl)
+redis.call('PEXPIRE', meta, meta_ttl)
+local id = epoch .. '-' .. offset
+if key then redis.call('SET', key, id, 'PX', key_ttl) end
+redis.call('PUBLISH', channel, '\\255\\2' .. id .. ':' .. message)
+return id
+"""
+)
+
+# KEYS: the stream, the hash.
+# ARGV: the offset to begin after (or before), or an empty string; how many; "1" for the newest
+# first; the times to live of messages and of the hash; a new epoch.
+# Returns the id of the newest message, whether everything after that offset is there, the messages.
+_READ = (
+    _COMMON
+    + """
+local stream, meta = KEYS[1], KEYS[2]
+local since, limit, reverse, ttl, meta_ttl, new = unpack(ARGV)
+local epoch = epoch_of(meta, stream, new)
+local offset = tonumber(redis.call('HGET', meta, 'offset') or '0')
+if redis.call('PTTL', meta) < 0 then redis.call('PEXPIRE', meta, meta_ttl) end
+local first = expire(stream, tonumber(ttl))
+first = first and tonumber(string.match(first[1], '^(%d+)'))
+since = tonumber(since)
+local complete = not since or since >= offset or (first and first <= since + 1)
+local entries = {}
+if tonumber(limit) == 0 then
+elseif reverse == '1' then
+    local last = since and integer(since - 1) or '+'
+    if not since or since > 1 then
+        entries = redis.call('XREVRANGE', stream, last, '-', 'COUNT', limit)
+    end
+else
+    local start = since and integer(since + 1) or '-'
+    entries = redis.call('XRANGE', stream, start, '+', 'COUNT', limit)
+end
+return {epoch .. '-' .. integer(offset), complete and 1 or 0, entries}
+"""
+)
+
+
+class Script:
+    """A script, and its calls."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+PUBLISH = Script(_PUBLISH)
+READ = Script(_READ)
+
+
+def _keys(prefix: str, channel: str) -> tuple[bytes, ...]:
+    # A brace in the name of a channel would end the part that decides on the slot.
+    tag = channel.replace("%", "%25").replace("}", "%7D")
+    stream = f"{prefix}history:{{{tag}}}".encode()
+    return stream, stream + b":position"
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(max(1, int(seconds * 1000)))
+
+
+def publish_arguments(prefix: str, message: Kept) -> tuple[str | bytes, ...]:
+    """Return the arguments of `PUBLISH`: the number of keys, the keys and the others."""
+    keys = _keys(prefix, message.channel)
+    if message.key is not None:
+        keys = (*keys, keys[0] + b":key:" + message.key.encode())
+    history = message.history
+    return (
+        str(len(keys)),
+        *keys,
+        message.payload,
+        (prefix + message.channel).encode(),
+        str(history.size),
+        _milliseconds(history.ttl),
+        _milliseconds(history.ttl + POSITION_TTL),
+        _milliseconds(history.key_ttl),
+        secrets.token_hex(6),
+    )
+
+
+def read_arguments(
+    prefix: str, channel: str, history: History, since: int | None, limit: int, reverse: bool
+) -> tuple[str | bytes, ...]:
+    """Return the arguments of `READ`: the number of keys, the keys and the others."""
+    return (
+        "2",
+        *_keys(prefix, channel),
+        "" if since is None else str(since),
+        str(limit),
+        "1" if reverse else "0",
+        _milliseconds(history.ttl),
+        _milliseconds(history.ttl + POSITION_TTL),
+        secrets.token_hex(6),
+    )
+
+
+def stored(answer: Any) -> Stored:
+    """Return what `READ` has answered."""
+    place, complete, entries = answer
+    messages = [
+        StoredMessage(int(entry.partition(b"-")[0]), fields[1]) for entry, fields in entries
+    ]
+    return Stored(position(place), messages, bool(complete))
+
+
+def position(answer: Any) -> Position:
+    """Return the position that a script has answered.
+
+    Raises:
+        BackendUnavailable: It is none: something else has written to the keys.
+    """
+    found = parse_id(answer.decode(errors="replace")) if isinstance(answer, bytes) else None
+    if found is None:
+        raise BackendUnavailable("Redis has something else where the history should be")
+    return found
+
+
+def split(payload: bytes) -> tuple[bytes, Position | None]:
+    """Return a message that has arrived, and its position if it was kept."""
+    place, _, message = payload[len(KEPT) :].partition(b":")
+    found = parse_id(place.decode(errors="replace"))
+    return (payload if found is None else message), found

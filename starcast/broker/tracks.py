@@ -1,0 +1,272 @@
+"""Tracks: how far this process has come on each channel that has a history.
+
+A message from the broker is delivered if it is the one that follows. If it is not, or after an
+outage, or if the broker has dropped messages without a word, what is missing is read from the
+history and delivered in order. Only what the history does not have any more is a gap.
+
+A track begins when the channel is first subscribed to and ends when it is no longer wanted, so it
+outlives sessions. Everything here happens on the event loop of the connection, except `forget`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, cast
+
+from .. import logs
+from ..backends.base import HistoryConnection, Stored
+from ..event import Event, Gap
+from ..history import Histories, History, Position
+from ..logs import LogLimit
+from ..tuning import Tuning
+from .health import Health
+from .opening import Backoff
+
+if TYPE_CHECKING:
+    from .session import Session
+
+logger = logging.getLogger("starcast")
+
+# Messages that are read from the broker at once.
+PAGE = 1000
+
+# Channels whose positions are asked for at once.
+AT_ONCE = 100
+
+FORGOTTEN = "the broker has lost the history of a channel, or no longer has all that was missed"
+
+# Delivers an event to the members of its channel, and returns whether all get it. The event's
+# position is theirs from then on.
+DeliverEvent = Callable[[Event], bool]
+
+
+class Track:
+    """One channel's."""
+
+    __slots__ = ("filling", "heard_at", "seen")
+
+    def __init__(self) -> None:
+        self.seen: Position | None = None  # that of the newest message that was not delivered
+        self.filling: asyncio.Task[None] | None = None
+        self.heard_at = time.monotonic()  # when the position was last known to be the newest
+
+
+class Tracks:
+    """See the module.
+
+    Args:
+        lock: The hub's.
+        health: Of the link.
+        tuning: The hub's.
+        histories: Which channels have a history.
+        positions: The positions of this process. Guarded by the lock.
+        receive: Called with a channel, a payload and a position: delivers the message.
+        on_gap: Called with the gap of a channel.
+    """
+
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        health: Health,
+        tuning: Tuning,
+        histories: Histories,
+        positions: dict[str, Position],
+        receive: Callable[[str, bytes, Position], None],
+        on_gap: Callable[[Gap], None],
+    ) -> None:
+        self._lock = lock
+        self._health = health
+        self._tuning = tuning
+        self.histories = histories
+        self.positions = positions
+        self._receive = receive
+        self._on_gap = on_gap
+        self._tracks: dict[str, Track] = {}
+        self._limit = LogLimit()
+
+    def forget(self, channel: str) -> None:
+        """The channel is not wanted any more. With the lock held, from any thread."""
+        self._tracks.pop(channel, None)
+        self.positions.pop(channel, None)
+
+    async def start(self, session: Session, channel: str) -> None:
+        """Note where the channel is, if that is not known. It is subscribed to.
+
+        Raises:
+            Exception: The broker did not say.
+        """
+        history = self.histories.find(channel)
+        if history is None or channel in self.positions:
+            return
+        track = Track()
+        with self._lock:
+            self._tracks[channel] = track
+        stored = await _read(session, channel, history, None, 0)
+        with self._lock:
+            if self._tracks.get(channel) is not track:
+                return  # it is not wanted any more
+            self.positions[channel] = stored.position
+        if track.seen is not None and _is_behind(stored.position, track.seen):
+            self._fill(session, channel, track)
+
+    def arrived(
+        self,
+        session: Session,
+        channel: str,
+        payload: bytes,
+        position: Position,
+        previous: int | None,
+    ) -> None:
+        """Deliver a message, or fill the channel if others are missing before it."""
+        track = self._tracks.get(channel)
+        if track is None:
+            return
+        track.heard_at = time.monotonic()
+        here = self.positions.get(channel)
+        if here is None or track.filling is not None:
+            track.seen = position
+            return
+        if previous is None:
+            previous = position.offset - 1
+        if position.epoch == here.epoch:
+            if position.offset <= here.offset:
+                return  # it was delivered before
+            follows = previous <= here.offset
+        else:
+            follows = previous == 0
+        if follows:
+            self._receive(channel, payload, position)
+        else:
+            track.seen = position
+            self._fill(session, channel, track)
+
+    def resume(self, session: Session) -> None:
+        """Fill all channels, after an outage."""
+        for channel, track in list(self._tracks.items()):
+            track.filling = None  # its task ended with its session, or with the event loop of that
+            if channel in self.positions:
+                self._fill(session, channel, track)
+        session.run(self._keep_checking(session))
+
+    def restored(self, session: Session, channel: str) -> bool:
+        """Fill a channel that the broker refused; False if it has no history."""
+        track = self._tracks.get(channel)
+        if track is None or channel not in self.positions:
+            return False
+        self._fill(session, channel, track)
+        return True
+
+    async def catch_up(self, session: Session, channel: str) -> None:
+        """Be where the broker is now, or later."""
+        track = self._tracks.get(channel)
+        if track is None:
+            return
+        if track.filling is not None:  # it may have read before the caller asked
+            await asyncio.wait([track.filling])
+        self._fill(session, channel, track)
+        if track.filling is not None:
+            await asyncio.wait([track.filling])
+
+    def _fill(self, session: Session, channel: str, track: Track) -> None:
+        if track.filling is None:
+            track.filling = session.run(self._read_missing(session, channel, track))
+
+    async def _read_missing(self, session: Session, channel: str, track: Track) -> None:
+        backoff = Backoff(self._tuning.first_backoff, self._tuning.subscribe_backoff)
+        try:
+            while self._tracks.get(channel) is track:
+                try:
+                    done = await self._read_page(session, channel, track)
+                except Exception as exc:
+                    self._health.note(logs.describe(exc))
+                    if self._limit.allows("unreadable", channel):
+                        logger.warning(
+                            "the broker does not return the history of the channel %r, which is "
+                            "tried again: %s",
+                            channel,
+                            logs.describe(exc),
+                        )
+                    await asyncio.sleep(backoff.next())
+                else:
+                    if done:
+                        return
+        finally:
+            if track.filling is asyncio.current_task():
+                track.filling = None
+
+    async def _read_page(self, session: Session, channel: str, track: Track) -> bool:
+        """Deliver some of what is missing; return whether that is all."""
+        history = self.histories.find(channel)
+        here = self.positions.get(channel)
+        if history is None or here is None:
+            return True
+        since = track.heard_at
+        stored = await _read(session, channel, history, here.offset, PAGE)
+        if self._tracks.get(channel) is not track:
+            return True
+        lost = stored.position.epoch != here.epoch or not stored.complete
+        if lost:
+            if stored.position.epoch != here.epoch:
+                here = Position(stored.position.epoch, 0)
+                stored = await _read(session, channel, history, None, PAGE)
+                if self._tracks.get(channel) is not track:
+                    return True
+            self._tell_gap(channel, since)
+        for offset, payload in stored.messages:
+            self._receive(channel, payload, Position(stored.position.epoch, offset))
+        is_all = len(stored.messages) < PAGE
+        if is_all:
+            with self._lock:
+                if channel in self.positions:
+                    self.positions[channel] = stored.position
+            track.heard_at = time.monotonic()
+            is_all = track.seen is None or not _is_behind(stored.position, track.seen)
+            track.seen = None
+        return is_all
+
+    def _tell_gap(self, channel: str, heard_at: float) -> None:
+        self._health.count(gaps=1)
+        seconds = time.monotonic() - heard_at
+        if self._limit.allows("forgotten", channel):
+            logger.warning("messages of the channel %r may be missing: %s", channel, FORGOTTEN)
+        self._on_gap(Gap(time.time() - seconds, seconds, FORGOTTEN, channel))
+
+    async def _keep_checking(self, session: Session) -> None:
+        """Look for messages that the broker has dropped, where nothing has arrived for a while."""
+        interval = self._tuning.position_interval
+        while True:
+            await asyncio.sleep(interval / 2)
+            limit = time.monotonic() - interval
+            silent = [channel for channel, it in self._tracks.items() if it.heard_at <= limit]
+            for start in range(0, len(silent), AT_ONCE):
+                some = silent[start : start + AT_ONCE]
+                await asyncio.gather(
+                    *(self._check(session, channel) for channel in some), return_exceptions=True
+                )
+
+    async def _check(self, session: Session, channel: str) -> None:
+        track, history = self._tracks.get(channel), self.histories.find(channel)
+        if track is None or history is None or track.filling is not None:
+            return
+        here = self.positions.get(channel)
+        stored = await _read(session, channel, history, None, 0)
+        if here is not None and stored.position != here == self.positions.get(channel):
+            self._fill(session, channel, track)
+        else:
+            track.heard_at = time.monotonic()
+
+
+def _is_behind(position: Position, seen: Position) -> bool:
+    """Whether what was seen is not reached yet."""
+    return seen.epoch != position.epoch or seen.offset > position.offset
+
+
+async def _read(
+    session: Session, channel: str, history: History, since: int | None, limit: int
+) -> Stored:
+    connection = cast(HistoryConnection, session.connection)
+    return await connection.read_kept(channel, history, since, limit, False)
