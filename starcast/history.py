@@ -32,9 +32,9 @@ class History:
     Args:
         size: Messages of each channel at most, 1 to 100,000; 100 by default.
         ttl: For how many seconds a message is kept, more than 0; 300 by default.
-        max_channels: In memory, how many channels may have a history; 10,000 by default. Beyond
-            that, those go first that were not used for the longest time. Not used with a broker,
-            which forgets a channel a day after the last message of it.
+        max_channels: In memory, how many channels with this setting may have a history; 10,000 by
+            default. Beyond that, those go first that were not used for the longest time. Not used
+            with a broker, which forgets a channel a day after its last message.
 
     Raises:
         ConfigurationError: A value is not valid.

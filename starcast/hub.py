@@ -197,7 +197,9 @@ class Hub:
             self.leave(websocket, channel)
             raise
         else:
-            if connection is not None and connection.outbox.ids:
+            assert connection is not None  # it has joined
+            events = [event for event in events if connection.id not in event.exclude]
+            if connection.outbox.ids:
                 events.insert(0, notice(channel, resumed))
         finally:
             replay.begin(events)

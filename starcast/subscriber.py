@@ -51,7 +51,7 @@ class Subscription(Generic[T]):
         *,
         join: Callable[[Subscription[T]], Awaitable[Counters]],
         leave: Callable[[Subscription[T]], None],
-        wish: Wish,
+        wish: Wish = Wish(),  # noqa: B008  # it does not change
     ) -> None:
         self.channel = channel
         self.wish = wish

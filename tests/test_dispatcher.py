@@ -26,6 +26,7 @@ from starcast.broker.local import LocalLink
 from starcast.dispatcher import Dispatcher
 from starcast.event import Event
 from starcast.frames import PLAIN
+from starcast.history import Histories
 from starcast.registry import Registry
 from support import Broker, Bus, Peer, several, until
 
@@ -277,7 +278,7 @@ class Member:
 
 async def test_what_is_queued_behind_a_delivery_in_progress_has_a_bound():
     registry = Registry(Tuning(), lambda channel: None, lambda missed: None)
-    dispatcher = Dispatcher(registry, LocalLink(registry.deliver, registry.shards))
+    dispatcher = Dispatcher(registry, LocalLink(registry, Histories(None)), Histories(None))
     dispatcher.open_here()
     shard = registry.here()
     events = [Event("room", f"{number}") for number in range(3)]

@@ -44,12 +44,16 @@ class Kept(NamedTuple):
         history: How much is kept.
         key: Its idempotency key: if a message of the channel was published with it within the last
             `history.key_ttl` seconds, this one is neither kept nor sent.
+        known: A position that the channel has reached, as far as the hub knows. If the broker is
+            not as far in that epoch, it has lost messages, and the channel needs a new epoch:
+            otherwise other messages would get the same positions.
     """
 
     channel: str
     payload: bytes
     history: History
     key: str | None = None
+    known: Position | None = None
 
 
 class StoredMessage(NamedTuple):
@@ -198,7 +202,13 @@ class HistoryConnection(BrokerConnection, Protocol):
         """
 
     async def read_kept(
-        self, channel: str, history: History, since: int | None, limit: int, reverse: bool
+        self,
+        channel: str,
+        history: History,
+        since: int | None,
+        limit: int,
+        reverse: bool,
+        known: Position | None = None,
     ) -> Stored:
         """Return what is kept of a channel, and its position, as they are at one moment.
 
@@ -211,6 +221,7 @@ class HistoryConnection(BrokerConnection, Protocol):
                 those from the oldest on, or with `reverse` from the newest on.
             limit: How many messages at most; 0 for the position alone.
             reverse: Whether to begin with the newest one.
+            known: See `Kept`.
 
         Raises:
             Exception: The connection is broken, or the broker refused.

@@ -55,6 +55,14 @@ class RedisBackend:
     only; `+config|get` lets it ask, and `+hello` lets it notice that the server is a replica, which
     tells only its own subscribers.
 
+    A history is in two keys for each channel, `starcast:history:{default:news}` and the same with
+    `:position`, and in one for each idempotency key. They expire. A history needs `+evalsha +eval
+    +info +time +hmget +hget +hset +hincrby +pttl +pexpire +xadd +xrange +xrevrange +xdel +del +get
+    +set` and `~starcast:history:*`. It survives a server that is killed if that has an append-only
+    file (`appendonly yes`); without one, each start of the server is a new epoch, as if the history
+    was lost. After a failover to a replica that was behind, there is a new epoch if a process that
+    had got further is back before as much was published again.
+
     Args:
         url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`;
             `valkey://` and `valkeys://` mean the same. A `str`, or anything whose `str()` is one.

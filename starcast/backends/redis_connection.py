@@ -6,6 +6,7 @@ A subscriber that is behind must not hold up publishing, and Redis disconnects i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -57,6 +58,7 @@ class RedisConnection:
         self._lost = lost
         self._error: BackendUnavailable | None = None  # why it cannot be used any more
         self._closed = False
+        self._server = ""  # what names it in the keys of channels; empty until it was asked
         self._subscriber = _Stream(subscriber, self._receive, self._break)
         self._publisher = _Stream(publisher, self._receive, self._break)
 
@@ -75,9 +77,12 @@ class RedisConnection:
 
     async def publish_kept(self, messages: Sequence[Kept]) -> list[Position]:
         """See `HistoryConnection`."""
-        calls = [redis_history.publish_arguments(self._prefix, message) for message in messages]
+        server = self._server or await self._ask_server()
+        calls = [
+            redis_history.publish_arguments(self._prefix, server, message) for message in messages
+        ]
         answers = await self._call(redis_history.PUBLISH, calls)
-        refused = {n: str(it) for n, it in enumerate(answers) if isinstance(it, Exception)}
+        refused = {n: refusal(it) for n, it in enumerate(answers) if isinstance(it, Exception)}
         positions = [
             None if number in refused else redis_history.position(answer)
             for number, answer in enumerate(answers)
@@ -87,14 +92,34 @@ class RedisConnection:
         return [position for position in positions if position is not None]
 
     async def read_kept(
-        self, channel: str, history: History, since: int | None, limit: int, reverse: bool
+        self,
+        channel: str,
+        history: History,
+        since: int | None,
+        limit: int,
+        reverse: bool,
+        known: Position | None = None,
     ) -> Stored:
         """See `HistoryConnection`."""
-        call = redis_history.read_arguments(self._prefix, channel, history, since, limit, reverse)
+        server = self._server or await self._ask_server()
+        call = redis_history.read_arguments(
+            self._prefix, server, channel, history, since, limit, reverse, known
+        )
         (answer,) = await self._call(redis_history.READ, [call])
         if isinstance(answer, Exception):
-            raise answer
+            raise BackendUnavailable(refusal(answer))
         return redis_history.stored(answer)
+
+    async def _ask_server(self) -> str:
+        """Return what names the server in the keys of channels. It is asked once."""
+        answers: list[Any] = []
+        with contextlib.suppress(MessagesRefused):  # the user may not ask
+            await self._execute(
+                self._publisher, [("INFO", "server"), ("INFO", "persistence")], answers
+            )
+        info = b"".join(answer for answer in answers if isinstance(answer, bytes))
+        self._server = redis_history.server_of(info)
+        return self._server
 
     async def _call(self, script: Script, calls: Sequence[Command]) -> list[Any]:
         """Call a script several times; return the answers, with an error for each refused call."""
@@ -107,15 +132,14 @@ class RedisConnection:
             ]
             if load:
                 commands[0] = ("EVAL", script.source, *calls[open_calls[0]])
-            try:
-                answered = await self._execute(self._publisher, commands)
-            except _CommandsRefused as error:
-                answered = error.answers
+            answered: list[Any] = []
+            with contextlib.suppress(MessagesRefused):  # the errors are among the answers
+                await self._execute(self._publisher, commands, answered)
             answers |= zip(open_calls, answered, strict=True)
             # The server does not know the script, or not any more, if it says so. It is given it
             # with the first of these calls.
             open_calls = [
-                number for number in open_calls if isinstance(answers[number], _UnknownScript)
+                number for number in open_calls if isinstance(answers[number], NoScriptError)
             ]
             load = True
         return [answers[number] for number in range(len(calls))]
@@ -158,10 +182,12 @@ class RedisConnection:
         else:
             self._deliver(channel, payload)
 
-    def _execute(self, stream: _Stream, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+    def _execute(
+        self, stream: _Stream, commands: Sequence[Command], answers: list[Any] | None = None
+    ) -> asyncio.Future[None]:
         if self._error is not None:
             raise BackendUnavailable(f"there is no connection to {self._name}")
-        return stream.execute(commands)
+        return stream.execute(commands, answers)
 
     def _break(self, error: BaseException) -> None:
         if self._error is not None:
@@ -182,18 +208,6 @@ class RedisConnection:
             self._error = BackendUnavailable(f"the connection to {self._name} {how}")
             self._subscriber.close(self._error)
             self._publisher.close(self._error)
-
-
-class _UnknownScript(BackendUnavailable):
-    """The server does not know the script that was called."""
-
-
-class _CommandsRefused(MessagesRefused):
-    """Some of several commands were refused, and have an error among the answers."""
-
-    def __init__(self, answers: list[Any], reasons: dict[int, str]) -> None:
-        super().__init__(next(iter(reasons.values())), reasons)
-        self.answers = answers
 
 
 class _Stream:
@@ -231,9 +245,10 @@ class _Stream:
         self._receive = receive
         self._on_break = on_break
         # The futures of calls, one for each command without an answer.
-        self._pending: deque[asyncio.Future[list[Any]]] = deque()
-        # Of the call whose answers are arriving: these, and the reasons of the refused ones.
-        self._answers: list[Any] = []
+        # With each future, the list that its answers are added to, if anybody wants them.
+        self._pending: deque[tuple[asyncio.Future[None], list[Any] | None]] = deque()
+        # Of the call whose answers are arriving: their number, and the reasons of the refused ones.
+        self._answered = 0
         self._refused: dict[int, str] = {}
         self.task = asyncio.create_task(self._read())
 
@@ -247,25 +262,31 @@ class _Stream:
         """Since when an answer is due and no bytes have arrived."""
         return max(self._bytes_at, self._pending_since) if self._pending else math.inf
 
-    def execute(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+    def execute(
+        self, commands: Sequence[Command], answers: list[Any] | None = None
+    ) -> asyncio.Future[None]:
         """Write commands, and return a future that is done when the last of them is answered.
 
-        It fails with `_CommandsRefused` if some of them were refused.
+        It fails with `MessagesRefused` if some of them were refused.
+
+        Args:
+            commands: The commands.
+            answers: What the answers are added to, with a `ResponseError` for a refusal.
         """
-        answered: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if commands:
             if not self._pending:
                 self._pending_since = time.monotonic()
             self._writer.writelines(self.connection.pack_commands(commands))
-            self._pending.extend([answered] * len(commands))
+            self._pending.extend([(answered, answers)] * len(commands))
         else:
-            answered.set_result([])
+            answered.set_result(None)
         return answered
 
     def close(self, error: Exception) -> None:
         self._writer.transport.abort()
         self.task.cancel()
-        for answered in self._pending:
+        for answered, _ in self._pending:
             if not answered.done():
                 answered.set_exception(error)
         self._pending.clear()
@@ -295,22 +316,21 @@ class _Stream:
 
     def _answer(self, answer: object) -> None:
         self._read_at = self._bytes_at
-        answered = self._pending.popleft()
+        answered, answers = self._pending.popleft()
         if isinstance(answer, ResponseError):
-            self._refused[len(self._answers)] = f"Redis refuses: {reason(answer)}"
-            kind = _UnknownScript if isinstance(answer, NoScriptError) else BackendUnavailable
-            answer = kind(self._refused[len(self._answers)])
-        self._answers.append(answer)
-        if self._pending and self._pending[0] is answered:
+            self._refused[self._answered] = refusal(answer)
+        if answers is not None:
+            answers.append(answer)
+        self._answered += 1
+        if self._pending and self._pending[0][0] is answered:
             return
-        answers, self._answers = self._answers, []
-        refused, self._refused = self._refused, {}
+        refused, self._refused, self._answered = self._refused, {}, 0
         if answered.done():
             return  # cancelled
         if refused:
-            answered.set_exception(_CommandsRefused(answers, refused))
+            answered.set_exception(MessagesRefused(next(iter(refused.values())), refused))
         else:
-            answered.set_result(answers)
+            answered.set_result(None)
 
 
 async def abort(connection: AbstractConnection) -> None:
@@ -318,6 +338,11 @@ async def abort(connection: AbstractConnection) -> None:
     if connection._writer is not None:
         connection._writer.transport.abort()
     await connection.disconnect(nowait=True)
+
+
+def refusal(error: Exception) -> str:
+    """Describe the error that a command was answered with."""
+    return f"Redis refuses: {reason(error)}"
 
 
 def reason(error: BaseException) -> str:

@@ -5,6 +5,10 @@ message as its only field. A script adds the entry, removes old ones and publish
 all of that is one step. What is published begins with two bytes that no text in UTF-8 and no
 envelope begins with, then the event's id and a colon.
 
+A server that comes back may have an older state, in which it would give the same offsets to other
+messages. So a channel gets a new epoch if the server was started anew and does not write each
+change to an append-only file, or if a hub knows that the channel was further than it is.
+
 The names of a channel's keys have the same part in braces, so that they are in one slot of a
 cluster.
 """
@@ -28,15 +32,14 @@ local function integer(number) return string.format('%.0f', number) end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- Returns the epoch. If it was lost, the messages belong to another one.
-local function epoch_of(meta, stream, new)
-    local epoch = redis.call('HGET', meta, 'epoch')
-    if not epoch then
-        epoch = new
-        redis.call('DEL', stream)
-        redis.call('HSET', meta, 'epoch', epoch)
-    end
-    return epoch
+-- Returns the epoch: a new one if the history was lost, or a part of it.
+local function epoch_of(meta, stream, new, server, known_epoch, known_offset)
+    local was = redis.call('HMGET', meta, 'epoch', 'server', 'offset')
+    local is_behind = was[1] == known_epoch and tonumber(was[3] or '0') < tonumber(known_offset)
+    if was[1] and was[2] == server and not is_behind then return was[1] end
+    redis.call('DEL', stream, meta)
+    redis.call('HSET', meta, 'epoch', new, 'server', server)
+    return new
 end
 
 -- Removes the messages that are older than so many milliseconds, and returns the first one left.
@@ -56,17 +59,17 @@ end
 
 # KEYS: the stream, the hash, the idempotency key's.
 # ARGV: the message, the channel, the size, the times to live of messages, of the hash and of the
-# idempotency key in milliseconds, a new epoch.
+# idempotency key in milliseconds, a new epoch, the server, a known epoch and its offset.
 _PUBLISH = (
     _COMMON
     + """
 local stream, meta, key = KEYS[1], KEYS[2], KEYS[3]
-local message, channel, size, ttl, meta_ttl, key_ttl, new = unpack(ARGV)
+local message, channel, size, ttl, meta_ttl, key_ttl = unpack(ARGV)
+local epoch = epoch_of(meta, stream, ARGV[7], ARGV[8], ARGV[9], ARGV[10])
 if key then
-    local id = redis.call('GET', key)
-    if id then return id end
+    local id = redis.call('GET', key)  -- of another epoch, if that message is lost
+    if id and string.sub(id, 1, #epoch + 1) == epoch .. '-' then return id end
 end
-local epoch = epoch_of(meta, stream, new)
 local offset = integer(redis.call('HINCRBY', meta, 'offset', 1))
 redis.call('XADD', stream, 'MAXLEN', size, offset .. '-' .. integer(now), 'm', message)
 expire(stream, tonumber(ttl))
@@ -81,14 +84,15 @@ return id
 
 # KEYS: the stream, the hash.
 # ARGV: the offset to begin after (or before), or an empty string; how many; "1" for the newest
-# first; the times to live of messages and of the hash; a new epoch.
+# first; the times to live of messages and of the hash; a new epoch, the server, a known epoch and
+# its offset.
 # Returns the id of the newest message, whether everything after that offset is there, the messages.
 _READ = (
     _COMMON
     + """
 local stream, meta = KEYS[1], KEYS[2]
-local since, limit, reverse, ttl, meta_ttl, new = unpack(ARGV)
-local epoch = epoch_of(meta, stream, new)
+local since, limit, reverse, ttl, meta_ttl = unpack(ARGV)
+local epoch = epoch_of(meta, stream, ARGV[6], ARGV[7], ARGV[8], ARGV[9])
 local offset = tonumber(redis.call('HGET', meta, 'offset') or '0')
 if redis.call('PTTL', meta) < 0 then redis.call('PEXPIRE', meta, meta_ttl) end
 local first = expire(stream, tonumber(ttl))
@@ -134,7 +138,20 @@ def _milliseconds(seconds: float) -> str:
     return str(max(1, int(seconds * 1000)))
 
 
-def publish_arguments(prefix: str, message: Kept) -> tuple[str | bytes, ...]:
+def _known(position: Position | None) -> tuple[str, str]:
+    return ("", "0") if position is None else (position.epoch, str(position.offset))
+
+
+def server_of(info: bytes) -> str:
+    """Return what names a server in the keys of a channel, from the answer to INFO.
+
+    It is another one once the server was started anew, unless it keeps what was written to it.
+    """
+    found = dict(line.partition(":")[::2] for line in info.decode(errors="replace").splitlines())
+    return "kept" if found.get("aof_enabled") == "1" else found.get("run_id", "unknown")
+
+
+def publish_arguments(prefix: str, server: str, message: Kept) -> tuple[str | bytes, ...]:
     """Return the arguments of `PUBLISH`: the number of keys, the keys and the others."""
     keys = _keys(prefix, message.channel)
     if message.key is not None:
@@ -150,11 +167,20 @@ def publish_arguments(prefix: str, message: Kept) -> tuple[str | bytes, ...]:
         _milliseconds(history.ttl + POSITION_TTL),
         _milliseconds(history.key_ttl),
         secrets.token_hex(6),
+        server,
+        *_known(message.known),
     )
 
 
 def read_arguments(
-    prefix: str, channel: str, history: History, since: int | None, limit: int, reverse: bool
+    prefix: str,
+    server: str,
+    channel: str,
+    history: History,
+    since: int | None,
+    limit: int,
+    reverse: bool,
+    known: Position | None,
 ) -> tuple[str | bytes, ...]:
     """Return the arguments of `READ`: the number of keys, the keys and the others."""
     return (
@@ -166,6 +192,8 @@ def read_arguments(
         _milliseconds(history.ttl),
         _milliseconds(history.ttl + POSITION_TTL),
         secrets.token_hex(6),
+        server,
+        *_known(known),
     )
 
 
@@ -192,6 +220,6 @@ def position(answer: Any) -> Position:
 
 def split(payload: bytes) -> tuple[bytes, Position | None]:
     """Return a message that has arrived, and its position if it was kept."""
-    place, _, message = payload[len(KEPT) :].partition(b":")
-    found = parse_id(place.decode(errors="replace"))
+    place, colon, message = payload[len(KEPT) :].partition(b":")
+    found = parse_id(place.decode(errors="replace")) if colon else None
     return (payload if found is None else message), found

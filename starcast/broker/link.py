@@ -30,9 +30,9 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
-from ..backends.base import Backend, HistoryConnection, Kept, Stored
+from ..backends.base import Backend, Stored
 from ..event import Event, Gap
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from ..history import Histories, Position
@@ -201,8 +201,7 @@ class Link:
                 f"the message takes {len(data)} bytes, and the broker at most "
                 f"{self._sender.max_payload}"
             )
-        history = self._owner.histories.find(event.channel)
-        kept = None if history is None else Kept(event.channel, data, history, key)
+        kept = self._tracks.kept(event.channel, data, key)
         try:
             return self._sender.put(event.channel, data, wait, on_lost, kept)
         except PublishQueueFull as exc:
@@ -256,21 +255,19 @@ class Link:
         Raises:
             BackendUnavailable: The broker is away, or did not answer within two seconds.
         """
-        session, history = self._session, self._owner.histories.find(channel)
-        assert history is not None
-        if session is None or not self.connected:
-            raise BackendUnavailable(NO_HISTORY_NOW)
-        connection = cast(HistoryConnection, session.connection)
-        return await session.ask(
-            lambda: connection.read_kept(channel, history, since, limit, reverse)
-        )
+        session = self._session_now()
+        return await session.ask(lambda: self._tracks.read(session, channel, since, limit, reverse))
 
     async def catch_up(self, channel: str) -> None:
         """Let this process be where the broker is. Raises as `read` does."""
+        session = self._session_now()
+        await session.ask(lambda: self._tracks.catch_up(session, channel))
+
+    def _session_now(self) -> Session:
         session = self._session
         if session is None or not self.connected:
             raise BackendUnavailable(NO_HISTORY_NOW)
-        await session.ask(lambda: self._tracks.catch_up(session, channel))
+        return session
 
     async def round_trip(self) -> None:
         """Wait until everything published so far has come back, or is given up. From any loop."""

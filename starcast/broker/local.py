@@ -77,7 +77,7 @@ class LocalLink:
                 wake = self._log.publish(event, key, registry.add)
         if wake:
             registry.wake(wake)
-        if not registry.shards:
+        if not registry.shards and event.position is None:
             logs.once(("published to nobody",), NOBODY, level=logging.INFO)
 
     def position(self, channel: str) -> Position | None:

@@ -98,10 +98,16 @@ class NamedConnection:
         return cast(HistoryConnection, self._connection).publish_kept(own)
 
     def read_kept(
-        self, channel: str, history: History, since: int | None, limit: int, reverse: bool
+        self,
+        channel: str,
+        history: History,
+        since: int | None,
+        limit: int,
+        reverse: bool,
+        known: Position | None = None,
     ) -> Awaitable[Stored]:
         connection = cast(HistoryConnection, self._connection)
-        return connection.read_kept(self._prefix + channel, history, since, limit, reverse)
+        return connection.read_kept(self._prefix + channel, history, since, limit, reverse, known)
 
     def close(self) -> Coroutine[Any, Any, None]:
         return self._connection.close()

@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 from .. import logs
-from ..backends.base import HistoryConnection, Stored
-from ..event import Event, Gap
-from ..history import Histories, History, Position
+from ..backends.base import HistoryConnection, Kept, Stored
+from ..event import Gap
+from ..history import Histories, Position
 from ..logs import LogLimit
 from ..tuning import Tuning
 from .health import Health
@@ -38,10 +38,6 @@ PAGE = 1000
 AT_ONCE = 100
 
 FORGOTTEN = "the broker has lost the history of a channel, or no longer has all that was missed"
-
-# Delivers an event to the members of its channel, and returns whether all get it. The event's
-# position is theirs from then on.
-DeliverEvent = Callable[[Event], bool]
 
 
 class Track:
@@ -75,7 +71,7 @@ class Tracks:
         tuning: Tuning,
         histories: Histories,
         positions: dict[str, Position],
-        receive: Callable[[str, bytes, Position], None],
+        receive: Callable[[str, bytes, Position | None], None],
         on_gap: Callable[[Gap], None],
     ) -> None:
         self._lock = lock
@@ -88,10 +84,31 @@ class Tracks:
         self._tracks: dict[str, Track] = {}
         self._limit = LogLimit()
 
+    def kept(self, channel: str, payload: bytes, key: str | None) -> Kept | None:
+        """Return what the broker is given to keep; None if the channel has no history."""
+        history = self.histories.find(channel)
+        if history is None:
+            return None
+        return Kept(channel, payload, history, key, self.positions.get(channel))
+
     def forget(self, channel: str) -> None:
         """The channel is not wanted any more. With the lock held, from any thread."""
         self._tracks.pop(channel, None)
         self.positions.pop(channel, None)
+
+    async def read(
+        self, session: Session, channel: str, since: int | None, limit: int, reverse: bool = False
+    ) -> Stored:
+        """Return what is kept of a channel that has a history: see `HistoryConnection.read_kept`.
+
+        Raises:
+            Exception: The connection is broken, or the broker refused.
+        """
+        history = self.histories.find(channel)
+        assert history is not None
+        known = self.positions.get(channel)
+        connection = cast(HistoryConnection, session.connection)
+        return await connection.read_kept(channel, history, since, limit, reverse, known)
 
     async def start(self, session: Session, channel: str) -> None:
         """Note where the channel is, if that is not known. It is subscribed to.
@@ -99,13 +116,12 @@ class Tracks:
         Raises:
             Exception: The broker did not say.
         """
-        history = self.histories.find(channel)
-        if history is None or channel in self.positions:
+        if self.histories.find(channel) is None or channel in self.positions:
             return
         track = Track()
         with self._lock:
             self._tracks[channel] = track
-        stored = await _read(session, channel, history, None, 0)
+        stored = await self.read(session, channel, None, 0)
         with self._lock:
             if self._tracks.get(channel) is not track:
                 return  # it is not wanted any more
@@ -124,8 +140,9 @@ class Tracks:
         """Deliver a message, or fill the channel if others are missing before it."""
         track = self._tracks.get(channel)
         if track is None:
+            if self.histories.find(channel) is None:  # here; whoever has published it keeps one
+                self._receive(channel, payload, None)
             return
-        track.heard_at = time.monotonic()
         here = self.positions.get(channel)
         if here is None or track.filling is not None:
             track.seen = position
@@ -139,6 +156,7 @@ class Tracks:
         else:
             follows = previous == 0
         if follows:
+            track.heard_at = time.monotonic()
             self._receive(channel, payload, position)
         else:
             track.seen = position
@@ -150,7 +168,8 @@ class Tracks:
             track.filling = None  # its task ended with its session, or with the event loop of that
             if channel in self.positions:
                 self._fill(session, channel, track)
-        session.run(self._keep_checking(session))
+        if self.histories.any:
+            session.run(self._keep_checking(session))
 
     def restored(self, session: Session, channel: str) -> bool:
         """Fill a channel that the broker refused; False if it has no history."""
@@ -200,19 +219,15 @@ class Tracks:
 
     async def _read_page(self, session: Session, channel: str, track: Track) -> bool:
         """Deliver some of what is missing; return whether that is all."""
-        history = self.histories.find(channel)
-        here = self.positions.get(channel)
-        if history is None or here is None:
-            return True
-        since = track.heard_at
-        stored = await _read(session, channel, history, here.offset, PAGE)
+        here, since = self.positions[channel], track.heard_at
+        stored = await self.read(session, channel, here.offset, PAGE)
         if self._tracks.get(channel) is not track:
             return True
         lost = stored.position.epoch != here.epoch or not stored.complete
         if lost:
             if stored.position.epoch != here.epoch:
                 here = Position(stored.position.epoch, 0)
-                stored = await _read(session, channel, history, None, PAGE)
+                stored = await self.read(session, channel, None, PAGE)
                 if self._tracks.get(channel) is not track:
                     return True
             self._tell_gap(channel, since)
@@ -249,11 +264,11 @@ class Tracks:
                 )
 
     async def _check(self, session: Session, channel: str) -> None:
-        track, history = self._tracks.get(channel), self.histories.find(channel)
-        if track is None or history is None or track.filling is not None:
+        track = self._tracks.get(channel)
+        if track is None or track.filling is not None:
             return
         here = self.positions.get(channel)
-        stored = await _read(session, channel, history, None, 0)
+        stored = await self.read(session, channel, None, 0)
         if here is not None and stored.position != here == self.positions.get(channel):
             self._fill(session, channel, track)
         else:
@@ -263,10 +278,3 @@ class Tracks:
 def _is_behind(position: Position, seen: Position) -> bool:
     """Whether what was seen is not reached yet."""
     return seen.epoch != position.epoch or seen.offset > position.offset
-
-
-async def _read(
-    session: Session, channel: str, history: History, since: int | None, limit: int
-) -> Stored:
-    connection = cast(HistoryConnection, session.connection)
-    return await connection.read_kept(channel, history, since, limit, False)

@@ -1,0 +1,216 @@
+"""Tests of what the history in Redis does in ways of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from backends.redis_server import RedisServer
+from starcast import BackendUnavailable, Broadcast, Gap, History
+from starcast.backends.redis import RedisBackend
+from support import until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RedisServer]:
+    """A server that nobody stops."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: RedisServer) -> RedisServer:
+    shared.command("FLUSHALL")
+    return shared
+
+
+async def test_what_is_in_redis(server):
+    async with Broadcast(server.url, history=History(size=3, ttl=60)) as hub:
+        for number in range(5):
+            id = await hub.publish("room", str(number), idempotency_key=f"key {number}")
+    names = {name.decode() for name in server.command("KEYS", "*")}
+    stream = "starcast:history:{default:room}"
+    assert names == {stream, f"{stream}:position"} | {f"{stream}:key:key {n}" for n in range(5)}
+    entries = server.command("XRANGE", stream, "-", "+")
+    assert [fields for _, fields in entries] == [{b"m": b"2"}, {b"m": b"3"}, {b"m": b"4"}]
+    assert [entry.partition(b"-")[0] for entry, _ in entries] == [b"3", b"4", b"5"]
+    assert id.endswith("-5")
+    assert 59_000 < server.command("PTTL", stream) <= 60_000
+    assert 86_459_000 < server.command("PTTL", f"{stream}:position") <= 86_460_000
+    assert 59_000 < server.command("PTTL", f"{stream}:key:key 1") <= 60_000
+
+
+async def test_messages_expire(server):
+    async with Broadcast(server.url, history=History(ttl=0.2)) as hub:
+        old = await hub.publish("room", "old")
+        await until(lambda: not server.command("EXISTS", "starcast:history:{default:room}"))
+        past = await hub.history("room")
+        assert (past.events, past.id) == ([], old)
+        async with hub.subscribe("room", since=old) as subscriber:
+            assert subscriber.resumed.recovered
+        await hub.publish("room", "0")
+        for number in range(200):  # the stream does not expire, but messages do
+            await hub.publish("room", str(number))
+            if len((await hub.history("room", limit=1000)).events) < number:
+                break
+            await asyncio.sleep(0.005)
+        else:
+            pytest.fail("no message has expired")
+        async with hub.subscribe("room", since=old) as subscriber:
+            assert not subscriber.resumed.recovered
+
+
+@pytest.mark.parametrize("name", ["}", "{x}", "%7D", "a}b", "{}", "🎈 '\"", "x" * 200])
+async def test_both_keys_of_a_channel_are_in_one_slot(server, name):
+    async with Broadcast(server.url, history=History()) as hub:
+        await hub.publish(name, "text", idempotency_key="key")
+        assert len((await hub.history(name)).events) == 1
+    keys = server.command("KEYS", "*")
+    assert len(keys) == 3
+    # What the specification of a cluster says about keys with braces.
+    tags = {key[key.index(b"{") + 1 : key.index(b"}", key.index(b"{"))] for key in keys}
+    assert len(tags) == 1
+    assert tags != {b""}
+
+
+async def test_channels_with_similar_names_are_apart(server):
+    async with Broadcast(server.url, history=History()) as hub:
+        for name in ("a}", "a%7D", "a", "a}:position", "a:position"):
+            assert (await hub.publish(name, "text")).endswith("-1")
+
+
+async def test_a_script_that_the_server_does_not_know_any_more(server):
+    async with Broadcast(server.url, history=History()) as hub:
+        await hub.publish("room", "0")
+        server.command("SCRIPT", "FLUSH")
+        ids = await asyncio.gather(*(hub.publish("room", str(n)) for n in range(1, 4)))
+        assert [id.partition("-")[2] for id in ids] == ["2", "3", "4"]
+        server.command("SCRIPT", "FLUSH")
+        assert [event.message for event in (await hub.history("room")).events] == [*"0123"]
+
+
+async def test_keys_of_another_type(server):
+    """Somebody else's program has written there."""
+    async with Broadcast(server.url, history=History()) as hub:
+        server.command("SET", "starcast:history:{default:room}:position", "text")
+        with pytest.raises(BackendUnavailable, match=r"Redis refuses: .*WRONGTYPE"):
+            await hub.publish("room", "text")
+        with pytest.raises(BackendUnavailable, match=r"Redis refuses: .*WRONGTYPE"):
+            await hub.history("room")
+        server.command("DEL", "starcast:history:{default:room}:position")
+        server.command("HSET", "starcast:history:{default:b}:position", "epoch", "not - one")
+        server.command("HSET", "starcast:history:{default:b}:position", "server", "x")
+        assert await hub.publish("b", "text")  # of another server, so it is not used
+
+
+async def test_one_message_of_a_batch_is_refused(server):
+    async with Broadcast(server.url, history=History()) as hub:
+        for name in "ab":
+            await hub.publish(name, "0")
+        server.command("SET", "starcast:history:{default:b}", "text")
+        results = await asyncio.gather(
+            *(hub.publish(name, "text") for name in "abc"), return_exceptions=True
+        )
+    assert results[0].endswith("-2")
+    assert "Redis refuses" in str(results[1])
+    assert isinstance(results[1], BackendUnavailable)
+    assert results[2].endswith("-1")
+
+
+async def test_messages_with_a_header_that_is_not_ours(server):
+    async with (
+        Broadcast(server.url, history=History()) as hub,
+        hub.subscribe("room") as subscriber,
+    ):
+        for payload in (b"\xff\x02", b"\xff\x02no id:text", b"\xff\x02\xff-1:text", b"\xff\x02e-1"):
+            server.command("PUBLISH", "starcast:default:room", payload)
+        await hub.publish("room", "text")
+        assert (await subscriber.get()).message == "text"
+        assert hub.stats().backend.malformed >= 3
+
+
+async def test_a_server_that_was_started_anew_gives_no_old_offsets_to_other_messages(tmp_path):
+    """It has written a snapshot, and what came after that is lost."""
+    history = History(size=100, ttl=60)
+    with RedisServer("--save", "") as server:
+        async with Broadcast(server.url, history=history) as hub:
+            old = [await hub.publish("room", str(number)) for number in range(3)]
+            server.command("SAVE")
+            old += [await hub.publish("room", str(number)) for number in range(3, 6)]
+        server.kill()
+        server.start()
+        async with Broadcast(server.url, history=history) as hub:
+            assert server.command("EXISTS", "starcast:history:{default:room}") == 1
+            for number in range(6):
+                await hub.publish("room", f"other {number}")
+            async with hub.subscribe("room", since=old[4]) as subscriber:
+                assert subscriber.resumed.recovered is False
+
+
+async def test_a_hub_that_knows_more_than_the_server(server):
+    """As after a failover to a replica that was behind."""
+    history = History(size=100, ttl=60)
+    async with (
+        Broadcast(server.url, history=history) as hub,
+        hub.subscribe("room", gaps=True) as subscriber,
+    ):
+        for number in range(3):
+            old = await hub.publish("room", str(number))
+            assert (await subscriber.get()).message == str(number)
+        position = "starcast:history:{default:room}:position"
+        server.command("HINCRBY", position, "offset", -2)
+        server.command("DEL", "starcast:history:{default:room}")
+        new = await hub.publish("room", "new")
+        assert new.partition("-")[0] != old.partition("-")[0]
+        assert (await subscriber.get()).message == "new"
+        server.command("HINCRBY", position, "offset", 1)
+        server.command("DEL", "starcast:history:{default:room}")
+        await hub.publish("room", "newer")  # it is the third, and the second is nowhere
+        assert isinstance(await subscriber.get(), Gap)
+        assert (await subscriber.get()).message == "newer"
+
+
+def user(server: RedisServer, name: str, *rules: str) -> str:
+    server.command("ACL", "SETUSER", name, "on", ">secret", *rules)
+    return server.url.replace("redis://", f"redis://{name}:secret@")
+
+
+RULES = ("resetkeys", "resetchannels", "&starcast:*", "-@all", "+publish", "+subscribe", "+ping")
+
+
+async def test_a_user_with_the_rights_that_the_docs_name(server):
+    commands = RedisBackend.__doc__.partition("A history needs ")[2].partition("`")[2]
+    rights = commands.partition("`")[0].split()
+    url = user(server, "named", *RULES, "+unsubscribe", "~starcast:history:*", *rights)
+    async with Broadcast(url, history=History(size=2)) as hub, hub.subscribe("room") as subscriber:
+        for number in range(4):
+            id = await hub.publish("room", str(number), idempotency_key=str(number))
+            assert (await subscriber.get()).id == id
+        assert len((await hub.history("room")).events) == 2
+
+
+async def test_a_user_without_rights(server, caplog):
+    url = user(server, "none", *RULES, "+unsubscribe")
+    async with Broadcast(url, history=History()) as hub:
+        with pytest.raises(BackendUnavailable, match=r"Redis refuses: .*evalsha"):
+            await hub.publish("room", "text")
+        with pytest.raises(BackendUnavailable, match="evalsha"):
+            async with hub.subscribe("room"):
+                pass
+    assert "secret" not in caplog.text
+
+
+async def test_a_user_who_may_not_ask_for_the_server(server):
+    url = user(server, "some", "allkeys", "allchannels", "+@all", "-info")
+    async with Broadcast(url, history=History()) as hub:
+        assert (await hub.publish("room", "text")).endswith("-1")
+
+
+def test_the_server_is_redis(server):
+    """Or compatible with it."""
+    assert redis.Redis(unix_socket_path=server.path).info("server")["run_id"]
