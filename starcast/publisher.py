@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +27,7 @@ from .broadcast import Broadcast
 from .broker.opening import Backoff
 from .codec import Channel, Dumps, Encoding
 from .exceptions import BackendUnavailable, ConfigurationError, StarcastError
+from .history import History
 from .stats import BackendStats
 from .sync.waiter import running_loop
 
@@ -86,6 +87,8 @@ class Publisher:
         timeout: Seconds that `publish` waits for the broker, 5 by default.
         idle: Seconds without a message after which the connection is closed, 60 by default. The
             next message opens it again. `None` keeps it open.
+        history: As for the `Broadcast` objects of the app: what is published without it is
+            delivered, but not kept.
 
     Raises:
         ConfigurationError: An argument is not valid.
@@ -100,6 +103,7 @@ class Publisher:
         dumps: Dumps | None = None,
         timeout: float = TIMEOUT,
         idle: float | None = IDLE,
+        history: History | Mapping[str, History | None] | None = None,
     ) -> None:
         if (url is None) == (backend is None):
             raise ConfigurationError(
@@ -120,6 +124,7 @@ class Publisher:
         self._dumps: Dumps = codec.dumps if dumps is None else dumps
         self._timeout = timeout
         self._idle = idle
+        self._history = history
         self._closed = False
         self._worker: _Worker | None = None  # changed under `_lock`
         if self._make_hub().stats().backend is None:
@@ -132,7 +137,13 @@ class Publisher:
     def _make_hub(self) -> Broadcast:
         backend = None if self._backend is None else self._backend()
         # The worker tries again itself, for as long as a caller waits.
-        hub = Broadcast(self._url or "memory://", backend=backend, name=self._name, open_timeout=0)
+        hub = Broadcast(
+            self._url or "memory://",
+            backend=backend,
+            name=self._name,
+            history=self._history,
+            open_timeout=0,
+        )
         hub._hub.claim.waive()  # a hub without clients receives no other hub's messages
         return hub
 
@@ -143,7 +154,8 @@ class Publisher:
         *,
         encoding: Encoding | None = None,
         timeout: float | None = None,
-    ) -> None:
+        idempotency_key: str | None = None,
+    ) -> str | None:
         """Publish a message to a channel, and return when the broker has it.
 
         May be called from any thread that does not run an event loop. Messages of one thread keep
@@ -156,6 +168,11 @@ class Publisher:
                 in a text frame.
             encoding: `"json"` sends a `str` as JSON too; `"text"` and `"bytes"` require that type.
             timeout: Seconds to wait for the broker instead of the publisher's own `timeout`.
+            idempotency_key: On a channel that has a history, what makes it safe to try again. See
+                `Broadcast.publish`.
+
+        Returns:
+            The id of the event; None if the channel has no history.
 
         Raises:
             BackendUnavailable: There was no connection to the broker for `timeout` seconds, the
@@ -165,7 +182,7 @@ class Publisher:
             PayloadTooLarge: The message is larger than the broker accepts.
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
             InvalidChannel: The name is not valid.
-            ConfigurationError: `encoding` or `timeout` makes no sense.
+            ConfigurationError: `encoding`, `timeout` or `idempotency_key` makes no sense.
             PublishQueueFull: More than 16 MiB of other threads' messages wait for the broker.
             RuntimeError: An event loop runs on this thread, and waiting would block it; or gevent
                 or eventlet has replaced this process's threads.
@@ -182,7 +199,8 @@ class Publisher:
             _check_seconds("timeout", timeout)
         # Here and not on the other thread: a model's own code may expect the caller's thread.
         content, _ = codec.encode(message, encoding, self._dumps)
-        self._get_worker().publish(name, content, self._timeout if timeout is None else timeout)
+        seconds = self._timeout if timeout is None else timeout
+        return self._get_worker().publish(name, content, seconds, idempotency_key)
 
     def _get_worker(self) -> _Worker:
         """Return this process's worker, started if need be."""
@@ -270,16 +288,18 @@ class _Worker:
         """Whether it belongs to this process and has not ended."""
         return self._pid == os.getpid() and not self._loop.is_closed()
 
-    def publish(self, channel: str, content: str | bytes, timeout: float) -> None:
-        """Publish, and wait for it."""
-        work = self._publish(channel, content)
+    def publish(
+        self, channel: str, content: str | bytes, timeout: float, key: str | None = None
+    ) -> str | None:
+        """Publish, wait for it, and return the event's id."""
+        work = self._publish(channel, content, key)
         try:
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
         except RuntimeError:  # another thread has closed the publisher meanwhile
             work.close()
             raise BackendUnavailable(CLOSED) from None
         try:
-            future.result(min(timeout, threading.TIMEOUT_MAX))
+            return future.result(min(timeout, threading.TIMEOUT_MAX))
         except TimeoutError:
             because = f": {self._error}" if self._error else ""
             raise BackendUnavailable(
@@ -356,7 +376,7 @@ class _Worker:
             return self._idle
         return max(0, self._used + self._idle - self._loop.time())
 
-    async def _publish(self, channel: str, content: str | bytes) -> None:
+    async def _publish(self, channel: str, content: str | bytes, key: str | None) -> str | None:
         if self._stop.is_set():
             raise BackendUnavailable(CLOSED)
         self._publishing += 1
@@ -368,7 +388,7 @@ class _Worker:
                     await asyncio.sleep(0)
             if self._backend.state != "connected":
                 await self._connect()
-            await self._hub.publish(channel, content)
+            return await self._hub.publish(channel, content, idempotency_key=key)
         finally:
             self._publishing -= 1
             self._used = self._loop.time()

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Gap, History
+from starcast import BackendUnavailable, Broadcast, Gap, History, Publisher
 from starcast.backends.redis import RedisBackend
 from support import until
 
@@ -214,3 +214,16 @@ async def test_a_user_who_may_not_ask_for_the_server(server):
 def test_the_server_is_redis(server):
     """Or compatible with it."""
     assert redis.Redis(unix_socket_path=server.path).info("server")["run_id"]
+
+
+async def test_a_publisher_keeps_too(server):
+    history = History(size=5)
+    publisher = Publisher(server.url, history=history)
+    try:
+        first = await asyncio.to_thread(publisher.publish, "room", "one", idempotency_key="a")
+        again = await asyncio.to_thread(publisher.publish, "room", "one", idempotency_key="a")
+    finally:
+        publisher.close()
+    assert first == again
+    async with Broadcast(server.url, history=history) as hub:
+        assert [event.id for event in (await hub.history("room")).events] == [first]
