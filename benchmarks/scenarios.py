@@ -8,11 +8,12 @@ from typing import Any
 from .servers import BROKERS, SERVERS, Server
 
 ROOMS = ("starcast_handler", "rooms_by_hand", "picows_rooms")
+UNCOMMON = ("starcast_fastapi", "starcast_history", "bare")
 WRAPPED = ("starcast_wrapped", "connection_manager_wrapped")
 EVERYBODY = tuple(
     name
     for name, server in SERVERS.items()
-    if server.path and name not in (*WRAPPED, *ROOMS, "starcast_fastapi", "bare")
+    if server.path and name not in (*WRAPPED, *ROOMS, *UNCOMMON)
 )
 PLAIN = ("starcast", "starcast_fastapi", *EVERYBODY[1:])
 TRIPS = tuple(name for name, server in SERVERS.items() if not server.path)
@@ -183,6 +184,15 @@ SCENARIOS = {
                 }
                 for name in BROKERS
                 for count in (1, 2)
+            },
+        ),
+        Scenario(
+            "Q",
+            "with a history and without: 300 clients, 128 bytes, 32 messages in flight",
+            ("starcast", "starcast_history"),
+            {
+                "memory": {"clients": 300, "batch": 32},
+                **{name: {"clients": 300, "batch": 32, "broker": name} for name in BROKERS},
             },
         ),
         Scenario(

@@ -47,6 +47,13 @@ SERVERS = {
             brokers=_BROKERS,
         ),
         Server(
+            "starcast_history",
+            "starcast with a history, uvicorn",
+            ("starcast", "starlette", *_UVICORN, *_CLIENTS),
+            "/ws/{room}",
+            brokers=_BROKERS,
+        ),
+        Server(
             "starcast_fastapi",
             "starcast, `fastapi run`",
             ("starcast", "fastapi", "starlette", *_UVICORN),

@@ -44,8 +44,9 @@ end
 
 -- Removes the messages that are older than so many milliseconds, and returns the first one left.
 local function expire(stream, ttl)
+    local count = 1  -- most of the time, the first one is left
     while true do
-        local entries = redis.call('XRANGE', stream, '-', '+', 'COUNT', 100)
+        local entries = redis.call('XRANGE', stream, '-', '+', 'COUNT', count)
         local old = {}
         for _, entry in ipairs(entries) do
             if tonumber(string.match(entry[1], '%-(%d+)$')) >= now - ttl then break end
@@ -53,6 +54,7 @@ local function expire(stream, ttl)
         end
         if #old > 0 then redis.call('XDEL', stream, unpack(old)) end
         if #old < #entries or #entries == 0 then return entries[#old + 1] end
+        count = 100
     end
 end
 """
