@@ -36,7 +36,8 @@ class Task:
     """What to do.
 
     `rounds`: everybody is in one room. `rooms`: many rooms. `talks`: everybody talks in many rooms.
-    `storm`: clients connect, some at a time. `restart`: all connect at once. `memory`: nothing.
+    `storm`: clients connect, some at a time. `restart`: all connect at once. `resume`: so they do,
+    and want what they have missed. `memory`: nothing.
     """
 
     ports: list[int]  # of the server's workers; clients are spread evenly over them
@@ -55,7 +56,9 @@ class Task:
     pings: bool = False  # measure how soon a ping is answered meanwhile
     rooms: int = 1
     in_flight: int = 1  # rooms that are published to at the same time
-    messages: int = 0  # for `memory`: messages that everybody got before
+    messages: int = 0  # for `memory`: those that everybody got before; for `resume`: has missed
+    spread: float = 0.0  # for `restart` and `resume`: seconds in which all come
+    ids_path: str = ""  # for `resume`: where clients are told the ids
     spin: bool = False  # never sleep, so that no write has to wake this process
     verify: bool = False  # keep and compare what was received
 
@@ -72,6 +75,7 @@ class Client:
         self.recv_into = sock.recv_into
         self.room = room
         self.port = 0
+        self.path = ""  # that of the task by default
         self.got = 0  # messages, without those that only got it ready
         self.deflate = False
         self.pinged = self.next_ping = 0.0
@@ -148,7 +152,7 @@ class Load:
             opened += some
         return opened
 
-    def _dial(self, number: int, wait: bool = True) -> Client:
+    def _dial(self, number: int, wait: bool = True, path: str = "", keep: bool = False) -> Client:
         task = self.task
         sock = socket.socket()
         if self._is_silent(number):
@@ -157,7 +161,8 @@ class Load:
         # Closing resets: thousands of ports in TIME_WAIT would be in the way of the next run.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client = Client(sock, number % task.rooms, task.verify)
+        client = Client(sock, number % task.rooms, task.verify or keep)
+        client.path = path
         client.port = task.ports[number % len(task.ports)]
         if wait:
             sock.connect((HOST, client.port))
@@ -170,7 +175,7 @@ class Load:
     def _request(self, client: Client) -> bytes:
         task = self.task
         request = [
-            f"GET {task.path.format(room=f'room{client.room}')} HTTP/1.1",
+            f"GET {(client.path or task.path).format(room=f'room{client.room}')} HTTP/1.1",
             f"Host: {HOST}:{client.port}",
             "Upgrade: websocket",
             "Connection: Upgrade",
@@ -341,6 +346,8 @@ class Load:
             return self._storm()
         if self.task.kind == "restart":
             return self._restart()
+        if self.task.kind == "resume":
+            return self._resume()
         self.open()
         self._make_ready()
         if self.task.stuff:
@@ -528,39 +535,88 @@ class Load:
 
     def _restart(self) -> dict:
         """Open all connections at once, as after a restart, while a client that is there talks."""
-        (client,) = self.connect(1)
+        return self._all_at_once(self.connect(1)[0])
+
+    def _resume(self) -> dict:
+        """Let all come back at once to rooms in which they have missed messages."""
+        task = self.task
+        rooms = [self._dial(number, path=task.ids_path, keep=True) for number in range(task.rooms)]
+        for client in rooms:
+            self._finish_handshake(client)
+            client.sock.settimeout(STALL)
+        missed = [f"{task.path}?last_event_id={self._miss(client)}" for client in rooms]
+        talker = rooms.pop()  # in a room of its own: nobody comes back there
+        missed.pop()
+        talker.sock.setblocking(False)
+        talker.counter.payloads = None
+        return self._all_at_once(talker, missed)
+
+    def _miss(self, client: Client) -> str:
+        """Say what others are to miss, and return the id of what was before it."""
+        counter = client.counter
+        while not counter.payloads:
+            counter.feed(client.sock.recv(4096))
+        position = json.loads(counter.payloads[0])["id"]
+        client.send(b"".join(map(client_frame, self.contents[:1] * self.task.messages)))
+        while counter.messages < self.task.messages + 1:
+            counter.feed(client.sock.recv(BUFFER))
+        return position
+
+    def _all_at_once(self, client: Client, paths: list[str] | None = None) -> dict:
+        """Open all connections at once, while a client that is there talks to itself.
+
+        With `paths`, they go there in turn, and have to get what they have missed.
+        """
+        needed = self.task.messages if paths else 0
         lags: list[float] = []
         data = client_frame(self.contents[0])
         clock = time.perf_counter
         self.epoll.register(client.sock, select.EPOLLIN)
         before, began = accounting.cpu_seconds(self.pids), clock()
-        coming = {}
-        for number in range(1, self.task.clients + 1):
-            new = self._dial(number, wait=False)
-            coming[new.sock.fileno()] = new
-            self.epoll.register(new.sock, select.EPOLLOUT)
+        coming: dict[int, Client] = {}
+        receiving: dict[int, Client] = {}
+        dialled = 0
         opened = []
         said, next_said, deadline = 0.0, clock(), clock() + STALL
-        while coming and clock() < deadline:
+        while len(opened) < self.task.clients and clock() < deadline:
+            while dialled < self.task.clients and (
+                clock() - began >= dialled / self.task.clients * self.task.spread
+            ):
+                room = dialled % len(paths) if paths else dialled + 1
+                new = self._dial(room, wait=False, path=paths[room] if paths else "")
+                coming[new.sock.fileno()] = new
+                self.epoll.register(new.sock, select.EPOLLOUT)
+                dialled += 1
             if not said and clock() >= next_said:
                 said = clock()
                 client.send(data)
             for fd, event in self.epoll.poll(PING_EVERY / 5, 1024):
-                if (new := coming.get(fd)) is None:
+                if (new := receiving.get(fd) or coming.get(fd)) is None:
                     client.counter.feed(client.sock.recv(4096))
                     lags.append(clock() - said)
                     said, next_said = 0.0, clock() + PING_EVERY * random.uniform(0.5, 1.5)
-                elif event & select.EPOLLOUT:
+                    continue
+                if event & select.EPOLLOUT:
                     new.sock.sendall(self._request(new))
                     self.epoll.modify(new.sock, select.EPOLLIN)
-                else:
+                    continue
+                if fd in coming:
                     new.sock.settimeout(STALL)
                     self._finish_handshake(new)
-                    opened.append(coming.pop(fd))
+                    receiving[fd] = coming.pop(fd)
+                else:
+                    new.counter.feed(new.sock.recv(BUFFER))
+                if new.counter.messages >= needed:
+                    opened.append(receiving.pop(fd))
                     self.epoll.unregister(fd)
-                    deadline = clock() + STALL
-        if coming:
-            raise Failed(f"{len(coming)} clients were not accepted within {STALL:g} seconds")
+                deadline = clock() + STALL
+        if len(opened) < self.task.clients:
+            raise Failed(
+                f"{len(coming)} clients were not accepted and {len(receiving)} did not get "
+                f"everything within {STALL:g} seconds"
+            )
+        if needed and any(new.counter.messages != needed for new in opened):
+            raise Failed("a client got more than it had missed")
         elapsed = clock() - began
         cpu = accounting.cpu_seconds(self.pids) - before
         return {

@@ -187,6 +187,19 @@ SCENARIOS = {
             },
         ),
         Scenario(
+            "R",
+            "10,000 clients come back within 2 s to 100 rooms, each 100 messages behind, while "
+            "one that is there talks to itself",
+            ("starcast_history",),
+            {
+                "": {
+                    **{"kind": "resume", "clients": 10_000, "rooms": 101, "messages": 100},
+                    "ids_path": "/ids/{room}",
+                    "spread": 2.0,
+                }
+            },
+        ),
+        Scenario(
             "Q",
             "with a history and without: 300 clients, 128 bytes, 32 messages in flight",
             ("starcast", "starcast_history"),

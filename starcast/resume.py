@@ -6,8 +6,9 @@ position, up to which the past is read: so nothing is missing at the seam, and n
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from starlette.websockets import WebSocket
@@ -19,11 +20,15 @@ from .broker.link import Link
 from .broker.local import LocalLink
 from .codec import Channel
 from .event import Event, Notice
-from .exceptions import ConfigurationError, InvalidChannel
+from .exceptions import BackendUnavailable, ConfigurationError, InvalidChannel
 from .history import Histories, Position, Resumed, Wish, check_count, parse_id
 
 # Messages that are read at once.
 PAGE = 1000
+
+# Events that members of one event loop share at most, and for how many seconds.
+MAX_SHARED = 10_000
+SHARED_FOR = 1.0
 
 # Characters of an idempotency key, at most.
 MAX_KEY = 200
@@ -52,6 +57,45 @@ def notice(channel: str, resumed: Resumed) -> Notice:
     return Notice(content)
 
 
+class _Shared:
+    """What several members of one event loop read at about the same time.
+
+    After an outage, everybody comes back at once and wants much the same. So they share reads that
+    are under way, and events, whose frames are made once.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.reads: dict[tuple[str, int | None, int, bool], asyncio.Task[Stored]] = {}
+        self._loop = loop
+        self._events: dict[tuple[str, str], dict[int, Event]] = {}  # by channel, epoch and offset
+        self._count = 0
+        self._used = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def events(self, channel: str, epoch: str) -> dict[int, Event]:
+        """Return the events of a channel that somebody has read a moment ago, to be added to."""
+        if self._count > MAX_SHARED:
+            self._events.clear()
+            self._count = 0
+        self._used = True
+        if self._timer is None:
+            self._timer = self._loop.call_later(SHARED_FOR, self._let_go)
+        return self._events.setdefault((channel, epoch), {})
+
+    def count(self, events: int) -> None:
+        """Note that so many were added."""
+        self._count += events
+
+    def _let_go(self) -> None:
+        self._timer = None
+        if self._used:
+            self._used = False
+            self._timer = self._loop.call_later(SHARED_FOR, self._let_go)
+        else:
+            self._events.clear()
+            self._count = 0
+
+
 class Reader:
     """Reads the past of channels. From any loop.
 
@@ -70,6 +114,7 @@ class Reader:
         self._link = link
         self._lock = lock
         self._histories = histories
+        self._shared: dict[asyncio.AbstractEventLoop, _Shared] = {}
 
     def wish(self, channel: str, since: str | None, last: int) -> Wish:
         """Return what is asked for, if it is valid and the channel has a history."""
@@ -137,10 +182,13 @@ class Reader:
         """Return all events after an offset up to a position; None if some are missing."""
         events: list[Event] = []
         while offset < here.offset:
-            stored = await self._link.read(channel, offset, PAGE, False)
+            stored = await self._read(channel, offset, PAGE, False, here)
             if stored.position.epoch != here.epoch or not stored.complete:
                 return None
-            events += (event for event in self._events(channel, stored) if _is_until(event, here))
+            found = self._events(channel, stored)
+            if stored.position.offset > here.offset:  # it gets the rest as it is delivered
+                found = [event for event in found if _is_until(event, here)]
+            events += found
             if len(stored.messages) < PAGE:
                 break
             offset = stored.messages[-1].offset
@@ -150,7 +198,7 @@ class Reader:
         events: list[Event] = []
         offset = here.offset + 1
         while count > 0 and offset > 1:
-            stored = await self._link.read(channel, offset, min(count, PAGE), True)
+            stored = await self._read(channel, offset, min(count, PAGE), True, here)
             if stored.position.epoch != here.epoch:
                 return []
             events += self._events(channel, stored)
@@ -171,17 +219,62 @@ class Reader:
         known = since is None or (place is not None and not _is_ahead(place, stored.position))
         if not known:
             stored = await self._link.read(channel, None, limit, reverse)
-        events = list(self._events(channel, stored))
+        events = self._events(channel, stored)
         return Past(events, str(stored.position), known and stored.complete)
 
-    def _events(self, channel: str, stored: Stored) -> Iterator[Event]:
+    async def _read(
+        self, channel: str, since: int | None, limit: int, reverse: bool, here: Position
+    ) -> Stored:
+        """Read, or share what is being read, if that turns out to be as far as here."""
+        if self._link.is_local:
+            return await self._link.read(channel, since, limit, reverse)
+        reads = self._shared_here().reads
+        key = channel, since, limit, reverse
+        if (reading := reads.get(key)) is not None:
+            with contextlib.suppress(BackendUnavailable):
+                stored = await asyncio.shield(reading)
+                if not _is_ahead(here, stored.position):
+                    return stored
+        reading = asyncio.create_task(self._link.read(channel, since, limit, reverse))
+        reads[key] = reading
+
+        def ended(reading: asyncio.Task[Stored]) -> None:
+            if reads.get(key) is reading:
+                del reads[key]
+            if not reading.cancelled():
+                reading.exception()  # whoever wanted it may have been cancelled
+
+        reading.add_done_callback(ended)
+        return await asyncio.shield(reading)
+
+    def _shared_here(self) -> _Shared:
+        """Return what members of this event loop share."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if (shared := self._shared.get(loop)) is None:
+                for ended in [other for other in self._shared if other.is_closed()]:
+                    del self._shared[ended]
+                shared = self._shared[loop] = _Shared(loop)
+            return shared
+
+    def _events(self, channel: str, stored: Stored) -> list[Event]:
+        epoch = stored.position.epoch
+        shared = self._shared_here()
+        known = shared.events(channel, epoch)
+        before = len(known)
+        events = []
         for offset, payload in stored.messages:
-            try:
-                event = self._link.unpack(channel, payload)
-            except envelope.Malformed:
-                continue
-            event.position = Position(stored.position.epoch, offset)
-            yield event
+            event = known.get(offset)
+            if event is None:
+                try:
+                    event = self._link.unpack(channel, payload)
+                except envelope.Malformed:
+                    continue
+                event.position = Position(epoch, offset)
+                known[offset] = event
+            events.append(event)
+        shared.count(len(known) - before)
+        return events
 
 
 def _is_ahead(since: Position, here: Position) -> bool:
