@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Event, Gap, History, Subscriber, Tuning
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    Event,
+    Gap,
+    History,
+    Subscriber,
+    Tuning,
+)
+from starcast.backends import from_url
+from starcast.testing.history import CHECKS
 from support import DEADLINE, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -29,6 +39,22 @@ def server(request: pytest.FixtureRequest) -> Iterator[Any]:
     try:
         server.start()
         yield server
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_it_keeps_the_contract(kept_url, check):
+    await check(lambda: from_url(kept_url))
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def kept_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a server of each kind that nobody stops."""
+    server = SERVERS[request.param]()
+    try:
+        server.start()
+        yield server.url
     finally:
         server.close()
 

@@ -7,7 +7,8 @@
 
 Each check takes a function that makes a backend, and calls it as often as it needs to; all of these
 backends must use the same broker. A check raises AssertionError if the backend breaks the contract,
-and leaves nothing behind. Its channels begin with `check-`. Nothing here needs pytest.
+and leaves nothing behind but histories, which expire. Its channels begin with `check-`. Nothing
+here needs pytest. `starcast.testing.history.CHECKS` are for backends with `keeps_history`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from .backends.base import Backend, BrokerConnection
-from .broadcast import Broadcast
+from ..backends.base import Backend, BrokerConnection
+from ..broadcast import Broadcast
+from ..history import Position
 
 Make = Callable[[], Backend]
 Check = Callable[[Make], Awaitable[None]]
@@ -57,11 +59,23 @@ class Inbox:
 
     def __init__(self) -> None:
         self.got: list[tuple[str, bytes]] = []
+        # The position of each of them, and the offset of the message before it on its channel.
+        self.positions: list[tuple[Position | None, int | None]] = []
         self.errors: list[Exception] = []
         self._news = asyncio.Event()
 
-    def deliver(self, channel: str, payload: bytes, *position: object) -> None:
+    def deliver(
+        self,
+        channel: str,
+        payload: bytes,
+        position: Position | None = None,
+        previous: int | None = None,
+        /,
+    ) -> None:
         self.got.append((channel, payload))
+        if position is not None and previous is None:
+            previous = position.offset - 1
+        self.positions.append((position, previous))
         self._news.set()
 
     def lost(self, error: Exception) -> None:
@@ -83,7 +97,7 @@ class Inbox:
 
 
 @contextlib.asynccontextmanager
-async def _connected(make: Make) -> AsyncIterator[tuple[BrokerConnection, Inbox]]:
+async def connected(make: Make) -> AsyncIterator[tuple[BrokerConnection, Inbox]]:
     inbox = Inbox()
     async with asyncio.timeout(DEADLINE):
         connection = await make().connect(inbox.deliver, inbox.lost)
@@ -95,14 +109,14 @@ async def _connected(make: Make) -> AsyncIterator[tuple[BrokerConnection, Inbox]
         assert not inbox.errors, f"`lost` was called: {inbox.errors}"
 
 
-def _channel(name: str = "") -> str:
+def channel_name(name: str = "") -> str:
     return f"check-{uuid.uuid4().hex}-{name}"[:200]
 
 
 async def what_is_published_arrives(make: Make) -> None:
     """At every connection that is subscribed, including the one that publishes."""
-    channel = _channel()
-    async with _connected(make) as (one, ones), _connected(make) as (two, twos):
+    channel = channel_name()
+    async with connected(make) as (one, ones), connected(make) as (two, twos):
         await one.subscribe(channel)
         await two.subscribe(channel)
         await one.publish([(channel, b"1")])
@@ -112,8 +126,8 @@ async def what_is_published_arrives(make: Make) -> None:
 
 
 async def a_payload_arrives_as_it_was(make: Make) -> None:
-    channel = _channel()
-    async with _connected(make) as (connection, inbox):
+    channel = channel_name()
+    async with connected(make) as (connection, inbox):
         await connection.subscribe(channel)
         sent = [message for message in MESSAGES if len(message) <= connection.max_payload]
         for message in sent:
@@ -122,8 +136,8 @@ async def a_payload_arrives_as_it_was(make: Make) -> None:
 
 
 async def equal_messages_of_one_batch_all_arrive(make: Make) -> None:
-    channel = _channel()
-    async with _connected(make) as (connection, inbox):
+    channel = channel_name()
+    async with connected(make) as (connection, inbox):
         await connection.subscribe(channel)
         await connection.publish([(channel, b"same")] * 5)
         await connection.publish([(channel, b"last")])
@@ -131,8 +145,8 @@ async def equal_messages_of_one_batch_all_arrive(make: Make) -> None:
 
 
 async def order_is_kept_within_and_across_channels(make: Make) -> None:
-    channels = [_channel(str(number)) for number in range(3)]
-    async with _connected(make) as (connection, inbox):
+    channels = [channel_name(str(number)) for number in range(3)]
+    async with connected(make) as (connection, inbox):
         for channel in channels:
             await connection.subscribe(channel)
         sent = [(channels[number % 3], str(number).encode()) for number in range(1000)]
@@ -143,7 +157,7 @@ async def order_is_kept_within_and_across_channels(make: Make) -> None:
 
 async def odd_names_are_names_and_nothing_else(make: Make) -> None:
     """No name is a pattern or a command, and none is mistaken for another."""
-    async with _connected(make) as (connection, inbox):
+    async with connected(make) as (connection, inbox):
         for name in ODD_NAMES:
             await connection.subscribe(name)
         sent = [(name, f"to {index}".encode()) for index, name in enumerate(ODD_NAMES)]
@@ -154,8 +168,8 @@ async def odd_names_are_names_and_nothing_else(make: Make) -> None:
 
 
 async def a_channel_that_is_left_is_silent(make: Make) -> None:
-    left, kept = _channel("left"), _channel("kept")
-    async with _connected(make) as (connection, inbox):
+    left, kept = channel_name("left"), channel_name("kept")
+    async with connected(make) as (connection, inbox):
         for channel in (left, kept):
             await connection.subscribe(channel)
         await connection.unsubscribe(left)
@@ -167,8 +181,8 @@ async def a_channel_that_is_left_is_silent(make: Make) -> None:
 
 
 async def many_may_be_subscribed_to_at_once(make: Make) -> None:
-    channels = [_channel(str(number)) for number in range(50)]
-    async with _connected(make) as (connection, inbox):
+    channels = [channel_name(str(number)) for number in range(50)]
+    async with connected(make) as (connection, inbox):
         async with asyncio.timeout(DEADLINE):
             await asyncio.gather(*map(connection.subscribe, channels))
         await connection.publish([(channel, b"x") for channel in channels])
@@ -176,7 +190,7 @@ async def many_may_be_subscribed_to_at_once(make: Make) -> None:
 
 
 async def a_backend_connects_again_and_again(make: Make) -> None:
-    channel = _channel()
+    channel = channel_name()
     backend = make()
     for number in range(2):
         inbox = Inbox()
@@ -192,10 +206,10 @@ async def a_backend_connects_again_and_again(make: Make) -> None:
 
 
 async def connections_of_one_backend_are_independent(make: Make) -> None:
-    channel = _channel()
+    channel = channel_name()
     backend = make()
-    async with _connected(lambda: backend) as (one, ones):
-        async with _connected(lambda: backend) as (two, twos):
+    async with connected(lambda: backend) as (one, ones):
+        async with connected(lambda: backend) as (two, twos):
             await one.subscribe(channel)
             await two.publish([(channel, b"1")])
             await ones.until(1)
@@ -207,8 +221,8 @@ async def connections_of_one_backend_are_independent(make: Make) -> None:
 
 async def nothing_is_left_behind(make: Make) -> None:
     before = asyncio.all_tasks()
-    async with _connected(make) as (connection, _):
-        await connection.subscribe(_channel())
+    async with connected(make) as (connection, _):
+        await connection.subscribe(channel_name())
     deadline = time.monotonic() + DEADLINE
     while left := asyncio.all_tasks() - before:
         assert time.monotonic() < deadline, f"tasks are left: {left}"
@@ -217,7 +231,7 @@ async def nothing_is_left_behind(make: Make) -> None:
 
 async def two_hubs_are_one_room(make: Make) -> None:
     """With everything that a hub does."""
-    channel = _channel()
+    channel = channel_name()
     async with (
         Broadcast(backend=make(), name="check") as one,
         Broadcast(backend=make(), name="check") as two,
