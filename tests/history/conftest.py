@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from history.brokers import kept_url as kept_url  # a fixture
 from history.keeping import TUNING, KeepingBroker, KeepingBus
 from starcast import Broadcast, History
 from support import starcast_tasks, until

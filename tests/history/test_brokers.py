@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from backends.redis_server import RedisServer
+from history.brokers import SERVERS
 from starcast import (
     BackendUnavailable,
     Broadcast,
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.anyio
 
 HISTORY = {"room*": History(size=100, ttl=60), "*": None}
 
-# Servers that keep what was written to them when they are killed.
-SERVERS: dict[str, Callable[[], Any]] = {
-    "redis": lambda: RedisServer("--appendonly", "yes"),
-}
-
 
 @pytest.fixture(params=SERVERS)
 def server(request: pytest.FixtureRequest) -> Iterator[Any]:
@@ -46,17 +41,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 async def test_it_keeps_the_contract(kept_url, check):
     await check(lambda: from_url(kept_url))
-
-
-@pytest.fixture(scope="session", params=SERVERS)
-def kept_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a server of each kind that nobody stops."""
-    server = SERVERS[request.param]()
-    try:
-        server.start()
-        yield server.url
-    finally:
-        server.close()
 
 
 @pytest.fixture(autouse=True)
