@@ -185,6 +185,15 @@ GOALS = (
         )
         for name in BROKERS
     ),
+    *(
+        Goal(
+            f"32 in flight with a history, {name} / without",
+            ("Q", "starcast_history", name),
+            ("Q", _OURS, name),
+            1.25 if name == "memory" else 1.50,
+        )
+        for name in SCENARIOS["Q"].variants
+    ),
     # Two cores deliver 1.6 times what one does only if a delivery costs at most 2 / 1.6 as much.
     *(
         Goal(
@@ -309,6 +318,14 @@ MESSAGE = "server CPU, us per message received"
 CONNECTION, CONNECTIONS = "server CPU, us per connection", "connections a second"
 
 
+_MEANWHILE = {
+    "cpu_us": CONNECTION,
+    "connections_per_second": CONNECTIONS,
+    "p50_ms": "the client's message, p50 ms",
+    "p99_ms": P99,
+}
+
+
 def sections(results: Results) -> list[tuple[str, str]]:
     """Return the titles and the content of what there is to show."""
     everybody = list(SHORT)
@@ -354,15 +371,8 @@ def sections(results: Results) -> list[tuple[str, str]]:
             for scenario, keys in (
                 ("N", {"cpu_us": MESSAGE, "deliveries_per_second": "messages a second"}),
                 ("O", {"cpu_us": CONNECTION, "connections_per_second": CONNECTIONS}),
-                (
-                    "P",
-                    {
-                        "cpu_us": CONNECTION,
-                        "connections_per_second": CONNECTIONS,
-                        "p50_ms": "the client's message, p50 ms",
-                        "p99_ms": P99,
-                    },
-                ),
+                ("P", _MEANWHILE),
+                ("R", _MEANWHILE),
             )
         ),
         (SCENARIOS["G"].title, _variants(results, "G", {"memory_kib": "KiB"})),
@@ -388,7 +398,7 @@ def sections(results: Results) -> list[tuple[str, str]]:
                     {"cpu_us": CPU, "deliveries_per_second": RATE, "p50_ms": P50, "p99_ms": P99},
                 ),
             )
-            for scenario in ("J", "K")
+            for scenario in ("J", "K", "Q")
         ),
         (
             SCENARIOS["L"].title,
@@ -425,7 +435,9 @@ def about(results: Results) -> str:
         if results["pinned"]
         else "**server and load shared the only core**"
     )
-    if results["pinned"] and any(run["scenario"] in ("J", "K", "L") for run in results["runs"]):
+    if results["pinned"] and any(
+        run["scenario"] in ("J", "K", "L", "Q") for run in results["runs"]
+    ):
         alone = results["broker_alone"]
         pinned += f", a broker to {'a third' if alone else 'the core of the load'}"
     return (
