@@ -13,7 +13,8 @@ from ..exceptions import BackendUnavailable, ConfigurationError
 from ..sync.deadline import Deadline
 from ..tuning import check_positive
 from .base import Deliver, LoginRefused, Lost
-from .redis_connection import RedisConnection, abort, reason
+from .redis_connection import RedisConnection
+from .redis_stream import abort, reason
 from .redis_url import pool_of
 from .urls import Endpoint, same_host
 
@@ -140,8 +141,33 @@ class RedisBackend:
         if failed is not None:
             raise failed  # not above: the error may hold the password, and would be its context
         return RedisConnection(
-            self._name, self._prefix, max_payload, subscriber, publisher, deliver, lost
+            self._name,
+            self._prefix,
+            max_payload,
+            subscriber,
+            publisher,
+            self._open_node,
+            deliver,
+            lost,
         )
+
+    async def _open_node(self, host: str, port: int) -> AbstractConnection:
+        """Connect to another node of the cluster."""
+        settings = {**self._settings, "port": port}
+        if host:  # if not, it is that of the first node
+            settings["host"] = host
+        socket = self._class(**settings)
+        try:
+            async with Deadline(self._connect_timeout):
+                await socket.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it out
+        except BaseException as error:
+            await abort(socket)
+            if not isinstance(error, Exception):
+                raise
+            why = reason(error)
+        else:
+            return socket
+        raise BackendUnavailable(f"no connection to the node {host}:{port} of {self._name}: {why}")
 
 
 async def _max_bulk_length(connection: AbstractConnection) -> int:

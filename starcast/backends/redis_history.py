@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..exceptions import BackendUnavailable
 from ..history import POSITION_TTL, History, Position, parse_id
@@ -153,13 +153,30 @@ def server_of(info: bytes) -> str:
     return "kept" if found.get("aof_enabled") == "1" else found.get("run_id", "unknown")
 
 
-def publish_arguments(prefix: str, server: str, message: Kept) -> tuple[str | bytes, ...]:
-    """Return the arguments of `PUBLISH`: the number of keys, the keys and the others."""
+class Call(NamedTuple):
+    """A call of a script, up to the name of the server that it is for.
+
+    Attributes:
+        key: One of its keys, which are all in one slot.
+        before, after: The arguments before and after that name.
+    """
+
+    key: bytes
+    before: tuple[str | bytes, ...]
+    after: tuple[str | bytes, ...]
+
+    def arguments(self, server: str) -> tuple[str | bytes, ...]:
+        """Return the number of keys, the keys and the other arguments."""
+        return (*self.before, server, *self.after)
+
+
+def publish_arguments(prefix: str, message: Kept) -> Call:
+    """Return a call of `PUBLISH`."""
     keys = _keys(prefix, message.channel)
     if message.key is not None:
         keys = (*keys, keys[0] + b":key:" + message.key.encode())
     history = message.history
-    return (
+    arguments: tuple[str | bytes, ...] = (
         str(len(keys)),
         *keys,
         message.payload,
@@ -169,34 +186,32 @@ def publish_arguments(prefix: str, server: str, message: Kept) -> tuple[str | by
         _milliseconds(history.ttl + POSITION_TTL),
         _milliseconds(history.key_ttl),
         secrets.token_hex(6),
-        server,
-        *_known(message.known),
     )
+    return Call(keys[0], arguments, _known(message.known))
 
 
 def read_arguments(
     prefix: str,
-    server: str,
     channel: str,
     history: History,
     since: int | None,
     limit: int,
     reverse: bool,
     known: Position | None,
-) -> tuple[str | bytes, ...]:
-    """Return the arguments of `READ`: the number of keys, the keys and the others."""
-    return (
+) -> Call:
+    """Return a call of `READ`."""
+    keys = _keys(prefix, channel)
+    arguments: tuple[str | bytes, ...] = (
         "2",
-        *_keys(prefix, channel),
+        *keys,
         "" if since is None else str(since),
         str(limit),
         "1" if reverse else "0",
         _milliseconds(history.ttl),
         _milliseconds(history.ttl + POSITION_TTL),
         secrets.token_hex(6),
-        server,
-        *_known(known),
     )
+    return Call(keys[0], arguments, _known(known))
 
 
 def stored(answer: Any) -> Stored:

@@ -11,7 +11,7 @@ import redis
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, Gap, History, Publisher
 from starcast.backends.redis import RedisBackend
-from support import until
+from support import DEADLINE, until, until_sync
 
 pytestmark = pytest.mark.anyio
 
@@ -227,3 +227,72 @@ async def test_a_publisher_keeps_too(server):
     assert first == again
     async with Broadcast(server.url, history=history) as hub:
         assert [event.id for event in (await hub.history("room")).events] == [first]
+
+
+# A cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[RedisServer, RedisServer]]:
+    """Two nodes, of which each has half of the slots."""
+    with (
+        RedisServer("--cluster-enabled", "yes") as one,
+        RedisServer("--cluster-enabled", "yes") as two,
+    ):
+        one.command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+        two.command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
+        one.command("CLUSTER", "MEET", "127.0.0.1", two.port)
+        for node in (one, two):
+            until_sync(lambda it=node: b"cluster_state:ok" in it.command("CLUSTER", "INFO"))
+            until_sync(lambda it=node: str(it.command("CLUSTER", "NODES")).count(" connected") == 2)
+        yield one, two
+
+
+async def test_the_histories_of_a_cluster(cluster):
+    """Each is where its keys are, whatever node a hub has the URL of."""
+    one, two = cluster
+    history = History(size=10, ttl=60)
+    names = [f"room{number}" for number in range(8)]
+    async with (
+        Broadcast(one.url, name="both", history=history) as first,
+        Broadcast(two.url, name="both", history=history) as second,
+    ):
+        ids = {name: [await first.publish(name, "0")] for name in names}
+        for hub in (second, first):
+            got = await asyncio.gather(*(hub.publish(name, "1") for name in names))
+            for name, id in zip(names, got, strict=True):
+                ids[name].append(id)
+        for its in ids.values():
+            epoch = its[0].partition("-")[0]
+            assert its == [f"{epoch}-{number}" for number in (1, 2, 3)]
+        for name in names:
+            async with second.subscribe(name, since=ids[name][0]) as subscriber:
+                assert subscriber.resumed.recovered
+                live = await first.publish(name, "live", idempotency_key="a")
+                assert await second.publish(name, "live", idempotency_key="a") == live
+                got = [(await subscriber.get()).id for _ in range(3)]
+                assert got == [*ids[name][1:], live]
+    assert one.command("DBSIZE") > 0
+    assert two.command("DBSIZE") > 0
+
+
+async def test_a_node_of_a_cluster_that_is_away(cluster):
+    one, two = cluster
+    async with Broadcast(one.url, name="away", history=History()) as hub:
+        await asyncio.gather(*(hub.publish(f"room{n}", "0") for n in range(4)))
+        two.kill()
+        results: list[object] = []
+
+        async def all_answer() -> bool:
+            results[:] = await asyncio.gather(
+                *(hub.publish(f"room{n}", "1", idempotency_key="1") for n in range(4)),
+                return_exceptions=True,
+            )
+            return not any(isinstance(it, BackendUnavailable) for it in results)
+
+        assert not await all_answer()
+        two.start()
+        end = asyncio.get_running_loop().time() + DEADLINE
+        while not await all_answer():
+            assert asyncio.get_running_loop().time() < end, results
+            await asyncio.sleep(0.05)
