@@ -72,7 +72,8 @@ class RedisBackend:
         client: In place of the URL, a `redis.asyncio.Redis` that the app has already. Two more
             connections are made with its settings. The client itself is neither used nor closed.
             Its `credential_provider` is asked anew for each connection: this is the way for
-            passwords that expire.
+            passwords that expire. One that `Sentinel.master_for` returned finds the master anew
+            after a failover.
         prefix: What the names of the channels begin with on the server. May be empty.
         connect_timeout: How long both connections may take to be open, together, in seconds.
 
@@ -108,8 +109,13 @@ class RedisBackend:
         host, port = self._settings.get("host", "localhost"), self._settings.get("port", 6379)
         path = self._settings.get("path")  # of a socket, instead of host and port
         self._name = f"Redis at {path or f'{host}:{port}'}"
-        self.address = f"Redis at {path or f'{same_host(host)}:{port}'}, prefix {prefix!r}"
+        where = f"Redis at {path or f'{same_host(host)}:{port}'}"
         self.endpoints: list[Endpoint] = [path or (host, port)]
+        if service := getattr(pool, "service_name", None):  # Sentinel names the server
+            self._name = where = f"the Redis that Sentinel calls {service!r}"
+            self.endpoints = []
+            self._pool = pool  # its connections ask it, and do not keep it
+        self.address = f"{where}, prefix {prefix!r}"
         self._prefix = prefix
         self._connect_timeout = check_positive("connect_timeout", connect_timeout)
 
