@@ -155,10 +155,11 @@ class Reader:
 
     async def catch_up(self, channel: str, wish: Wish) -> None:
         """Be as far as the client is. It may come from a process that has got more already."""
-        since = parse_id(wish.since)
+        if (since := parse_id(wish.since)) is None:
+            return
         with self._lock:
             here = self._link.position(channel)
-        if since is not None and here is not None and _is_ahead(since, here):
+        if here is not None and _is_ahead(since, here):
             await self._link.catch_up(channel)
 
     async def read(self, channel: str, wish: Wish, here: Position) -> tuple[list[Event], Resumed]:
