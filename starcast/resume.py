@@ -221,7 +221,7 @@ class Reader:
         if not known:
             stored = await self._link.read(channel, None, limit, reverse)
         events = self._events(channel, stored)
-        return Past(events, str(stored.position), known and stored.complete)
+        return Past(events, str(stored.position), known and bool(stored.complete))
 
     async def _read(
         self, channel: str, since: int | None, limit: int, reverse: bool, here: Position

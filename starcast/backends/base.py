@@ -67,15 +67,18 @@ class Stored(NamedTuple):
     """What was kept of a channel.
 
     Attributes:
-        position: That of the channel's newest message; the offset is 0 if there was none yet.
+        position: That of the channel's newest message, or a later one with no message in between;
+            the offset is 0 if there was none yet.
         messages: Those that were asked for, in the order that was asked for.
-        complete: Whether every message after `since` is still kept. Only of meaning if the epoch of
-            `position` is that of `since`, and if the messages were not asked for in reverse.
+        complete: Whether every message after `since` is still kept; None if the broker cannot tell
+            whether others have expired that were older than the history's `ttl`. Only of meaning if
+            the epoch of `position` is that of `since`, and if the messages were not asked for in
+            reverse.
     """
 
     position: Position
     messages: list[StoredMessage]
-    complete: bool
+    complete: bool | None
 
 
 class LoginRefused(BackendUnavailable):

@@ -223,7 +223,7 @@ class Tracks:
         stored = await self.read(session, channel, here.offset, PAGE)
         if self._tracks.get(channel) is not track:
             return True
-        lost = stored.position.epoch != here.epoch or not stored.complete
+        lost = stored.position.epoch != here.epoch or not self._is_complete(channel, stored, since)
         if lost:
             if stored.position.epoch != here.epoch:
                 here = Position(stored.position.epoch, 0)
@@ -242,6 +242,18 @@ class Tracks:
             is_all = track.seen is None or not _is_behind(stored.position, track.seen)
             track.seen = None
         return is_all
+
+    def _is_complete(self, channel: str, stored: Stored, heard_at: float) -> bool:
+        """Whether nothing has expired that came after what this process has.
+
+        Nothing has if this process was up to date a while ago, and that is less than messages are
+        kept. It is half of that here: what arrives may have been on its way for some time.
+        """
+        if stored.complete is None:
+            history = self.histories.find(channel)
+            assert history is not None
+            return time.monotonic() - heard_at < history.ttl / 2
+        return bool(stored.complete)
 
     def _tell_gap(self, channel: str, heard_at: float) -> None:
         self._health.count(gaps=1)
@@ -264,12 +276,13 @@ class Tracks:
                 )
 
     async def _check(self, session: Session, channel: str) -> None:
-        track = self._tracks.get(channel)
-        if track is None or track.filling is not None:
+        track, here = self._tracks.get(channel), self.positions.get(channel)
+        if track is None or here is None or track.filling is not None:
             return
-        here = self.positions.get(channel)
-        stored = await self.read(session, channel, None, 0)
-        if here is not None and stored.position != here == self.positions.get(channel):
+        stored = await self.read(session, channel, here.offset, 1)
+        # A channel whose messages have expired may get another position without a new message.
+        is_news = stored.messages or stored.complete is False or stored.position.epoch != here.epoch
+        if is_news and here == self.positions.get(channel):
             self._fill(session, channel, track)
         else:
             track.heard_at = time.monotonic()

@@ -35,6 +35,7 @@ class KeepingBroker(Broker):
         self.epochs = 0
         self.dropped = 0  # how many of the next messages it delivers to nobody
         self.unreadable = 0  # how many of the next reads it refuses
+        self.is_sure = True  # whether it can tell that nothing has expired
 
     def log(self, channel: str) -> Log:
         if channel not in self.logs:
@@ -51,6 +52,7 @@ class KeepingBroker(Broker):
         log = self.log(message.channel)
         if message.key is not None and message.key in log.keys:
             return Position(log.epoch, log.keys[message.key])
+        previous = log.top if log.messages or self.is_sure else 0
         log.top += 1
         log.messages.append(StoredMessage(log.top, message.payload))
         while len(log.messages) > message.history.size:
@@ -63,7 +65,7 @@ class KeepingBroker(Broker):
             return position
         for connection, channels in list(self.connections.items()):
             if message.channel in channels:
-                connection.deliver(message.channel, message.payload, position)
+                connection.deliver(message.channel, message.payload, position, previous)
         return position
 
     def read(self, channel: str, since: int | None, limit: int, reverse: bool) -> Stored:
@@ -76,9 +78,16 @@ class KeepingBroker(Broker):
         ]
         if reverse:
             found.reverse()
-        return Stored(
-            Position(log.epoch, log.top), found[:limit], since is None or since + 1 >= first
-        )
+        complete: bool | None = since is None or since + 1 >= first
+        if since is not None and not (self.is_sure or found):
+            complete = None
+        return Stored(Position(log.epoch, log.top), found[:limit], complete)
+
+    def expire(self, channel: str) -> None:
+        """Remove the messages of a channel, which gets another position, as in NATS."""
+        log = self.log(channel)
+        log.messages.clear()
+        log.top += 5
 
 
 class KeepingBus(Bus):

@@ -190,6 +190,37 @@ async def test_a_position_check_finds_what_was_dropped_in_silence(broker):
         await until(lambda: len(broker.asked("read_kept")) > reads + 4)  # it goes on
 
 
+@pytest.mark.parametrize("ttl", [60, 0.01])
+async def test_a_broker_that_cannot_tell_whether_something_has_expired(broker, ttl):
+    """Nothing has, if the channel was up to date a moment ago."""
+    hub = Broadcast(backend=KeepingBus(broker), history=History(ttl=ttl), tuning=TUNING)
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
+        await hub.publish("room", "before")
+        assert await take_all(subscriber, "before") == ["before"]
+        broker.expire(CHANNEL)
+        broker.is_sure = False
+        await asyncio.sleep(0.02)
+        broker.restart()
+        await until(lambda: hub.stats().backend.state == "connected")
+        await hub.publish("room", "after")
+        got = await take_all(subscriber, "after")
+    assert [type(item) for item in got] == ([str] if ttl == 60 else [Gap, str])
+
+
+async def test_a_position_that_changes_without_a_message_is_no_gap(broker):
+    tuning = dataclasses.replace(TUNING, position_interval=0.02)
+    hub = Broadcast(backend=KeepingBus(broker), history=History(ttl=0.01), tuning=tuning)
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
+        await hub.publish("room", "before")
+        broker.expire(CHANNEL)
+        broker.is_sure = False
+        reads = len(broker.asked("read_kept"))
+        await until(lambda: len(broker.asked("read_kept")) > reads + 3)
+        await hub.publish("room", "after")
+        assert await take_all(subscriber, "after") == ["before", "after"]
+        assert hub.stats().backend.gaps == 0
+
+
 async def test_a_history_that_cannot_be_read_is_tried_again(hub, broker, caplog):
     async with hub.subscribe("room") as subscriber:
         await hub.publish("room", "0")
