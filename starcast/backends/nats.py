@@ -82,6 +82,7 @@ class NatsBackend:
         ConfigurationError: The URL, the prefix, the timeout or an option makes no sense.
     """
 
+    keeps_history = True
     if_silent = "do the user's permissions allow to subscribe to what it may publish to?"
 
     def __init__(

@@ -45,6 +45,11 @@ class RefusalClient(Client):
         self.transport = self._transport = Transport()
 
     @property
+    def version(self) -> str:
+        """That of the server; empty if it does not say."""
+        return str(self._server_info.get("version", ""))
+
+    @property
     def is_inside_message(self) -> bool:
         """Whether a part of a message has arrived, and the rest has not."""
         return bool(self._ps.state == AWAITING_MSG_PAYLOAD)

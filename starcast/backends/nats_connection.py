@@ -14,14 +14,14 @@ nats-py is used without its reconnecting, its queues, its `publish` and its flus
   together.
 
 A call has no deadline of its own. Its answer is only missing if the whole connection is silent,
-which the hub's probe notices.
+which the hub's probe notices. Only JetStream may be away while the server is there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -31,9 +31,13 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from ..exceptions import BackendUnavailable, PayloadTooLarge
-from .base import Deliver, Lost, SubscriptionRevoked
+from ..history import History, Position
+from .base import Deliver, Kept, Lost, Stored, SubscriptionRevoked
 from .nats_client import Callback, RefusalClient, refusal, refused_subject
+from .nats_history import NatsHistory
+from .nats_jetstream import JetStream
 from .nats_names import tokens, untoken
+from .nats_streams import stream_of
 
 # Bytes that may wait because the socket takes no more; further calls raise.
 MAX_UNSENT = 8 * 1024 * 1024
@@ -64,8 +68,11 @@ class NatsConnection:
         self._subscriptions: dict[str, Subscription] = {}
         self._numbers = itertools.count()
         # The calls that the server has not confirmed, with the subjects that each publishes to.
-        self._unconfirmed: dict[bytes, tuple[asyncio.Future[None], list[str]]] = {}
+        self._unconfirmed: dict[bytes, tuple[asyncio.Future[None], Sequence[str]]] = {}
         self._refused: dict[str, str] = {}  # by subject, since the last confirmation: why
+        self._history = NatsHistory(prefix, JetStream(name, self._client, self._flush))
+        # The stream of each channel that is subscribed to and was read.
+        self._streams: dict[str, str] = {}
 
     async def open(self, servers: list[str], options: dict[str, Any], lost: Lost) -> None:
         """Connect to one of the servers. If this raises, the connection has to be closed.
@@ -86,7 +93,7 @@ class NatsConnection:
         if not self._client.is_connected:  # nats-py takes silence for consent
             raise nats.errors.UnexpectedEOF
         await self._client.subscribe(self._inbox, future=Callback(self._on_confirmation))
-        await self._publish_and_flush()
+        await self._flush()
         if self._client.is_closed:  # just now
             raise nats.errors.ConnectionClosedError
         self.max_payload = self._client.max_payload
@@ -107,7 +114,7 @@ class NatsConnection:
     async def unsubscribe(self, channel: str) -> None:
         self._check_open()
         await self._forget(channel)
-        await self._publish_and_flush()
+        await self._flush()
 
     def publish(self, messages: Sequence[tuple[str, bytes]]) -> asyncio.Future[None]:
         self._check_open()
@@ -117,15 +124,43 @@ class NatsConnection:
                     f"a message of {len(payload)} bytes is more than the {self.max_payload} that "
                     f"{self._name} takes"
                 )
-        return self._publish_and_flush(
-            *((self._subject(channel), payload) for channel, payload in messages)
+        subjects = [self._subject(channel) for channel, _ in messages]
+        return self._flush(
+            [
+                b"PUB %b %d\r\n%b\r\n" % (subject.encode(), len(payload), payload)
+                for subject, (_, payload) in zip(subjects, messages, strict=True)
+            ],
+            subjects,
         )
+
+    async def publish_kept(self, messages: Sequence[Kept]) -> list[Position]:
+        """See `HistoryConnection`."""
+        self._check_open()
+        return await self._history.publish(messages, self.max_payload)
+
+    async def read_kept(
+        self,
+        channel: str,
+        history: History,
+        since: int | None,
+        limit: int,
+        reverse: bool,
+        known: Position | None = None,
+    ) -> Stored:
+        """See `HistoryConnection`."""
+        self._check_open()
+        stored = await self._history.read(channel, history, since, limit, reverse, known)
+        if channel in self._subscriptions:
+            self._streams[channel] = stream_of(self._prefix, channel, history)[0].name
+        return stored
 
     @property
     def heard_at(self) -> float:
         """See `BrokerConnection`. Confirmations do not count."""
         client = self._client
-        return client.transport.bytes_at if client.is_inside_message else self._message_at
+        if client.is_inside_message:
+            return client.transport.bytes_at
+        return max(self._message_at, self._history.heard_at)
 
     def _subject(self, channel: str) -> str:
         return self._prefix + tokens(channel)
@@ -141,7 +176,7 @@ class NatsConnection:
         subscription = await self._client.subscribe(subject, future=Callback(callback))
         self._subscriptions[channel] = subscription
         try:
-            await self._publish_and_flush()
+            await self._flush()
         except BaseException:
             await self._forget(channel)
             raise
@@ -150,28 +185,34 @@ class NatsConnection:
 
     async def _forget(self, channel: str) -> None:
         """Unsubscribe, without waiting for anything."""
+        self._streams.pop(channel, None)
         subscription = self._subscriptions.pop(channel, None)
         if subscription is not None and not self._client.is_closed:
             await subscription.unsubscribe()
 
-    def _publish_and_flush(self, *messages: tuple[str, bytes]) -> asyncio.Future[None]:
-        """Write pairs of subject and payload at once.
+    def _flush(
+        self, commands: Iterable[bytes] = (), subjects: Sequence[str] = ()
+    ) -> asyncio.Future[None]:
+        """Write commands at once, which publish to these subjects.
 
         The result is there when the server has handled them and everything before them.
         """
         number = b"%d" % next(self._numbers)
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._unconfirmed[number] = confirmed, [subject for subject, _ in messages]
+        self._unconfirmed[number] = confirmed, subjects
         confirmed.add_done_callback(lambda _: self._unconfirmed.pop(number))
-        self._client.send(
-            b"PUB %b %d\r\n%b\r\n" % (subject.encode(), len(payload), payload)
-            for subject, payload in (*messages, (self._inbox, number))
-        )
+        own = b"PUB %b %d\r\n%b\r\n" % (self._inbox.encode(), len(number), number)
+        self._client.send([*commands, own])
         return confirmed
 
     def _receive(self, channel: str, message: Msg) -> None:
         self._message_at = self._client.transport.bytes_at
-        self._deliver(channel, message.data)
+        place = None if message.headers is None else self._history.place_of(message.headers)
+        # A program whose history has another size has another stream, with other offsets.
+        if place is None or self._streams.get(channel, place.stream) != place.stream:
+            self._deliver(channel, message.data)
+        else:
+            self._deliver(channel, message.data, place.position, place.previous)
 
     def _receive_any(self, message: Msg) -> None:
         self._receive(untoken(message.subject.removeprefix(self._prefix)), message)
@@ -179,7 +220,7 @@ class NatsConnection:
     def _on_confirmation(self, message: Msg) -> None:
         # What was refused since the last confirmation belongs to what was sent since then.
         refused, self._refused = self._refused, {}
-        confirmed, subjects = self._unconfirmed.get(message.data, (None, []))
+        confirmed, subjects = self._unconfirmed.get(message.data, (None, ()))
         if confirmed is None or confirmed.done():
             return
         if refused:
@@ -190,8 +231,8 @@ class NatsConnection:
     async def _on_refused(self, said: str) -> None:
         """The server has refused something, and keeps the connection."""
         subject, number = refused_subject(said)
-        if self._lost is None or subject == self._inbox:
-            self._break(said)  # no confirmation would come
+        if self._lost is None or subject == self._inbox or self._history.listens_to(subject):
+            self._break(said)  # no confirmation would come, or no answer
         elif number is None:
             self._refused[subject] = said
         else:
@@ -219,6 +260,7 @@ class NatsConnection:
         for confirmed, _ in self._unconfirmed.values():
             if not confirmed.done():
                 confirmed.set_exception(self._unavailable(why))
+        self._history.fail(self._unavailable(why))
 
     def _unavailable(self, why: str) -> BackendUnavailable:
         return BackendUnavailable(f"{self._name}: {why}")

@@ -30,11 +30,12 @@ def tokens(channel: str) -> str:
     """
     name, _, rest = channel.partition(":")
     if name and rest:
-        return f"{_encode(name)}.{_encode(rest)}"
-    return _encode(channel)
+        return f"{encode(name)}.{encode(rest)}"
+    return encode(channel)
 
 
-def _encode(text: str) -> str:
+def encode(text: str) -> str:
+    """Return one token for a text, no two the same."""
     return _ENCODED.sub(lambda match: b"%%%02X" % match[0][0], text.encode()).decode()
 
 

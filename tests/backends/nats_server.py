@@ -33,14 +33,16 @@ class NatsServer:
     Args:
         config: Lines of its configuration file.
         scheme: How its URL begins: `nats` or `tls`.
+        jetstream: Whether it has JetStream, in a folder that it keeps when it is started again.
     """
 
-    def __init__(self, config: str = "", scheme: str = "nats") -> None:
+    def __init__(self, config: str = "", scheme: str = "nats", jetstream: bool = False) -> None:
         self.port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="starcast-nats-"))
         self._config = self._folder / "nats.conf"
         self.configure(config)
         self._scheme = scheme
+        self._options = ["-js", "-sd", str(self._folder / "jetstream")] if jetstream else []
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -76,7 +78,10 @@ class NatsServer:
         assert self._process is None
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [binary(), "-c", self._config, "-a", "127.0.0.1", "-p", str(self.port), "-m", "-1"],
+                [
+                    *(binary(), "-c", self._config, "-a", "127.0.0.1", "-p", str(self.port)),
+                    *("-m", "-1", *self._options),
+                ],
                 stdout=log,
                 stderr=log,
             )
@@ -103,6 +108,7 @@ class NatsServer:
     def empty(self) -> None:
         """End it with kill -9 and start another one, which knows nothing of it."""
         self.kill()
+        shutil.rmtree(self._folder / "jetstream", ignore_errors=True)
         self.start()
 
     def close(self) -> None:

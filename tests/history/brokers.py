@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from backends.nats_server import NatsServer
 from backends.redis_server import RedisServer
 
 SERVERS: dict[str, Callable[[], Any]] = {
     "redis": lambda: RedisServer("--appendonly", "yes"),
+    "nats": lambda: NatsServer(jetstream=True),
 }
 
 

@@ -1,0 +1,369 @@
+"""History in NATS: see `nats_streams` for what is kept where.
+
+A stream stores and publishes its messages in the order in which it gets them, and confirms each
+after it was published. What one connection sends to two streams, or to a stream and to nobody, may
+be handled in any order. So messages of one stream are sent together, and confirmed before others
+are sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from secrets import token_hex
+from typing import Any, NamedTuple
+
+from nats.aio.msg import Msg
+
+from ..exceptions import BackendUnavailable
+from ..history import History, Position
+from .base import Kept, MessagesRefused, Stored, StoredMessage
+from .nats_jetstream import (
+    EXISTS,
+    NOBODY,
+    NOT_FOUND,
+    NOTHING,
+    JetStream,
+    JetStreamError,
+    Request,
+    status_of,
+)
+from .nats_streams import Place, Stream, message_id, place_of, stream_of
+
+# Attempts to read from a stream, or to agree on it, while others delete it and create it anew.
+_ATTEMPTS = 5
+
+# Histories of up to this size are read as a whole from the oldest message on.
+_SMALL = 1000
+
+
+@dataclasses.dataclass(slots=True)
+class _State:
+    """What is known of a stream.
+
+    Attributes:
+        epoch: The current one.
+        top: A sequence that it has reached.
+    """
+
+    epoch: str
+    top: int
+
+
+class _Info(NamedTuple):
+    """A stream at one moment.
+
+    Attributes:
+        config: Its configuration.
+        epoch: The current one.
+        first, last: The sequences of the oldest message that is stored, of any channel, and of the
+            newest one that ever was.
+        kept: How many messages are stored of one channel.
+    """
+
+    config: Mapping[str, Any]
+    epoch: str
+    first: int
+    last: int
+    kept: int
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether somebody has set a limit for all channels together."""
+        return any(self.config.get(name, -1) > 0 for name in ("max_msgs", "max_bytes"))
+
+
+class _Draft(NamedTuple):
+    """A message of a batch: where it is in there, its stream, the last token of its subject."""
+
+    number: int
+    stream: Stream
+    leaf: str
+    message: Kept
+
+    def request(self, epoch: str) -> Request:
+        message = self.message
+        key = "" if message.key is None else message_id(epoch, message.channel, message.key)
+        return Request(self.stream.subject(epoch, self.leaf), message.payload, key)
+
+
+class NatsHistory:
+    """The history of one connection.
+
+    Args:
+        prefix: What subjects begin with.
+        jetstream: Sends the requests.
+    """
+
+    def __init__(self, prefix: str, jetstream: JetStream) -> None:
+        self._prefix = prefix
+        self._jetstream = jetstream
+        self._states: dict[str, _State] = {}  # by the name of the stream
+
+    def place_of(self, headers: Mapping[str, str]) -> Place | None:
+        """Return where a message was stored that has arrived; None if it was not."""
+        place = place_of(headers)
+        if place is not None:
+            state = self._states.get(place.stream)
+            if state is not None and state.epoch == place.position.epoch:
+                state.top = max(state.top, place.position.offset)
+        return place
+
+    @property
+    def heard_at(self) -> float:
+        """When a message that is stored was read last, in `time.monotonic()`."""
+        return self._jetstream.heard_at
+
+    def fail(self, error: Exception) -> None:
+        """The connection is broken."""
+        self._jetstream.fail(error)
+
+    def listens_to(self, subject: str) -> bool:
+        """Whether it waits for answers there."""
+        return self._jetstream.listens_to(subject)
+
+    # Publishing
+
+    async def publish(self, messages: Sequence[Kept], max_payload: int) -> list[Position]:
+        """See `HistoryConnection.publish_kept`.
+
+        Args:
+            messages: The messages.
+            max_payload: The size of the largest message that the server takes, with its headers.
+        """
+        positions: list[Position | None] = [None] * len(messages)
+        refused: dict[int, str] = {}
+        drafts = []
+        for number, message in enumerate(messages):
+            draft = _Draft(
+                number, *stream_of(self._prefix, message.channel, message.history), message
+            )
+            if (size := draft.request("").size) <= max_payload:
+                drafts.append(draft)
+            else:
+                refused[number] = f"with its headers it takes {size} bytes of {max_payload}"
+        for stream, run in itertools.groupby(drafts, key=lambda draft: draft.stream):
+            sent = list(run)
+            try:
+                await self._publish_run(stream, sent, positions, refused)
+            except BackendUnavailable as error:
+                refused |= {it.number: str(error) for it in sent if not positions[it.number]}
+        if refused:
+            raise MessagesRefused(next(iter(refused.values())), refused, positions)
+        return [position for position in positions if position is not None]
+
+    async def _publish_run(
+        self,
+        stream: Stream,
+        drafts: list[_Draft],
+        positions: list[Position | None],
+        refused: dict[int, str],
+    ) -> None:
+        """Publish messages of one stream; fill in their positions, and why some are refused."""
+        known = [it.message.known for it in drafts if it.message.known is not None]
+        for is_last in (False, True):
+            epoch = (await self._settle(stream, known)).epoch
+            requests = [draft.request(epoch) for draft in drafts]
+            answers = await self._jetstream.publish(stream.base, requests)
+            unheard: list[_Draft] = []
+            overtaken = False
+            for draft, answer in zip(drafts, answers, strict=True):
+                outcome = self._outcome(stream, epoch, answer)
+                if isinstance(outcome, Position):
+                    positions[draft.number] = outcome
+                    overtaken = bool(unheard)
+                elif outcome:
+                    refused[draft.number] = outcome
+                else:
+                    unheard.append(draft)
+            if not unheard:
+                return
+            # Nobody listens: the epoch is over, or the stream is gone.
+            self._states.pop(stream.name, None)
+            if is_last or overtaken:
+                why = f"{self._jetstream.name}: the stream {stream.name} is not there"
+                refused |= {draft.number: why for draft in unheard}
+                return
+            drafts = unheard
+
+    def _outcome(self, stream: Stream, epoch: str, answer: Msg | str) -> Position | str:
+        """Return where a message was stored, or why it was refused; empty if nobody listens."""
+        if isinstance(answer, str):
+            return answer
+        if status_of(answer) == NOBODY:
+            return ""
+        said = json.loads(answer.data)
+        if error := said.get("error"):
+            return f"{self._jetstream.name} refuses: {error.get('description')}"
+        state = self._states.get(stream.name)
+        if state is not None:
+            state.top = max(state.top, said["seq"])
+        return Position(epoch, said["seq"])
+
+    # Reading
+
+    async def read(
+        self,
+        channel: str,
+        history: History,
+        since: int | None,
+        limit: int,
+        reverse: bool,
+        known: Position | None,
+    ) -> Stored:
+        """See `HistoryConnection.read_kept`."""
+        stream, leaf = stream_of(self._prefix, channel, history)
+        for _ in range(_ATTEMPTS):
+            state = await self._settle(stream, [known] if known else [])
+            subject = stream.subject(state.epoch, leaf)
+            newest = await self._newest(stream, subject)
+            if newest:
+                state.top = max(state.top, newest)
+                position = Position(state.epoch, newest)
+                if reverse:
+                    end = newest + 1 if since is None else min(since, newest + 1)
+                    found = await self._before(stream, subject, end, limit)
+                    return Stored(position, found, True)
+                return await self._after(stream, subject, position, since, limit)
+            info = await self._look(stream, subject)
+            if info.epoch == state.epoch and not info.kept:
+                # Whatever comes has a higher sequence than the stream has now.
+                position = Position(info.epoch, info.last)
+                return Stored(position, [], self._is_complete(stream, info, since, 0))
+        raise BackendUnavailable(f"{self._jetstream.name}: the stream {stream.name} keeps changing")
+
+    async def _after(
+        self, stream: Stream, subject: str, position: Position, since: int | None, limit: int
+    ) -> Stored:
+        newest = position.offset
+        if since is not None and since >= newest:
+            return Stored(position, [], since == newest)
+        # The message with this offset, too: if it is still stored, so is everything after it.
+        start = 1 if since is None else max(since, 1)
+        found, left = await self._fetch(stream, subject, start, limit + 1)
+        complete: bool | None = since is None or bool(found and found[0].offset == since)
+        messages = [it for it in found if (since or 0) < it.offset <= newest]
+        if not complete:
+            info = await self._look(stream)
+            complete = self._is_complete(stream, info, since, len(found) + left)
+        return Stored(position, messages[:limit], complete)
+
+    @staticmethod
+    def _is_complete(stream: Stream, info: _Info, since: int | None, count: int) -> bool | None:
+        """Return whether nothing of a channel was removed after an offset that is not stored.
+
+        Args:
+            count: How many of its messages are stored after that.
+        """
+        if since is None or since == info.last:
+            return True
+        if since > info.last or count >= stream.size:
+            return False
+        # Messages expire in the order of their sequences, in all channels together.
+        if info.first <= since + 1:
+            return True
+        return False if info.is_limited else None
+
+    async def _before(
+        self, stream: Stream, subject: str, end: int, limit: int
+    ) -> list[StoredMessage]:
+        """Return messages before a sequence, the newest first. JetStream only reads forward."""
+        width = end if stream.size <= _SMALL else limit
+        found: list[StoredMessage] = []
+        start = end
+        while limit and start > 1 and len(found) < limit:
+            start = max(1, end - width)
+            fetched, _ = await self._fetch(stream, subject, start, min(end - start, stream.size))
+            found = [message for message in fetched if message.offset < end]
+            width *= 8
+        return found[::-1][:limit]
+
+    async def _newest(self, stream: Stream, subject: str) -> int:
+        """Return the sequence of the newest message of a channel that is stored; 0 if none is."""
+        (answer,) = await self._jetstream.stored(
+            stream.base, stream.name, {"last_by_subj": subject}
+        )
+        return 0 if status_of(answer) else _sequence(answer)
+
+    async def _fetch(
+        self, stream: Stream, subject: str, start: int, count: int
+    ) -> tuple[list[StoredMessage], int]:
+        """Return messages of a channel from a sequence on, and how many more are stored."""
+        found: list[StoredMessage] = []
+        while True:
+            body = {"seq": start, "next_by_subj": subject, "batch": count - len(found)}
+            *messages, end = await self._jetstream.stored(stream.base, stream.name, body)
+            if status_of(end) in (NOTHING, NOBODY):
+                return found, 0
+            found += (StoredMessage(_sequence(it), it.data) for it in messages)
+            left = int((end.headers or {})["Nats-Num-Pending"])
+            if len(found) >= count or not left:
+                return found, left
+            start = found[-1].offset + 1  # the server sends so many bytes at once, and no more
+
+    # Streams
+
+    async def _settle(self, stream: Stream, known: Iterable[Position]) -> _State:
+        """Return the state of a stream, which is created if it is not there.
+
+        If it is not as far as is known, it has lost messages, and begins another epoch.
+        """
+        known = list(known)
+        if stream.name not in self._states:
+            await self._look(stream)
+        if self._is_behind(stream, known):
+            info = await self._look(stream)
+            if self._is_behind(stream, known):
+                await self._begin_epoch(stream, info)
+        return self._states[stream.name]
+
+    def _is_behind(self, stream: Stream, known: list[Position]) -> bool:
+        state = self._states[stream.name]
+        return any(it.epoch == state.epoch and it.offset > state.top for it in known)
+
+    async def _look(self, stream: Stream, subject: str = "") -> _Info:
+        """Ask for a stream, which is created if it is not there, and for how much of a channel."""
+        if not stream.is_possible:
+            raise BackendUnavailable(
+                f"{self._jetstream.name}: the prefix {self._prefix!r} has a token that JetStream "
+                "takes for a placeholder; choose another one, without '$' and '{{'"
+            )
+        for _ in range(_ATTEMPTS):
+            for what, body, goes_on in (
+                ("INFO", {"subjects_filter": subject} if subject else {}, NOT_FOUND),
+                ("CREATE", stream.config(token_hex(6)), EXISTS),
+            ):
+                try:
+                    return await self._call(stream, what, body, subject)
+                except JetStreamError as error:
+                    if error.number != goes_on:
+                        raise
+        raise BackendUnavailable(f"{self._jetstream.name}: the stream {stream.name} keeps changing")
+
+    async def _begin_epoch(self, stream: Stream, info: _Info) -> None:
+        """Begin another epoch. What was stored expires, and is out of reach until then."""
+        new = stream.config(token_hex(6))
+        config = {**info.config, "subjects": new["subjects"], "republish": new["republish"]}
+        await self._call(stream, "UPDATE", config)
+
+    async def _call(
+        self, stream: Stream, what: str, body: Mapping[str, Any], subject: str = ""
+    ) -> _Info:
+        answer = await self._jetstream.api(stream.base, f"STREAM.{what}.{stream.name}", body)
+        config, state = answer["config"], answer["state"]
+        epoch = stream.epoch_in(config)
+        if epoch is None:
+            raise BackendUnavailable(
+                f"{self._jetstream.name}: there is a stream {stream.name}, and it is not as "
+                "starcast makes it; delete it, and it is made anew"
+            )
+        count = (state.get("subjects") or {}).get(subject, 0)
+        info = _Info(config, epoch, state["first_seq"], state["last_seq"], count)
+        self._states[stream.name] = _State(epoch, info.last)
+        return info
+
+
+def _sequence(message: Msg) -> int:
+    return int((message.headers or {})["Nats-Sequence"])
