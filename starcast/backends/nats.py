@@ -1,4 +1,4 @@
-"""NATS: core subjects, over nats-py."""
+"""NATS: core subjects and, for a history, JetStream, over nats-py."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _CREDENTIALS = ("user", "password", "token")
 
 
 class NatsBackend:
-    """`Broadcast("nats://localhost:4222")`: core NATS, nothing is stored.
+    """`Broadcast("nats://localhost:4222")`: core NATS, and JetStream for a history.
 
     A channel is the subject of the prefix, the hub's name, a dot and the channel, in which every
     byte of its UTF-8 form that is not an ASCII letter, a digit, `-` or `_` is written as `%` and
@@ -60,6 +60,24 @@ class NatsBackend:
 
     One publisher's messages keep their order, also across channels. Those of two publishers may
     reach two processes in different orders.
+
+    A history needs JetStream, of nats-server 2.11 or newer: start it with `-js`. There is a stream
+    for each hub and each size and time to live, which is created when it is first used, on disk and
+    without replicas: `starcast%3Adefault-100-300000` has 100 messages of each channel for 300,000
+    milliseconds. Its limits and its replicas may be changed. With a history, the user of the hub
+    `staff` may need these rights, with `NAME` for the stream: to subscribe to `starcast.*` and
+    `starcast.staff.>`, and to publish to `starcast.*`, `starcast.staff.>`,
+    `$JS.API.STREAM.INFO.NAME`, `$JS.API.STREAM.CREATE.NAME`, `$JS.API.STREAM.UPDATE.NAME`,
+    `$JS.API.STREAM.PURGE.NAME` and `$JS.API.DIRECT.GET.NAME`.
+
+    Everybody gets the messages of a channel that are kept in one order. A message counts as
+    published when it is stored, and then nothing is lost if the server is killed; if the machine
+    fails, that takes `sync_interval: always` in the server's configuration. Offsets grow by more
+    than one, because a stream numbers its messages over all channels. A client resumes if the event
+    that it names is still stored, or if the stream shows that nothing after it was removed. In a
+    cluster, a publisher's messages of channels with different settings may change their order.
+    Another size or time to live begins another history: while programs with both are running, each
+    gets the messages of the other without ids.
 
     Args:
         url: `nats://` or `tls://`, with `user:password@` or `token@` (percent-encoded) before the

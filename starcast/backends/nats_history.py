@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from secrets import token_hex
 from typing import Any, NamedTuple
 
@@ -34,6 +34,10 @@ from .nats_streams import Place, Stream, message_id, place_of, stream_of
 
 # Attempts to read from a stream, or to agree on it, while others delete it and create it anew.
 _ATTEMPTS = 5
+
+# Bytes that are read at once, or a single message that is larger. The server disconnects a client
+# for which too much is waiting.
+_MAX_BYTES = 1024 * 1024
 
 # Histories of up to this size are read as a whole from the oldest message on.
 _SMALL = 1000
@@ -109,6 +113,8 @@ class NatsHistory:
             state = self._states.get(place.stream)
             if state is not None and state.epoch == place.position.epoch:
                 state.top = max(state.top, place.position.offset)
+            else:
+                self._states.pop(place.stream, None)
         return place
 
     @property
@@ -293,7 +299,12 @@ class NatsHistory:
         """Return messages of a channel from a sequence on, and how many more are stored."""
         found: list[StoredMessage] = []
         while True:
-            body = {"seq": start, "next_by_subj": subject, "batch": count - len(found)}
+            body = {
+                "seq": start,
+                "next_by_subj": subject,
+                "batch": count - len(found),
+                "max_bytes": _MAX_BYTES,
+            }
             *messages, end = await self._jetstream.stored(stream.base, stream.name, body)
             if status_of(end) in (NOTHING, NOBODY):
                 return found, 0
@@ -301,17 +312,16 @@ class NatsHistory:
             left = int((end.headers or {})["Nats-Num-Pending"])
             if len(found) >= count or not left:
                 return found, left
-            start = found[-1].offset + 1  # the server sends so many bytes at once, and no more
+            start = found[-1].offset + 1
 
     # Streams
 
-    async def _settle(self, stream: Stream, known: Iterable[Position]) -> _State:
+    async def _settle(self, stream: Stream, known: Sequence[Position]) -> _State:
         """Return the state of a stream, which is created if it is not there.
 
         If it is not as far as is known, it has lost messages, and begins another epoch.
         """
-        known = list(known)
-        if stream.name not in self._states:
+        if stream.name not in self._states or self._differs(stream, known):
             await self._look(stream)
         if self._is_behind(stream, known):
             info = await self._look(stream)
@@ -319,7 +329,10 @@ class NatsHistory:
                 await self._begin_epoch(stream, info)
         return self._states[stream.name]
 
-    def _is_behind(self, stream: Stream, known: list[Position]) -> bool:
+    def _differs(self, stream: Stream, known: Sequence[Position]) -> bool:
+        return any(it.epoch != self._states[stream.name].epoch for it in known)
+
+    def _is_behind(self, stream: Stream, known: Sequence[Position]) -> bool:
         state = self._states[stream.name]
         return any(it.epoch == state.epoch and it.offset > state.top for it in known)
 
@@ -343,10 +356,15 @@ class NatsHistory:
         raise BackendUnavailable(f"{self._jetstream.name}: the stream {stream.name} keeps changing")
 
     async def _begin_epoch(self, stream: Stream, info: _Info) -> None:
-        """Begin another epoch. What was stored expires, and is out of reach until then."""
+        """Begin another epoch.
+
+        The stream is not deleted: one that is created at once after that may have its messages.
+        """
         new = stream.config(token_hex(6))
         config = {**info.config, "subjects": new["subjects"], "republish": new["republish"]}
         await self._call(stream, "UPDATE", config)
+        old = {"filter": stream.subject(info.epoch, "*")}
+        await self._jetstream.api(stream.base, f"STREAM.PURGE.{stream.name}", old)
 
     async def _call(
         self, stream: Stream, what: str, body: Mapping[str, Any], subject: str = ""

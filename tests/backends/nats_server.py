@@ -42,7 +42,8 @@ class NatsServer:
         self._config = self._folder / "nats.conf"
         self.configure(config)
         self._scheme = scheme
-        self._options = ["-js", "-sd", str(self._folder / "jetstream")] if jetstream else []
+        self.store = self._folder / "store"  # what JetStream keeps
+        self._options = ["-js", "-sd", str(self.store)] if jetstream else []
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -108,7 +109,7 @@ class NatsServer:
     def empty(self) -> None:
         """End it with kill -9 and start another one, which knows nothing of it."""
         self.kill()
-        shutil.rmtree(self._folder / "jetstream", ignore_errors=True)
+        shutil.rmtree(self.store, ignore_errors=True)
         self.start()
 
     def close(self) -> None:
