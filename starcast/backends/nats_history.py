@@ -8,6 +8,7 @@ are sent.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -30,7 +31,7 @@ from .nats_jetstream import (
     Request,
     status_of,
 )
-from .nats_streams import Place, Stream, message_id, place_of, stream_of
+from .nats_streams import Place, Stream, message_id, next_epoch, place_of, stream_of
 
 # Attempts to read from a stream, or to agree on it, while others delete it and create it anew.
 _ATTEMPTS = 5
@@ -55,20 +56,28 @@ class _State:
     epoch: str
     top: int
 
+    def reach(self, sequence: int) -> None:
+        """The stream has reached a sequence."""
+        self.top = max(self.top, sequence)
+
+    def is_behind(self, known: Sequence[Position]) -> bool:
+        """Whether it was further than it is."""
+        return any(it.epoch == self.epoch and it.offset > self.top for it in known)
+
 
 class _Info(NamedTuple):
     """A stream at one moment.
 
     Attributes:
         config: Its configuration.
-        epoch: The current one.
+        state: What is to be remembered of it.
         first, last: The sequences of the oldest message that is stored, of any channel, and of the
             newest one that ever was.
         kept: How many messages are stored of one channel.
     """
 
     config: Mapping[str, Any]
-    epoch: str
+    state: _State
     first: int
     last: int
     kept: int
@@ -105,6 +114,7 @@ class NatsHistory:
         self._prefix = prefix
         self._jetstream = jetstream
         self._states: dict[str, _State] = {}  # by the name of the stream
+        self._lock = asyncio.Lock()  # held while a stream is looked for
 
     def place_of(self, headers: Mapping[str, str]) -> Place | None:
         """Return where a message was stored that has arrived; None if it was not."""
@@ -112,7 +122,7 @@ class NatsHistory:
         if place is not None:
             state = self._states.get(place.stream)
             if state is not None and state.epoch == place.position.epoch:
-                state.top = max(state.top, place.position.offset)
+                state.reach(place.position.offset)
             else:
                 self._states.pop(place.stream, None)
         return place
@@ -169,32 +179,30 @@ class NatsHistory:
     ) -> None:
         """Publish messages of one stream; fill in their positions, and why some are refused."""
         known = [it.message.known for it in drafts if it.message.known is not None]
-        for is_last in (False, True):
-            epoch = (await self._settle(stream, known)).epoch
-            requests = [draft.request(epoch) for draft in drafts]
+        is_last = False
+        while drafts:
+            state = await self._settle(stream, known)
+            requests = [draft.request(state.epoch) for draft in drafts]
             answers = await self._jetstream.publish(stream.base, requests)
             unheard: list[_Draft] = []
-            overtaken = False
             for draft, answer in zip(drafts, answers, strict=True):
-                outcome = self._outcome(stream, epoch, answer)
+                outcome = self._outcome(state, answer)
                 if isinstance(outcome, Position):
                     positions[draft.number] = outcome
-                    overtaken = bool(unheard)
+                    is_last = is_last or bool(unheard)  # they were overtaken
                 elif outcome:
                     refused[draft.number] = outcome
                 else:
                     unheard.append(draft)
-            if not unheard:
-                return
-            # Nobody listens: the epoch is over, or the stream is gone.
-            self._states.pop(stream.name, None)
-            if is_last or overtaken:
-                why = f"{self._jetstream.name}: the stream {stream.name} is not there"
-                refused |= {draft.number: why for draft in unheard}
-                return
-            drafts = unheard
+            if unheard:  # the epoch is over, or the stream is gone
+                self._states.pop(stream.name, None)
+                if is_last:
+                    why = f"{self._jetstream.name}: the stream {stream.name} is not there"
+                    refused |= {draft.number: why for draft in unheard}
+                    return
+            drafts, is_last = unheard, True
 
-    def _outcome(self, stream: Stream, epoch: str, answer: Msg | str) -> Position | str:
+    def _outcome(self, state: _State, answer: Msg | str) -> Position | str:
         """Return where a message was stored, or why it was refused; empty if nobody listens."""
         if isinstance(answer, str):
             return answer
@@ -203,10 +211,8 @@ class NatsHistory:
         said = json.loads(answer.data)
         if error := said.get("error"):
             return f"{self._jetstream.name} refuses: {error.get('description')}"
-        state = self._states.get(stream.name)
-        if state is not None:
-            state.top = max(state.top, said["seq"])
-        return Position(epoch, said["seq"])
+        state.reach(said["seq"])
+        return Position(state.epoch, said["seq"])
 
     # Reading
 
@@ -226,7 +232,7 @@ class NatsHistory:
             subject = stream.subject(state.epoch, leaf)
             newest = await self._newest(stream, subject)
             if newest:
-                state.top = max(state.top, newest)
+                state.reach(newest)
                 position = Position(state.epoch, newest)
                 if reverse:
                     end = newest + 1 if since is None else min(since, newest + 1)
@@ -234,9 +240,9 @@ class NatsHistory:
                     return Stored(position, found, True)
                 return await self._after(stream, subject, position, since, limit)
             info = await self._look(stream, subject)
-            if info.epoch == state.epoch and not info.kept:
+            if info.state.epoch == state.epoch and not info.kept:
                 # Whatever comes has a higher sequence than the stream has now.
-                position = Position(info.epoch, info.last)
+                position = Position(state.epoch, info.last)
                 return Stored(position, [], self._is_complete(stream, info, since, 0))
         raise BackendUnavailable(f"{self._jetstream.name}: the stream {stream.name} keeps changing")
 
@@ -321,20 +327,24 @@ class NatsHistory:
 
         If it is not as far as is known, it has lost messages, and begins another epoch.
         """
-        if stream.name not in self._states or self._differs(stream, known):
-            await self._look(stream)
-        if self._is_behind(stream, known):
-            info = await self._look(stream)
-            if self._is_behind(stream, known):
-                await self._begin_epoch(stream, info)
-        return self._states[stream.name]
+        if state := self._current(stream, known):
+            return state
+        async with self._lock:
+            state = self._current(stream, known) or await self._refresh(stream, known)
+        return state
 
-    def _differs(self, stream: Stream, known: Sequence[Position]) -> bool:
-        return any(it.epoch != self._states[stream.name].epoch for it in known)
+    async def _refresh(self, stream: Stream, known: Sequence[Position]) -> _State:
+        info = await self._look(stream)
+        if info.state.is_behind(known):
+            return await self._begin_epoch(stream, info)
+        return info.state
 
-    def _is_behind(self, stream: Stream, known: Sequence[Position]) -> bool:
-        state = self._states[stream.name]
-        return any(it.epoch == state.epoch and it.offset > state.top for it in known)
+    def _current(self, stream: Stream, known: Sequence[Position]) -> _State | None:
+        """Return the state of a stream; None if it is not known, or out of date."""
+        state = self._states.get(stream.name)
+        if state is None or state.is_behind(known) or any(it.epoch != state.epoch for it in known):
+            return None
+        return state
 
     async def _look(self, stream: Stream, subject: str = "") -> _Info:
         """Ask for a stream, which is created if it is not there, and for how much of a channel."""
@@ -355,16 +365,18 @@ class NatsHistory:
                         raise
         raise BackendUnavailable(f"{self._jetstream.name}: the stream {stream.name} keeps changing")
 
-    async def _begin_epoch(self, stream: Stream, info: _Info) -> None:
-        """Begin another epoch.
+    async def _begin_epoch(self, stream: Stream, info: _Info) -> _State:
+        """Begin another epoch: the same one in all programs that find out at the same time.
 
         The stream is not deleted: one that is created at once after that may have its messages.
         """
-        new = stream.config(token_hex(6))
+        old = info.state.epoch
+        new = stream.config(next_epoch(old, info.last))
         config = {**info.config, "subjects": new["subjects"], "republish": new["republish"]}
-        await self._call(stream, "UPDATE", config)
-        old = {"filter": stream.subject(info.epoch, "*")}
-        await self._jetstream.api(stream.base, f"STREAM.PURGE.{stream.name}", old)
+        state = (await self._call(stream, "UPDATE", config)).state
+        removed = {"filter": stream.subject(old, "*")}
+        await self._jetstream.api(stream.base, f"STREAM.PURGE.{stream.name}", removed)
+        return state
 
     async def _call(
         self, stream: Stream, what: str, body: Mapping[str, Any], subject: str = ""
@@ -378,9 +390,9 @@ class NatsHistory:
                 "starcast makes it; delete it, and it is made anew"
             )
         count = (state.get("subjects") or {}).get(subject, 0)
-        info = _Info(config, epoch, state["first_seq"], state["last_seq"], count)
-        self._states[stream.name] = _State(epoch, info.last)
-        return info
+        last = state["last_seq"]
+        found = self._states[stream.name] = _State(epoch, last)
+        return _Info(config, found, state["first_seq"], last, count)
 
 
 def _sequence(message: Msg) -> int:

@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from ..exceptions import BackendUnavailable
-from ..sync.deadline import Deadline
+from ..sync.deadline import Overdue
 from .base import MessagesRefused
 from .nats_client import Callback, RefusalClient
 
@@ -118,15 +118,16 @@ class _Call:
         """There are no more answers to this request."""
         self._open.discard(number)
         if not self._open:
-            self._end()
+            self.end()
 
     def fail(self, error: Exception) -> None:
         """There are no more answers at all."""
         self.error = error
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
-        if not self.done.done():
+    def end(self) -> None:
+        """Wait for no more answers."""
+        with contextlib.suppress(asyncio.InvalidStateError):  # nobody waits any more
             self.done.set_result(None)
 
     @property
@@ -241,9 +242,11 @@ class JetStream:
                 refused = error.reasons
                 for number in refused:
                     call.finish(number)
-            with contextlib.suppress(TimeoutError):
-                async with Deadline(ANSWER_TIMEOUT, lambda: call.heard_at):
-                    await call.done
+            overdue = Overdue(ANSWER_TIMEOUT, call.end, lambda: call.heard_at)
+            try:
+                await call.done
+            finally:
+                overdue.cancel()
             if call.error is not None:
                 raise call.error
         finally:

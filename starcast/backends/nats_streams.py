@@ -116,6 +116,11 @@ def stream_of(prefix: str, channel: str, history: History) -> tuple[Stream, str]
     return Stream(name, base, bool(dot), history.size, age), leaf
 
 
+def next_epoch(epoch: str, last: int) -> str:
+    """Return the epoch after one that ends where a stream has lost what came after a sequence."""
+    return hashlib.sha256(f"{epoch} {last}".encode()).hexdigest()[:12]
+
+
 def message_id(epoch: str, channel: str, key: str) -> str:
     """Return what tells the server that a message was published before."""
     # A channel's name has no control characters, so no other channel and key give the same text.

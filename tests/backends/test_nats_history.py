@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -368,6 +369,16 @@ async def test_two_hubs_publish_at_once(server):
         assert one.stats().backend.gaps == two.stats().backend.gaps == 0
 
 
+async def test_first_use_by_several_calls_at_once(server, connect):
+    connection, _ = await connect()
+    results = await asyncio.gather(*(publish(connection, str(n)) for n in range(3)))
+    assert {position.offset for (position,) in results} == {1, 2, 3}
+    epoch = results[0][0].epoch
+    known = Position(epoch, 9)
+    reads = await asyncio.gather(*(read(connection, known=known) for _ in range(3)))
+    assert {stored.position.epoch for stored in reads} == {reads[0].position.epoch} != {epoch}
+
+
 async def test_first_use_by_several_hubs_at_once(server, admin):
     async with contextlib.AsyncExitStack() as stack:
         hubs = [
@@ -499,8 +510,8 @@ class Scripted:
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
-        self.epochs = iter(["a", "b", "c", "d", "e", "f"] * 9)
-        self.stored_answers = [message(Status="404")]
+        self.epochs = itertools.cycle("abcdef")
+        self.stored_answers = itertools.repeat([message(Status="404")])
 
     async def publish(self, base: str, requests: list[Any]) -> list[Any]:
         return [self.answers.pop(0) for _ in requests]
@@ -515,7 +526,7 @@ class Scripted:
         return {"config": stream.config(next(self.epochs)), "state": state}
 
     async def stored(self, base: str, stream: str, body: Any) -> list[Any]:
-        return self.stored_answers
+        return next(self.stored_answers)
 
 
 def message(data: object = "", **headers: str) -> Msg:
@@ -538,6 +549,13 @@ async def test_a_message_that_was_overtaken_is_not_tried_again():
     assert position.offset == 2
 
 
+async def test_a_message_that_expires_while_it_is_read():
+    scripted = Scripted()
+    scripted.stored_answers = iter([[message(**{"Nats-Sequence": "1"})], [message(Status="404")]])
+    stored = await NatsHistory("", scripted).read("default:room", HISTORY, None, 1, False, None)
+    assert stored == (("a", 1), [], True)
+
+
 async def test_a_stream_that_keeps_changing():
     history = NatsHistory("", Scripted(*[NOBODY] * 9))
     with pytest.raises(MessagesRefused, match="is not there"):
@@ -545,7 +563,7 @@ async def test_a_stream_that_keeps_changing():
     with pytest.raises(BackendUnavailable, match="keeps changing"):
         await history.read("default:room", HISTORY, None, 1, False, None)
     scripted = Scripted()
-    scripted.epochs = None
+    scripted.epochs = None  # others have created it each time
     with pytest.raises(BackendUnavailable, match="keeps changing"):
         await NatsHistory("", scripted).read("default:room", HISTORY, None, 1, False, None)
 
@@ -610,6 +628,19 @@ async def test_a_server_that_is_too_old(server, connect):
         await connection.close()
 
 
+async def test_a_read_that_is_refused(server, connect):
+    """The server sees nothing wrong in ours, so it is made to say so."""
+
+    def refuse(data: bytes) -> bytes:
+        return data.replace(b"404 Message Not Found", b"408 Bad Request, no!!")
+
+    async with front(server.port, change=refuse) as port:
+        connection, _ = await connect(f"nats://127.0.0.1:{port}")
+        with pytest.raises(BackendUnavailable, match="refuses: Bad Request, no!!"):
+            await read(connection)
+        await connection.close()
+
+
 async def test_a_message_that_is_too_large_with_its_headers(own_server, connect):
     server = own_server("max_payload: 1000")
     connection, _ = await connect(server.url)
@@ -650,20 +681,39 @@ async def test_jetstream_does_not_answer(server, admin, connect):
     (first,) = await publish(connection, "x")
     info = await admin.stream_info(STREAM)
     await admin.update_stream(info.config.evolve(no_ack=True))
-    with pytest.raises(MessagesRefused, match="JetStream did not answer in time"):
-        await publish(connection, "y")
+    answers = re.compile(rb"(MSG \S+\.%-\.[0-9a-f]+\.)\d+")
+    is_deaf = False
+
+    def change(data: bytes) -> bytes:
+        return answers.sub(rb"\1x", data) if is_deaf else data
+
+    async with front(server.port, change=change) as port:
+        deaf, _ = await connect(f"nats://127.0.0.1:{port}")
+        leaving, _ = await connect(f"nats://127.0.0.1:{port}")
+        for each in (deaf, leaving):
+            await read(each)
+        is_deaf = True
+        calls = [publish(connection, "y"), read(deaf), read(leaving)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await asyncio.sleep(0.1)
+        await leaving.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await deaf.close()
+    assert isinstance(results[0], MessagesRefused)
+    for result in results[:2]:
+        assert "JetStream did not answer in time" in str(result)
+    assert "the connection was closed" in str(results[2])
     assert len((await read(connection, first.offset)).messages) == 1  # it may have been stored
 
 
 async def test_a_connection_that_breaks_while_it_is_asked(own_server, connect):
     server = own_server()
     connection, inbox = await connect(server.url)
+    unused, _ = await connect(server.url)
     await publish(connection, "x")
     server.freeze()
-    asking = [
-        asyncio.ensure_future(call)
-        for call in (connection.publish_kept([kept("y")]), read(connection))
-    ]
+    calls = (publish(connection, "y"), read(connection), read(unused))
+    asking = [asyncio.create_task(call) for call in calls]
     await asyncio.sleep(0.01)
     server.kill()
     results = await asyncio.gather(*asking, return_exceptions=True)
