@@ -2,7 +2,8 @@
 
 A message from the broker is delivered if it is the one that follows. If it is not, or after an
 outage, or if the broker has dropped messages without a word, what is missing is read from the
-history and delivered in order. Only what the history does not have any more is a gap.
+history and delivered in order, and then what has arrived meanwhile. Only what the history does not
+have any more is a gap.
 
 A track begins when the channel is first subscribed to and ends when it is no longer wanted, so it
 outlives sessions. Everything here happens on the event loop of the connection, except `forget`.
@@ -11,6 +12,7 @@ outlives sessions. Everything here happens on the event loop of the connection, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -19,9 +21,10 @@ from typing import TYPE_CHECKING, cast
 
 from .. import logs
 from ..backends.base import HistoryConnection, Kept, Stored
-from ..event import Gap
+from ..event import OVERHEAD, Gap
 from ..history import Histories, Position
 from ..logs import LogLimit
+from ..sync.bounded import BoundedQueue
 from ..tuning import Tuning
 from .health import Health
 from .opening import Backoff
@@ -37,18 +40,39 @@ PAGE = 1000
 # Channels whose positions are asked for at once.
 AT_ONCE = 100
 
+# Bytes that are held back of what arrives for one channel while its history is read.
+MAX_HELD = 256 * 1024
+
 FORGOTTEN = "the broker has lost the history of a channel, or no longer has all that was missed"
 
 
 class Track:
     """One channel's."""
 
-    __slots__ = ("filling", "heard_at", "seen")
+    __slots__ = ("filling", "heard_at", "held", "seen")
 
     def __init__(self) -> None:
+        # What has arrived since the history is being read, which it may not have any more when it
+        # is read again. On one loop, so the lock need not lock.
+        self.held = BoundedQueue[tuple[bytes, Position, int | None]](
+            contextlib.nullcontext(), MAX_HELD
+        )
         self.seen: Position | None = None  # that of the newest message that was not delivered
         self.filling: asyncio.Task[None] | None = None
         self.heard_at = time.monotonic()  # when the position was last known to be the newest
+
+    def hold(self, payload: bytes, position: Position, previous: int | None) -> None:
+        """Hold a message back. If that is too much, the oldest are read from the history again."""
+        cost = len(payload) + OVERHEAD
+        while not self.held.has_space(cost):
+            oldest, _, _ = self.held.entries[0]
+            self.held.drop_first(len(oldest) + OVERHEAD)
+        self.held.append((payload, position, previous), cost)
+
+    def drop_held(self) -> None:
+        """What has arrived so far is in what will be read."""
+        if self.held:
+            _, self.seen, _ = self.held.take_all()[-1]
 
 
 class Tracks:
@@ -126,8 +150,7 @@ class Tracks:
             if self._tracks.get(channel) is not track:
                 return  # it is not wanted any more
             self.positions[channel] = stored.position
-        if track.seen is not None and _is_behind(stored.position, track.seen):
-            self._fill(session, channel, track)
+        self._release(session, channel, track)
 
     def arrived(
         self,
@@ -145,7 +168,7 @@ class Tracks:
             return
         here = self.positions.get(channel)
         if here is None or track.filling is not None:
-            track.seen = position
+            track.hold(payload, position, previous)
             return
         if previous is None:
             previous = position.offset - 1
@@ -161,6 +184,11 @@ class Tracks:
         else:
             track.seen = position
             self._fill(session, channel, track)
+
+    def _release(self, session: Session, channel: str, track: Track) -> None:
+        """Take what has arrived while the history was read: some of it is in there."""
+        for held in track.held.take_all():
+            self.arrived(session, channel, *held)
 
     def resume(self, session: Session) -> None:
         """Fill all channels, after an outage."""
@@ -212,6 +240,8 @@ class Tracks:
                     await asyncio.sleep(backoff.next())
                 else:
                     if done:
+                        track.filling = None
+                        self._release(session, channel, track)
                         return
         finally:
             if track.filling is asyncio.current_task():
@@ -220,6 +250,7 @@ class Tracks:
     async def _read_page(self, session: Session, channel: str, track: Track) -> bool:
         """Deliver some of what is missing; return whether that is all."""
         here, since = self.positions[channel], track.heard_at
+        track.drop_held()
         stored = await self.read(session, channel, here.offset, PAGE)
         if self._tracks.get(channel) is not track:
             return True

@@ -76,6 +76,49 @@ async def test_what_arrives_while_it_is_filled_waits(hub, broker):
         assert await take(subscriber, 6) == ["0", "1", "3", "4", "5", "2"]
 
 
+@pytest.mark.parametrize("size", [1, 100_000])
+async def test_what_arrives_while_it_is_filled_need_not_be_kept_so_long(broker, size):
+    """Unless it is too much to be held back."""
+    history = History(size=3 if size == 1 else 100)
+    hub = Broadcast(backend=KeepingBus(broker), history=history, tuning=TUNING, max_buffer=2**24)
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
+        await hub.publish("room", "0")
+        broker.dropped = 1
+        await hub.publish("room", "1")
+        broker.open.clear()
+        publishing = asyncio.create_task(hub.publish("room", "2"))
+        await until(lambda: broker.stalled)
+        broker.keep(kept("3")._replace(history=history))
+        await until(lambda: broker.stalled == 2)  # the one that reads
+        messages = [str(number) * size for number in range(4, 10)]
+        for text in messages:
+            broker.keep(kept(text)._replace(history=history))
+        broker.open.set()
+        await publishing
+        assert await take_all(subscriber, "2") == [*"013", *messages, "2"]
+        assert hub.stats().backend.gaps == 0
+
+
+async def test_what_arrives_as_the_first_one_joins_need_not_be_kept_so_long(broker):
+    history = History(size=1)
+    async with Broadcast(backend=KeepingBus(broker), history=history, tuning=TUNING) as hub:
+        await hub.publish("room", "0")
+        broker.open.clear()
+        subscriber = hub.subscribe("room", gaps=True)
+        joining = asyncio.create_task(subscriber.__aenter__())
+        await until(lambda: broker.stalled)
+        broker.open.set()
+        await until(lambda: broker.asked("read_kept"))
+        for number in range(1, 5):
+            broker.keep(kept(str(number))._replace(history=history))
+        await joining
+        await hub.publish("room", "5")
+        got = await take_all(subscriber, "5")
+        assert got == [str(number) for number in range(6 - len(got), 6)]
+        await subscriber.__aexit__(None, None, None)
+        assert hub.stats().backend.gaps == 0
+
+
 def kept(text: str, channel: str = CHANNEL):
     """A message that another program publishes."""
     return Kept(channel, text.encode(), History(size=10))
