@@ -250,13 +250,16 @@ class NatsHistory:
         self, stream: Stream, subject: str, position: Position, since: int | None, limit: int
     ) -> Stored:
         newest = position.offset
+        if since is None and not limit:
+            return Stored(position, [], True)
         if since is not None and since >= newest:
             return Stored(position, [], since == newest)
         # The message with this offset, too: if it is still stored, so is everything after it.
         start = 1 if since is None else max(since, 1)
         found, left = await self._fetch(stream, subject, start, limit + 1)
         complete: bool | None = since is None or bool(found and found[0].offset == since)
-        messages = [it for it in found if (since or 0) < it.offset <= newest]
+        counting = found[max(0, len(found) + left - stream.size) :]
+        messages = [it for it in counting if (since or 0) < it.offset <= newest]
         if not complete:
             info = await self._look(stream)
             complete = self._is_complete(stream, info, since, len(found) + left)
@@ -271,7 +274,7 @@ class NatsHistory:
         """
         if since is None or since == info.last:
             return True
-        if since > info.last or count >= stream.size:
+        if since > info.last or count > stream.size:
             return False
         # Messages expire in the order of their sequences, in all channels together.
         if info.first <= since + 1:
@@ -287,8 +290,10 @@ class NatsHistory:
         start = end
         while limit and start > 1 and len(found) < limit:
             start = max(1, end - width)
-            fetched, _ = await self._fetch(stream, subject, start, min(end - start, stream.size))
-            found = [message for message in fetched if message.offset < end]
+            count = min(end - start, stream.size + 1)
+            fetched, left = await self._fetch(stream, subject, start, count)
+            counting = fetched[max(0, len(fetched) + left - stream.size) :]
+            found = [message for message in counting if message.offset < end]
             width *= 8
         return found[::-1][:limit]
 
@@ -302,23 +307,32 @@ class NatsHistory:
     async def _fetch(
         self, stream: Stream, subject: str, start: int, count: int
     ) -> tuple[list[StoredMessage], int]:
-        """Return messages of a channel from a sequence on, and how many more are stored."""
+        """Return messages of a channel from a sequence on, and how many more are stored.
+
+        The server reads one message after the other. If others remove those that it has not reached
+        yet, some are missing after those that it has read, which are not returned then.
+        """
         found: list[StoredMessage] = []
-        while True:
+        left, first = 1, start
+        while left and len(found) < count:
             body = {
-                "seq": start,
+                "seq": first,
                 "next_by_subj": subject,
                 "batch": count - len(found),
                 "max_bytes": _MAX_BYTES,
             }
             *messages, end = await self._jetstream.stored(stream.base, stream.name, body)
             if status_of(end) in (NOTHING, NOBODY):
-                return found, 0
+                break
             found += (StoredMessage(_sequence(it), it.data) for it in messages)
             left = int((end.headers or {})["Nats-Num-Pending"])
-            if len(found) >= count or not left:
-                return found, left
-            start = found[-1].offset + 1
+            first = found[-1].offset + 1
+        if len(found) > 1:
+            body = {"seq": start, "next_by_subj": subject}
+            (answer,) = await self._jetstream.stored(stream.base, stream.name, body)
+            oldest = first if status_of(answer) else _sequence(answer)
+            found = [message for message in found if message.offset >= oldest]
+        return found, left
 
     # Streams
 

@@ -76,7 +76,8 @@ class Stream(NamedTuple):
             "subjects": [subjects],
             "retention": "limits",
             "discard": "old",
-            "max_msgs_per_subject": self.size,
+            # As long as the one before those that count is there, none of these was removed.
+            "max_msgs_per_subject": self.size + 1,
             "max_age": self.age * 1_000_000,
             "duplicate_window": min(self.age, int(MAX_KEY_TTL * 1000)) * 1_000_000,
             # Otherwise a restart of the server would lose everything.

@@ -154,7 +154,7 @@ async def test_what_is_in_nats(server, admin, connect):
     info = await admin.stream_info(STREAM)
     subject = f"starcast:default.%h-5-60000-{position.epoch}"
     assert info.config.subjects == [f"{subject}.*"]
-    assert (info.config.max_age, info.config.max_msgs_per_subject) == (60, 5)
+    assert (info.config.max_age, info.config.max_msgs_per_subject) == (60, 6)
     assert info.config.storage == "file"
     stored = await admin.get_last_msg(STREAM, f"{subject}.room%201")
     assert (stored.data, stored.seq, position.offset) == (b"text", 1, 1)
@@ -229,8 +229,11 @@ async def test_what_is_too_much_is_removed(server, connect):
     positions = await publish(connection, *range(8))
     stored = await read(connection)
     assert [message.payload for message in stored.messages] == [b"3", b"4", b"5", b"6", b"7"]
-    assert (await read(connection, positions[3].offset)).complete
-    for since in (0, 1, 3):
+    assert (await read(connection, limit=2)).messages == stored.messages[:2]
+    assert (await read(connection, reverse=True)).messages == stored.messages[::-1]
+    for position in positions[2:]:
+        assert (await read(connection, position.offset)).complete
+    for since in (0, 1, 2):
         lost = await read(connection, since, 2)
         assert lost.complete is False
         assert [message.payload for message in lost.messages] == [b"3", b"4"]
