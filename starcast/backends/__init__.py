@@ -95,8 +95,8 @@ def check_history(backend: Backend) -> None:
     """Raise `ConfigurationError` if this keeps no history."""
     if not getattr(backend, "keeps_history", False):
         raise ConfigurationError(
-            f"{type(backend).__name__} keeps no history: leave out history=, or use memory:// or "
-            "redis://"
+            f"{type(backend).__name__} keeps no history: leave out history=, or use memory://, "
+            "redis:// or nats://"
         )
 
 
