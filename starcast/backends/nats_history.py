@@ -33,8 +33,10 @@ from .nats_jetstream import (
 )
 from .nats_streams import Place, Stream, message_id, next_epoch, place_of, stream_of
 
-# Attempts to read from a stream, or to agree on it, while others delete it and create it anew.
-_ATTEMPTS = 5
+# Attempts to read from a stream, or to agree on it, while others delete it and create it anew, or
+# while the replica that answers is behind; and the pause between two of the former, in seconds.
+_ATTEMPTS = 8
+_PAUSE = 0.02
 
 # Bytes that are read at once, or a single message that is larger. The server disconnects a client
 # for which too much is waiting.
@@ -227,11 +229,17 @@ class NatsHistory:
     ) -> Stored:
         """See `HistoryConnection.read_kept`."""
         stream, leaf = stream_of(self._prefix, channel, history)
-        for _ in range(_ATTEMPTS):
+        for attempts_left in reversed(range(_ATTEMPTS)):
             state = await self._settle(stream, [known] if known else [])
             subject = stream.subject(state.epoch, leaf)
             newest = await self._newest(stream, subject)
-            if newest:
+            ahead = 0 if reverse or since is None else since
+            if known is not None and known.epoch == state.epoch:
+                ahead = max(ahead, known.offset)
+            if newest and attempts_left and newest < ahead <= state.top:
+                # Messages are missing that are known to be there.
+                await asyncio.sleep(_PAUSE)
+            elif newest:
                 state.reach(newest)
                 position = Position(state.epoch, newest)
                 if reverse:
@@ -239,11 +247,13 @@ class NatsHistory:
                     found = await self._before(stream, subject, end, limit)
                     return Stored(position, found, True)
                 return await self._after(stream, subject, position, since, limit)
-            info = await self._look(stream, subject)
-            if info.state.epoch == state.epoch and not info.kept:
-                # Whatever comes has a higher sequence than the stream has now.
-                position = Position(state.epoch, info.last)
-                return Stored(position, [], self._is_complete(stream, info, since, 0))
+            else:
+                info = await self._look(stream, subject)
+                if info.state.epoch == state.epoch and not info.kept:
+                    # Whatever comes has a higher sequence than the stream has now.
+                    position = Position(state.epoch, info.last)
+                    return Stored(position, [], self._is_complete(stream, info, since, 0))
+                await asyncio.sleep(_PAUSE)
         raise BackendUnavailable(f"{self._jetstream.name}: the stream {stream.name} keeps changing")
 
     async def _after(

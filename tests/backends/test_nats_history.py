@@ -514,6 +514,7 @@ class Scripted:
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
         self.epochs = itertools.cycle("abcdef")
+        self.last = 0
         self.stored_answers = itertools.repeat([message(Status="404")])
 
     async def publish(self, base: str, requests: list[Any]) -> list[Any]:
@@ -525,7 +526,7 @@ class Scripted:
         if self.epochs is None:
             raise JetStreamError("exists", EXISTS)
         stream, _ = stream_of("", "default:room", HISTORY)
-        state = {"first_seq": 0, "last_seq": 0}
+        state = {"first_seq": 0, "last_seq": self.last}
         return {"config": stream.config(next(self.epochs)), "state": state}
 
     async def stored(self, base: str, stream: str, body: Any) -> list[Any]:
@@ -557,6 +558,19 @@ async def test_a_message_that_expires_while_it_is_read():
     scripted.stored_answers = iter([[message(**{"Nats-Sequence": "1"})], [message(Status="404")]])
     stored = await NatsHistory("", scripted).read("default:room", HISTORY, None, 1, False, None)
     assert stored == (("a", 1), [], True)
+
+
+@pytest.mark.parametrize("known", [Position("a", 2), Position("old", 9), None])
+async def test_a_replica_that_is_behind(known):
+    scripted = Scripted()
+    scripted.last, scripted.epochs = 2, itertools.repeat("a")
+    scripted.stored_answers = iter([[message(**{"Nats-Sequence": it})] for it in "1112"])
+    history = NatsHistory("", scripted)
+    stored = await history.read("default:room", HISTORY, 2, 1, False, known)
+    assert stored == (("a", 2), [], True)
+    scripted.stored_answers = itertools.repeat([message(**{"Nats-Sequence": "1"})])
+    stored = await history.read("default:room", HISTORY, 2, 1, False, known)
+    assert stored == (("a", 1), [], False)  # somebody has deleted it
 
 
 async def test_a_stream_that_keeps_changing():
