@@ -555,7 +555,9 @@ async def test_a_message_that_was_overtaken_is_not_tried_again():
 
 async def test_a_message_that_expires_while_it_is_read():
     scripted = Scripted()
-    scripted.stored_answers = iter([[message(**{"Nats-Sequence": "1"})], [message(Status="404")]])
+    scripted.last, scripted.epochs = 1, itertools.repeat("a")
+    first = [message(**{"Nats-Sequence": "1"})]
+    scripted.stored_answers = itertools.chain([first], scripted.stored_answers)
     stored = await NatsHistory("", scripted).read("default:room", HISTORY, None, 1, False, None)
     assert stored == (("a", 1), [], True)
 
@@ -564,13 +566,20 @@ async def test_a_message_that_expires_while_it_is_read():
 async def test_a_replica_that_is_behind(known):
     scripted = Scripted()
     scripted.last, scripted.epochs = 2, itertools.repeat("a")
-    scripted.stored_answers = iter([[message(**{"Nats-Sequence": it})] for it in "1112"])
+    older = [message(**{"Nats-Sequence": "1"})]
+    newer = [message(**{"Nats-Sequence": "2"})]
+    scripted.stored_answers = iter([older, older, newer])
     history = NatsHistory("", scripted)
     stored = await history.read("default:room", HISTORY, 2, 1, False, known)
     assert stored == (("a", 2), [], True)
     scripted.stored_answers = itertools.repeat([message(**{"Nats-Sequence": "1"})])
     stored = await history.read("default:room", HISTORY, 2, 1, False, known)
     assert stored == (("a", 1), [], False)  # somebody has deleted it
+    end = message(Status="204", **{"Nats-Num-Pending": "0"})
+    for reverse in (False, True):
+        scripted.stored_answers = iter([newer, [*older, end], newer, [*newer, end]])
+        stored = await history.read("default:room", HISTORY, None, 1, reverse, None)
+        assert stored == (("a", 2), [(2, newer[0].data)], True)
 
 
 async def test_a_stream_that_keeps_changing():
