@@ -64,9 +64,9 @@ class NatsBackend:
     A history needs JetStream, of nats-server 2.11 or newer: start it with `-js`. There is a stream
     for each hub and each size and time to live, which is created when it is first used, on disk and
     without replicas: `starcast%3Adefault-100-300000` has 100 messages of each channel for 300,000
-    milliseconds. Its limits and its replicas may be changed. With a history, the user of the hub
-    `staff` may need these rights, with `NAME` for the stream: to subscribe to `starcast.*` and
-    `starcast.staff.>`, and to publish to `starcast.*`, `starcast.staff.>`,
+    milliseconds. It may be given replicas, and limits for all channels together. With a history,
+    the user of the hub `staff` may need these rights, with `NAME` for the stream: to subscribe to
+    `starcast.*` and `starcast.staff.>`, and to publish to `starcast.*`, `starcast.staff.>`,
     `$JS.API.STREAM.INFO.NAME`, `$JS.API.STREAM.CREATE.NAME`, `$JS.API.STREAM.UPDATE.NAME`,
     `$JS.API.STREAM.PURGE.NAME` and `$JS.API.DIRECT.GET.NAME`.
 
@@ -75,9 +75,9 @@ class NatsBackend:
     fails, that takes `sync_interval: always` in the server's configuration. Offsets grow by more
     than one, because a stream numbers its messages over all channels. A client resumes if the event
     that it names is still stored, or if the stream shows that nothing after it was removed. In a
-    cluster, a publisher's messages of channels with different settings may change their order.
-    Another size or time to live begins another history: while programs with both are running, each
-    gets the messages of the other without ids.
+    cluster, messages of one publisher may overtake each other if one channel has another setting
+    of its history, or none. Another size or time to live begins another history: while programs
+    with both are running, each gets the messages of the other without ids.
 
     Args:
         url: `nats://` or `tls://`, with `user:password@` or `token@` (percent-encoded) before the
