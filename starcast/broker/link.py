@@ -112,7 +112,7 @@ class Link:
         self._health = Health(lock)
         self._sender = Sender(lock, tuning, self._on_lost)
         self._round_trips = RoundTrips(self._sender, tuning.publish_timeout)
-        self._tracks = Tracks(
+        tracks = Tracks(
             lock,
             self._health,
             tuning,
@@ -121,7 +121,7 @@ class Link:
             self._receive,
             owner.on_gap,
         )
-        self._subscriptions = Subscriptions(lock, self._health, tuning, self._tracks, owner.on_gap)
+        self._subscriptions = Subscriptions(lock, self._health, tuning, tracks, owner.on_gap)
         self._parts = Parts(
             backend,
             tuning,
@@ -129,7 +129,7 @@ class Link:
             self._sender,
             self._subscriptions,
             self._round_trips,
-            self._tracks,
+            tracks,
             self._receive,
         )
         self._hub = b""  # names this process's hub to itself, anew with each opening
@@ -201,7 +201,7 @@ class Link:
                 f"the message takes {len(data)} bytes, and the broker at most "
                 f"{self._sender.max_payload}"
             )
-        kept = self._tracks.kept(event.channel, data, key)
+        kept = self._parts.tracks.kept(event.channel, data, key)
         try:
             return self._sender.put(event.channel, data, wait, on_lost, kept)
         except PublishQueueFull as exc:
@@ -256,12 +256,14 @@ class Link:
             BackendUnavailable: The broker is away, or did not answer within two seconds.
         """
         session = self._session_now()
-        return await session.ask(lambda: self._tracks.read(session, channel, since, limit, reverse))
+        return await session.ask(
+            lambda: self._parts.tracks.read(session, channel, since, limit, reverse)
+        )
 
     async def catch_up(self, channel: str) -> None:
         """Let this process be where the broker is. Raises as `read` does."""
         session = self._session_now()
-        await session.ask(lambda: self._tracks.catch_up(session, channel))
+        await session.ask(lambda: self._parts.tracks.catch_up(session, channel))
 
     def _session_now(self) -> Session:
         session = self._session
