@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,51 @@ def program(path: Path) -> Any:
 async def by_another(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Await it in a task that has nothing to do with this one: in a third party."""
     return await asyncio.create_task(coroutine, context=contextvars.Context())
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]],
+    port: int = 0,
+    **options: Any,
+) -> AsyncIterator[int]:
+    """Yield a port of loopback on which `handle` is called for each connection.
+
+    At the end, those that have not returned are cancelled, and every connection is dropped. That
+    includes the ones that are being made at that moment. With `asyncio.start_server` alone, such a
+    socket is left to the garbage collector, which makes another test fail, whichever runs then.
+    """
+    connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+    over = False
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if over:  # only now has it shaken hands in TLS
+            writer.transport.abort()
+        else:
+            connections[asyncio.create_task(handle(reader, writer))] = writer
+
+    server = await asyncio.start_server(connected, "127.0.0.1", port, **options)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop = asyncio.get_running_loop()
+        for sock in server.sockets:
+            loop.remove_reader(sock.fileno())  # nothing more is accepted
+        # What has been accepted gets a transport in the next iteration, or breaks if the server is
+        # closed by then (python/cpython#109564); and `connected` is called in the one after that.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        over = True
+        server.close()
+        for task in connections:
+            task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+        for writer in connections.values():
+            writer.transport.abort()
+        await asyncio.sleep(0)  # the sockets are closed
+        for task in connections:
+            if not task.cancelled():
+                task.result()
 
 
 class Served:

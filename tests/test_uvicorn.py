@@ -22,7 +22,6 @@ import time
 import tracemalloc
 import types
 import zlib
-from collections.abc import AsyncIterator
 
 import pytest
 import uvloop
@@ -42,7 +41,7 @@ from websockets.protocol import State
 
 from starcast import Broadcast, Tuning, frames
 from starcast.uvicorn import Wire
-from support import BUSY, Served, examples, starcast_tasks, until
+from support import BUSY, Served, examples, listening, starcast_tasks, until
 from test_frames import CLOSE, CONTINUATION, PING, PONG, SIZES, WINDOWS, Frame, Reader, content
 
 pytestmark = pytest.mark.anyio
@@ -676,31 +675,21 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self._port = port
         self.cut = asyncio.Event()
-        self._tasks: set[asyncio.Task] = set()
 
-    @contextlib.asynccontextmanager
-    async def run(self) -> AsyncIterator[int]:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        try:
-            yield server.sockets[0].getsockname()[1]
-        finally:
-            server.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+    def run(self) -> contextlib.AbstractAsyncContextManager[int]:
+        return listening(self._connected)
 
     async def _connected(self, reader, writer) -> None:
-        self._tasks.add(asyncio.current_task())
         upstream_reader, upstream_writer = await asyncio.open_connection(
             "127.0.0.1", self._port, limit=4 * KIB
         )
         sock = upstream_writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
         both = self._forward(reader, upstream_writer), self._forward(upstream_reader, writer)
-        with contextlib.suppress(asyncio.CancelledError):  # the end of the test
+        try:
             await asyncio.gather(*both)
-        writer.transport.abort()
-        upstream_writer.transport.abort()
+        finally:
+            upstream_writer.transport.abort()
 
     async def _forward(self, reader, writer) -> None:
         while data := await reader.read(4 * KIB):

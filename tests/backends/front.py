@@ -9,7 +9,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
 
-from support import DEADLINE, until
+from support import listening, until
 
 
 @contextlib.asynccontextmanager
@@ -30,7 +30,6 @@ async def front(
         delay: Seconds that each piece of what is sent takes, both ways.
         change: Returns what arrives in place of each piece that the server sends.
     """
-    tasks = set()
 
     async def copy(
         reader: asyncio.StreamReader,
@@ -45,34 +44,27 @@ async def front(
         writer.transport.abort()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.current_task())
         there, back = await asyncio.open_connection("127.0.0.1", port)
-        if asked:
-            if not await reader.read(8):  # the client has just looked whether we are there
-                back.transport.abort()
-                writer.transport.abort()
-                return
-            writer.write(b"S")
-            try:
+        try:
+            if asked:
+                if not await reader.read(8):  # the client has just looked whether we are there
+                    return
+                writer.write(b"S")
                 assert tls is not None
-                await writer.start_tls(tls)
-            except OSError:  # the client does not like the certificate
-                back.transport.abort()
-                return
-        await asyncio.gather(copy(reader, back), copy(there, writer, change))
+                try:
+                    await writer.start_tls(tls)
+                except OSError:  # the client does not like the certificate
+                    return
+            await asyncio.gather(copy(reader, back), copy(there, writer, change))
+        finally:
+            back.transport.abort()
+            writer.transport.abort()
 
     if tls is not None:
         # In debug mode asyncio takes a client that fails the handshake for an error of the server.
         asyncio.get_running_loop().set_debug(False)
-    server = await asyncio.start_server(
-        accept, "127.0.0.1", 0, ssl=None if asked else tls, backlog=200
-    )
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        if tasks:
-            await asyncio.wait(tasks, timeout=DEADLINE)
+    async with listening(accept, ssl=None if asked else tls, backlog=200) as own:
+        yield own
 
 
 class SlowLine:
@@ -96,37 +88,30 @@ class SlowLine:
         self.silent: set[int] = set()
         self.passed = 0  # bytes that the server has sent
         self._there = port
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._listening = listening(self._accept, limit=self.PIECE)
         self.made = 0
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=self.PIECE)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self.port = await self._listening.__aenter__()
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self._listening.__aexit__(*exc_info)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         number, self.made = self.made, self.made + 1
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._there, limit=self.PIECE)
         except OSError:  # the server is down
             writer.transport.abort()
             return
-        # Python 3.11 logs an error of a task like this one that was cancelled.
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             await asyncio.gather(
                 self._copy(reader, back), self._copy(there, writer, number), return_exceptions=True
             )
-        writer.transport.abort()
-        back.transport.abort()
+        finally:
+            writer.transport.abort()
+            back.transport.abort()
 
     async def _copy(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int | None = None

@@ -25,7 +25,7 @@ from starcast.backends.nats import NatsBackend
 from starcast.backends.nats_names import parse_url
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
 from starcast.testing import Inbox
-from support import BUSY, free_port, starcast_tasks, until
+from support import BUSY, free_port, listening, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -768,11 +768,8 @@ async def test_something_else_listens_there(says, expected):
             await reader.readline()
         writer.close()
 
-    listener = await asyncio.start_server(answer, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    assert expected in await refused(NatsBackend(f"nats://127.0.0.1:{port}"))
-    listener.close()
-    await listener.wait_closed()
+    async with listening(answer) as port:
+        assert expected in await refused(NatsBackend(f"nats://127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize("says", [b"", b"-ERR 'Stale Connection'\r\n"])
@@ -788,18 +785,15 @@ async def test_a_connection_that_ends_as_it_is_made(says):
         writer.write(b"MSG %b 1 1\r\n0\r\n%b" % (subject, says))
         writer.close()
 
-    listener = await asyncio.start_server(answer, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    backend, inbox = NatsBackend(f"nats://127.0.0.1:{port}"), Inbox()
-    if says:
-        assert "connection closed" in await refused(backend)
-    else:
-        connection = await backend.connect(inbox.deliver, inbox.lost)
-        await until(lambda: inbox.errors)
-        await connection.close()
-        assert len(inbox.errors) == 1
-    listener.close()
-    await listener.wait_closed()
+    async with listening(answer) as port:
+        backend, inbox = NatsBackend(f"nats://127.0.0.1:{port}"), Inbox()
+        if says:
+            assert "connection closed" in await refused(backend)
+        else:
+            connection = await backend.connect(inbox.deliver, inbox.lost)
+            await until(lambda: inbox.errors)
+            await connection.close()
+            assert len(inbox.errors) == 1
 
 
 async def test_nobody_answers_there():

@@ -26,7 +26,7 @@ from starcast.backends.postgres_connection import PostgresConnection
 from starcast.backends.postgres_messages import MAX_NOTIFY, MAX_PAYLOAD, PIECE_SIZE
 from starcast.backends.postgres_url import Server
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from support import BUSY, DEADLINE, starcast_tasks, until
+from support import BUSY, DEADLINE, listening, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -847,13 +847,14 @@ async def gate(server: PostgresServer, second: Callable[[], Awaitable[bool]]):
             writer.transport.abort()
             return
         there, back = await asyncio.open_connection("127.0.0.1", server.port)
-        await asyncio.gather(copy(reader, back), copy(there, writer))
+        try:
+            await asyncio.gather(copy(reader, back), copy(there, writer))
+        finally:
+            back.transport.abort()
 
-    proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
-    port = proxy.sockets[0].getsockname()[1]
-    yield server.url.replace(str(server.port), str(port)) + "?sslmode=disable"
-    proxy.close()
-    await asyncio.wait(tasks)
+    async with listening(accept) as port:
+        yield server.url.replace(str(server.port), str(port)) + "?sslmode=disable"
+        await asyncio.wait(tasks)
 
 
 async def test_a_second_session_that_fails(server, other):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import ssl
 import time
@@ -22,7 +23,7 @@ from starcast.backends.base import MessagesRefused
 from starcast.backends.redis import RedisBackend
 from starcast.backends.redis_connection import REPORT_DELAY
 from starcast.exceptions import BackendUnavailable, ConfigurationError, PayloadTooLarge
-from support import BUSY, DEADLINE, starcast_tasks, until
+from support import BUSY, DEADLINE, listening, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -758,25 +759,19 @@ async def scripted(*answers, second=()):
 
     The second client may get others.
     """
-    writers = []
+    numbers = itertools.count(1)
 
     async def accept(reader, writer):
-        writers.append(writer)
         with contextlib.suppress(OSError):
-            for answer in (second or answers) if len(writers) == 2 else answers:
+            for answer in (second or answers) if next(numbers) == 2 else answers:
                 if not await reader.read(2**16):
                     break
                 writer.write(answer)
             await reader.read()
         writer.transport.abort()
 
-    front = await asyncio.start_server(accept, "127.0.0.1", 0)
-    try:
-        yield f"redis://u:{ESCAPED}@127.0.0.1:{front.sockets[0].getsockname()[1]}"
-    finally:
-        front.close()
-        for writer in writers:
-            writer.transport.abort()
+    async with listening(accept) as port:
+        yield f"redis://u:{ESCAPED}@127.0.0.1:{port}"
 
 
 async def test_a_server_that_repeats_the_password():

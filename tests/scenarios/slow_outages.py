@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from starcast import BackendUnavailable, Broadcast, Gap, GapSubscriber
-from support import Peer, joined, starcast_tasks, until
+from support import Peer, joined, listening, starcast_tasks, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -128,11 +128,8 @@ async def door(port: int) -> AsyncIterator[list[float]]:
         knocks.append(time.monotonic())
         writer.transport.abort()
 
-    listener = await asyncio.start_server(accept, "127.0.0.1", port)
-    try:
+    async with listening(accept, port):
         yield knocks
-    finally:
-        listener.close()
 
 
 async def test_row_12_away_for_a_minute(server, all_back, tell):

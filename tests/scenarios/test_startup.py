@@ -16,7 +16,7 @@ from backends.nats_server import NatsServer
 from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast
-from support import BUSY, Peer, free_port, starcast_tasks, until
+from support import BUSY, Peer, free_port, listening, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -119,10 +119,8 @@ async def test_a_wrong_password_is_said_at_once(wrong_login, all_back, caplog):
 @contextlib.asynccontextmanager
 async def deaf_redis(replies: Callable[[list[bytes]], bytes]) -> AsyncIterator[str]:
     """A server that answers every command of Redis, and hands on no message."""
-    writers = []
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
         with contextlib.suppress(asyncio.IncompleteReadError, ValueError, OSError):
             while True:
                 parts = int((await reader.readline())[1:])
@@ -132,13 +130,8 @@ async def deaf_redis(replies: Callable[[list[bytes]], bytes]) -> AsyncIterator[s
                     command.append((await reader.readexactly(size + 2))[:-2])
                 writer.write(replies(command))
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    try:
-        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        for writer in writers:
-            writer.transport.abort()
+    async with listening(accept) as port:
+        yield f"redis://127.0.0.1:{port}"
 
 
 def polite(command: list[bytes]) -> bytes:
@@ -176,7 +169,6 @@ async def test_a_replica_of_redis(all_back):
 @contextlib.asynccontextmanager
 async def pooler(port: int) -> AsyncIterator[int]:
     """Carries PostgreSQL's protocol, and loses every notification, as a transaction pooler does."""
-    tasks = set()
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(2**16):
@@ -191,20 +183,16 @@ async def pooler(port: int) -> AsyncIterator[int]:
                 writer.write(head + body)
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.current_task())
         there, away = await asyncio.open_connection("127.0.0.1", port)
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
-            await asyncio.gather(forward(reader, away), back(there, writer))
-        away.transport.abort()
-        writer.transport.abort()
+        try:
+            with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+                await asyncio.gather(forward(reader, away), back(there, writer))
+        finally:
+            away.transport.abort()
+            writer.transport.abort()
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        if tasks:
-            await asyncio.wait(tasks, timeout=20)
+    async with listening(accept) as port_of_pooler:
+        yield port_of_pooler
 
 
 async def test_a_postgres_behind_a_pooler_that_loses_what_is_listened_to(urls, all_back):
