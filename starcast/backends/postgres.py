@@ -41,9 +41,9 @@ class PostgresBackend:
 
     It uses two sessions, one that listens and one that publishes. LISTEN belongs to a session, so
     through pgbouncer it works with session pooling only. All processes and other programs must use
-    the same database, and a URL that names several hosts leads to the primary. Nothing is written
-    to tables, and nothing is kept for clients that do not listen. All of them see all messages in
-    one order.
+    the same database, and a URL that names several hosts leads to the primary. Without a history,
+    nothing is written to tables, and nothing is kept for clients that do not listen. All of them
+    see all messages in one order.
     PostgreSQL has no rights for NOTIFY channels: anybody who may connect to the database can
     listen to all of them.
 
@@ -60,7 +60,19 @@ class PostgresBackend:
     contains NUL, has more than 7,999 bytes (16 MiB at most), begins with U+0010, is in one batch a
     second time (PostgreSQL would drop it), or is not ASCII in a database whose encoding is not
     UTF8. A piece is U+0010, `number.piece/pieces:` and up to 5,952 bytes in base64. The pieces of a
-    message are sent in one transaction, so nothing comes between them.
+    message are sent in one transaction, so nothing comes between them. A message that is kept is
+    U+0010, its id, a colon and the text, or pieces that have its id in place of the number.
+
+    **History.** It is in two tables, which are made on first use in the first schema of the search
+    path: `starcast_positions` has a row for each channel, with the position of its newest message,
+    and one for each idempotency key; `starcast_messages` has the messages, up to 100 of each
+    channel more than are to be kept. What has expired is removed when something is published. A
+    third session reads. A user who may not make tables needs `SELECT, INSERT, UPDATE, DELETE` on
+    these two; their owner makes them with `psql -c "$(python -c 'from
+    starcast.backends.postgres_history import TABLES; print(TABLES)')"`. A history survives a server
+    that is killed, because `synchronous_commit` is at least `local` in these sessions; so each
+    batch waits for the disk. After a failover to a standby server that was behind, there is a new
+    epoch if a process that had got further is back before as much was published again.
 
     Args:
         url: As libpq and asyncpg have it. What it leaves out is taken from PGHOST, PGPORT, PGUSER,

@@ -99,7 +99,7 @@ _FORBIDDEN = (asyncpg.InsufficientPrivilegeError, asyncpg.InvalidSchemaNameError
 # NULL is not allowed in a row. It undoes everything if the offset is behind the one that is known,
 # or if a message with the same key was published meanwhile.
 _PUBLISH = f"""
-WITH given AS MATERIALIZED (
+WITH given AS (
     SELECT * FROM unnest(
         $1::text[], $2::int8[], $3::int8[], $4::float8[], $5::text[], $6::text[], $7::int8[]
     ) WITH ORDINALITY AS given (
@@ -116,7 +116,7 @@ WITH given AS MATERIALIZED (
             ELSE p.expires
         END
     RETURNING channel, epoch, "offset", clock_timestamp() AS now
-), located AS MATERIALIZED (
+), located AS (
     SELECT number, counted.channel, epoch, now, count - size AS too_many,
         CASE
             WHEN epoch = known_epoch AND "offset" - count < known_offset THEN NULL
@@ -127,7 +127,7 @@ WITH given AS MATERIALIZED (
         "offset" - size - count - {OVERLOOKED} AS first_old,
         count + {OVERLOOKED} AS most_old
     FROM given JOIN counted USING (channel)
-), placed AS MATERIALIZED (
+), placed AS (
     SELECT row, channel, epoch, before + place AS "offset", now, place > too_many AS fits, payload,
         ttl, key, key_ttl, text
     FROM unnest(
@@ -382,7 +382,8 @@ class PostgresHistory:
                         await self._answer(reads)
                 except Exception as error:
                     if isinstance(error, TimeoutError):
-                        self._drop_reader()
+                        if self._reader is not None:
+                            self._reader.terminate()
                         error = BackendUnavailable(f"{self._name}: {reason(error)}")
                     _fail(reads, error)
                 del self._reads[: len(reads)]
@@ -427,10 +428,6 @@ class PostgresHistory:
                 touched = [(name, due[name], _new_epoch()) for name in sorted(due)]
                 await self._ask(reader, _TOUCH, *zip(*touched, strict=True))
             reads = again
-
-    def _drop_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.terminate()
 
     async def _ask(self, session: Session, statement: str, *arguments: Any) -> list[Any]:
         """Run a statement. The tables are made if there are none."""
