@@ -411,6 +411,7 @@ class PostgresHistory:
             for row in await self._ask(reader, statement, *arguments):
                 answers[row["number"] - 1].append(row)
             again: list[_Read] = []
+            done: list[tuple[_Read, Stored]] = []
             due: dict[str, float] = {}  # channels, and how long their positions are kept
             for read, rows in zip(reads, answers, strict=True):
                 stored = read.stored(rows)
@@ -422,11 +423,14 @@ class PostgresHistory:
                     stored = None
                 if stored is None:
                     again.append(read)
-                elif not read.done.done():
-                    read.done.set_result(stored)
+                else:
+                    done.append((read, stored))
             if due:
                 touched = [(name, due[name], _new_epoch()) for name in sorted(due)]
                 await self._ask(reader, _TOUCH, *zip(*touched, strict=True))
+            for read, stored in done:
+                if not read.done.done():
+                    read.done.set_result(stored)
             reads = again
 
     async def _ask(self, session: Session, statement: str, *arguments: Any) -> list[Any]:
