@@ -67,12 +67,14 @@ class PostgresBackend:
     path: `starcast_positions` has a row for each channel, with the position of its newest message,
     and one for each idempotency key; `starcast_messages` has the messages, up to 100 of each
     channel more than are to be kept. What has expired is removed when something is published. A
-    third session reads. A user who may not make tables needs `SELECT, INSERT, UPDATE, DELETE` on
-    these two; their owner makes them with `psql -c "$(python -c 'from
-    starcast.backends.postgres_history import TABLES; print(TABLES)')"`. A history survives a server
-    that is killed, because `synchronous_commit` is at least `local` in these sessions; so each
-    batch waits for the disk. After a failover to a standby server that was behind, there is a new
-    epoch if a process that had got further is back before as much was published again.
+    third session reads, and is opened for the first read.
+    A user who may not make tables needs SELECT, INSERT, UPDATE and DELETE on these two, and
+    `python -c "from starcast.backends.postgres_tables import TABLES; print(TABLES)"` prints the SQL
+    that makes them.
+    A history survives a server that is killed: `synchronous_commit` is at least `local` in these
+    sessions, so that each batch waits for the disk. After a failover to a standby server that was
+    behind, there is a new epoch if a process that had got further is back before as much was
+    published again.
 
     Args:
         url: As libpq and asyncpg have it. What it leaves out is taken from PGHOST, PGPORT, PGUSER,

@@ -13,7 +13,7 @@ import pytest
 
 from backends.postgres_server import PASSWORD, PostgresServer
 from starcast import BackendUnavailable, Broadcast, History
-from starcast.backends import postgres_history
+from starcast.backends import postgres_history, postgres_tables
 from starcast.backends.base import Kept, MessagesRefused, Stored
 from starcast.backends.postgres import PostgresBackend
 from starcast.backends.postgres_connection import PostgresConnection
@@ -569,12 +569,12 @@ async def test_a_user_without_rights(server, other, caplog):
             BackendUnavailable, match="permission denied for schema public"
         ) as error:
             await hub.publish("room", "x")
-        for word in ("GRANT CREATE ON SCHEMA", "postgres_history.TABLES", "starcast_messages"):
+        for word in ("GRANT CREATE ON SCHEMA", "postgres_tables.TABLES", "starcast_messages"):
             assert word in str(error.value)
         with pytest.raises(BackendUnavailable, match="permission denied for schema public"):
             async with hub.subscribe("room"):
                 pass
-        await other.execute(postgres_history.TABLES)
+        await other.execute(postgres_tables.TABLES)
         with pytest.raises(
             BackendUnavailable, match=r"permission denied for table .*; let the user"
         ):
@@ -654,7 +654,7 @@ async def test_there_is_no_session_to_read_with(server, start, other):
         await box.read()
     assert PASSWORD not in str(error.value)
     await other.execute("ALTER ROLE two CONNECTION LIMIT 3")
-    await other.execute(postgres_history.TABLES)
+    await other.execute(postgres_tables.TABLES)
     await other.execute("GRANT ALL ON starcast_positions, starcast_messages TO two")
     assert (await box.read()).position.offset == 0
     await box.connection.close()  # or its session could not be removed
