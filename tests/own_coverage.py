@@ -28,6 +28,8 @@ OWN: dict[str, list[str]] = {
     "backends/nats_names.py": ["backends/test_nats.py", "backends/test_urls.py"],
     "backends/postgres_connection.py": ["backends/test_postgres.py"],
     "backends/postgres_messages.py": ["backends/test_postgres.py"],
+    "backends/postgres_session.py": ["backends/test_postgres.py"],
+    "backends/postgres_tables.py": ["backends/test_postgres_history.py"],
     "backends/postgres_url.py": ["backends/test_postgres.py", "backends/test_urls.py"],
     "backends/redis.py": ["scenarios/test_startup.py"],
     "backends/redis_connection.py": ["backends/test_redis.py", "cli/test_patterns.py"],

@@ -96,7 +96,7 @@ def check_history(backend: Backend) -> None:
     if not getattr(backend, "keeps_history", False):
         raise ConfigurationError(
             f"{type(backend).__name__} keeps no history: leave out history=, or use memory://, "
-            "redis:// or nats://"
+            "redis://, nats:// or postgresql://"
         )
 
 

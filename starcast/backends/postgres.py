@@ -11,15 +11,28 @@ from ..exceptions import BackendUnavailable, ConfigurationError
 from ..sync.deadline import Deadline
 from ..tuning import check_positive
 from .base import Deliver, LoginRefused, Lost
-from .postgres_connection import PostgresConnection, Session, reason
+from .postgres_connection import PostgresConnection
+from .postgres_session import Session, reason
 from .postgres_url import Server
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # as in a channel's name
 
-# A role or a database may have a time limit for idle sessions (since version 14).
+# A role or a database may have a time limit for idle sessions (since version 14), and transactions
+# by default that end with an error, or are lost with the server, where a history must rely on them.
+# Its statements are planned once, and the plan is still good when the tables have grown.
 _SETUP = """
-    SELECT set_config('idle_session_timeout', '0', false)
-    WHERE current_setting('idle_session_timeout', true) IS NOT NULL
+    SELECT set_config(name, value, false)
+    FROM (VALUES
+        ('idle_session_timeout', '0'),
+        ('default_transaction_isolation', 'read committed'),
+        (
+            'synchronous_commit',
+            coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'local')
+        ),
+        ('plan_cache_mode', 'force_generic_plan'),
+        ('enable_seqscan', 'off')
+    ) AS setting (name, value)
+    WHERE current_setting(name, true) IS NOT NULL
 """
 
 
@@ -28,9 +41,9 @@ class PostgresBackend:
 
     It uses two sessions, one that listens and one that publishes. LISTEN belongs to a session, so
     through pgbouncer it works with session pooling only. All processes and other programs must use
-    the same database, and a URL that names several hosts leads to the primary. Nothing is written
-    to tables, and nothing is kept for clients that do not listen. All of them see all messages in
-    one order.
+    the same database, and a URL that names several hosts leads to the primary. Without a history,
+    nothing is written to tables, and nothing is kept for clients that do not listen. All of them
+    see all messages in one order.
     PostgreSQL has no rights for NOTIFY channels: anybody who may connect to the database can
     listen to all of them.
 
@@ -47,7 +60,21 @@ class PostgresBackend:
     contains NUL, has more than 7,999 bytes (16 MiB at most), begins with U+0010, is in one batch a
     second time (PostgreSQL would drop it), or is not ASCII in a database whose encoding is not
     UTF8. A piece is U+0010, `number.piece/pieces:` and up to 5,952 bytes in base64. The pieces of a
-    message are sent in one transaction, so nothing comes between them.
+    message are sent in one transaction, so nothing comes between them. A message that is kept is
+    U+0010, its id, a colon and the text, or pieces that have its id in place of the number.
+
+    **History.** It is in two tables, which are made on first use in the first schema of the search
+    path: `starcast_positions` has a row for each channel, with the position of its newest message,
+    and one for each idempotency key; `starcast_messages` has the messages, up to 100 of each
+    channel more than are to be kept. What has expired is removed when something is published. A
+    third session reads, and is opened for the first read.
+    A user who may not make tables needs SELECT, INSERT, UPDATE and DELETE on these two, and
+    `python -c "from starcast.backends.postgres_tables import TABLES; print(TABLES)"` prints the SQL
+    that makes them.
+    A history survives a server that is killed: `synchronous_commit` is at least `local` in these
+    sessions, so that each batch waits for the disk. After a failover to a standby server that was
+    behind, there is a new epoch if a process that had got further is back before as much was
+    published again.
 
     Args:
         url: As libpq and asyncpg have it. What it leaves out is taken from PGHOST, PGPORT, PGUSER,
@@ -70,6 +97,7 @@ class PostgresBackend:
             message repeats no value of the URL or an option.
     """
 
+    keeps_history = True
     if_silent = (
         "behind a pooler such as pgbouncer, LISTEN needs session pooling or a direct connection"
     )
@@ -92,12 +120,27 @@ class PostgresBackend:
 
     async def connect(self, deliver: Deliver, lost: Lost) -> PostgresConnection:
         """Connect. See `Backend`."""
-        name = self._server.where
+        listener, publisher = await self._open_sessions(2)
+        return PostgresConnection(
+            self._server.where,
+            self._prefix,
+            listener,
+            publisher,
+            self._open_reader,
+            deliver,
+            lost,
+        )
+
+    async def _open_reader(self) -> Session:
+        (session,) = await self._open_sessions(1)
+        return session
+
+    async def _open_sessions(self, count: int) -> list[Session]:
         sessions: list[Session] = []
         failed: Exception | None = None
         try:
             async with Deadline(self._connect_timeout):
-                for _ in range(2):
+                for _ in range(count):
                     sessions.append(await self._open_session())
             if any(session.is_closed() for session in sessions):
                 raise ConnectionError("a session was closed at once")
@@ -109,12 +152,11 @@ class PostgresBackend:
             refused = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
             kind = LoginRefused if refused else BackendUnavailable
             failed = self._server.refused(error) or kind(
-                f"no connection to {name}: {reason(error)}"
+                f"no connection to {self._server.where}: {reason(error)}"
             )
         if failed is not None:
             raise failed  # not above: the error might hold what the URL holds, as its context
-        listener, publisher = sessions
-        return PostgresConnection(name, self._prefix, listener, publisher, deliver, lost)
+        return sessions
 
     async def _open_session(self) -> Session:
         # A standby server runs neither LISTEN nor NOTIFY.

@@ -5,42 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-import asyncpg
-
 from ..exceptions import BackendUnavailable, PayloadTooLarge
-from .base import Deliver, Lost, MessagesRefused
+from ..history import History, Position
+from .base import Deliver, Kept, Lost, MessagesRefused, Stored
+from .postgres_history import PostgresHistory
 from .postgres_messages import MAX_PAYLOAD, Joiner, Rows, encode_name, transactions
+from .postgres_session import Session, reason
 
 # `unnest` returns the elements in order, and `count` makes one row of them.
 _NOTIFY_ONE = "SELECT pg_catalog.pg_notify($1, $2)"
 _NOTIFY = "SELECT count(pg_catalog.pg_notify(c, p)) FROM unnest($1::text[], $2::text[]) AS m(c, p)"
-
-# Errors whose messages are known not to repeat a URL.
-_SAFE_ERRORS = (
-    OSError,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.TargetServerAttributeNotMatched,
-)
-
-
-class Session(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no type hints
-    """A session that hands over every notification.
-
-    asyncpg's own `add_listener` sends one LISTEN at a time, in two round trips. For many channels
-    that takes long after an outage. Here several are sent together, and asyncpg is not told.
-    """
-
-    receive: Callable[[int, str, str], None]
-    heard_at = 0.0  # when a notification arrived last, in `time.monotonic()`
-    asked_at = math.inf  # when the NOTIFY was sent that is not answered yet
-
-    def _process_notification(self, pid: int, name: str, text: str) -> None:
-        self.heard_at = time.monotonic()
-        self.receive(pid, name, text)
 
 
 class PostgresConnection:
@@ -50,6 +27,7 @@ class PostgresConnection:
         name: What errors call the server.
         prefix: What the names of the channels begin with.
         listener, publisher: Sessions that are open.
+        open_reader: Opens a third one, to read histories with.
         deliver, lost: See `Backend.connect`.
     """
 
@@ -61,6 +39,7 @@ class PostgresConnection:
         prefix: str,
         listener: Session,
         publisher: Session,
+        open_reader: Callable[[], Awaitable[Session]],
         deliver: Deliver,
         lost: Lost,
     ) -> None:
@@ -74,6 +53,7 @@ class PostgresConnection:
         self._is_utf8 = encoding == "UTF8"
         self._channels: dict[str, str] = {}  # by their names in PostgreSQL
         self._joiner = Joiner()
+        self._history = PostgresHistory(name, self._is_utf8, publisher, open_reader)
         # The listener runs one statement at a time. Those that wait for it are run together.
         self._statements: list[tuple[str, asyncio.Future[None]]] = []
         self._runner: asyncio.Task[None] | None = None
@@ -99,11 +79,7 @@ class PostgresConnection:
 
     async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
         """See `BrokerConnection`."""
-        for _, payload in messages:
-            if len(payload) > MAX_PAYLOAD:
-                raise PayloadTooLarge(
-                    f"a message has {len(payload)} bytes, and {MAX_PAYLOAD} are possible"
-                )
+        _check_size(payload for _, payload in messages)
         named = [(self._encode(channel), payload) for channel, payload in messages]
         for first, rows in transactions(named, self._is_utf8):
             try:
@@ -113,6 +89,28 @@ class PostgresConnection:
                     raise
                 reasons = dict.fromkeys(range(first, len(messages)), str(error))
                 raise MessagesRefused(str(error), reasons) from error
+
+    async def publish_kept(self, messages: Sequence[Kept]) -> list[Position]:
+        """See `HistoryConnection`."""
+        _check_size(message.payload for message in messages)
+        self._check_open()
+        return await self._history.publish(
+            [message._replace(channel=self._encode(message.channel)) for message in messages]
+        )
+
+    async def read_kept(
+        self,
+        channel: str,
+        history: History,
+        since: int | None,
+        limit: int,
+        reverse: bool,
+        known: Position | None = None,
+    ) -> Stored:
+        """See `HistoryConnection`."""
+        self._check_open()
+        name = self._encode(channel)
+        return await self._history.read(name, history, since, limit, reverse, known)
 
     @property
     def heard_at(self) -> float:
@@ -124,6 +122,7 @@ class PostgresConnection:
         self._lost = None
         for session in (self._listener, self._publisher):
             session.terminate()  # calls in progress raise
+        await self._history.close()
         if self._runner is not None and self._runner.get_loop() is asyncio.get_running_loop():
             await asyncio.wait([self._runner])
         await asyncio.sleep(0)  # the sockets are closed in the event loop's next iteration
@@ -183,9 +182,14 @@ class PostgresConnection:
         channel = self._channels.get(name)
         if channel is None:
             return  # it has been unsubscribed from
-        payload = self._joiner.receive(pid, name, text)
-        if payload is not None:
+        message = self._joiner.receive(pid, name, text)
+        if message is None:
+            return  # there are more pieces
+        payload, position = message
+        if position is None:
             self._deliver(channel, payload)
+        else:
+            self._deliver(channel, payload, position)
 
     def _on_end(self, session: Any) -> None:
         lost, self._lost = self._lost, None
@@ -193,14 +197,13 @@ class PostgresConnection:
             lost(BackendUnavailable(f"{self._name} closed the connection"))
 
 
+def _check_size(payloads: Iterable[bytes]) -> None:
+    for payload in payloads:
+        if len(payload) > MAX_PAYLOAD:
+            raise PayloadTooLarge(
+                f"a message has {len(payload)} bytes, and {MAX_PAYLOAD} are possible"
+            )
+
+
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def reason(error: Exception) -> str:
-    """Describe an error without anything that may contain a password."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, _SAFE_ERRORS):
-        return str(error)
-    return type(error).__name__

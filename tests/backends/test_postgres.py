@@ -386,6 +386,10 @@ async def test_another_program_reaches_us_as_text(box, other):
         "\x101.1/9999:aGVsbG8=",
         "\x10\N{ARABIC-INDIC DIGIT ONE}.1/1:aGVsbG8=",
         " \x101.1/1:aGVsbG8=",
+        "\x10abc-01:hello",
+        "\x10abc-\N{ARABIC-INDIC DIGIT ONE}:hello",
+        "\x10abc-1",
+        "\x101:hello",
     ],
 )
 async def test_text_that_only_looks_like_ours_arrives_as_text(box, other, text):

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from backends.nats_server import NatsServer
+from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 
 SERVERS: dict[str, Callable[[], Any]] = {
     "redis": lambda: RedisServer("--appendonly", "yes"),
+    "postgres": PostgresServer,
     "nats": lambda: NatsServer(jetstream=True),
 }
 

@@ -68,6 +68,7 @@ class Seam:
         hub, wish = self.rng.choice(self.hubs), self.wish()
         got: list[str] = []
         async with hub.subscribe("room", **wish) as subscriber:
+            self.joined += 1
             async for event in subscriber:
                 got.append(event.id)
                 if event.message == END:
@@ -78,6 +79,7 @@ class Seam:
         hub, wish = self.rng.choice(self.hubs), self.wish()
         peer = self.rng.choice([Peer, FramesPeer])()
         resumed = await hub.connect(peer.websocket, "room", ids=True, **wish)
+        self.joined += 1
         await until(lambda: peer.got and END in peer.got[-1])
         notice, *events = map(json.loads, peer.got)
         assert notice["id"] == resumed.id
@@ -108,7 +110,7 @@ class Seam:
                 joining.append(asyncio.create_task(self.later(kind)))
             async with asyncio.timeout(DEADLINE):
                 await asyncio.gather(*publishers, *elsewhere)
-                await until(lambda: self.started == 8)
+                await until(lambda: self.joined == 8)  # who joins later does not get the end
                 await self.hubs[0].publish("room", END)
                 await asyncio.gather(*joining)
                 everything = []
@@ -117,12 +119,11 @@ class Seam:
         assert [event.position.offset for event in everything] == list(range(1, len(self.ids) + 2))
         assert {event.id for event in everything[:-1]} == set(self.ids)
 
-    started = 0
+    joined = 0
 
     async def later(self, kind: Callable[[], Any]) -> None:
         for _ in range(self.rng.randint(0, 30)):
             await asyncio.sleep(0)
-        self.started += 1
         await kind()
 
 
