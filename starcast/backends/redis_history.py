@@ -88,6 +88,7 @@ return id
 # ARGV: the offset to begin after (or before), or an empty string; how many; "1" for the newest
 # first; the times to live of messages and of the hash; a new epoch, the server, a known epoch and
 # its offset.
+# A channel that is only read is not forgotten: that is put off once an hour.
 # Returns the id of the newest message, whether everything after that offset is there, the messages.
 _READ = (
     _COMMON
@@ -96,7 +97,7 @@ local stream, meta = KEYS[1], KEYS[2]
 local since, limit, reverse, ttl, meta_ttl = unpack(ARGV)
 local epoch = epoch_of(meta, stream, ARGV[6], ARGV[7], ARGV[8], ARGV[9])
 local offset = tonumber(redis.call('HGET', meta, 'offset') or '0')
-if redis.call('PTTL', meta) < 0 then redis.call('PEXPIRE', meta, meta_ttl) end
+if redis.call('PTTL', meta) < meta_ttl - 3600000 then redis.call('PEXPIRE', meta, meta_ttl) end
 local first = expire(stream, tonumber(ttl))
 first = first and tonumber(string.match(first[1], '^(%d+)'))
 since = tonumber(since)

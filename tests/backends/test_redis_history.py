@@ -45,6 +45,16 @@ async def test_what_is_in_redis(server):
     assert 59_000 < server.command("PTTL", f"{stream}:key:key 1") <= 60_000
 
 
+async def test_a_channel_that_is_only_read_is_not_forgotten(server):
+    async with Broadcast(server.url, history=History(ttl=60)) as hub:
+        await hub.publish("room", "text")
+        position = "starcast:history:{default:room}:position"
+        for left, then in ((10_000, 86_460_000), (86_000_000, 86_000_000)):
+            server.command("PEXPIRE", position, left)
+            await hub.history("room")
+            assert then - 1000 < server.command("PTTL", position) <= then
+
+
 async def test_messages_expire(server):
     async with Broadcast(server.url, history=History(ttl=0.2)) as hub:
         old = await hub.publish("room", "old")
