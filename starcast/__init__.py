@@ -23,6 +23,8 @@ from .manager import ConnectionManager
 from .outbox import Overflowed
 from .publisher import Publisher
 from .resume import Past
+from .sse import SSE
+from .sse_endpoint import SSEEndpoint
 from .stats import BackendStats, Stats
 from .subscriber import GapSubscriber, Subscriber
 from .tuning import Tuning
@@ -30,6 +32,7 @@ from .tuning import Tuning
 __version__ = "0.1.0"
 
 __all__ = [
+    "SSE",
     "BackendStats",
     "BackendUnavailable",
     "Broadcast",
@@ -52,6 +55,7 @@ __all__ = [
     "PublishQueueFull",
     "Publisher",
     "Resumed",
+    "SSEEndpoint",
     "StarcastError",
     "Stats",
     "Subscriber",
