@@ -31,8 +31,7 @@ from .tuning import Tuning
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SSE",
+__all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the first
     "BackendStats",
     "BackendUnavailable",
     "Broadcast",
@@ -55,6 +54,7 @@ __all__ = [
     "PublishQueueFull",
     "Publisher",
     "Resumed",
+    "SSE",
     "SSEEndpoint",
     "StarcastError",
     "Stats",

@@ -38,7 +38,7 @@ HEADERS = {
 
 # How long to wait for the server to report that a connection that was aborted has ended, in
 # seconds. uvicorn logs an error if the app ends before it knows that itself.
-ABORTED = 1.0
+ABORTED = 0.2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

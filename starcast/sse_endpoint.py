@@ -92,6 +92,7 @@ class SSEEndpoint(HTTPEndpoint):
         """Called exactly once for every client that was registered, when it no longer is."""
 
     async def get(self, request: Request) -> ASGIApp:
+        """Return the response. Starlette calls this; override the hooks instead."""
         return functools.partial(self._serve, request)
 
     async def _serve(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:

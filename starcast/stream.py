@@ -29,10 +29,10 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from . import event_stream
-from .event import Event, Gap
+from .event import Event
 from .frames import EVENT_STREAM, WITH_ID
 from .history import Resumed, Wish
-from .outbox import Close, Item, Outbox, OutboxFull
+from .outbox import Item, Outbox, OutboxFull
 from .servers import served, watch
 from .servers.wire import MAX_JOIN
 from .subscriber import Join, Leave, Subscription
@@ -205,7 +205,7 @@ class Stream(Subscription):
         for item in items:
             if isinstance(item, Event):
                 self._queue(item)
-            elif isinstance(item, (Close, Gap)):
+            else:  # the hub is closed, or messages may be missing
                 self.end()
 
     def _queue(self, event: Event) -> None:

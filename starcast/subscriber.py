@@ -5,6 +5,7 @@ What a hub has of it is a `Subscription`, which a stream of server-sent events i
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 from collections import deque
@@ -45,7 +46,7 @@ class Shard(Protocol):
         """Let a task send to each of `to_drain`."""
 
 
-class Subscription:
+class Subscription(abc.ABC):
     """A member of channels that is no WebSocket: a `Subscriber`, or a stream.
 
     Args:
@@ -85,17 +86,17 @@ class Subscription:
         """The names of its channels."""
         return self.wishes.keys()
 
+    @abc.abstractmethod
     def begin(self, channel: str, past: Iterable[Event], resumed: Resumed) -> None:
         """Take what it wants of a channel's past, which does not count in the buffer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def offer(self, items: Sequence[Item]) -> None:
         """Take one item, or several events, on its loop."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lose(self, *, drop: bool = False) -> None:
         """End at once: the client has left."""
-        raise NotImplementedError
 
 
 Join = Callable[[Subscription], Awaitable[None]]

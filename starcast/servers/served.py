@@ -142,9 +142,9 @@ def _http_transport(task: asyncio.Task[Any] | None, scope: Scope | None) -> Any:
     if root is None or root.f_code.co_name != "run_asgi":
         return None
     cycle = root.f_locals["self"]
-    if not comes_from(cycle.__class__, "uvicorn.protocols.http."):
-        return None
-    return cycle.transport if scope is None or is_same(cycle.scope, scope) else None
+    is_http = comes_from(cycle.__class__, "uvicorn.protocols.http.")
+    found = is_http and (scope is None or is_same(cycle.scope, scope))
+    return cycle.transport if found else None
 
 
 def task_of(protocol: Any) -> asyncio.Task[Any] | None:
