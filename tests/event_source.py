@@ -37,7 +37,7 @@ class EventSource:
 
     async def __aenter__(self) -> EventSource:
         self._task = asyncio.create_task(self._read())
-        await until(lambda: self.retry is not None or self._task.done())
+        await until(lambda: self.chunks or self._task.done())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
