@@ -185,6 +185,7 @@ class Stream(Subscription):
         """
         assert self.shard is not None
         self.transport = served.served_transport()
+        watch.limit_silence(self.transport, self.shard.tuning.send_timeout)
         self._send = send
         self._in_flight = [first, *self._blocks.take_past()]
         self._sent_at = self.shard.loop.time()
@@ -320,4 +321,5 @@ class Stream(Subscription):
         self.outbox.clear()
         self._leave(self)
         if not self.finished.done():
+            watch.limit_silence(self.transport, 0)  # the client may use its connection again
             self.finished.set_result(here)
