@@ -23,13 +23,15 @@ from .manager import ConnectionManager
 from .outbox import Overflowed
 from .publisher import Publisher
 from .resume import Past
+from .sse import SSE
+from .sse_endpoint import SSEEndpoint
 from .stats import BackendStats, Stats
 from .subscriber import GapSubscriber, Subscriber
 from .tuning import Tuning
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the first
     "BackendStats",
     "BackendUnavailable",
     "Broadcast",
@@ -52,6 +54,8 @@ __all__ = [
     "PublishQueueFull",
     "Publisher",
     "Resumed",
+    "SSE",
+    "SSEEndpoint",
     "StarcastError",
     "Stats",
     "Subscriber",

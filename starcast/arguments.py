@@ -72,7 +72,7 @@ def check_excluded(exclude: WebSocket | Iterable[WebSocket | None]) -> list[WebS
     return [check_client(each, "exclude=[...]") for each in exclude if each is not None]
 
 
-def check_channel(websocket: WebSocket, channel: object) -> str:
+def check_channel(client: HTTPConnection, channel: object) -> str:
     """Return the name of a client's channel. A refusal before accept is logged, once per kind.
 
     Raises:
@@ -81,13 +81,16 @@ def check_channel(websocket: WebSocket, channel: object) -> str:
     try:
         return codec.check_channel(channel)
     except InvalidChannel as exc:
-        if websocket.application_state is WebSocketState.CONNECTING:
+        accepted = isinstance(client, WebSocket) and (
+            client.application_state is not WebSocketState.CONNECTING
+        )
+        if not accepted:
             hint, what = "; check get_channel(), or what you pass as the channel", "type"
             if isinstance(channel, str):
                 fits = 1 <= len(channel) <= codec.MAX_CHANNEL
                 hint, what = "", "characters" if fits else "length"
             kind = ("channel", type(channel).__name__, what)
-            logs.once(kind, "refused a WebSocket: %s%s", exc, hint)
+            logs.once(kind, "refused %s: %s%s", logs.client(client.scope), exc, hint)
         raise
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import threading
+from weakref import WeakKeyDictionary
 
 from . import codec, logs
 from .broadcast import Broadcast
@@ -23,8 +25,23 @@ SETTINGS = {
 } | {"publish": "Broadcast.app"}
 
 
+class OwnHub:
+    """Stands where a class sets no hub, and gives each such class one of its own."""
+
+    def __init__(self) -> None:
+        self._hubs: WeakKeyDictionary[type, Broadcast] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __get__(self, instance: object, owner: type) -> Broadcast:
+        hub = self._hubs.get(owner)
+        if hub is None:
+            with self._lock:  # clients on two event loops may be the first ones
+                hub = self._hubs.setdefault(owner, Broadcast())
+        return hub
+
+
 def check(cls: type, base: type) -> None:
-    """Check the attributes of a subclass of `base`, the endpoint. Log those with no effect.
+    """Check the attributes of a subclass of `base`, an endpoint. Log those with no effect.
 
     Raises:
         TypeError: `broadcast` is not a hub (but a URL, for example), or `get_channel` is async.
@@ -40,9 +57,9 @@ def check(cls: type, base: type) -> None:
     if inspect.iscoroutinefunction(inspect.getattr_static(cls, "get_channel")):
         raise TypeError(
             f"{cls.__name__}.get_channel is not awaited: write def, and look up what it needs in "
-            "on_connect, before super().on_connect(websocket)"
+            "on_connect, before it calls super().on_connect(...)"
         )
-    encoding = inspect.getattr_static(cls, "encoding")
+    encoding = inspect.getattr_static(cls, "encoding", None)
     if not hasattr(type(encoding), "__get__"):
         codec.check_encoding(encoding)
     inherited = {name for parent in cls.__mro__[1:] for name in vars(parent)}

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, overload
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -37,6 +38,7 @@ from .mount import Authorize, make_app
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .relay import OnPublishError
 from .settings import AfterGap, Settings
+from .sse import SSE, EventStreamResponse
 from .tuning import Tuning
 
 
@@ -549,6 +551,61 @@ class Broadcast(Listening, Inspection):
             on_publish_error=on_publish_error,
         )
 
+    def stream(
+        self,
+        request: Request,
+        channel: Channel | Sequence[Channel] = DEFAULT_CHANNEL,
+        *,
+        max_buffer: int | None = None,
+        overflow: Overflow | None = None,
+        history: int = 0,
+        ids: bool = False,
+        sse: SSE | None = None,
+    ) -> EventStreamResponse:
+        """Return a response that streams a channel as server-sent events, for a GET route.
+
+            @app.get("/orders/{number}/events")
+            async def events(request: Request, number: int):
+                return hub.stream(request, f"order:{number}")
+
+        A message is an event without a name, with the message as its data. Its lines may end in any
+        way, and arrive with LF between them. Bytes are in Base64, in an event named `bytes`. On a
+        channel that has a history, events have ids. A client that reconnects, or names the last id
+        in the header `Last-Event-ID` or with `?last_event_id=`, first gets what it has missed. If
+        not all of that is kept any more, it gets an event named `reset` instead, whose data is
+        `{"channel": ..., "id": ..., "recovered": false}`.
+
+        The client is registered once the response begins, and is one of `len(hub)`, `channels` and
+        `stats().clients`, but not of `clients()`, which are websockets. If the buffer is full and
+        the policy is `"disconnect"`, the response ends, and a browser comes back. It also ends when
+        the hub is closed, when the server begins to shut down, and after a gap with
+        `after_gap="close"`. What middleware adds to responses applies.
+
+        Args:
+            request: The client's request.
+            channel: One channel, or a list of them, for one stream of them all. With a list,
+                however short, the data of each event is a JSON object with the id, the channel and
+                the message, as with `ids`, and the id of an event names the position on all
+                channels in the order of the list.
+            max_buffer, overflow: See `connect`.
+            history: On a channel that has a history, how many of its newest events a client gets
+                first that names no id, or whose id is not recovered.
+            ids: Whether the data of each event is a JSON object: see `connect`.
+            sse: The heartbeats and the time until a client reconnects; `SSE()` by default.
+
+        Returns:
+            A Starlette response. A client that is not let in gets 403 instead: `origins` does not
+            allow its page, or the name of a channel is not valid. If the broker is away, it gets
+            503 with `Retry-After`.
+
+        Raises:
+            ConfigurationError: An argument is not valid.
+            TypeError: `request` is not a request.
+        """
+        outbox = self._hub.settings.outbox(max_buffer, overflow, ids)
+        settings = SSE() if sse is None else sse
+        return EventStreamResponse(self._hub, request, channel, outbox, last=history, sse=settings)
+
     def app(
         self,
         *,
@@ -561,10 +618,15 @@ class Broadcast(Listening, Inspection):
         ids: bool = False,
         max_message: int | None = None,
         refuse: Refuse | None = None,
+        sse: SSE | None = SSE(),  # noqa: B008  # it does not change
     ) -> ASGIApp:
         """Return an ASGI app that serves `/{channel}`: `app.mount("/live", broadcast.app())`.
 
         The hub itself is the same app with the defaults: `app.mount("/live", broadcast)`.
+
+        It serves WebSockets, and answers GET with server-sent events: see `stream`. A stream may be
+        on several channels, which are added to that of the path, if there is one:
+        `/live/?channel=a&channel=b`. Its events are then JSON objects that name their channel.
 
         Clients may ask for any channel of the hub, including those that an endpoint guards
         elsewhere. Decide with `authorize` who may join which, or mount a hub that has no secrets.
@@ -572,15 +634,18 @@ class Broadcast(Listening, Inspection):
         Args:
             publish: Whether clients may publish to the channel. By default they only listen, and a
                 client that sends anything but a heartbeat is closed with 1008.
-            authorize: Called as `authorize(websocket, channel)` before the websocket is accepted;
-                a plain function runs in a thread. Only True lets the client in. False or a
+            authorize: Called as `authorize(client, channel)` before the client is accepted, with a
+                `WebSocket`, or with the `Request` of a stream, which are both an `HTTPConnection`;
+                a plain function runs in a thread. For a stream on several channels it is called
+                with each, and all have to be allowed. Only True lets the client in. False or a
                 `PermissionError` refuses it with 403. None refuses it too, and a log line says that
                 a `return` may be missing. Any other value raises `ConfigurationError`, so write
                 `return user is not None`, not `return user`. Other exceptions go through the app as
                 usual.
             encoding: See `serve`; ignored without `publish`.
             heartbeats, subprotocols, history, ids, max_message: See `serve`.
-            refuse: Instead of the hub's, see there.
+            refuse: Instead of the hub's, see there. A stream is always refused with a response.
+            sse: How streams behave; None for an app that serves WebSockets only.
 
         Raises:
             ConfigurationError: An argument is not valid.
@@ -597,6 +662,7 @@ class Broadcast(Listening, Inspection):
             history=history,
             ids=ids,
             max_message=max_message,
+            streams=sse,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -66,7 +66,7 @@ class Shard(Protocol):
     counters: Counters
     awake: bool
     version: int  # changes whenever frames may or may no longer be written to a client at once
-    to_drain: deque[Connection]  # clients whose item a task is to send
+    to_drain: deque[Any]  # clients whose item a task is to send
 
     def drain_all(self) -> None:
         """Let a task send to each client in `to_drain`."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any, Literal, overload
-from weakref import WeakKeyDictionary
 
 from starlette.endpoints import WebSocketEndpoint
 from starlette.types import Message, Receive, Scope, Send
@@ -16,6 +14,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from . import attributes, codec, heartbeats, inbound, serving
 from .admission import refusals, subprotocols
 from .admission.hooks import Refuse, check_refuse
+from .attributes import OwnHub
 from .broadcast import Broadcast
 from .close_codes import ABNORMAL
 from .codec import DEFAULT_CHANNEL, Channel
@@ -24,21 +23,6 @@ from .heartbeats import Heartbeats
 from .history import check_count
 from .relay import Relay
 from .shortcut import Shortcut
-
-
-class _OwnHub:
-    """Stands where a class sets no hub, and gives each such class one of its own."""
-
-    def __init__(self) -> None:
-        self._hubs: WeakKeyDictionary[type, Broadcast] = WeakKeyDictionary()
-        self._lock = threading.Lock()
-
-    def __get__(self, instance: object, owner: type) -> Broadcast:
-        hub = self._hubs.get(owner)
-        if hub is None:
-            with self._lock:  # clients on two event loops may be the first ones
-                hub = self._hubs.setdefault(owner, Broadcast())
-        return hub
 
 
 class BroadcastEndpoint(WebSocketEndpoint):
@@ -92,7 +76,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
         TypeError: `broadcast` is not a `Broadcast`. Raised there too.
     """
 
-    broadcast: Broadcast = _OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
+    broadcast: Broadcast = OwnHub()  # type: ignore[assignment]  # a descriptor that returns one
     encoding: Literal["text", "bytes", "json"] | None = "text"
     heartbeats: Heartbeats | None = None
     subprotocols: Sequence[str] = ()

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from . import frames
+from . import event_stream, frames
 from .history import Position
 
 # Bytes that an event counts for in a buffer besides its payload, so that empty messages are bounded
@@ -78,9 +78,14 @@ class Event:
         if frame is None:
             if wire_format & frames.WITH_ID:
                 return self.with_id.frame(wire_format ^ frames.WITH_ID)
-            opcode = frames.TEXT if self.kind == "text" else frames.BINARY
-            frame = self._frames[wire_format] = frames.make(opcode, self.payload, wire_format)
+            frame = self._frames[wire_format] = self._make_frame(wire_format)
         return frame
+
+    def _make_frame(self, wire_format: frames.WireFormat) -> bytes:
+        if wire_format == frames.EVENT_STREAM:
+            return event_stream.make(self.payload, self.id, self.kind == "bytes")
+        opcode = frames.TEXT if self.kind == "text" else frames.BINARY
+        return frames.make(opcode, self.payload, wire_format)
 
     @property
     def with_id(self) -> Event:

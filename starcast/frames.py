@@ -22,6 +22,9 @@ PLAIN: WireFormat = 0
 # Added to the wire format of a client that gets each message in an object with its id.
 WITH_ID: WireFormat = 16
 
+# The wire format of a stream of server-sent events.
+EVENT_STREAM: WireFormat = 32
+
 # Smaller payloads are not compressed, in bytes. A short JSON object would hardly become shorter,
 # and each client would have to inflate it.
 WORTH_COMPRESSING = 128

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
 
 from .connection import Connection
 from .event import Event
@@ -12,7 +11,7 @@ from .outbox import Item
 from .servers.wire import MAX_JOIN
 from .subscriber import Subscription
 
-Member = Connection | Subscription[Any]
+Member = Connection | Subscription
 Write = Callable[[bytes], None]
 Done = Callable[[], None]
 Entry = tuple[Item | None, tuple[Member, ...], Done | None]

@@ -39,7 +39,7 @@ from .resume import Reader, notice
 from .servers import daphne, served
 from .settings import Settings
 from .shard import Shard
-from .stats import Counters, Stats
+from .stats import Stats
 from .subscriber import Subscription
 from .sync.bounded import Full
 from .sync.waiter import Waiter
@@ -276,33 +276,37 @@ class Hub:
             async with asyncio.timeout(self.settings.tuning.close_timeout + 1):
                 await connection.wait_ended()
 
-    async def join(self, subscriber: Subscription[Any]) -> Counters:
-        """Put a subscriber of this loop on its channel, and return what it counts with."""
-        channel, wish = subscriber.channel, subscriber.wish
+    async def join(self, subscriber: Subscription) -> None:
+        """Put a subscriber of this loop on its channels."""
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
-        await self.link.acquire(channel)
+        acquired: list[str] = []
         registered = False
         try:
-            await self.past.catch_up(channel, wish)
+            for channel, wish in subscriber.wishes.items():
+                await self.link.acquire(channel)
+                acquired.append(channel)
+                await self.past.catch_up(channel, wish)
             with self.lock:
                 if self.lifecycle.closings != closings:
                     raise BackendUnavailable("the hub was closed")
-                counters = self.registry.subscribe(subscriber)
+                self.registry.subscribe(subscriber)
                 registered = True
-                here = self.link.position(channel)
+                positions = {channel: self.link.position(channel) for channel in acquired}
         finally:
             if not registered:
-                self._release(channel)
+                for channel in acquired:
+                    self._release(channel)
         self.registry.journal.write()
         self.link.take_over()
-        if here is not None:
-            try:
-                subscriber.begin(*await self.past.read(channel, wish, here))
-            except BaseException:
-                self.registry.unsubscribe(subscriber)
-                raise
-        return counters
+        try:
+            for channel, here in positions.items():
+                if here is not None:
+                    past = await self.past.read(channel, subscriber.wishes[channel], here)
+                    subscriber.begin(channel, *past)
+        except BaseException:
+            self.registry.unsubscribe(subscriber)
+            raise
 
     def _release(self, channel: str) -> None:
         self.link.release(channel)
@@ -350,12 +354,12 @@ class Hub:
         registry = self.registry
         channels, buffered = registry.channels(), registry.buffered
         with self.lock:
-            asgi = registry.asgi()
+            asgi = registry.counts.asgi
             counters = registry.counters()
             return Stats(
                 open=self.lifecycle.open,
-                clients=len(registry.connections),
-                subscribers=len(registry.subscribers),
+                clients=len(registry),
+                subscribers=len(registry.connections) + len(registry.subscribers) - len(registry),
                 channels=channels,
                 published=self.dispatcher.published,
                 failed=self.dispatcher.failed,
@@ -364,7 +368,7 @@ class Hub:
                 slow_clients=counters.slow_clients,
                 pending=registry.pending,
                 buffered=buffered,
-                fast_path=len(registry.connections) - sum(asgi.values()),
+                fast_path=len(registry) - sum(asgi.values()),
                 asgi=asgi,
                 waiting_senders=registry.waiting_senders,
                 backend=self.link.stats(),

@@ -59,7 +59,7 @@ class Journal:
             members = [
                 m for shard in self._shards.values() for m in shard.channels.get(channel, ())
             ]
-        clients = sum(isinstance(member, Connection) for member in members)
+        clients = sum(isinstance(m, Connection) or m.kind is not None for m in members)
         subscribers = len(members) - clients
         words = "1 client" if clients == 1 else f"{clients} clients"
         if subscribers:

@@ -6,6 +6,8 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 logger = logging.getLogger("starcast")
 
@@ -74,6 +76,11 @@ def seldom(kind: str, message: str, *args: object) -> None:
     """Log a warning at most once in ten seconds for each kind. Safe from any thread."""
     if _limit.allows(kind):
         logger.warning(message, *args)
+
+
+def client(scope: Mapping[str, Any]) -> str:
+    """Return what a client with this ASGI scope has asked for."""
+    return "a WebSocket" if scope["type"] == "websocket" else "an event stream"
 
 
 def describe(error: BaseException) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 
-from starlette.routing import Router, WebSocketRoute
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import Scope
 from starlette.websockets import WebSocket
 
-from . import codec, inbound
+from . import codec, inbound, sse
 from . import heartbeats as _heartbeats
 from .admission import hooks as admission
 from .admission import refusals
@@ -22,8 +24,9 @@ from .heartbeats import Heartbeats
 from .history import check_count
 from .hub import Hub
 from .serving import answer
+from .sse import SSE, EventStreamResponse
 
-Authorize = Callable[[WebSocket, str], Awaitable[bool] | bool]
+Authorize = Callable[[HTTPConnection, str], Awaitable[bool] | bool]
 Serve = Callable[..., Awaitable[object]]
 
 
@@ -40,8 +43,12 @@ def make_app(
     history: int,
     ids: bool,
     max_message: int | None,
+    streams: SSE | None,
 ) -> Router:
-    """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`."""
+    """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`.
+
+    With `streams`, it answers GET with server-sent events.
+    """
     check_refuse(refuse)
     serve = functools.partial(
         serve,
@@ -56,14 +63,20 @@ def make_app(
     if authorize is not None and not callable(authorize):
         raise ConfigurationError(f"authorize must be a function, not {authorize!r}")
 
+    async def admit(client: HTTPConnection, channel: str) -> None:
+        if authorize is not None and not await admission.ask(
+            "authorize",
+            *(authorize, client, channel),
+            client=client,
+            about=f"the channel {channel!r}",
+        ):
+            raise admission.Refused
+
     async def endpoint(websocket: WebSocket) -> None:
         channel = check_channel(websocket, _channel(websocket.scope))
         websocket.path_params["channel"] = channel
         await hub.settings.origins.check(websocket)
-        if authorize is not None and not await admission.ask(
-            "authorize", authorize, websocket, channel, about=f"the channel {channel!r}"
-        ):
-            raise admission.Refused
+        await admit(websocket, channel)
         await serve(websocket, channel)
 
     async def guarded(websocket: WebSocket) -> None:
@@ -74,7 +87,26 @@ def make_app(
             if not await answer(hub, websocket, exc, subprotocols):
                 raise
 
-    return Router([WebSocketRoute("/{channel:path}", guarded)], lifespan=hub.lifecycle.lifespan)
+    async def events(request: Request) -> Response:
+        named = request.query_params.getlist("channel")
+        path = request.path_params["channel"] = _channel(request.scope)
+        return EventStreamResponse(
+            hub,
+            request,
+            [*([path] if path else []), *named] if named else path,
+            hub.settings.outbox(ids=ids),
+            last=history,
+            sse=streams or SSE(),
+            authorize=functools.partial(admit, request),
+        )
+
+    routes: list[BaseRoute] = [WebSocketRoute("/{channel:path}", guarded)]
+    if streams is not None:
+        sse.check(streams)
+        route = Route("/{channel:path}", events)
+        route.methods = {"GET"}  # Starlette adds HEAD
+        routes.append(route)
+    return Router(routes, lifespan=hub.lifecycle.lifespan)
 
 
 def _channel(scope: Scope) -> str:

@@ -31,10 +31,11 @@ class Overflowed:
     """What `on_overflow` is told: a client or a subscriber did not keep up.
 
     Attributes:
-        client: The `WebSocket` or the `Subscriber` that is behind.
+        client: The `WebSocket`, the `Subscriber` or, of a stream, the `Request` that is behind.
         overflow: The policy that was applied.
         dropped: The messages that it will not get. For `disconnect` and a client: what was waiting
-            and the one that was too much; it is being closed with 1013. For a subscriber: the one
+            and the one that was too much; it is being closed with 1013, or its stream ends. For a
+            subscriber: the one
             that was too much; what was waiting is still handed out.
     """
 

@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from .connection import Connection
 from .event import Event, Gap
@@ -53,11 +52,11 @@ class Registry:
         self._on_missed = on_missed
         self.shards: dict[asyncio.AbstractEventLoop, Shard] = {}
         self.connections: dict[Connection, Shard] = {}
-        self.subscribers: dict[Subscription[Any], Shard] = {}
+        self.subscribers: dict[Subscription, Shard] = {}
         self._missed: dict[Shard, Missed] = {}  # of loops that are blocked now
         # With a broker: the place that members have reached on each channel that has a history.
         self.positions: dict[str, Position] = {}
-        self._counts = ClientCounts()
+        self.counts = ClientCounts()  # guarded by the lock
         self._retired = Counters()  # of shards whose loop has ended
         self.waiting_senders = 0
         self.journal = Journal(self.lock, self.shards)  # written once the lock is released
@@ -86,12 +85,12 @@ class Registry:
             if shard is None:
                 shard = self.connections[connection] = self.here()
                 shard.watch.add(connection)
-                self._counts.change(self._counts.by_reason, connection.asgi_reason, 1)
+                self.counts.change(self.counts.by_reason, connection.asgi_reason, 1)
             if channel in connection.channels:
                 return False
             connection.channels.add(channel)
             shard.join(connection, channel)
-            self._counts.change(self._counts.by_channel, channel, 1)
+            self.counts.change(self.counts.by_channel, channel, 1)
             reason = connection.asgi_reason
             path = "the fast path" if reason is None else f"ASGI ({reason})"
             self.journal.note(f"a client on {path} joined", channel)
@@ -128,7 +127,7 @@ class Registry:
             shard = self.connections.pop(connection, None)
             if shard is not None:
                 shard.watch.discard(connection)
-                self._counts.change(self._counts.by_reason, connection.asgi_reason, -1)
+                self.counts.change(self.counts.by_reason, connection.asgi_reason, -1)
                 for channel in connection.channels:
                     self._leave_channel(connection, channel, shard)
                 connection.channels.clear()
@@ -136,7 +135,7 @@ class Registry:
 
     def _leave_channel(self, connection: Connection, channel: str, shard: Shard) -> None:
         shard.leave(connection, channel)
-        self._counts.change(self._counts.by_channel, channel, -1)
+        self.counts.change(self.counts.by_channel, channel, -1)
         self._release(channel)
         self.journal.note("a client left", channel)
 
@@ -153,28 +152,31 @@ class Registry:
         self.wake(wake, [connection])
         return shard is not None
 
-    def subscribe(self, subscriber: Subscription[Any]) -> Counters:
-        """Put a subscriber of this loop on its channel."""
+    def subscribe(self, subscriber: Subscription) -> None:
+        """Put a subscriber of this loop on its channels."""
         with self.lock:
-            shard = self.subscribers[subscriber] = self.here()
-            shard.join(subscriber, subscriber.channel)
+            shard = subscriber.shard = self.subscribers[subscriber] = self.here()
             if subscriber.transport is not None:
                 shard.watch.add(subscriber)
-            self.journal.note("a subscriber joined", subscriber.channel)
-        return shard.counters
+            self.counts.subscriber(subscriber.kind, subscriber.channels, 1)
+            for channel in subscriber.channels:
+                shard.join(subscriber, channel)
+                self.journal.note(f"a {subscriber.kind or 'subscriber'} joined", channel)
 
-    def unsubscribe(self, subscriber: Subscription[Any]) -> None:
+    def unsubscribe(self, subscriber: Subscription) -> None:
         self._remove_subscriber(subscriber)
         self.journal.write()
 
-    def _remove_subscriber(self, subscriber: Subscription[Any]) -> None:
+    def _remove_subscriber(self, subscriber: Subscription) -> None:
         with self.lock:
             shard = self.subscribers.pop(subscriber, None)
             if shard is not None:
                 shard.watch.discard(subscriber)
-                shard.leave(subscriber, subscriber.channel)
-                self._release(subscriber.channel)
-                self.journal.note("a subscriber left", subscriber.channel)
+                self.counts.subscriber(subscriber.kind, subscriber.channels, -1)
+                for channel in subscriber.channels:
+                    shard.leave(subscriber, channel)
+                    self._release(channel)
+                    self.journal.note(f"a {subscriber.kind or 'subscriber'} left", channel)
 
     def close_all(self, close: Close) -> list[Connection]:
         """Close all clients and subscribers, and return the clients."""
@@ -231,18 +233,13 @@ class Registry:
         """How many clients there are."""
         with self.lock:
             self._sweep()
-            return len(self.connections)
+            return self.counts.total
 
     def channels(self) -> dict[str, int]:
         """Return the number of clients of each channel that has any."""
         with self.lock:
             self._sweep()
-            return dict(self._counts.by_channel)
-
-    def asgi(self) -> dict[str, int]:
-        """Return the number of clients on ASGI, by the reason."""
-        with self.lock:
-            return self._counts.asgi
+            return dict(self.counts.by_channel)
 
     def counters(self) -> Counters:
         counters = Counters()

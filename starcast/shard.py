@@ -29,6 +29,7 @@ from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Send
 from .servers.watch import Watch
 from .stats import Counters
+from .subscriber import Drainable
 from .sync.bounded import BoundedQueue
 from .sync.waiter import running_loop
 from .tuning import Tuning
@@ -75,7 +76,7 @@ class Shard:
         self.channels: dict[str, dict[Member, None]] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._lock = lock
-        self.to_drain: deque[Connection] = deque()  # at most `STEP`, and the handlers' own sends
+        self.to_drain: deque[Drainable] = deque()  # at most `STEP`, and the handlers' own sends
         self._work: Iterator[None] | None = None  # deliveries that are under way
 
     # With the hub's lock held

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -45,7 +45,7 @@ class Stats:
 
     Attributes:
         open: Whether the hub is open.
-        clients: How many clients are registered now.
+        clients: How many clients are registered now, WebSockets and streams of server-sent events.
         subscribers: How many `Subscriber` blocks are running now.
         channels: Channel name to number of clients, for channels that have any.
         published: Messages handed to the backend.
@@ -55,7 +55,8 @@ class Stats:
         fast_path: How many clients are on the fast path now: what is published to them is written
             straight to their transport.
         asgi: The reason why clients are not on the fast path, to how many there are now. What is
-            published to them goes through the `send` of their ASGI server.
+            published to them goes through the `send` of their ASGI server. Streams of server-sent
+            events are among them, as `"event stream"`.
         slow_clients: Clients and subscribers that were disconnected because they did not keep up.
         pending: Messages that are waiting for their event loop now.
         buffered: Bytes in the outboxes of clients and subscribers now, added up while they are
@@ -99,6 +100,18 @@ class ClientCounts:
             counts[key] = count
         else:
             del counts[key]
+
+    def subscriber(self, kind: str | None, channels: Iterable[str], difference: int) -> None:
+        """Count a subscription that is a client of some kind; one of None is not."""
+        if kind is not None:
+            self.change(self.by_reason, kind, difference)
+            for channel in channels:
+                self.change(self.by_channel, channel, difference)
+
+    @property
+    def total(self) -> int:
+        """How many clients there are."""
+        return sum(self.by_reason.values())
 
     @property
     def asgi(self) -> dict[str, int]:

@@ -1,12 +1,16 @@
-"""Subscriber: receive the messages of a channel in server code, as an async iterator."""
+"""Subscriber: receive the messages of a channel in server code, as an async iterator.
+
+What a hub has of it is a `Subscription`, which a stream of server-sent events is too.
+"""
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, Self, TypeVar, cast
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 from .event import Event, Gap
 from .exceptions import SubscriberLagged, Unsubscribed
@@ -14,6 +18,7 @@ from .history import Resumed, Wish
 from .outbox import Close, Item, Outbox, OutboxFull
 from .servers import served, stopping, watch
 from .stats import Counters
+from .tuning import Tuning
 
 T = TypeVar("T")
 
@@ -22,13 +27,89 @@ T = TypeVar("T")
 STOPPING_DELAY = 0.05
 
 
-class Subscription(Generic[T]):
+class Drainable(Protocol):
+    """What a task of a shard sends to."""
+
+    async def drain(self, task: asyncio.Task[None] | None = None) -> None:
+        """Send what is in flight, and then what waits. `task` is the current task."""
+
+
+class Shard(Protocol):
+    """What a subscription needs of its `shard.Shard`."""
+
+    loop: asyncio.AbstractEventLoop
+    tuning: Tuning
+    counters: Counters
+    to_drain: deque[Drainable]  # those whose item a task is to send
+
+    def drain_all(self) -> None:
+        """Let a task send to each of `to_drain`."""
+
+
+class Subscription(abc.ABC):
+    """A member of channels that is no WebSocket: a `Subscriber`, or a stream.
+
+    Args:
+        wishes: Its channels, and what it wants of the past of each.
+        outbox: Holds the items that have not been taken yet.
+
+    Attributes:
+        gaps: Whether it receives gaps.
+        kind: What it counts as among the clients that are not on the fast path; None if it is not a
+            client but code on the server.
+        transport: That of the client's socket; None if it is not known. What is known before it
+            joins, a `Watch` checks.
+        shard: That of its event loop; None until it has joined.
+    """
+
+    gaps = False
+    kind: str | None = None
+    transport: Any = None
+    shard: Shard | None = None
+
+    # A shard reads these of every member. A subscription takes no frames and is never excluded.
+    frames: None = None
+    id = 0
+    is_stuck = False
+
+    def __init__(self, wishes: Mapping[str, Wish], outbox: Outbox) -> None:
+        self.wishes = wishes
+        self.outbox = outbox
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that have not been taken yet."""
+        return self.outbox.size
+
+    @property
+    def channels(self) -> Set[str]:
+        """The names of its channels."""
+        return self.wishes.keys()
+
+    @abc.abstractmethod
+    def begin(self, channel: str, past: Iterable[Event], resumed: Resumed) -> None:
+        """Take what it wants of a channel's past, which does not count in the buffer."""
+
+    @abc.abstractmethod
+    def offer(self, items: Sequence[Item]) -> None:
+        """Take one item, or several events, on its loop."""
+
+    @abc.abstractmethod
+    def lose(self, *, drop: bool = False) -> None:
+        """End at once: the client has left."""
+
+
+Join = Callable[[Subscription], Awaitable[None]]
+Leave = Callable[[Subscription], None]
+
+
+class Iteration(Subscription, Generic[T]):
     """The common base of `Subscriber` and `GapSubscriber`.
 
     Args:
         channel: The name of the channel.
         outbox: Holds the items that have not been read yet.
-        join: Subscribes, and returns the counters of this event loop.
+        join: Subscribes, and sets `shard`.
         leave: Unsubscribes. Safe to call more than once.
         wish: What it wants of the channel's past.
 
@@ -37,27 +118,19 @@ class Subscription(Generic[T]):
             None outside of the block and on a channel without a history.
     """
 
-    gaps = False  # whether it receives gaps
-
-    # A shard reads these of every member. A subscription has no socket and is never excluded.
-    frames: None = None
-    id = 0
-    is_stuck = False
-
     def __init__(
         self,
         channel: str,
         outbox: Outbox,
         *,
-        join: Callable[[Subscription[T]], Awaitable[Counters]],
-        leave: Callable[[Subscription[T]], None],
+        join: Join,
+        leave: Leave,
         wish: Wish = Wish(),  # noqa: B008  # it does not change
     ) -> None:
+        super().__init__({channel: wish}, outbox)
         self.channel = channel
-        self.wish = wish
         self.resumed: Resumed | None = None
         self._past: deque[Event] = deque()
-        self.outbox = outbox
         self._join = join
         self._leave = leave
         self._counters = Counters()
@@ -65,20 +138,8 @@ class Subscription(Generic[T]):
         self._waiting: asyncio.Future[None] | None = None
         self._ended = False
         self._lagged = False
-        # The transport of the WebSocket client that the block serves; None if it is not known.
-        self.transport: Any = None
 
-    @property
-    def waiting(self) -> int:
-        """Bytes that have not been read yet."""
-        return self.outbox.size
-
-    @property
-    def channels(self) -> set[str]:
-        """Its channel, as a connection has several."""
-        return {self.channel}
-
-    def begin(self, past: list[Event], resumed: Resumed) -> None:
+    def begin(self, channel: str, past: Iterable[Event], resumed: Resumed) -> None:
         """Yield the past before everything else. It does not count in the buffer."""
         self._past.extend(past)
         self.resumed = resumed
@@ -91,8 +152,10 @@ class Subscription(Generic[T]):
             await asyncio.sleep(STOPPING_DELAY)
             self.end()
             return self
+        # That of the WebSocket client that the block serves; None if it is not known.
         self.transport = getattr(served.served_protocol(), "transport", None)
-        self._counters = await self._join(self)
+        await self._join(self)
+        self._counters = self.shard.counters if self.shard else self._counters
         stopping.end_with_server(self)
         return self
 
@@ -188,7 +251,7 @@ class Subscription(Generic[T]):
                 self._waiting.set_result(None)
 
 
-class Subscriber(Subscription[Event]):
+class Subscriber(Iteration[Event]):
     """Returned by `Broadcast.subscribe`: an async context manager and an async iterator of events.
 
     It is subscribed inside the `async with` block. Iteration stops when the hub is closed or the
@@ -209,7 +272,7 @@ class Subscriber(Subscription[Event]):
     """
 
 
-class GapSubscriber(Subscription[Event | Gap]):
+class GapSubscriber(Iteration[Event | Gap]):
     """A `Subscriber` with `gaps=True`: it also yields a `Gap` where events may be missing."""
 
     gaps = True

@@ -55,6 +55,9 @@ async def forward(websocket: WebSocket) -> None:
             await websocket.send_text(str(event.message))
 
 
+app.mount("/live", hub)
+
+
 @app.websocket("/chat")
 async def chat(websocket: WebSocket) -> None:
     await hub.serve(websocket, "news")

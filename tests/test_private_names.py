@@ -55,6 +55,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "Connection.offer": "no input makes a delivery raise",
     },
     "test_shortcut.py": {"Event.frame": "no input makes a delivery raise"},
+    "test_sse.py": {"stopping.is_stopping": "a server takes no request once it stops"},
     "test_testing.py": {"testing.DEADLINE": "it is for users to change"},
     "test_uvicorn.py": {"Wire.write": "counts how often it is called"},
 }

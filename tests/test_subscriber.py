@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from starcast import (
     Unsubscribed,
 )
 from starcast.event import OVERHEAD
+from starcast.history import Wish
 from starcast.outbox import OVERFLOWS, Leave, Outbox
 from starcast.stats import Counters
 from support import DEADLINE, Broker, Bus, Peer, until
@@ -452,10 +454,11 @@ def alone() -> tuple[Subscriber, Counters, list[Subscriber]]:
     """Return a subscriber, what it counts in, and who has left."""
     counters, left = Counters(), []
 
-    async def join(subscriber: Subscriber) -> Counters:
-        return counters
+    async def join(subscriber: Subscriber) -> None:
+        subscriber.shard = SimpleNamespace(counters=counters)
 
-    return Subscriber("room", Outbox(), join=join, leave=left.append), counters, left
+    wish = Wish()
+    return Subscriber("room", Outbox(), join=join, leave=left.append, wish=wish), counters, left
 
 
 async def test_what_is_meant_for_clients_alone_does_not_end_a_subscriber():

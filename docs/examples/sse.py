@@ -1,12 +1,12 @@
 from collections.abc import AsyncIterator
+from typing import Annotated
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+from fastapi import FastAPI, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from starcast import Broadcast
+from starcast import Broadcast, History
 
-hub = Broadcast("memory://")
+hub = Broadcast("memory://", history=History())
 app = FastAPI(lifespan=hub.lifespan)
 
 
@@ -16,25 +16,13 @@ async def change(number: int, state: str):
 
 
 @app.get("/orders/{number}/events", response_class=EventSourceResponse)
-async def events(number: int) -> AsyncIterator[ServerSentEvent]:
-    yield ServerSentEvent(retry=2000)
-    async with hub.subscribe(f"order:{number}") as subscriber:
+async def events(
+    number: int, last_event_id: Annotated[str | None, Header()] = None
+) -> AsyncIterator[ServerSentEvent]:
+    async with hub.subscribe(f"order:{number}", since=last_event_id) as subscriber:
+        start = subscriber.resumed
+        if start is not None and not start.recovered:
+            what = "start" if start.recovered is None else "reset"  # messages are missing
+            yield ServerSentEvent(event=what, data={"number": number}, id=start.id, retry=2000)
         async for event in subscriber:
-            yield ServerSentEvent(event="order", data=event.json())
-
-
-PAGE = """
-<!doctype html>
-<p>Order 7: <b id="state">unknown</b></p>
-<script>
-  const source = new EventSource("/orders/7/events");
-  source.addEventListener("order", (event) => {
-    document.querySelector("#state").textContent = JSON.parse(event.data).state;
-  });
-</script>
-"""
-
-
-@app.get("/", response_class=HTMLResponse)
-async def page() -> str:
-    return PAGE
+            yield ServerSentEvent(event="order", data=event.json(), id=event.id)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import WebSocketException
+from starlette.requests import HTTPConnection
 
 from .. import logs
 from ..close_codes import POLICY_VIOLATION
@@ -36,13 +37,20 @@ class Refused(WebSocketException):
         super().__init__(POLICY_VIOLATION, "not authorized")
 
 
-async def ask(parameter: str, hook: Callable[..., object], *args: object, about: str) -> bool:
+async def ask(
+    parameter: str,
+    hook: Callable[..., object],
+    *args: object,
+    client: HTTPConnection,
+    about: str,
+) -> bool:
     """Return whether a hook admits a client. A plain function is called in a thread.
 
     Args:
         parameter: The name of the parameter that took the hook, for the log and for errors.
         hook: The function, plain or async.
         args: The arguments to call it with.
+        client: The client.
         about: What the client asked for. It is logged, so it must not contain a secret.
 
     Raises:
@@ -72,5 +80,6 @@ async def ask(parameter: str, hook: Callable[..., object], *args: object, about:
                 ", which admits no client; write `return True` for a client that may connect "
                 "and `return False` for one that may not"
             )
-    logs.once((parameter, why), "refused a WebSocket (%s): %s %s", about, parameter, why)
+    what = logs.client(client.scope)
+    logs.once((parameter, why), "refused %s (%s): %s %s", what, about, parameter, why)
     return False

@@ -6,13 +6,13 @@ import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Iterable
 
-from starlette.websockets import WebSocket
+from starlette.requests import HTTPConnection
 
 from .. import logs
 from ..exceptions import ConfigurationError, OriginRefused
 from . import hooks
 
-Hook = Callable[[str, WebSocket], Awaitable[bool] | bool]
+Hook = Callable[[str, HTTPConnection], Awaitable[bool] | bool]
 Allowed = Iterable[str] | str | Hook | None
 
 # Scheme, host and port as a browser sends them (RFC 6454 section 6.2): a name in its ASCII form or
@@ -104,29 +104,31 @@ class Origins:
             f"https://*.example.com, not {entry!r}{advice}"
         )
 
-    async def check(self, websocket: WebSocket) -> None:
+    async def check(self, client: HTTPConnection) -> None:
         """Raise `OriginRefused` if the client is a page that may not connect."""
-        sent = websocket.headers.getlist("origin")
+        sent = client.headers.getlist("origin")
         if self._any or not sent:
             return
         # A mount checks before `authorize`, and `connect` checks again. A hook is called once.
-        if websocket.scope.get("starcast.origin") is self:
+        if client.scope.get("starcast.origin") is self:
             return
-        origin, host = sent[0], websocket.headers.get("host", "")
+        origin, host = sent[0], client.headers.get("host", "")
         if len(sent) > 1 or not _is_origin(origin.lower()):
             logs.once(
                 ("origin", "malformed"),
-                "refused a WebSocket: its Origin header %.200r is not one origin",
+                "refused %s: its Origin header %.200r is not one origin",
+                logs.client(client.scope),
                 ", ".join(sent),
             )
-        elif await self._admits(origin.lower(), host, websocket):
-            websocket.scope["starcast.origin"] = self
+        elif await self._admits(origin.lower(), host, client):
+            client.scope["starcast.origin"] = self
             return
         elif self._hook is None:
             logs.once(
                 ("origin", origin),
-                "refused a WebSocket from a page of %r to the host %.200r%s; "
+                "refused %s from a page of %r to the host %.200r%s; "
                 'to let that page in, write origins=[%s"%s"]',
+                logs.client(client.scope),
                 origin,
                 host,
                 "" if self._listed is None else ", because it is not in origins=",
@@ -135,10 +137,12 @@ class Origins:
             )
         raise OriginRefused(f"the origin {origin!r} may not connect to the host {host!r}")
 
-    async def _admits(self, origin: str, host: str, websocket: WebSocket) -> bool:
+    async def _admits(self, origin: str, host: str, client: HTTPConnection) -> bool:
         if self._hook is not None:
             about = f"a page of {origin!r}"
-            return await hooks.ask("origins", self._hook, origin, websocket, about=about)
+            return await hooks.ask(
+                "origins", self._hook, origin, client, client=client, about=about
+            )
         if self._listed is not None:
             return origin in self._listed or any(
                 origin.startswith(start)

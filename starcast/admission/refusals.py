@@ -50,18 +50,28 @@ def _log_once(exc: Exception, code: int, answer: str, why: str) -> None:
     )
 
 
-def _log(websocket: WebSocket, exc: WebSocketException | Answered, closes: bool) -> None:
-    """Log why the client is refused, once for each kind of reason."""
+def log(exc: Exception, code: int, answer: str) -> None:
+    """Log why a client is refused, once for each kind of reason.
+
+    Args:
+        exc: Why it is refused.
+        code: The close code or the status that stands for this.
+        answer: What the client gets.
+    """
     if isinstance(exc, OriginRefused | InvalidChannel | Refused):
         return  # the check has logged the reason, and what would admit the client
+    # The app may have put text from the client into the message.
+    _log_once(exc, code, answer, logs.escape(str(exc)))
+
+
+def _log(websocket: WebSocket, exc: WebSocketException | Answered, closes: bool) -> None:
     if closes:
         answer = f"closed with {exc.code}"
     elif isinstance(exc, Answered) and may_be_denied(websocket, exc):
         answer = f"HTTP {exc.status_code}"
     else:
         answer = "HTTP 403"
-    # The app may have put text from the client into the message.
-    _log_once(exc, exc.code, answer, logs.escape(str(exc)))
+    log(exc, exc.code, answer)
 
 
 def log_http(websocket: WebSocket, exc: Exception) -> None:

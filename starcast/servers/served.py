@@ -122,6 +122,31 @@ def served_protocol() -> Any:
     return None
 
 
+def served_transport() -> Any:
+    """Return the transport of the HTTP client of uvicorn's whose app this very task runs."""
+    return _http_transport(asyncio.current_task(), None)
+
+
+def find_transport(scope: Scope) -> Any:
+    """Return the transport of an HTTP client of uvicorn's; None on another server.
+
+    Looks at all tasks: the one that serves the client may be behind middleware.
+    """
+    found = (_http_transport(task, scope) for task in asyncio.all_tasks())
+    return next((transport for transport in found if transport is not None), None)
+
+
+def _http_transport(task: asyncio.Task[Any] | None, scope: Scope | None) -> Any:
+    """Return the transport of the client whose app a task runs, if it has the scope."""
+    root = root_frame(task)
+    if root is None or root.f_code.co_name != "run_asgi":
+        return None
+    cycle = root.f_locals["self"]
+    is_http = comes_from(cycle.__class__, "uvicorn.protocols.http.")
+    found = is_http and (scope is None or is_same(cycle.scope, scope))
+    return cycle.transport if found else None
+
+
 def task_of(protocol: Any) -> asyncio.Task[Any] | None:
     """Return the task that runs the app of one of uvicorn's clients, if there is one."""
     current = asyncio.current_task()

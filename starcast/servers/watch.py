@@ -9,9 +9,11 @@ that the task running the ASGI app has ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import select
+import socket
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -49,6 +51,18 @@ def abort(transport: Any) -> None:
     """
     if has_unsent(transport):  # otherwise it may have ended, and `abort` may raise AttributeError
         transport.abort()
+
+
+def limit_silence(transport: Any, seconds: float) -> None:
+    """Let the system drop the connection when what was sent is not acknowledged for so long.
+
+    Without pings of its own, a protocol would not notice for a quarter of an hour that the client's
+    machine or network is gone (RFC 5482, on Linux). 0 stands for the default of the system.
+    """
+    sock = None if transport is None else transport.get_extra_info("socket")
+    if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        with contextlib.suppress(OSError):  # it is closed, or is no TCP socket
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
 
 class Watched(Protocol):

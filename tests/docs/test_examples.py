@@ -36,6 +36,7 @@ from starlette.websockets import WebSocketDisconnect
 import starcast.testing
 from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
+from event_source import EventSource
 from server_process import ServerProcess
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import DEADLINE, Broker, Bus, Peer, by_another, until, until_sync
@@ -1117,28 +1118,81 @@ def test_pydantic_messages_with_an_answer(example):
         assert ann.receive_json()["text"] == ben.receive_json()["text"] == "hello"
 
 
+async def change_order(server, number, state):
+    url = f"http://{server.host}:{server.port}/orders/{number}"
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.post(url, params={"state": state})).status_code == 200
+
+
 async def test_sse(example, serve):
     module = example("sse")
     server = await serve(module.app)
-    url = f"http://{server.host}:{server.port}"
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
-        assert "EventSource" in (await client.get("/")).text
-        async with client.stream("GET", "/orders/7/events") as response:
-            assert response.headers["content-type"].startswith("text/event-stream")
-            assert response.headers["x-accel-buffering"] == "no"
-            lines = response.aiter_lines()
-            assert [await anext(lines), await anext(lines)] == ["retry: 2000", ""]
-            await until(lambda: module.hub.stats().subscribers == 1)
-            await client.post("/orders/8", params={"state": "paid"})
-            await client.post("/orders/7", params={"state": "sent"})
-            assert await anext(lines) == "event: order"
-            assert json.loads((await anext(lines)).removeprefix("data: ")) == {
-                "number": 7,
-                "state": "sent",
-            }
-            server.server.should_exit = True
-            assert [line async for line in lines] == [""]
+
+    def orders(source):
+        return [json.loads(data)["state"] for name, data, _ in source.events if name == "order"]
+
+    async with EventSource(server, "/orders/7/events") as source:
+        assert source.response.headers["content-type"].startswith("text/event-stream")
+        assert source.response.headers["x-accel-buffering"] == "no"
+        assert (source.retry, source.events[0][0]) == (2000, "start")
+        assert source.id
+        await change_order(server, 8, "paid")
+        await change_order(server, 7, "paid")
+        await until(lambda: orders(source) == ["paid"])
     await until(lambda: module.hub.stats().subscribers == 0)
+    for number in range(101):
+        await module.hub.publish("order:7", {"state": f"{number}"})
+    before, after = source.id, str(source.id).replace("-1", "-2")
+    async with EventSource(server, "/orders/7/events", Last_Event_ID=after) as again:
+        await until(lambda: len(orders(again)) == 100)
+        assert orders(again) == [f"{number}" for number in range(1, 101)]
+    async with EventSource(server, "/orders/7/events", Last_Event_ID=before) as again:
+        await until(lambda: again.events)
+        assert again.events[0][0] == "reset"
+        server.server.should_exit = True
+        await again.over()
+        assert again.whole
+    await until(lambda: module.hub.stats().subscribers == 0)
+
+
+async def test_stream(example, serve):
+    module = example("stream")
+    server = await serve(module.app)
+    async with EventSource(server, "/orders/7/events") as source:
+        await change_order(server, 8, "paid")
+        await change_order(server, 7, "paid")
+        assert await source.got(1) == ['{"number":7,"state":"paid"}']
+    await change_order(server, 7, "sent")
+    async with EventSource(server, "/orders/7/events", Last_Event_ID=source.id) as again:
+        assert await again.got(1) == ['{"number":7,"state":"sent"}']
+    async with EventSource(server, "/my/events") as stranger:
+        assert stranger.status == 401
+    async with EventSource(server, "/my/events", Authorization="Bearer t-ann") as mine:
+        await module.hub.publish("user:ann", "a letter")
+        id = await module.hub.publish("news", "It rains.")
+        await mine.got(2)
+        assert json.loads(mine.data[0])["channel"] == "user:ann"
+        assert json.loads(mine.data[1]) == {"id": id, "channel": "news", "data": "It rains."}
+
+
+async def test_stream_endpoint(example, serve, capsys):
+    module = example("stream_endpoint")
+    server = await serve(module.app)
+    for path, cookie in (("/orders/7/events", "session=s-ben"), ("/orders/8/events", "")):
+        async with EventSource(server, path, Cookie=cookie) as stranger:
+            assert stranger.status == 401
+    async with EventSource(server, "/orders/7/events", Cookie="session=s-ann") as ann:
+        assert 2000 <= ann.retry <= 3000
+        await module.hub.publish("order:7", "paid")
+        assert await ann.got(1) == ["paid"]
+    await until(lambda: module.hub.channels == {})
+    assert capsys.readouterr().out == "nobody looks at order 7\n"
+    async with EventSource(server, "/live/?channel=news&channel=weather") as both:
+        await module.hub.publish("weather", "It rains.")
+        await both.got(1)
+        assert json.loads(both.data[0]) == {"id": None, "channel": "weather", "data": "It rains."}
+    async with EventSource(server, "/live/news?channel=order:7") as stranger:
+        assert stranger.status == 403
 
 
 async def test_online(example, serve, redis_url):

@@ -9,16 +9,20 @@ import shutil
 import ssl
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import trustme
 import websockets
 from fastapi import FastAPI, Request
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.websockets import WebSocket
 
-from starcast import Broadcast, BroadcastEndpoint
-from support import free_port, until_sync
+from event_source import EventSource
+from starcast import SSE, Broadcast, BroadcastEndpoint
+from support import free_port, until, until_sync
 
 pytestmark = [
     pytest.mark.anyio,
@@ -58,6 +62,15 @@ def nginx(folder, port, app_port, shop_port):
     text = text.replace("127.0.0.1:8001", f"127.0.0.1:{shop_port}")
     text = re.sub(r"(ssl_certificate(?:_key)? +)\S+;", rf"\1{folder}/both.pem;", text)
     text = text.replace("75s", "3s")
+    with running(folder, text):
+        trusted = ssl.create_default_context()
+        authority.configure_trust(trusted)
+        yield trusted
+
+
+@contextlib.contextmanager
+def running(folder, text):
+    """An nginx with this configuration of its http block."""
     temporary = "".join(
         f"{kind}_temp_path {folder}/{kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -70,12 +83,30 @@ def nginx(folder, port, app_port, shop_port):
     process = subprocess.Popen(["nginx", "-c", config, "-e", folder / "error.log"])
     try:
         until_sync((folder / "pid").exists)
-        trusted = ssl.create_default_context()
-        authority.configure_trust(trusted)
-        yield trusted
+        yield
     finally:
         process.terminate()
         process.wait(10)
+
+
+async def test_streams_behind_nginx_as_it_comes(serve, tmp_path):
+    """Nothing but `proxy_pass`: it would buffer a response, and speaks HTTP/1.0 to the app."""
+    hub = Broadcast()
+    server = await serve(Starlette(routes=[Mount("/live", hub.app(sse=SSE(heartbeat=0.2)))]))
+    port = free_port()
+    text = (
+        f"gzip on; gzip_types *; server {{ listen 127.0.0.1:{port};"
+        f" location / {{ proxy_pass http://127.0.0.1:{server.port}; }} }}"
+    )
+    with running(tmp_path, text):
+        front = SimpleNamespace(port=port)
+        async with EventSource(front, "/live/a", Accept_Encoding="gzip") as source:
+            assert hub.channels == {"a": 1}
+            for number in range(3):
+                await hub.publish("a", f"{number}")
+                assert (await source.got(number + 1))[-1] == f"{number}"
+            await until(lambda: source.comments)
+        await until(lambda: hub.channels == {})  # nginx says at once that its client is gone
 
 
 async def test_nginx(serve, tmp_path):

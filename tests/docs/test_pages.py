@@ -150,6 +150,24 @@ async def test_a_page_that_reconnects(serve, browser):
         await second.stop()
 
 
+async def test_a_page_with_an_event_source(serve, browser):
+    module = program(EXAMPLES / "stream.py")
+    server = await serve(module.app)
+    page = await (await browser.new_context()).new_page()
+    page.set_default_timeout(DEADLINE * 1000)
+    await page.clock.install()
+    away = "**/events*"
+    await page.route(away, lambda route: route.fulfill(status=502))
+    await page.goto(f"http://127.0.0.1:{server.port}/")
+    await page.wait_for_timeout(100)
+    assert module.hub.channels == {}
+    await page.unroute(away)
+    await page.clock.fast_forward(6000)  # the page tries again, which the browser does not
+    await until(lambda: module.hub.channels == {"order:7": 1})
+    await module.hub.publish("order:7", {"number": 7, "state": "paid"})
+    await shows(page, "#state", "paid")
+
+
 async def test_a_page_stops_when_it_is_told_to(serve, browser):
     hub = Broadcast()
     app = FastAPI()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ SERVERS: dict[str, tuple[list[str], int, int]] = {
 }
 # From Python 3.12 on, hypercorn 0.18 never ends while a client is there, whatever the app.
 END = [name for name in SERVERS if "hypercorn" not in name or sys.version_info < (3, 12)]
-STREAMS = ["/sse", "/stream", "/forward"]
+STREAMS = ["/sse", "/stream", "/live/news", "/forward"]
 
 
 class Listener:
@@ -77,7 +78,8 @@ class Listener:
                 self.got += text
 
     async def subscribed(self) -> None:
-        await until(lambda: "subscribed" in self.got or self.task.done())
+        begun = re.compile("subscribed|retry:")
+        await until(lambda: begun.search(self.got) or self.task.done())
         assert not self.task.done(), self.task
 
 

@@ -21,7 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import websockets
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
+from starcast import SSE, Broadcast, Tuning
 from support import DEADLINE, starcast_tasks, until
 from test_uvicorn import KIB, PROTOCOL, App, read_until
 
@@ -109,3 +112,21 @@ async def test_a_client_whose_cable_is_cut(cable, serve, ws, unsent):
         client.transport.abort()
         await client.wait_closed()
     await until(lambda: not starcast_tasks())
+
+
+async def test_a_stream_whose_cable_is_cut(cable, serve):
+    """There are no pings and answers, but the system knows that no heartbeat has arrived."""
+    hub = Broadcast(tuning=Tuning(send_timeout=0.5))
+    listening = inside(SERVER, lambda: socket.create_server((HOST, 0)))
+    server = await serve(
+        Starlette(routes=[Mount("/", hub.app(sse=SSE(heartbeat=0.2)))]), sock=listening
+    )
+    client = inside(CLIENT, lambda: socket.create_connection((HOST, server.port), DEADLINE))
+    client.sendall(b"GET /x HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n")
+    await until(lambda: hub.channels == {"x": 1})
+    await asyncio.sleep(1)  # as long as it answers, it stays
+    assert hub.channels == {"x": 1}
+    ip("-n", CLIENT, "link", "set", "cable", "down")
+    await until(lambda: hub.channels == {}, 5)
+    await until(lambda: not starcast_tasks())
+    client.close()
