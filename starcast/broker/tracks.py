@@ -110,13 +110,17 @@ class Tracks:
         connection = cast(HistoryConnection, session.connection)
         return await connection.read_kept(channel, history, since, limit, reverse, known)
 
+    def has_started(self, channel: str) -> bool:
+        """Whether it is known where the channel is, if it has a history."""
+        return channel in self.positions or self.histories.find(channel) is None
+
     async def start(self, session: Session, channel: str) -> None:
         """Note where the channel is, if that is not known. It is subscribed to.
 
         Raises:
             Exception: The broker did not say.
         """
-        if self.histories.find(channel) is None or channel in self.positions:
+        if self.has_started(channel):
             return
         track = Track()
         with self._lock:

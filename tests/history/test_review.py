@@ -28,3 +28,29 @@ async def test_a_member_of_another_loop_gets_its_past(hub, other: OtherLoop):
 
     for _ in range(20):
         assert await asyncio.to_thread(other.run, resume()) == ["1", "2"]
+
+
+async def test_a_channel_released_and_acquired_while_its_position_is_asked_for(broker):
+    async def subscribe(connection, channel, proceed):
+        await proceed()
+        if channel == CHANNEL:
+            broker.open.clear()  # so that the read suspends
+
+    backend = KeepingBus(broker, on_subscribe=subscribe)
+    async with Broadcast(backend=backend, history=HISTORY, tuning=TUNING) as hub:
+        first = asyncio.create_task(hub.subscribe("room").__aenter__())
+        await until(lambda: broker.stalled)
+        first.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await first
+        entering = asyncio.create_task(hub.subscribe("room").__aenter__())
+        await asyncio.sleep(0.01)
+        broker.open.set()
+        second = await entering
+        assert second.resumed is not None
+        await hub.publish("room", "text")
+        assert await take(second, 1) == ["text"]
+        await second.__aexit__()
+        await until(lambda: hub.stats().backend.channels == 0)
+    assert not hub._hub.registry.positions
+    assert not hub._hub.link._tracks._tracks
