@@ -180,7 +180,8 @@ class Tracks:
         track = self._tracks.get(channel)
         if track is None or channel not in self.positions:
             return False
-        self._fill(session, channel, track)
+        if session.ready:  # if not, `resume` is still to come
+            self._fill(session, channel, track)
         return True
 
     async def catch_up(self, session: Session, channel: str) -> None:

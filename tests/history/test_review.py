@@ -54,3 +54,40 @@ async def test_a_channel_released_and_acquired_while_its_position_is_asked_for(b
         await until(lambda: hub.stats().backend.channels == 0)
     assert not hub._hub.registry.positions
     assert not hub._hub.link._tracks._tracks
+
+
+class SlowBus(KeepingBus):
+    """Its reads take a moment."""
+
+    async def connect(self, deliver, lost):
+        connection = await super().connect(deliver, lost)
+        read = connection.read_kept
+
+        async def read_kept(*arguments):
+            stored = await read(*arguments)
+            await asyncio.sleep(0.02)
+            return stored
+
+        connection.read_kept = read_kept
+        return connection
+
+
+async def test_a_refused_channel_that_is_restored_by_a_new_session_is_filled_once(broker):
+    async with (
+        Broadcast(backend=SlowBus(broker), history=HISTORY, tuning=TUNING) as hub,
+        hub.subscribe("room", gaps=True) as subscriber,
+    ):
+        await hub.publish("room", "0")
+        broker.refused.add(CHANNEL)
+        broker.restart()
+        await until(lambda: hub.stats().backend.refused == 1)
+        for number in range(1, 4):
+            broker.keep(kept(str(number)))
+        broker.kill()
+        broker.refused.clear()
+        broker.up = True
+        await until(lambda: hub.stats().backend.refused == 0)
+        await until(lambda: hub.stats().backend.state == "connected")
+        await hub.publish("room", "4")
+        assert await take_all(subscriber, "4") == [*"01234"]
+    assert hub.stats().backend.gaps == 0
