@@ -34,6 +34,9 @@ logger = logging.getLogger("starcast")
 # Messages that are read from the broker at once.
 PAGE = 1000
 
+# Seconds between two looks at event loops that have much to deliver.
+PAUSE = 0.001
+
 # Channels whose positions are asked for at once.
 AT_ONCE = 100
 
@@ -62,6 +65,7 @@ class Tracks:
         positions: The positions of this process. Guarded by the lock.
         receive: Called with a channel, a payload and a position: delivers the message.
         on_gap: Called with the gap of a channel.
+        is_behind: Returns whether an event loop has so much to deliver that a fill should wait.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Tracks:
         positions: dict[str, Position],
         receive: Callable[[str, bytes, Position | None], None],
         on_gap: Callable[[Gap], None],
+        is_behind: Callable[[], bool],
     ) -> None:
         self._lock = lock
         self._health = health
@@ -81,6 +86,7 @@ class Tracks:
         self.positions = positions
         self._receive = receive
         self._on_gap = on_gap
+        self._is_behind = is_behind
         self._tracks: dict[str, Track] = {}
         self._limit = LogLimit()
 
@@ -231,12 +237,16 @@ class Tracks:
         lost = stored.position.epoch != here.epoch or not stored.complete
         if lost:
             if stored.position.epoch != here.epoch:
-                here = Position(stored.position.epoch, 0)
                 stored = await self.read(session, channel, None, PAGE)
                 if self._tracks.get(channel) is not track:
                     return True
             self._tell_gap(channel, since)
+        end = time.monotonic() + self._tuning.publish_timeout
         for offset, payload in stored.messages:
+            while self._is_behind() and time.monotonic() < end:
+                await asyncio.sleep(PAUSE)
+                if self._tracks.get(channel) is not track:
+                    return True
             self._receive(channel, payload, Position(stored.position.epoch, offset))
         is_all = len(stored.messages) < PAGE
         if is_all:

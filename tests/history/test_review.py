@@ -91,3 +91,22 @@ async def test_a_refused_channel_that_is_restored_by_a_new_session_is_filled_onc
         await hub.publish("room", "4")
         assert await take_all(subscriber, "4") == [*"01234"]
     assert hub.stats().backend.gaps == 0
+
+
+async def test_a_fill_that_is_larger_than_what_may_wait_for_a_loop(broker):
+    """All of it is in the history, so none of it is missed."""
+    tuning = dataclasses.replace(TUNING, max_pending=100_000)
+    history = History(size=1000)
+    hub = Broadcast(
+        backend=KeepingBus(broker), history=history, tuning=tuning, max_buffer=10_000_000
+    )
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
+        await hub.publish("room", "before")
+        broker.kill()
+        for number in range(500):
+            broker.keep(kept(f"{number:01000}")._replace(history=history))
+        broker.up = True
+        await until(lambda: hub.stats().backend.state == "connected")
+        await hub.publish("room", "after")
+        got = await take_all(subscriber, "after")
+    assert got == ["before", *(f"{number:01000}" for number in range(500)), "after"]
