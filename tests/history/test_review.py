@@ -110,3 +110,23 @@ async def test_a_fill_that_is_larger_than_what_may_wait_for_a_loop(broker):
         await hub.publish("room", "after")
         got = await take_all(subscriber, "after")
     assert got == ["before", *(f"{number:01000}" for number in range(500)), "after"]
+
+
+async def test_members_that_read_the_same_share_it_also_if_the_first_read_is_too_old(broker):
+    hub = Broadcast(backend=SlowBus(broker), history=HISTORY, tuning=TUNING)
+    async with hub, hub.subscribe("room") as first:
+        ids = [await hub.publish("room", str(n)) for n in range(3)]
+        await take(first, 3)
+
+        async def resume() -> list[object]:
+            async with hub.subscribe("room", since=ids[0]) as subscriber:
+                return await take(subscriber, 3)
+
+        before = len(broker.asked("read_kept"))
+        early = asyncio.create_task(resume())
+        await asyncio.sleep(0.01)
+        await hub.publish("room", "3")
+        await take(first, 1)
+        results = await asyncio.gather(*(resume() for _ in range(50)), early)
+        assert all(result == [*"123"] for result in results)
+        assert len(broker.asked("read_kept")) <= before + 3
