@@ -195,11 +195,17 @@ class Tracks:
         track = self._tracks.get(channel)
         if track is None:
             return
-        if track.filling is not None:  # it may have read before the caller asked
-            await asyncio.wait([track.filling])
+        # What is under way may have read before the caller asked. The caller does not wait longer.
+        seconds = self._tuning.publish_timeout
+        if track.filling is not None:
+            await asyncio.wait([track.filling], timeout=seconds)
         self._fill(session, channel, track)
         if track.filling is not None:
-            await asyncio.wait([track.filling])
+            await asyncio.wait([track.filling], timeout=seconds)
+
+    def _all(self) -> list[tuple[str, Track]]:
+        with self._lock:  # other threads forget some
+            return list(self._tracks.items())
 
     def _fill(self, session: Session, channel: str, track: Track) -> None:
         if track.filling is None:

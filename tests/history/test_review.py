@@ -130,3 +130,19 @@ async def test_members_that_read_the_same_share_it_also_if_the_first_read_is_too
         results = await asyncio.gather(*(resume() for _ in range(50)), early)
         assert all(result == [*"123"] for result in results)
         assert len(broker.asked("read_kept")) <= before + 3
+
+
+async def test_who_waits_in_vain_for_a_history_leaves_no_task(hub, broker):
+    async with hub.subscribe("room"):
+        await hub.publish("room", "0")
+        broker.dropped, broker.unreadable = 1, 10**6
+        await hub.publish("room", "1")
+        await hub.publish("room", "2")
+        tasks = len(starcast_tasks())
+        ahead = str(broker.keep(kept("3"))).partition("-")[0] + "-999"
+        for _ in range(3):
+            with pytest.raises(BackendUnavailable):
+                async with hub.subscribe("room", since=ahead):
+                    pass
+        await until(lambda: len(starcast_tasks()) <= tasks, 3)
+        broker.unreadable = 0
