@@ -174,7 +174,7 @@ class Tracks:
 
     def resume(self, session: Session) -> None:
         """Fill all channels, after an outage."""
-        for channel, track in list(self._tracks.items()):
+        for channel, track in self._all():
             track.filling = None  # its task ended with its session, or with the event loop of that
             if channel in self.positions:
                 self._fill(session, channel, track)
@@ -277,7 +277,7 @@ class Tracks:
         while True:
             await asyncio.sleep(interval / 2)
             limit = time.monotonic() - interval
-            silent = [channel for channel, it in self._tracks.items() if it.heard_at <= limit]
+            silent = [channel for channel, it in self._all() if it.heard_at <= limit]
             for start in range(0, len(silent), AT_ONCE):
                 some = silent[start : start + AT_ONCE]
                 await asyncio.gather(

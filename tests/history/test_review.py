@@ -146,3 +146,31 @@ async def test_who_waits_in_vain_for_a_history_leaves_no_task(hub, broker):
                     pass
         await until(lambda: len(starcast_tasks()) <= tasks, 3)
         broker.unreadable = 0
+
+
+async def test_channels_come_and_go_on_another_loop_while_positions_are_checked(
+    broker, other: OtherLoop, monkeypatch
+):
+    tuning = dataclasses.replace(TUNING, position_interval=0.002)
+    hub = Broadcast(backend=KeepingBus(broker), history=HISTORY, tuning=tuning)
+    interval = sys.getswitchinterval()
+    async with hub, contextlib.AsyncExitStack() as stack:
+        for number in range(1000):
+            await stack.enter_async_context(hub.subscribe(f"room{number}"))
+
+        async def come_and_go() -> None:
+            for number in range(300):
+                subscriber = hub.subscribe(f"room x{number}")
+                entering = asyncio.create_task(subscriber.__aenter__())
+                await asyncio.sleep(0.0005)
+                entering.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await entering
+                    await subscriber.__aexit__()
+
+        sys.setswitchinterval(1e-5)
+        try:
+            await asyncio.to_thread(other.run, come_and_go())
+        finally:
+            sys.setswitchinterval(interval)
+        assert hub.stats().backend.error is None
