@@ -36,7 +36,13 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function epoch_of(meta, stream, new, server, known_epoch, known_offset)
     local was = redis.call('HMGET', meta, 'epoch', 'server', 'offset')
     local is_behind = was[1] == known_epoch and tonumber(was[3] or '0') < tonumber(known_offset)
-    if was[1] and was[2] == server and not is_behind then return was[1] end
+    local run, kept = string.match(server, '^(.-)(%+?)$')
+    local was_run, was_kept = string.match(was[2] or '', '^(.-)(%+?)$')
+    local is_same = run == was_run or (kept == '+' and was_kept == '+')
+    if was[1] and is_same and not is_behind then
+        if was[2] ~= server then redis.call('HSET', meta, 'server', server) end
+        return was[1]
+    end
     redis.call('DEL', stream, meta)
     redis.call('HSET', meta, 'epoch', new, 'server', server)
     return new
@@ -147,10 +153,11 @@ def _known(position: Position | None) -> tuple[str, str]:
 def server_of(info: bytes) -> str:
     """Return what names a server in the keys of a channel, from the answer to INFO.
 
-    It is another one once the server was started anew, unless it keeps what was written to it.
+    It is another one once the server was started anew. A `+` says that it keeps what is written to
+    it: what was written by a server with a `+` is still there if there is one now.
     """
     found = dict(line.partition(":")[::2] for line in info.decode(errors="replace").splitlines())
-    return "kept" if found.get("aof_enabled") == "1" else found.get("run_id", "unknown")
+    return found.get("run_id", "unknown") + "+" * (found.get("aof_enabled") == "1")
 
 
 class Call(NamedTuple):

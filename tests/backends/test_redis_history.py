@@ -175,6 +175,18 @@ async def test_a_hub_that_knows_more_than_the_server(server):
         assert (await subscriber.get()).message == "newer"
 
 
+async def test_a_server_that_begins_to_keep_what_is_written_to_it():
+    """What hubs have asked it before still holds: they do not take turns in emptying histories."""
+    with RedisServer() as server:
+        async with Broadcast(server.url, name="both", history=History()) as before:
+            ids = [await before.publish("room", "0")]
+            server.command("CONFIG", "SET", "appendonly", "yes")
+            async with Broadcast(server.url, name="both", history=History()) as after:
+                for hub in (after, before, after):
+                    ids.append(await hub.publish("room", "text"))
+                assert [event.id for event in (await after.history("room")).events] == ids
+
+
 def user(server: RedisServer, name: str, *rules: str) -> str:
     server.command("ACL", "SETUSER", name, "on", ">secret", *rules)
     return server.url.replace("redis://", f"redis://{name}:secret@")
