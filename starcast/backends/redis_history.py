@@ -102,7 +102,9 @@ local stream, meta = KEYS[1], KEYS[2]
 local since, limit, reverse, ttl, meta_ttl = unpack(ARGV)
 local epoch = epoch_of(meta, stream, ARGV[6], ARGV[7], ARGV[8], ARGV[9])
 local offset = tonumber(redis.call('HGET', meta, 'offset') or '0')
-if redis.call('PTTL', meta) < 0 then redis.call('PEXPIRE', meta, meta_ttl) end
+-- It lives as long as somebody asks, but not much longer if nothing was ever published.
+if offset == 0 then meta_ttl = math.min(meta_ttl, ttl + 600000) end
+if redis.call('PTTL', meta) < meta_ttl / 2 then redis.call('PEXPIRE', meta, integer(meta_ttl)) end
 local first = expire(stream, tonumber(ttl))
 first = first and tonumber(string.match(first[1], '^(%d+)'))
 since = tonumber(since)
