@@ -87,6 +87,7 @@ class Hub:
             self._reopen,
             settings.histories,
             registry.positions,
+            registry.is_behind,
         )
         named = NamedBackend(backend, name)
         return Link(named, self.lock, owner, settings.tuning, settings.probe_interval)

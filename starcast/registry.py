@@ -304,6 +304,11 @@ class Registry:
         self.journal.message("received %d bytes for %r from the broker", event)
         return all_had_space
 
+    def is_behind(self) -> bool:
+        """Whether a loop has half of what may wait for it to deliver, and misses nothing yet."""
+        queues = [shard.queue for shard in list(self.shards.values()) if shard not in self._missed]
+        return any(queue.size > queue.bound // 2 for queue in queues)
+
     def _end_missed(self, missed: Missed) -> None:
         del self._missed[missed.shard]
         self._on_missed(missed)

@@ -231,7 +231,9 @@ class Reader:
             return await self._link.read(channel, since, limit, reverse)
         reads = self._shared_here().reads
         key = channel, since, limit, reverse
-        if (reading := reads.get(key)) is not None:
+        for _ in range(2):  # the second one has begun after the caller has joined
+            if (reading := reads.get(key)) is None:
+                break
             with contextlib.suppress(BackendUnavailable):
                 stored = await asyncio.shield(reading)
                 if not _is_ahead(here, stored.position):

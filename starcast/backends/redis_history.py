@@ -36,7 +36,13 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function epoch_of(meta, stream, new, server, known_epoch, known_offset)
     local was = redis.call('HMGET', meta, 'epoch', 'server', 'offset')
     local is_behind = was[1] == known_epoch and tonumber(was[3] or '0') < tonumber(known_offset)
-    if was[1] and was[2] == server and not is_behind then return was[1] end
+    local run, kept = string.match(server, '^(.-)(%+?)$')
+    local was_run, was_kept = string.match(was[2] or '', '^(.-)(%+?)$')
+    local is_same = run == was_run or (kept == '+' and was_kept == '+')
+    if was[1] and is_same and not is_behind then
+        if was[2] ~= server then redis.call('HSET', meta, 'server', server) end
+        return was[1]
+    end
     redis.call('DEL', stream, meta)
     redis.call('HSET', meta, 'epoch', new, 'server', server)
     return new
@@ -88,7 +94,6 @@ return id
 # ARGV: the offset to begin after (or before), or an empty string; how many; "1" for the newest
 # first; the times to live of messages and of the hash; a new epoch, the server, a known epoch and
 # its offset.
-# A channel that is only read is not forgotten: that is put off once an hour.
 # Returns the id of the newest message, whether everything after that offset is there, the messages.
 _READ = (
     _COMMON
@@ -97,7 +102,9 @@ local stream, meta = KEYS[1], KEYS[2]
 local since, limit, reverse, ttl, meta_ttl = unpack(ARGV)
 local epoch = epoch_of(meta, stream, ARGV[6], ARGV[7], ARGV[8], ARGV[9])
 local offset = tonumber(redis.call('HGET', meta, 'offset') or '0')
-if redis.call('PTTL', meta) < meta_ttl - 3600000 then redis.call('PEXPIRE', meta, meta_ttl) end
+-- It lives as long as somebody asks, but not much longer if nothing was ever published.
+if offset == 0 then meta_ttl = math.min(meta_ttl, ttl + 600000) end
+if redis.call('PTTL', meta) < meta_ttl / 2 then redis.call('PEXPIRE', meta, integer(meta_ttl)) end
 local first = expire(stream, tonumber(ttl))
 first = first and tonumber(string.match(first[1], '^(%d+)'))
 since = tonumber(since)
@@ -148,10 +155,11 @@ def _known(position: Position | None) -> tuple[str, str]:
 def server_of(info: bytes) -> str:
     """Return what names a server in the keys of a channel, from the answer to INFO.
 
-    It is another one once the server was started anew, unless it keeps what was written to it.
+    It is another one once the server was started anew. A `+` says that it keeps what is written to
+    it: what was written by a server with a `+` is still there if there is one now.
     """
     found = dict(line.partition(":")[::2] for line in info.decode(errors="replace").splitlines())
-    return "kept" if found.get("aof_enabled") == "1" else found.get("run_id", "unknown")
+    return found.get("run_id", "unknown") + "+" * (found.get("aof_enabled") == "1")
 
 
 class Call(NamedTuple):

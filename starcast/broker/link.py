@@ -69,6 +69,7 @@ class Owner:
         histories: Which channels have a history.
         positions: The place that the clients of this process have reached on each of these. Guarded
             by the hub's lock; `deliver` sets it.
+        is_behind: Returns whether an event loop has much to deliver: what can wait should wait.
         reopen: Starts the link on this event loop, if the hub is open and the link has ended.
     """
 
@@ -78,6 +79,7 @@ class Owner:
     reopen: Callable[[], Coroutine[Any, Any, None]]
     histories: Histories
     positions: dict[str, Position]
+    is_behind: Callable[[], bool]
 
 
 class Link:
@@ -120,6 +122,7 @@ class Link:
             owner.positions,
             self._receive,
             owner.on_gap,
+            owner.is_behind,
         )
         self._subscriptions = Subscriptions(lock, self._health, tuning, tracks, owner.on_gap)
         self._parts = Parts(

@@ -214,11 +214,14 @@ class Session:
         async def answer_it() -> None:
             try:
                 results.append(await work())
-                answer.set()
             except Exception as exc:
                 answer.fail(logs.describe(exc))
-            finally:
-                answer.fail(LOST)  # if it was cancelled
+            except BaseException:
+                answer.fail(LOST)
+                raise
+            else:
+                # And nothing after it: on another loop, it is not seen at once that this is set.
+                answer.set()
 
         def begin() -> None:
             if self._closing:

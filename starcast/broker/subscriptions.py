@@ -245,6 +245,8 @@ class Subscriptions:
         try:
             await session.connection.subscribe(channel)
             await self._tracks.start(session, channel)
+            while not self._confirm(session, channel):
+                await self._tracks.start(session, channel)
         except Exception as exc:
             why = logs.describe(exc)
         is_held = False
@@ -252,8 +254,6 @@ class Subscriptions:
         with self._lock:
             if session is not self._session:
                 return False  # and this is not reported: the next session may be in time
-            if not why:
-                self._confirmed.add(channel)
             if subscription := self._wanted.get(channel):
                 is_held = subscription.count > len(subscription.waiting)
                 if why or session.ready:
@@ -270,6 +270,18 @@ class Subscriptions:
             else:
                 ack.set()
         return not why
+
+    def _confirm(self, session: Session, channel: str) -> bool:
+        """Note that it is subscribed to; False if it was released and acquired again meanwhile.
+
+        Then its position is not known any more.
+        """
+        with self._lock:
+            if channel in self._wanted and not self._tracks.has_started(channel):
+                return False
+            if session is self._session:
+                self._confirmed.add(channel)
+            return True
 
     def restored(self, channel: str) -> None:
         """The broker delivers a channel. If it was refused until now, report the gap.

@@ -37,6 +37,9 @@ logger = logging.getLogger("starcast")
 # Messages that are read from the broker at once.
 PAGE = 1000
 
+# Seconds between two looks at event loops that have much to deliver.
+PAUSE = 0.001
+
 # Channels whose positions are asked for at once.
 AT_ONCE = 100
 
@@ -86,6 +89,7 @@ class Tracks:
         positions: The positions of this process. Guarded by the lock.
         receive: Called with a channel, a payload and a position: delivers the message.
         on_gap: Called with the gap of a channel.
+        is_behind: Returns whether an event loop has so much to deliver that a fill should wait.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Tracks:
         positions: dict[str, Position],
         receive: Callable[[str, bytes, Position | None], None],
         on_gap: Callable[[Gap], None],
+        is_behind: Callable[[], bool],
     ) -> None:
         self._lock = lock
         self._health = health
@@ -105,6 +110,7 @@ class Tracks:
         self.positions = positions
         self._receive = receive
         self._on_gap = on_gap
+        self._is_behind = is_behind
         self._tracks: dict[str, Track] = {}
         self._limit = LogLimit()
 
@@ -134,13 +140,17 @@ class Tracks:
         connection = cast(HistoryConnection, session.connection)
         return await connection.read_kept(channel, history, since, limit, reverse, known)
 
+    def has_started(self, channel: str) -> bool:
+        """Whether it is known where the channel is, if it has a history."""
+        return channel in self.positions or self.histories.find(channel) is None
+
     async def start(self, session: Session, channel: str) -> None:
         """Note where the channel is, if that is not known. It is subscribed to.
 
         Raises:
             Exception: The broker did not say.
         """
-        if self.histories.find(channel) is None or channel in self.positions:
+        if self.has_started(channel):
             return
         track = Track()
         with self._lock:
@@ -192,7 +202,7 @@ class Tracks:
 
     def resume(self, session: Session) -> None:
         """Fill all channels, after an outage."""
-        for channel, track in list(self._tracks.items()):
+        for channel, track in self._all():
             track.filling = None  # its task ended with its session, or with the event loop of that
             if channel in self.positions:
                 self._fill(session, channel, track)
@@ -204,7 +214,8 @@ class Tracks:
         track = self._tracks.get(channel)
         if track is None or channel not in self.positions:
             return False
-        self._fill(session, channel, track)
+        if session.ready:  # if not, `resume` is still to come
+            self._fill(session, channel, track)
         return True
 
     async def catch_up(self, session: Session, channel: str) -> None:
@@ -212,11 +223,17 @@ class Tracks:
         track = self._tracks.get(channel)
         if track is None:
             return
-        if track.filling is not None:  # it may have read before the caller asked
-            await asyncio.wait([track.filling])
+        # What is under way may have read before the caller asked. The caller does not wait longer.
+        seconds = self._tuning.publish_timeout
+        if track.filling is not None:
+            await asyncio.wait([track.filling], timeout=seconds)
         self._fill(session, channel, track)
         if track.filling is not None:
-            await asyncio.wait([track.filling])
+            await asyncio.wait([track.filling], timeout=seconds)
+
+    def _all(self) -> list[tuple[str, Track]]:
+        with self._lock:  # other threads forget some
+            return list(self._tracks.items())
 
     def _fill(self, session: Session, channel: str, track: Track) -> None:
         if track.filling is None:
@@ -257,12 +274,16 @@ class Tracks:
         lost = stored.position.epoch != here.epoch or not self._is_complete(channel, stored, since)
         if lost:
             if stored.position.epoch != here.epoch:
-                here = Position(stored.position.epoch, 0)
                 stored = await self.read(session, channel, None, PAGE)
                 if self._tracks.get(channel) is not track:
                     return True
             self._tell_gap(channel, since)
+        end = time.monotonic() + self._tuning.publish_timeout
         for offset, payload in stored.messages:
+            while self._is_behind() and time.monotonic() < end:
+                await asyncio.sleep(PAUSE)
+                if self._tracks.get(channel) is not track:
+                    return True
             self._receive(channel, payload, Position(stored.position.epoch, offset))
         is_all = len(stored.messages) < PAGE
         if is_all:
@@ -299,7 +320,7 @@ class Tracks:
         while True:
             await asyncio.sleep(interval / 2)
             limit = time.monotonic() - interval
-            silent = [channel for channel, it in self._tracks.items() if it.heard_at <= limit]
+            silent = [channel for channel, it in self._all() if it.heard_at <= limit]
             for start in range(0, len(silent), AT_ONCE):
                 some = silent[start : start + AT_ONCE]
                 await asyncio.gather(

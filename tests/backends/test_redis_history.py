@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from backends.redis_server import RedisServer
-from starcast import BackendUnavailable, Broadcast, Gap, History, Publisher
+from starcast import BackendUnavailable, Broadcast, Gap, History, Publisher, Tuning
 from starcast.backends.redis import RedisBackend
 from support import DEADLINE, until, until_sync
 
@@ -73,6 +73,31 @@ async def test_messages_expire(server):
             pytest.fail("no message has expired")
         async with hub.subscribe("room", since=old) as subscriber:
             assert not subscriber.resumed.recovered
+
+
+async def test_a_quiet_channel_keeps_its_position_while_it_has_members(server, monkeypatch):
+    monkeypatch.setattr("starcast.backends.redis_history.POSITION_TTL", 0.4)
+    tuning = Tuning(position_interval=0.1)
+    async with (
+        Broadcast(server.url, history=History(ttl=0.2), tuning=tuning) as hub,
+        hub.subscribe("room", gaps=True) as subscriber,
+    ):
+        await hub.publish("room", "0")
+        await asyncio.sleep(1.5)
+        await hub.publish("room", "1")
+        assert [(await subscriber.get()).id[-2:] for _ in range(2)] == ["-1", "-2"]
+    assert hub.stats().backend.gaps == 0
+
+
+async def test_a_channel_that_was_only_asked_for_is_soon_forgotten(server):
+    """Clients may ask for any number of channels."""
+    async with Broadcast(server.url, history=History(ttl=60)) as hub:
+        await hub.history("room")
+        position = "starcast:history:{default:room}:position"
+        assert 0 < server.command("PTTL", position) <= 660_000
+        await hub.publish("room", "text")
+        await hub.history("room")
+        assert server.command("PTTL", position) > 86_000_000
 
 
 @pytest.mark.parametrize("name", ["}", "{x}", "%7D", "a}b", "{}", "🎈 '\"", "x" * 200])
@@ -183,6 +208,18 @@ async def test_a_hub_that_knows_more_than_the_server(server):
         await hub.publish("room", "newer")  # it is the third, and the second is nowhere
         assert isinstance(await subscriber.get(), Gap)
         assert (await subscriber.get()).message == "newer"
+
+
+async def test_a_server_that_begins_to_keep_what_is_written_to_it():
+    """What hubs have asked it before still holds: they do not take turns in emptying histories."""
+    with RedisServer() as server:
+        async with Broadcast(server.url, name="both", history=History()) as before:
+            ids = [await before.publish("room", "0")]
+            server.command("CONFIG", "SET", "appendonly", "yes")
+            async with Broadcast(server.url, name="both", history=History()) as after:
+                for hub in (after, before, after):
+                    ids.append(await hub.publish("room", "text"))
+                assert [event.id for event in (await after.history("room")).events] == ids
 
 
 def user(server: RedisServer, name: str, *rules: str) -> str:

@@ -1,0 +1,176 @@
+"""Tests of what a review has found."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import sys
+
+import pytest
+
+from history.conftest import HISTORY
+from history.keeping import TUNING, KeepingBus
+from history.test_tracks import CHANNEL, kept, take, take_all
+from starcast import BackendUnavailable, Broadcast, Gap, History
+from support import OtherLoop, Peer, joined, starcast_tasks, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_member_of_another_loop_gets_its_past(hub, other: OtherLoop):
+    """That is not the one of the connection to the broker."""
+    ids = [await hub.publish("room", str(n)) for n in range(3)]
+
+    async def resume() -> list[object]:
+        async with hub.subscribe("room", since=ids[0]) as subscriber:
+            return await take(subscriber, 2)
+
+    for _ in range(20):
+        assert await asyncio.to_thread(other.run, resume()) == ["1", "2"]
+
+
+async def test_a_channel_released_and_acquired_while_its_position_is_asked_for(broker):
+    async def subscribe(connection, channel, proceed):
+        await proceed()
+        if channel == CHANNEL:
+            broker.open.clear()  # so that the read suspends
+
+    backend = KeepingBus(broker, on_subscribe=subscribe)
+    async with Broadcast(backend=backend, history=HISTORY, tuning=TUNING) as hub:
+        first = asyncio.create_task(hub.subscribe("room").__aenter__())
+        await until(lambda: broker.stalled)
+        first.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await first
+        entering = asyncio.create_task(hub.subscribe("room").__aenter__())
+        await asyncio.sleep(0.01)
+        broker.open.set()
+        second = await entering
+        assert second.resumed is not None
+        await hub.publish("room", "text")
+        assert await take(second, 1) == ["text"]
+        await second.__aexit__()
+        await until(lambda: hub.stats().backend.channels == 0)
+    assert not hub._hub.registry.positions
+    assert not hub._hub.link._tracks._tracks
+
+
+class SlowBus(KeepingBus):
+    """Its reads take a moment."""
+
+    async def connect(self, deliver, lost):
+        connection = await super().connect(deliver, lost)
+        read = connection.read_kept
+
+        async def read_kept(*arguments):
+            stored = await read(*arguments)
+            await asyncio.sleep(0.02)
+            return stored
+
+        connection.read_kept = read_kept
+        return connection
+
+
+async def test_a_refused_channel_that_is_restored_by_a_new_session_is_filled_once(broker):
+    async with (
+        Broadcast(backend=SlowBus(broker), history=HISTORY, tuning=TUNING) as hub,
+        hub.subscribe("room", gaps=True) as subscriber,
+    ):
+        await hub.publish("room", "0")
+        broker.refused.add(CHANNEL)
+        broker.restart()
+        await until(lambda: hub.stats().backend.refused == 1)
+        for number in range(1, 4):
+            broker.keep(kept(str(number)))
+        broker.kill()
+        broker.refused.clear()
+        broker.up = True
+        await until(lambda: hub.stats().backend.refused == 0)
+        await until(lambda: hub.stats().backend.state == "connected")
+        await hub.publish("room", "4")
+        assert await take_all(subscriber, "4") == [*"01234"]
+    assert hub.stats().backend.gaps == 0
+
+
+async def test_a_fill_that_is_larger_than_what_may_wait_for_a_loop(broker):
+    """All of it is in the history, so none of it is missed."""
+    tuning = dataclasses.replace(TUNING, max_pending=100_000)
+    history = History(size=1000)
+    hub = Broadcast(
+        backend=KeepingBus(broker), history=history, tuning=tuning, max_buffer=10_000_000
+    )
+    async with hub, hub.subscribe("room", gaps=True) as subscriber:
+        await hub.publish("room", "before")
+        broker.kill()
+        for number in range(500):
+            broker.keep(kept(f"{number:01000}")._replace(history=history))
+        broker.up = True
+        await until(lambda: hub.stats().backend.state == "connected")
+        await hub.publish("room", "after")
+        got = await take_all(subscriber, "after")
+    assert got == ["before", *(f"{number:01000}" for number in range(500)), "after"]
+
+
+async def test_members_that_read_the_same_share_it_also_if_the_first_read_is_too_old(broker):
+    hub = Broadcast(backend=SlowBus(broker), history=HISTORY, tuning=TUNING)
+    async with hub, hub.subscribe("room") as first:
+        ids = [await hub.publish("room", str(n)) for n in range(3)]
+        await take(first, 3)
+
+        async def resume() -> list[object]:
+            async with hub.subscribe("room", since=ids[0]) as subscriber:
+                return await take(subscriber, 3)
+
+        before = len(broker.asked("read_kept"))
+        early = asyncio.create_task(resume())
+        await asyncio.sleep(0.01)
+        await hub.publish("room", "3")
+        await take(first, 1)
+        results = await asyncio.gather(*(resume() for _ in range(50)), early)
+        assert all(result == [*"123"] for result in results)
+        assert len(broker.asked("read_kept")) <= before + 3
+
+
+async def test_who_waits_in_vain_for_a_history_leaves_no_task(hub, broker):
+    async with hub.subscribe("room"):
+        await hub.publish("room", "0")
+        broker.dropped, broker.unreadable = 1, 10**6
+        await hub.publish("room", "1")
+        await hub.publish("room", "2")
+        tasks = len(starcast_tasks())
+        ahead = str(broker.keep(kept("3"))).partition("-")[0] + "-999"
+        for _ in range(3):
+            with pytest.raises(BackendUnavailable):
+                async with hub.subscribe("room", since=ahead):
+                    pass
+        await until(lambda: len(starcast_tasks()) <= tasks, 3)
+        broker.unreadable = 0
+
+
+async def test_channels_come_and_go_on_another_loop_while_positions_are_checked(
+    broker, other: OtherLoop, monkeypatch
+):
+    tuning = dataclasses.replace(TUNING, position_interval=0.002)
+    hub = Broadcast(backend=KeepingBus(broker), history=HISTORY, tuning=tuning)
+    interval = sys.getswitchinterval()
+    async with hub, contextlib.AsyncExitStack() as stack:
+        for number in range(1000):
+            await stack.enter_async_context(hub.subscribe(f"room{number}"))
+
+        async def come_and_go() -> None:
+            for number in range(300):
+                subscriber = hub.subscribe(f"room x{number}")
+                entering = asyncio.create_task(subscriber.__aenter__())
+                await asyncio.sleep(0.0005)
+                entering.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await entering
+                    await subscriber.__aexit__()
+
+        sys.setswitchinterval(1e-5)
+        try:
+            await asyncio.to_thread(other.run, come_and_go())
+        finally:
+            sys.setswitchinterval(interval)
+        assert hub.stats().backend.error is None
