@@ -12,8 +12,8 @@ import pytest
 from history.conftest import HISTORY
 from history.keeping import TUNING, KeepingBus
 from history.test_tracks import CHANNEL, kept, take, take_all
-from starcast import BackendUnavailable, Broadcast, Gap, History
-from support import OtherLoop, Peer, joined, starcast_tasks, until
+from starcast import BackendUnavailable, Broadcast, History
+from support import OtherLoop, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
