@@ -99,9 +99,11 @@ def running(script: str, url: str, folder: Path) -> Iterator[Shell]:
 async def receive(client: websockets.ClientConnection, kind: str) -> dict[str, str]:
     async with asyncio.timeout(DEADLINE):
         while True:
-            message: dict[str, str] = json.loads(await client.recv())
-            if message["type"] == kind:
-                return message
+            content = json.loads(await client.recv())
+            if "data" in content:  # the first object has none
+                message: dict[str, str] = json.loads(content["data"])
+                if message["type"] == kind:
+                    return message
 
 
 async def say(client: websockets.ClientConnection, text: str) -> None:
