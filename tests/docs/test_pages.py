@@ -89,6 +89,72 @@ async def test_the_page_of_the_tutorial(serve, browser, tmp_path):
         await second.stop()
 
 
+async def lines(page):
+    return await page.locator("li").all_text_contents()
+
+
+async def test_the_page_of_the_tutorial_misses_nothing(serve, browser, tmp_path):
+    save(6, tmp_path)
+    chat = program(tmp_path / "chat.py")
+    server = await serve(chat.app)
+    ann, ben = [
+        await tab(browser, f"http://127.0.0.1:{server.port}/?room=tea&name={name}")
+        for name in ("Ann", "Ben")
+    ]
+
+    async def say(page, text):
+        await page.fill("input", text)
+        await page.press("input", "Enter")
+
+    await shows(ann, "#here", "Ann, Ben")
+    await say(ann, "hello <b>")
+    await shows(ben, "li", "Ann: hello <b>")
+    await ann.context.set_offline(True)
+    await ann.evaluate("socket.close()")
+    await shows(ann, "#status", "Next try in")
+    await shows(ben, "#here", "Ben")
+    await say(ben, "one")
+    await say(ben, "two")
+    await shows(ben, "li:last-child", "two")
+    await say(ann, "three")
+    await shows(ann, "#unsent", "Not sent yet: 1.")
+    await ann.context.set_offline(False)
+    said = ["Ann: hello <b>", "Ben: one", "Ben: two", "Ann: three"]
+    for page in (ann, ben):
+        await shows(page, "li:last-child", "three")
+        assert await lines(page) == said
+    await ann.wait_for_function("document.querySelector('#unsent').textContent === ''")
+
+    # What the server has already, and has not confirmed, appears once.
+    await ann.evaluate("socket.onmessage = () => {}")
+    await say(ann, "four")
+    await shows(ben, "li:last-child", "four")
+    await ann.evaluate("socket.close()")
+    await shows(ann, "li:last-child", "four")
+    await ann.wait_for_function("document.querySelector('#unsent').textContent === ''")
+    await say(ann, "five")
+    await shows(ben, "li:last-child", "five")
+    assert await lines(ben) == [*said, "Ann: four", "Ann: five"]
+    await shows(ann, "li:last-child", "five")
+    assert await lines(ann) == await lines(ben)
+
+    # A server that was started anew has lost its history.
+    await server.stop()
+    await shows(ann, "#status", "Next try in")
+    for number in range(21):
+        await say(ann, f"kept {number}")
+    assert await ann.input_value("input") == "kept 20"  # neither lost nor sent
+    second = again(program(tmp_path / "chat.py").app, server)
+    try:
+        await second.start()
+        for page in (ann, ben):
+            await shows(page, "ul", "Some messages may be missing here.")
+            await shows(page, "li:last-child", "Ann: kept 19")
+        assert ann.errors == ben.errors == []
+    finally:
+        await second.stop()
+
+
 async def test_a_page_that_reconnects(serve, browser):
     hub = Broadcast(refuse="close")
     heard = []
