@@ -15,7 +15,7 @@ from starlette.responses import FileResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
-from starcast import Broadcast, BroadcastEndpoint
+from starcast import Broadcast, BroadcastEndpoint, History
 from support import DEADLINE, Served, program, until
 from test_tutorial import save
 
@@ -238,6 +238,51 @@ async def test_a_page_stops_when_it_is_told_to(serve, browser):
     await page.wait_for_function("window.seen.length === 2")
     assert await page.evaluate("window.seen") == ["open", "closed"]
     await until(lambda: not hub.channels)
+
+
+async def test_a_page_that_resumes(serve, browser):
+    hub = Broadcast(history=History(size=5))
+    app = FastAPI()
+    app.mount("/live", hub.app(ids=True, history=2))
+    for name in ("reconnect.js", "resume.js"):
+        app.router.routes.append(
+            Route(f"/{name}", lambda request, name=name: FileResponse(EXAMPLES / name))
+        )
+    server = await serve(app)
+    await hub.publish("a", "before")
+    page = await tab(browser, f"http://127.0.0.1:{server.port}/docs-are-not-needed")
+    script = """async (port) => {
+      const { follow } = await import("/resume.js");
+      window.seen = [];
+      const see = (text) => window.seen.push(text);
+      window.live = follow(`ws://127.0.0.1:${port}/live/a`, see, () => see("(a hole)"));
+    }"""
+    await page.evaluate(script, server.port)
+    await page.wait_for_function("window.seen.length === 1")
+
+    async def be_away_during(*texts):
+        await page.context.set_offline(True)
+        (client,) = hub.clients()
+        await hub.close(client, 1012)
+        for text in texts:
+            await hub.publish("a", text)
+        await page.context.set_offline(False)
+
+    await be_away_during(*"12345")
+    await page.wait_for_function("window.seen.length === 6")
+    await be_away_during(*"abcdef")
+    await page.wait_for_function("window.seen.length === 9")
+    await be_away_during()
+    await until(lambda: len(hub) == 1)
+    await hub.publish("a", "after")
+    await page.wait_for_function("window.seen.at(-1) === 'after'")
+    assert await page.evaluate("window.seen") == [
+        *("before", *"12345"),
+        *("(a hole)", *"ef"),
+        "after",
+    ]
+    await page.evaluate("window.live.close()")
+    assert page.errors == []
 
 
 # The page of FastAPI's tutorial connects to localhost whatever address it was opened by.

@@ -95,7 +95,9 @@ async def test_history_since_an_id(room):
     past = await room.history("room", since=ids[8])
     assert (messages(past.events), past.complete) == (["9", "10", "11"], True)
     past = await room.history("room", since=ids[8], reverse=True, limit=3)
-    assert messages(past.events) == ["7", "6", "5"]
+    assert (messages(past.events), past.complete) == (["7", "6", "5"], True)
+    past = await room.history("room", since=ids[0], reverse=True)
+    assert (past.events, past.complete) == ([], True)
     past = await room.history("room", since=ids[0])  # the next one is not kept any more
     assert (messages(past.events), past.complete) == (list(map(str, range(2, 12))), False)
     past = await room.history("room", since=ids[1])
@@ -112,6 +114,8 @@ async def test_an_id_that_is_none_of_this_history(room, since):
     since = since.format(epoch=ids[0].partition("-")[0])
     past = await room.history("room", since=since)
     assert (messages(past.events), past.complete) == (["0", "1"], False)
+    past = await room.history("room", since=since, reverse=True)
+    assert (messages(past.events), past.complete) == (["1", "0"], False)
     async with room.subscribe("room", since=since) as subscriber:
         assert subscriber.resumed == Resumed(ids[-1], False)
         await publish(room, "live")
