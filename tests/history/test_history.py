@@ -202,6 +202,19 @@ async def test_who_was_excluded_does_not_get_it_from_the_past_either(room):
     await until(lambda: one.got == ["for both"])
 
 
+async def test_who_comes_back_is_no_longer_excluded(room):
+    """It is another connection."""
+    peer = Peer()
+    resumed = await room.connect(peer.websocket, "room")
+    await room.publish("room", "not for you", exclude=peer.websocket)
+    await publish(room, "for all")
+    await until(lambda: peer.got == ["for all"])
+    await room.disconnect(peer.websocket)
+    again = Peer()
+    await room.connect(again.websocket, "room", since=resumed.id)
+    await until(lambda: again.got == ["not for you", "for all"])
+
+
 async def test_a_publish_that_is_tried_again_is_published_once(room):
     async with room.subscribe("room") as subscriber:
         first = await room.publish("room", "one", idempotency_key="a")
