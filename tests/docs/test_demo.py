@@ -162,6 +162,7 @@ async def test_four_workers_are_one_room_also_after_an_outage(tmp_path):
         with running(script, "memory://", tmp_path) as server:
             server.wait(workers=4)
             await one_room(server)
+            await every_worker_knows_what_was_missed(server)
             await everybody_is_counted(server)
             await an_outage(server, broker)
             await one_room(server)
@@ -189,6 +190,21 @@ async def one_room(server: Shell) -> None:
                 assert any(first[n:] == past[: 120 - n] for n in range(60))
             for ticker in tickers:
                 assert len(json.loads(await ticker.recv())["values"]) == 1
+
+
+async def every_worker_knows_what_was_missed(server: Shell) -> None:
+    async with server.connect("/ws?room=tea") as jonas:
+        begin = json.loads(await jonas.recv())
+    async with server.connect("/ws?room=tea") as mira, contextlib.AsyncExitStack() as stack:
+        for number in range(5):
+            await say(mira, str(number))
+            await receive(mira, "message")
+        path = f"/ws?room=tea&last_event_id={begin['id']}"
+        clients = [await stack.enter_async_context(server.connect(path)) for _ in range(12)]
+        for client in clients:
+            assert json.loads(await client.recv())["recovered"]
+            heard = [(await receive(client, "message"))["text"] for _ in range(5)]
+            assert heard == [str(number) for number in range(5)]
 
 
 async def everybody_is_counted(server: Shell) -> None:

@@ -344,7 +344,7 @@ async def test_an_endpoint_and_a_mount_resume(serve):
 
 
 def test_what_an_endpoint_calls_history_is_a_number():
-    with pytest.raises(ConfigurationError, match=r"it belongs into Broadcast\(history=...\)"):
+    with pytest.raises(ConfigurationError, match=r"it belongs in Broadcast\(history=...\)"):
         type("Chat", (BroadcastEndpoint,), {"history": History()})
 
 

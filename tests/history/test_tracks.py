@@ -320,9 +320,7 @@ async def test_clients_that_come_back_at_once_share_a_read(hub, broker):
         await until(lambda: str(hub._hub.link.position("room")) == ids[-1])
         reads = len(broker.asked("read_kept"))
         peers = [Peer() for _ in range(50)]
-        await asyncio.gather(
-            *(hub.connect(peer.websocket, "room", since=ids[0]) for peer in peers)
-        )
+        await asyncio.gather(*(hub.connect(peer.websocket, "room", since=ids[0]) for peer in peers))
         assert len(broker.asked("read_kept")) == reads + 1
         for peer in peers:
             await until(lambda peer=peer: peer.got == [*"1234"])
