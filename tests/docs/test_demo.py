@@ -225,6 +225,8 @@ async def an_outage(server: Shell, broker: RedisServer) -> None:
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(server.connect("/ws")) for _ in range(8)]
         ticker = await stack.enter_async_context(server.connect("/live/ticker"))
+        for client in clients:
+            await receive(client, "welcome")  # it is on both of its channels
         broker.kill()
         for client in clients:
             assert (await receive(client, "broker"))["away"]

@@ -315,9 +315,9 @@ async def test_a_client_that_is_ahead_of_this_process(hub, broker):
 
 
 async def test_clients_that_come_back_at_once_share_a_read(hub, broker):
-    async with hub.subscribe("room"):
+    async with hub.subscribe("room") as subscriber:
         ids = [await hub.publish("room", str(number)) for number in range(5)]
-        await until(lambda: str(hub._hub.link.position("room")) == ids[-1])
+        await take(subscriber, 5)
         reads = len(broker.asked("read_kept"))
         peers = [Peer() for _ in range(50)]
         await asyncio.gather(*(hub.connect(peer.websocket, "room", since=ids[0]) for peer in peers))
