@@ -21,38 +21,50 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 
-from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, StarcastError
+from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, History, StarcastError
 
 MAX_NAME = 24  # characters; the page has the same limits
 MAX_TEXT = 500
+MAX_KEPT = 50  # messages of a room, for an hour
 FOLDER = Path(__file__).parent
 
 # A name for this process. Processes on different machines may have the same number.
 WORKER = f"{os.getpid()}-{secrets.token_hex(2)}"
 
-# After a broker outage, clients are closed; the page reconnects and says that messages may be
-# missing.
-hub = Broadcast(os.environ.get("STARCAST_URL", "memory://"), after_gap="close")
+# What is said in a room is kept for a while. After a broker outage, clients are closed; the page
+# reconnects, gets what it has missed, and says so if something could not be recovered.
+hub = Broadcast(
+    os.environ.get("STARCAST_URL", "memory://"),
+    after_gap="close",
+    history={"room:*": History(size=MAX_KEPT, ttl=3600)},
+)
 
 
 # The chat
 
 
 class Chat(BroadcastEndpoint):
-    """The chat, as a Starlette endpoint. There is one instance for each client."""
+    """The chat, as a Starlette endpoint. There is one instance for each client.
+
+    It has two channels: one for what is said, and one for what is not worth keeping.
+    """
 
     broadcast = hub
     encoding = "json"
+    history = MAX_KEPT  # for newcomers
+    ids = True
 
     def get_channel(self, websocket: WebSocket) -> str:
-        return "room:" + (websocket.query_params.get("room") or "lobby")
+        return "room:" + self.room
 
     async def on_connect(self, websocket: WebSocket) -> None:
         self.id = secrets.token_hex(8)
+        self.room = websocket.query_params.get("room") or "lobby"
         await super().on_connect(websocket)
+        await hub.connect(websocket, "here:" + self.room)
         welcome = {"type": "welcome", "id": self.id, "worker": WORKER, "away": broker_is_away()}
         await hub.send(welcome, to=websocket)
-        await publish_count(self.get_channel(websocket))
+        await publish_count(self.room)
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:
         match data:
@@ -62,7 +74,7 @@ class Chat(BroadcastEndpoint):
                 await self.publish_message(websocket, author, text)
             case {"type": "typing", "author": str(author)} if 0 < len(author) <= MAX_NAME:
                 typing = {"type": "typing", "id": self.id, "author": author}
-                hub.publish_nowait(self.get_channel(websocket), typing, exclude=websocket)
+                hub.publish_nowait("here:" + self.room, typing, exclude=websocket)
             case {"type": "ping"}:
                 await hub.send({"type": "pong", "time": datetime.now(UTC)}, to=websocket)
             case _:
@@ -84,7 +96,7 @@ class Chat(BroadcastEndpoint):
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         await super().on_disconnect(websocket, close_code)
-        await publish_count(self.get_channel(websocket))
+        await publish_count(self.room)
 
 
 # How many are here. Each worker publishes the number of its own clients, when it changes and once
@@ -92,13 +104,15 @@ class Chat(BroadcastEndpoint):
 
 
 def rooms() -> list[str]:
-    return [channel for channel in hub.channels if channel.startswith("room:")]
+    channels = [channel.partition(":") for channel in hub.channels]
+    return [room for kind, _, room in channels if kind == "here"]
 
 
-async def publish_count(channel: str) -> None:
-    here = {"type": "here", "worker": WORKER, "count": hub.channels.get(channel, 0)}
+async def publish_count(room: str) -> None:
+    count = hub.channels.get("here:" + room, 0)
+    here = {"type": "here", "worker": WORKER, "count": count}
     with contextlib.suppress(StarcastError):  # the next one is due in a second
-        await hub.publish(channel, here)
+        await hub.publish("here:" + room, here)
 
 
 async def publish_counts() -> None:
@@ -130,7 +144,7 @@ async def watch_broker() -> None:
 
 async def send_to_all(message: dict[str, Any]) -> None:
     """Send to this worker's clients without the broker, and without waiting for each in turn."""
-    clients = [websocket for room in rooms() for websocket in hub.clients(room)]
+    clients = [websocket for room in rooms() for websocket in hub.clients("here:" + room)]
     sends = [hub.send(message, to=websocket) for websocket in clients]
     await asyncio.gather(*sends, return_exceptions=True)  # some may be leaving
 

@@ -240,11 +240,12 @@ class Broadcast(Listening, Inspection):
                 if it is not recovered. The past is sent as fast as the client reads, and does not
                 count in its buffer.
             ids: Whether this client gets each message as a JSON object with the id, the channel and
-                the message, `{"id": ..., "channel": ..., "data": ...}`, in a text frame. Bytes are
-                in Base64, and `"encoding": "base64"` says so. On a channel with a history it first
-                gets `{"channel": ..., "id": ..., "recovered": ...}`: the position at which it
-                begins and, with `since`, whether nothing is missing. Only takes effect on a
-                client's first `connect`.
+                the message, `{"id": ..., "channel": ..., "data": ...}`, in a text frame. `data` is
+                the text that other clients get, so a message in JSON is JSON in a string. Bytes are
+                in Base64, and `"encoding": "base64"` says so. On a channel with a history the
+                client first gets `{"channel": ..., "id": ..., "recovered": ...}`: the id of the
+                channel's newest message and, with `since`, whether nothing is missing. Only takes
+                effect on a client's first `connect`.
 
         Returns:
             Where the client begins, and whether it has missed nothing since the event that it

@@ -112,7 +112,7 @@ class Resumed:
 def check_count(name: str, count: object) -> int:
     """Return a number of events, or raise `ConfigurationError`."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        hint = "; it belongs into Broadcast(history=...)" if isinstance(count, History) else ""
+        hint = "; it belongs in Broadcast(history=...)" if isinstance(count, History) else ""
         raise ConfigurationError(f"{name} is a number of events, not {count!r}{hint}")
     return count
 

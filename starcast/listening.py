@@ -96,7 +96,8 @@ class Listening:
                 channel of its `str()`.
             limit: How many events at most, 100 by default; 0 for the position alone.
             since: The id of an event: return those after it, or with `reverse` those before it. If
-                it is none of what the history has, all are looked at, and `complete` is False.
+                it is no id of this history, this is as if none was given, and the `complete` of
+                what is returned is False.
             reverse: Whether to begin with the newest event. By default, the oldest comes first.
 
         Raises:

@@ -41,7 +41,8 @@ class Past:
     Attributes:
         events: The events, in the order that was asked for.
         id: The id of the channel's newest event.
-        complete: Whether everything since the event that was named is still kept.
+        complete: Whether all events after the one that was named are still kept; always True if
+            none was named. In reverse: whether the id that was named is one of this history.
     """
 
     events: list[Event]
@@ -221,7 +222,7 @@ class Reader:
         if not known:
             stored = await self._link.read(channel, None, limit, reverse)
         events = self._events(channel, stored)
-        return Past(events, str(stored.position), known and bool(stored.complete))
+        return Past(events, str(stored.position), known and (reverse or bool(stored.complete)))
 
     async def _read(
         self, channel: str, since: int | None, limit: int, reverse: bool, here: Position

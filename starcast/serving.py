@@ -150,7 +150,7 @@ async def answer(
 
     Returns:
         Whether that is all. If not, raise the error: the app has a handler for it, or it is a bug,
-        for which the client has been closed with 1011 and which belongs into the server's log.
+        for which the client has been closed with 1011 and which belongs in the server's log.
     """
     if isinstance(exc, InvalidMessage):
         await reject(hub, websocket, exc)

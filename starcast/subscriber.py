@@ -263,6 +263,11 @@ class Subscriber(Iteration[Event]):
     It belongs to the event loop that entered the block. Only one task at a time may iterate, on
     that loop.
 
+    Attributes:
+        resumed: On a channel that has a history, a `Resumed`: where the subscriber begins, and
+            whether it has missed nothing since the event that it named. Otherwise, and outside of
+            the block, None.
+
     Raises:
         SubscriberLagged: On iteration, if the subscriber did not keep up and its policy is
             `"disconnect"`. It is raised after the buffered events, and the subscriber has been

@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
 from starcast import logs
-from support import OtherLoop, Peer, Served
+from support import OtherLoop, Peer, Served, program
 
 pytest_plugins = ["backends.servers"]
 
@@ -113,6 +115,12 @@ def missing(reason: str) -> None:
     if os.environ.get("CI_REQUIRE_BROWSER") == "1":
         pytest.fail(f"CI_REQUIRE_BROWSER is set and {reason}")
     pytest.skip(reason)
+
+
+@pytest.fixture
+def demo_app() -> Any:
+    """The demo, in whose rooms nothing has been said yet."""
+    return program(Path(__file__).parents[1] / "demo_app.py")
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 // Keeps a page connected. Waits longer after each failure, and keeps what cannot be sent yet.
+// `url` is where to connect, or a function that returns that each time.
 
 const FINAL = [1003, 1007, 1008, 1009]; // the server refuses this page, or what it sends
 const MAX_WAITING = 100; // messages
@@ -14,7 +15,7 @@ export function stayConnected(url, onMessage, onStatus = () => {}) {
   function connect() {
     clearTimeout(timer);
     openedAt = null;
-    socket = new WebSocket(url);
+    socket = new WebSocket(typeof url === "function" ? url() : url);
     socket.onopen = () => {
       openedAt = Date.now();
       onStatus("open");

@@ -263,6 +263,20 @@ def test_the_server_is_redis(server):
     assert redis.Redis(unix_socket_path=server.path).info("server")["run_id"]
 
 
+async def test_what_redis_cli_publishes_is_delivered_and_not_kept(server):
+    async with (
+        Broadcast(server.url, history=History()) as hub,
+        hub.subscribe("room") as subscriber,
+    ):
+        await hub.publish("room", "kept")
+        server.command("PUBLISH", "starcast:default:room", "not kept")
+        id = await hub.publish("room", "kept too")
+        got = [await subscriber.get() for _ in range(3)]
+        assert [event.message for event in got] == ["kept", "not kept", "kept too"]
+        assert (got[1].id, got[2].id) == (None, id)
+        assert len((await hub.history("room")).events) == 2
+
+
 async def test_a_publisher_keeps_too(server):
     history = History(size=5)
     publisher = Publisher(server.url, history=history)

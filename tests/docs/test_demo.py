@@ -99,9 +99,11 @@ def running(script: str, url: str, folder: Path) -> Iterator[Shell]:
 async def receive(client: websockets.ClientConnection, kind: str) -> dict[str, str]:
     async with asyncio.timeout(DEADLINE):
         while True:
-            message: dict[str, str] = json.loads(await client.recv())
-            if message["type"] == kind:
-                return message
+            content = json.loads(await client.recv())
+            if "data" in content:  # the first object has none
+                message: dict[str, str] = json.loads(content["data"])
+                if message["type"] == kind:
+                    return message
 
 
 async def say(client: websockets.ClientConnection, text: str) -> None:
@@ -160,6 +162,7 @@ async def test_four_workers_are_one_room_also_after_an_outage(tmp_path):
         with running(script, "memory://", tmp_path) as server:
             server.wait(workers=4)
             await one_room(server)
+            await every_worker_knows_what_was_missed(server)
             await everybody_is_counted(server)
             await an_outage(server, broker)
             await one_room(server)
@@ -189,6 +192,23 @@ async def one_room(server: Shell) -> None:
                 assert len(json.loads(await ticker.recv())["values"]) == 1
 
 
+async def every_worker_knows_what_was_missed(server: Shell) -> None:
+    async with server.connect("/ws?room=tea") as jonas:
+        begin = json.loads(await jonas.recv())
+    async with server.connect("/ws?room=tea") as mira:
+        for number in range(5):
+            await say(mira, str(number))
+            await receive(mira, "message")
+    workers = set()
+    for _ in range(12):
+        async with server.connect(f"/ws?room=tea&last_event_id={begin['id']}") as jonas:
+            assert json.loads(await jonas.recv())["recovered"]
+            heard = [(await receive(jonas, "message"))["text"] for _ in range(5)]
+            assert heard == [str(number) for number in range(5)]
+            workers.add((await receive(jonas, "welcome"))["worker"])
+    assert len(workers) > 1
+
+
 async def everybody_is_counted(server: Shell) -> None:
     """What the workers say adds up to how many are here."""
     async with contextlib.AsyncExitStack() as stack:
@@ -205,6 +225,8 @@ async def an_outage(server: Shell, broker: RedisServer) -> None:
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(server.connect("/ws")) for _ in range(8)]
         ticker = await stack.enter_async_context(server.connect("/live/ticker"))
+        for client in clients:
+            await receive(client, "welcome")  # it is on both of its channels
         broker.kill()
         for client in clients:
             assert (await receive(client, "broker"))["away"]

@@ -15,20 +15,26 @@ import pytest
 import websockets
 from starlette.testclient import TestClient
 
-import demo_app
 from starcast import BackendUnavailable, PublishQueueFull
 from support import DEADLINE, Peer, until
 
-PAGE = Path(demo_app.__file__).with_name("demo_page.html").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "demo_page.html").read_text()
 
 pytestmark = pytest.mark.anyio
+
+
+def unwrap(frame: str) -> dict:
+    """Return the message in a frame, or where the room is: clients get each with its id."""
+    content = json.loads(frame)
+    return json.loads(content["data"]) if "data" in content else {"type": "begin", **content}
 
 
 async def receive(client, kind: str) -> dict:
     """Return the next message of this type, past those of others."""
     async with asyncio.timeout(DEADLINE):
         while True:
-            message = json.loads(await client.recv())
+            message = unwrap(await client.recv())
             if message["type"] == kind:
                 return message
 
@@ -60,10 +66,10 @@ def tickers() -> list[asyncio.Task]:
 
 
 def test_the_file_is_short():
-    assert len(Path(demo_app.__file__).read_text().splitlines()) < 250
+    assert len((ROOT / "demo_app.py").read_text().splitlines()) < 250
 
 
-def test_the_page_is_served():
+def test_the_page_is_served(demo_app):
     response = TestClient(demo_app.app).get("/?room=tea")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -81,7 +87,7 @@ def test_the_server_on_the_page_is_a_program_that_works():
         assert ann.receive_text() == ben.receive_text() == "hello"
 
 
-def test_the_page_leads_to_the_tutorial():
+def test_the_page_leads_to_the_tutorial(demo_app):
     assert '<a href="tutorial">' in PAGE
     response = TestClient(demo_app.app).get("/tutorial")
     assert response.headers["content-type"].startswith("text/plain")
@@ -95,7 +101,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_makes_no_html_of_text():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
 
 
-def test_the_page_and_the_server_have_the_same_limits():
+def test_the_page_and_the_server_have_the_same_limits(demo_app):
     limits = set(map(int, re.findall(r'maxlength="(\d+)"', PAGE)))
     assert limits == {demo_app.MAX_NAME, demo_app.MAX_TEXT}
     assert f"const MAX_NAME = {demo_app.MAX_NAME};" in PAGE
@@ -105,7 +111,7 @@ def test_the_page_and_the_server_have_the_same_limits():
 # The rooms
 
 
-async def test_a_message_reaches_everybody_in_its_room_and_nobody_else(serve):
+async def test_a_message_reaches_everybody_in_its_room_and_nobody_else(serve, demo_app):
     server = await serve(demo_app.app)
     async with (
         server.connect("/ws?room=tea") as mira,
@@ -127,7 +133,7 @@ async def test_a_message_reaches_everybody_in_its_room_and_nobody_else(serve):
         assert (await receive(stranger, "message"))["text"] == "Only coffee here"
 
 
-async def test_without_a_room_it_is_the_lobby(serve):
+async def test_without_a_room_it_is_the_lobby(serve, demo_app):
     server = await serve(demo_app.app)
     async with (
         server.connect("/ws") as one,
@@ -140,7 +146,7 @@ async def test_without_a_room_it_is_the_lobby(serve):
         assert (await receive(three, "message"))["text"] == "hi"
 
 
-async def test_messages_of_one_client_keep_their_order(serve):
+async def test_messages_of_one_client_keep_their_order(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as one, server.connect("/ws") as two:
         await receive_count(one, 2)
@@ -151,7 +157,7 @@ async def test_messages_of_one_client_keep_their_order(serve):
             assert got == [str(number) for number in range(300)]
 
 
-async def test_joining_and_leaving_is_told_with_the_count(serve):
+async def test_joining_and_leaving_is_told_with_the_count(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws?room=tea") as first:
         here = {"type": "here", "worker": demo_app.WORKER, "count": 1}
@@ -168,7 +174,7 @@ async def test_joining_and_leaving_is_told_with_the_count(serve):
         assert (await receive(first, "here"))["count"] == 1
 
 
-async def test_typing_is_told_to_the_others_only(serve):
+async def test_typing_is_told_to_the_others_only(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as mira, server.connect("/ws") as jonas:
         me = (await receive(mira, "welcome"))["id"]
@@ -176,26 +182,26 @@ async def test_typing_is_told_to_the_others_only(serve):
         await mira.send(json.dumps({"type": "typing", "author": "Mira"}))
         assert await receive(jonas, "typing") == {"type": "typing", "id": me, "author": "Mira"}
         await say(mira, "there")
-        assert json.loads(await mira.recv())["type"] == "message"  # and no typing before it
+        assert unwrap(await mira.recv())["type"] == "message"  # and no typing before it
 
 
-def test_it_works_with_the_test_client():
+def test_it_works_with_the_test_client(demo_app):
     with TestClient(demo_app.app) as client:
         with client.websocket_connect("/ws") as one, client.websocket_connect("/ws") as two:
             one.send_json({"type": "message", "author": "Mira", "text": "hi"})
             for websocket in (one, two):
-                while (message := websocket.receive_json())["type"] != "message":
+                while (message := unwrap(websocket.receive_text()))["type"] != "message":
                     pass
                 assert message["text"] == "hi"
         with client.websocket_connect("/live/ticker") as websocket:
             assert websocket.receive_json()["values"]
 
 
-def test_it_works_with_a_bare_test_client_where_each_socket_has_a_loop_of_its_own():
+def test_it_works_with_a_bare_test_client_where_each_socket_has_a_loop_of_its_own(demo_app):
     client = TestClient(demo_app.app)
     with client.websocket_connect("/ws") as one, client.websocket_connect("/ws") as two:
         one.send_json({"type": "message", "author": "Mira", "text": "hi"})
-        while (message := two.receive_json())["type"] != "message":
+        while (message := unwrap(two.receive_text()))["type"] != "message":
             pass
         assert message["text"] == "hi"
 
@@ -204,7 +210,7 @@ async def broker_away(*args, **kwargs):
     raise BackendUnavailable("the broker did not answer in time")
 
 
-async def test_what_the_broker_does_not_take_comes_back_to_its_author(serve, monkeypatch):
+async def test_what_the_broker_does_not_take_comes_back_to_its_author(serve, monkeypatch, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as mira:
         await receive_count(mira, 1)
@@ -217,7 +223,9 @@ async def test_what_the_broker_does_not_take_comes_back_to_its_author(serve, mon
         assert (await receive(mira, "message"))["text"] == "again"
 
 
-async def test_clients_are_told_when_the_broker_is_away_and_when_it_is_back(serve, monkeypatch):
+async def test_clients_are_told_when_the_broker_is_away_and_when_it_is_back(
+    serve, monkeypatch, demo_app
+):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as mira:
         assert (await receive(mira, "welcome"))["away"] is False
@@ -229,7 +237,7 @@ async def test_clients_are_told_when_the_broker_is_away_and_when_it_is_back(serv
         assert (await receive(mira, "broker"))["away"] is False
 
 
-async def test_the_time_on_the_server(serve):
+async def test_the_time_on_the_server(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as mira:
         before = datetime.datetime.now(datetime.UTC)
@@ -238,7 +246,7 @@ async def test_the_time_on_the_server(serve):
         assert before <= answered <= datetime.datetime.now(datetime.UTC)
 
 
-async def test_rooms_are_told_again_and_again_who_is_here(serve):
+async def test_rooms_are_told_again_and_again_who_is_here(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as mira:
         await receive(mira, "here")
@@ -246,10 +254,64 @@ async def test_rooms_are_told_again_and_again_who_is_here(serve):
         assert (await receive(mira, "here"))["count"] == 1
 
 
+# What is kept
+
+
+async def join(client) -> tuple[dict, list[str]]:
+    """Return where the room is, and what was said before the server has said welcome."""
+    begin, said = await receive(client, "begin"), []
+    async with asyncio.timeout(DEADLINE):
+        while (message := unwrap(await client.recv()))["type"] != "welcome":
+            assert message["type"] == "message"  # nothing else is kept
+            said.append(message["text"])
+    return begin, said
+
+
+async def test_a_newcomer_gets_what_was_said_last(serve, demo_app):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws?room=tea") as mira:
+        begin, said = await join(mira)
+        assert "recovered" not in begin
+        assert said == []
+        await mira.send(json.dumps({"type": "typing", "author": "Mira"}))
+        for number in range(60):
+            await say(mira, str(number))
+        for _ in range(60):
+            await receive(mira, "message")
+        async with server.connect("/ws?room=tea") as jonas:
+            begin, said = await join(jonas)
+            assert "recovered" not in begin
+            assert said == [str(number) for number in range(10, 60)]
+        async with server.connect("/ws?room=coffee") as stranger:
+            assert (await join(stranger))[1] == []
+
+
+async def test_who_was_away_gets_what_was_missed(serve, demo_app):
+    server = await serve(demo_app.app)
+    async with server.connect("/ws?room=tea") as mira:
+        async with server.connect("/ws?room=tea") as jonas:
+            begin, _ = await join(jonas)
+        for number in range(demo_app.MAX_KEPT):
+            await say(mira, str(number))
+            await receive(mira, "message")
+        since = f"/ws?room=tea&last_event_id={begin['id']}"
+        async with server.connect(since) as jonas:
+            again, said = await join(jonas)
+            assert again["recovered"] is True
+            assert said == [str(number) for number in range(demo_app.MAX_KEPT)]
+        await say(mira, "one too many")
+        await receive(mira, "message")
+        async with server.connect(since) as jonas:
+            again, said = await join(jonas)
+            assert again["recovered"] is False
+            assert len(said) == demo_app.MAX_KEPT
+            assert said[-1] == "one too many"
+
+
 # The ticker
 
 
-async def test_the_ticker_sends_the_past_and_then_four_ticks_a_second(serve):
+async def test_the_ticker_sends_the_past_and_then_four_ticks_a_second(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/live/ticker") as client, asyncio.timeout(DEADLINE):
         past = json.loads(await client.recv())["values"]
@@ -264,14 +326,14 @@ async def test_the_ticker_sends_the_past_and_then_four_ticks_a_second(serve):
     assert ticks[-1]["delivered"] > ticks[0]["delivered"] > 0
 
 
-async def test_who_listens_to_the_ticker_counts_in_no_room(serve):
+async def test_who_listens_to_the_ticker_counts_in_no_room(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/live/ticker") as listener, server.connect("/ws") as client:
         await listener.recv()
         assert (await receive(client, "here"))["count"] == 1
 
 
-async def test_the_ticker_goes_on_after_a_tick_that_could_not_be_sent(serve, monkeypatch):
+async def test_the_ticker_goes_on_after_a_tick_that_could_not_be_sent(serve, monkeypatch, demo_app):
     publish, calls = demo_app.hub.publish, []
 
     async def fail_once(*args, **kwargs):
@@ -288,7 +350,7 @@ async def test_the_ticker_goes_on_after_a_tick_that_could_not_be_sent(serve, mon
     assert len(calls) >= 2
 
 
-async def test_a_listener_that_is_gone_at_once_is_no_error():
+async def test_a_listener_that_is_gone_at_once_is_no_error(demo_app):
     peer = Peer()
     await peer.websocket.accept()
     peer.leave()
@@ -297,7 +359,7 @@ async def test_a_listener_that_is_gone_at_once_is_no_error():
     assert len(demo_app.hub) == 0
 
 
-async def test_the_ticker_ends_with_the_lifespan():
+async def test_the_ticker_ends_with_the_lifespan(demo_app):
     async with demo_app.lifespan(demo_app.app):
         (task,) = tickers()
         await asyncio.sleep(0)
@@ -306,7 +368,7 @@ async def test_the_ticker_ends_with_the_lifespan():
     assert tickers() == []
 
 
-async def test_nothing_is_left_when_the_server_has_stopped(serve):
+async def test_nothing_is_left_when_the_server_has_stopped(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as client, server.connect("/live/ticker") as listener:
         await until(lambda: len(demo_app.hub) == 2)
@@ -347,7 +409,7 @@ async def test_nothing_is_left_when_the_server_has_stopped(serve):
     ],
     ids=lambda value: str(value)[:50],
 )
-async def test_who_sends_nonsense_is_closed_and_nobody_else_notices(serve, frame, code):
+async def test_who_sends_nonsense_is_closed_and_nobody_else_notices(serve, frame, code, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as good, server.connect("/ws") as bad:
         await receive_count(good, 2)
@@ -358,7 +420,7 @@ async def test_who_sends_nonsense_is_closed_and_nobody_else_notices(serve, frame
         assert (await receive(good, "message"))["text"] == "still here"
 
 
-async def test_what_just_fits_is_taken(serve):
+async def test_what_just_fits_is_taken(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as client:
         await say(client, "😀" * demo_app.MAX_TEXT, author="ß" * demo_app.MAX_NAME)
@@ -367,7 +429,7 @@ async def test_what_just_fits_is_taken(serve):
         assert message["author"] == "ß" * demo_app.MAX_NAME
 
 
-async def test_only_what_a_message_has_is_passed_on(serve):
+async def test_only_what_a_message_has_is_passed_on(serve, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/ws") as client:
         forged = {"type": "message", "author": "M", "text": "x", "id": "you", "time": "1999"}
@@ -379,7 +441,7 @@ async def test_only_what_a_message_has_is_passed_on(serve):
 
 
 @pytest.mark.parametrize("frame", ["x", b"x", '{"values":[1000000]}'])
-async def test_who_talks_to_the_ticker_is_closed(serve, frame):
+async def test_who_talks_to_the_ticker_is_closed(serve, frame, demo_app):
     server = await serve(demo_app.app)
     async with server.connect("/live/ticker") as client:
         await client.send(frame)
@@ -388,7 +450,7 @@ async def test_who_talks_to_the_ticker_is_closed(serve, frame):
 
 
 @pytest.mark.parametrize("path", ["/ws", "/live/ticker"])
-async def test_a_page_from_another_host_is_refused(serve, path):
+async def test_a_page_from_another_host_is_refused(serve, path, demo_app):
     server = await serve(demo_app.app)
     with pytest.raises(websockets.InvalidStatus) as info:
         await server.connect(path, origin="https://evil.example")
@@ -398,7 +460,7 @@ async def test_a_page_from_another_host_is_refused(serve, path):
 
 
 @pytest.mark.parametrize("room", ["x" * 201, "a%00b", "a%0Ab"])
-async def test_a_room_with_an_impossible_name_is_refused(serve, room):
+async def test_a_room_with_an_impossible_name_is_refused(serve, room, demo_app):
     server = await serve(demo_app.app)
     with pytest.raises(websockets.InvalidStatus) as info:
         await server.connect(f"/ws?room={room}")

@@ -168,7 +168,9 @@ def test_every_public_name_is_documented():
 def test_every_public_method_is_documented(cls):
     public = {
         f"{cls.__name__}.{item}"
-        for item, value in vars(cls).items()
+        for base in cls.__mro__
+        if base.__module__.startswith("starcast.")
+        for item, value in vars(base).items()
         if item[0] != "_" and (callable(value) or isinstance(value, property))
     }
     assert public <= set(documented())
@@ -208,6 +210,14 @@ def test_each_fault_has_tests_or_is_planned(heading, text):
         if file not in files_with(test)
     ]
     assert not missing, "\n".join(missing)
+
+
+def test_each_promise_has_tests():
+    text = (DOCS / "what-history-promises.md").read_text()
+    for section in text.split("\n## ")[1:]:
+        named = named_in(section)
+        assert named or section.endswith("-->\n") or "-->\n\n" in section, section
+        assert [it for it in named if it[0] not in files_with(it[1])] == []
 
 
 def test_the_faults_are_numbered():

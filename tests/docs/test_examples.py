@@ -37,6 +37,7 @@ import starcast.testing
 from backends.postgres_server import PASSWORD, USER, PostgresServer
 from backends.redis_server import RedisServer
 from event_source import EventSource
+from history.keeping import TUNING, KeepingBroker, KeepingBus
 from server_process import ServerProcess
 from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, PublishQueueFull
 from support import DEADLINE, Broker, Bus, Peer, by_another, until, until_sync
@@ -1367,6 +1368,148 @@ async def test_a_cluster_of_redis_passes_everything_on():
             await first.publish("room", "hello")
             async with asyncio.timeout(DEADLINE):
                 assert (await anext(subscriber)).message == "hello"
+
+
+# History
+
+
+def test_live_values(example):
+    module = example("live_values")
+    with TestClient(module.app) as client:
+        with client.websocket_connect("/live/price:AMS") as early:
+            assert client.get("/prices/AMS").status_code == 404
+            for price in (1.5, 2.5):
+                assert client.put("/prices/AMS", params={"price": price}).status_code == 200
+                assert early.receive_json() == {"symbol": "AMS", "price": price}
+        with client.websocket_connect("/live/price:AMS") as late:
+            assert late.receive_json() == {"symbol": "AMS", "price": 2.5}
+        assert client.get("/prices/AMS").json() == {"symbol": "AMS", "price": 2.5}
+        assert refused(client, "/live/price:XXX") == 1008
+        for method in (client.get, client.put):
+            assert method("/prices/XXX", params={"price": 1}).status_code == 404
+
+
+@pytest.fixture
+async def orders(example):
+    """The hub of resume.py, its server, and the ids of 30 orders."""
+    module = example("resume")
+    ids = [await module.hub.publish("orders", {"number": number}) for number in range(30)]
+    return module, ids
+
+
+def numbers(contents):
+    return [json.loads(content["data"])["number"] for content in contents]
+
+
+async def test_resume_several_channels(orders, serve):
+    module, ids = orders
+    server = await serve(module.app)
+    alerts = [await module.hub.publish("alerts", {"number": number}) for number in range(7)]
+    path = "/ws/desk?last_event_id={}&last_alert_id={}"
+    async with server.connect(path.format(ids[-2], alerts[0])) as client:
+        got = [json.loads(await client.recv()) for _ in range(9)]
+        assert got[0] == {"channel": "orders", "id": ids[-1], "recovered": True}
+        assert got[2] == {"channel": "alerts", "id": alerts[-1], "recovered": True}
+        assert numbers([got[1], *got[3:]]) == [29, 1, 2, 3, 4, 5, 6]
+    async with server.connect("/ws/desk") as client:
+        got = [json.loads(await client.recv()) for _ in range(27)]
+        assert numbers(got[1:21]) == list(range(10, 30))
+        assert numbers(got[22:]) == [2, 3, 4, 5, 6]
+
+
+async def test_resume_in_the_handler(orders, serve):
+    module, ids = orders
+    server = await serve(module.app)
+    async with server.connect(f"/ws/orders?since={ids[27]}") as client:
+        got = [json.loads(await client.recv()) for _ in range(3)]
+        assert numbers(got[1:]) == [28, 29]
+        await module.hub.publish("orders", {"number": 30})
+        assert numbers([json.loads(await client.recv())]) == [30]
+    async with server.connect("/ws/orders?since=old-1") as client:
+        got = [json.loads(await client.recv()) for _ in range(22)]
+        assert got[0]["recovered"] is False
+        assert numbers(got[1:21]) == list(range(11, 31))
+        assert json.loads(got[21]["data"]) == {"reload": "/orders"}
+        await client.send("hello")
+        with pytest.raises(websockets.ConnectionClosedError):
+            await client.recv()
+        assert client.close_code == 1008
+
+
+async def test_resume_older_messages(orders, serve):
+    module, ids = orders
+    server = await serve(module.app)
+    got, before = [], ids[25]
+    base = f"http://{server.host}:{server.port}"
+    async with httpx.AsyncClient(trust_env=False, base_url=base) as http:
+        while page := (await http.get("/orders/events", params={"before": before})).json():
+            got += page
+            before = page[-1]["id"]
+        assert numbers(got) == list(range(24, -1, -1))
+        assert (await http.get("/orders/events", params={"before": "old-1"})).json() == []
+
+
+async def test_resume_a_program(orders):
+    module, _ = orders
+    kept: list[int] = []
+
+    class Accounts:
+        last_id: str | None = None
+        loaded = 0
+
+        async def load_again(self):
+            self.loaded += 1
+
+        async def add(self, order):
+            kept.append(order["number"])
+
+    accounts = Accounts()
+
+    async def keep_accounts_until(number, *, meanwhile):
+        keeping = asyncio.create_task(module.keep_accounts(accounts))
+        await until(lambda: module.hub.stats().subscribers)
+        for new in meanwhile:
+            await module.hub.publish("orders", {"number": new})
+        await until(lambda: kept[-1:] == [number])
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
+
+    async with module.hub:
+        await keep_accounts_until(30, meanwhile=[30])
+        assert accounts.loaded == 1
+        for new in range(31, 35):
+            await module.hub.publish("orders", {"number": new})
+        await keep_accounts_until(34, meanwhile=[])
+        accounts.last_id = "old-1"
+        await keep_accounts_until(35, meanwhile=[35])
+    assert accounts.loaded == 2
+    assert kept == list(range(30, 36))
+
+
+async def test_resume_a_program_with_a_gap(example, monkeypatch):
+    module = example("resume")
+    broker = KeepingBroker()
+    hub = Broadcast(backend=KeepingBus(broker), history=module.history, tuning=TUNING)
+    monkeypatch.setattr(module, "hub", hub)
+    loaded = []
+
+    class Accounts:
+        last_id = None
+
+        async def load_again(self):
+            loaded.append(self.last_id)
+
+    async with hub:
+        keeping = asyncio.create_task(module.keep_accounts(Accounts()))
+        await until(lambda: loaded)
+        broker.kill()
+        broker.forget()
+        broker.up = True
+        await until(lambda: len(loaded) == 2)
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
 
 
 # Reference

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
-from starcast import Broadcast, BroadcastEndpoint
+from starcast import Broadcast, BroadcastEndpoint, History
 from support import DEADLINE, Served, program, until
 from test_tutorial import save
 
@@ -84,6 +84,72 @@ async def test_the_page_of_the_tutorial(serve, browser, tmp_path):
         await ann.press("input", "Enter")
         await shows(ben, "li:last-child", "Ann: kept")
         assert await ann.input_value("input") == ""
+        assert ann.errors == ben.errors == []
+    finally:
+        await second.stop()
+
+
+async def lines(page):
+    return await page.locator("li").all_text_contents()
+
+
+async def test_the_page_of_the_tutorial_misses_nothing(serve, browser, tmp_path):
+    save(6, tmp_path)
+    chat = program(tmp_path / "chat.py")
+    server = await serve(chat.app)
+    ann, ben = [
+        await tab(browser, f"http://127.0.0.1:{server.port}/?room=tea&name={name}")
+        for name in ("Ann", "Ben")
+    ]
+
+    async def say(page, text):
+        await page.fill("input", text)
+        await page.press("input", "Enter")
+
+    await shows(ann, "#here", "Ann, Ben")
+    await say(ann, "hello <b>")
+    await shows(ben, "li", "Ann: hello <b>")
+    await ann.context.set_offline(True)
+    await ann.evaluate("socket.close()")
+    await shows(ann, "#status", "Next try in")
+    await shows(ben, "#here", "Ben")
+    await say(ben, "one")
+    await say(ben, "two")
+    await shows(ben, "li:last-child", "two")
+    await say(ann, "three")
+    await shows(ann, "#unsent", "Not sent yet: 1.")
+    await ann.context.set_offline(False)
+    said = ["Ann: hello <b>", "Ben: one", "Ben: two", "Ann: three"]
+    for page in (ann, ben):
+        await shows(page, "li:last-child", "three")
+        assert await lines(page) == said
+    await ann.wait_for_function("document.querySelector('#unsent').textContent === ''")
+
+    # What the server has already, and has not confirmed, appears once.
+    await ann.evaluate("socket.onmessage = () => {}")
+    await say(ann, "four")
+    await shows(ben, "li:last-child", "four")
+    await ann.evaluate("socket.close()")
+    await shows(ann, "li:last-child", "four")
+    await ann.wait_for_function("document.querySelector('#unsent').textContent === ''")
+    await say(ann, "five")
+    await shows(ben, "li:last-child", "five")
+    assert await lines(ben) == [*said, "Ann: four", "Ann: five"]
+    await shows(ann, "li:last-child", "five")
+    assert await lines(ann) == await lines(ben)
+
+    # A server that was started anew has lost its history.
+    await server.stop()
+    await shows(ann, "#status", "Next try in")
+    for number in range(21):
+        await say(ann, f"kept {number}")
+    assert await ann.input_value("input") == "kept 20"  # neither lost nor sent
+    second = again(program(tmp_path / "chat.py").app, server)
+    try:
+        await second.start()
+        for page in (ann, ben):
+            await shows(page, "ul", "Some messages may be missing here.")
+            await shows(page, "li:last-child", "Ann: kept 19")
         assert ann.errors == ben.errors == []
     finally:
         await second.stop()
@@ -190,6 +256,51 @@ async def test_a_page_stops_when_it_is_told_to(serve, browser):
     await page.wait_for_function("window.seen.length === 2")
     assert await page.evaluate("window.seen") == ["open", "closed"]
     await until(lambda: not hub.channels)
+
+
+async def test_a_page_that_resumes(serve, browser):
+    hub = Broadcast(history=History(size=5))
+    app = FastAPI()
+    app.mount("/live", hub.app(ids=True, history=2))
+    for name in ("reconnect.js", "resume.js"):
+        app.router.routes.append(
+            Route(f"/{name}", lambda request, name=name: FileResponse(EXAMPLES / name))
+        )
+    server = await serve(app)
+    await hub.publish("a", "before")
+    page = await tab(browser, f"http://127.0.0.1:{server.port}/docs-are-not-needed")
+    script = """async (port) => {
+      const { follow } = await import("/resume.js");
+      window.seen = [];
+      const see = (text) => window.seen.push(text);
+      window.live = follow(`ws://127.0.0.1:${port}/live/a`, see, () => see("(a hole)"));
+    }"""
+    await page.evaluate(script, server.port)
+    await page.wait_for_function("window.seen.length === 1")
+
+    async def be_away_during(*texts):
+        await page.context.set_offline(True)
+        (client,) = hub.clients()
+        await hub.close(client, 1012)
+        for text in texts:
+            await hub.publish("a", text)
+        await page.context.set_offline(False)
+
+    await be_away_during(*"12345")
+    await page.wait_for_function("window.seen.length === 6")
+    await be_away_during(*"abcdef")
+    await page.wait_for_function("window.seen.length === 9")
+    await be_away_during()
+    await until(lambda: len(hub) == 1)
+    await hub.publish("a", "after")
+    await page.wait_for_function("window.seen.at(-1) === 'after'")
+    assert await page.evaluate("window.seen") == [
+        *("before", *"12345"),
+        *("(a hole)", *"ef"),
+        "after",
+    ]
+    await page.evaluate("window.live.close()")
+    assert page.errors == []
 
 
 # The page of FastAPI's tutorial connects to localhost whatever address it was opened by.

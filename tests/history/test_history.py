@@ -95,7 +95,9 @@ async def test_history_since_an_id(room):
     past = await room.history("room", since=ids[8])
     assert (messages(past.events), past.complete) == (["9", "10", "11"], True)
     past = await room.history("room", since=ids[8], reverse=True, limit=3)
-    assert messages(past.events) == ["7", "6", "5"]
+    assert (messages(past.events), past.complete) == (["7", "6", "5"], True)
+    past = await room.history("room", since=ids[0], reverse=True)
+    assert (past.events, past.complete) == ([], True)
     past = await room.history("room", since=ids[0])  # the next one is not kept any more
     assert (messages(past.events), past.complete) == (list(map(str, range(2, 12))), False)
     past = await room.history("room", since=ids[1])
@@ -112,6 +114,8 @@ async def test_an_id_that_is_none_of_this_history(room, since):
     since = since.format(epoch=ids[0].partition("-")[0])
     past = await room.history("room", since=since)
     assert (messages(past.events), past.complete) == (["0", "1"], False)
+    past = await room.history("room", since=since, reverse=True)
+    assert (messages(past.events), past.complete) == (["1", "0"], False)
     async with room.subscribe("room", since=since) as subscriber:
         assert subscriber.resumed == Resumed(ids[-1], False)
         await publish(room, "live")
@@ -196,6 +200,19 @@ async def test_who_was_excluded_does_not_get_it_from_the_past_either(room):
     await publish(room, "for both")
     await until(lambda: two.got == ["for two", "for both"])
     await until(lambda: one.got == ["for both"])
+
+
+async def test_who_comes_back_is_no_longer_excluded(room):
+    """It is another connection."""
+    peer = Peer()
+    resumed = await room.connect(peer.websocket, "room")
+    await room.publish("room", "not for you", exclude=peer.websocket)
+    await publish(room, "for all")
+    await until(lambda: peer.got == ["for all"])
+    await room.disconnect(peer.websocket)
+    again = Peer()
+    await room.connect(again.websocket, "room", since=resumed.id)
+    await until(lambda: again.got == ["not for you", "for all"])
 
 
 async def test_a_publish_that_is_tried_again_is_published_once(room):
@@ -327,7 +344,7 @@ async def test_an_endpoint_and_a_mount_resume(serve):
 
 
 def test_what_an_endpoint_calls_history_is_a_number():
-    with pytest.raises(ConfigurationError, match=r"it belongs into Broadcast\(history=...\)"):
+    with pytest.raises(ConfigurationError, match=r"it belongs in Broadcast\(history=...\)"):
         type("Chat", (BroadcastEndpoint,), {"history": History()})
 
 

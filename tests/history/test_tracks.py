@@ -20,7 +20,7 @@ from starcast import (
     Subscriber,
 )
 from starcast.backends.base import Kept, MessagesRefused
-from support import Bus, OtherLoop, joined, starcast_tasks, until
+from support import Bus, OtherLoop, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -312,6 +312,18 @@ async def test_a_client_that_is_ahead_of_this_process(hub, broker):
             await hub.publish("room", "3")
             assert await take(second, 2) == ["2", "3"]
         assert await take(first, 3) == ["1", "2", "3"]
+
+
+async def test_clients_that_come_back_at_once_share_a_read(hub, broker):
+    async with hub.subscribe("room") as subscriber:
+        ids = [await hub.publish("room", str(number)) for number in range(5)]
+        await take(subscriber, 5)
+        reads = len(broker.asked("read_kept"))
+        peers = [Peer() for _ in range(50)]
+        await asyncio.gather(*(hub.connect(peer.websocket, "room", since=ids[0]) for peer in peers))
+        assert len(broker.asked("read_kept")) == reads + 1
+        for peer in peers:
+            await until(lambda peer=peer: peer.got == [*"1234"])
 
 
 async def test_a_message_that_is_neither_text_nor_an_envelope_is_passed_over(hub, broker):

@@ -22,7 +22,6 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-import demo_app
 from starcast import BackendUnavailable, Broadcast
 from support import DEADLINE, Served, until
 from test_frames import content
@@ -81,7 +80,7 @@ async def assert_no_html(page) -> None:
     assert await page.evaluate("[window.hacked, window.z]") == [None, None]
 
 
-async def test_three_tabs_see_every_message_as_it_was_typed(serve, browser):
+async def test_three_tabs_see_every_message_as_it_was_typed(serve, browser, demo_app):
     folder = os.environ.get("STARCAST_SCREENSHOTS")
     server = await serve(demo_app.app)
     context = await browser.new_context(locale="en-GB", viewport={"width": 1280, "height": 800})
@@ -121,7 +120,7 @@ async def take_pictures(page, folder: Path) -> None:
     await page.screenshot(path=folder / "demo-phone.png")
 
 
-async def test_names_and_rooms_are_no_html_either(serve, browser):
+async def test_names_and_rooms_are_no_html_either(serve, browser, demo_app):
     server = await serve(demo_app.app)
     context = await browser.new_context()
     name = "<img src=x onerror=z=1>"
@@ -139,7 +138,7 @@ async def test_names_and_rooms_are_no_html_either(serve, browser):
     assert await tabs[1].text_content("bdi") == name
 
 
-async def test_a_page_reconnects_by_itself(serve, browser):
+async def test_a_page_reconnects_by_itself(serve, browser, demo_app):
     first = await serve(demo_app.app)
     context = await browser.new_context()
     tabs = [await open_tab(context, first, name) for name in ("Mira", "Jonas")]
@@ -160,9 +159,7 @@ async def test_a_page_reconnects_by_itself(serve, browser):
         for tab in tabs:
             await wait_for(tab, "document.querySelector('#status').textContent === '2 here'")
             await wait_for(tab, "!document.querySelector('#ticker').matches('.off')")
-            assert await tab.locator(".rule").last.text_content() == (
-                "Connected again. You may have missed messages."
-            )
+            assert await tab.locator(".rule").last.text_content() == "Connected again"
         await tabs[0].press("#text", "Enter")
         await wait_for_texts(tabs[1], ["before", "kept"])
         await say(tabs[1], "and back")
@@ -171,7 +168,55 @@ async def test_a_page_reconnects_by_itself(serve, browser):
         await second.stop()
 
 
-async def test_a_page_takes_whatever_the_server_sends(serve, browser):
+async def test_a_tab_that_was_away_gets_what_was_said_meanwhile_once(serve, browser, demo_app):
+    server = await serve(demo_app.app)
+    mira = await open_tab(await browser.new_context(), server, "Mira")
+    context = await browser.new_context()
+    jonas = await open_tab(context, server, "Jonas")
+    await say(mira, "before")
+    await wait_for_texts(jonas, ["before"])
+
+    async def go_away() -> None:
+        await context.set_offline(True)  # no new connections
+        for client in demo_app.hub.clients("room:lobby")[1:]:
+            await demo_app.hub.close(client, 1012)
+        await wait_for(jonas, "document.querySelector('#status').textContent.includes('Next try')")
+
+    await go_away()
+    said = [f"meanwhile {number}" for number in range(5)]
+    for text in said:
+        await say(mira, text)
+    await wait_for_texts(mira, ["before", *said])
+    await context.set_offline(False)
+    await wait_for_texts(jonas, ["before", *said])
+    await say(mira, "after")
+    await wait_for_texts(jonas, ["before", *said, "after"])
+    notices = jonas.locator(".rule")
+    assert await notices.last.text_content() == "While you were away"
+    # Only what was seen live has a latency, and the first message after the notice has a name.
+    assert await jonas.locator("article:has(small) p").all_text_contents() == ["before", "after"]
+    assert await jonas.locator(".rule + article:not(.more) p").all_text_contents() == [
+        "before",
+        said[0],
+    ]
+
+    newcomer = await open_tab(await browser.new_context(), server)
+    await wait_for_texts(newcomer, ["before", *said, "after"])
+    assert await newcomer.locator(".rule").count() == 1  # the day
+
+    await go_away()
+    for number in range(demo_app.MAX_KEPT + 1):
+        await demo_app.hub.publish(
+            "room:lobby", {"type": "message", "author": "Ada", "text": str(number)}
+        )
+    await context.set_offline(False)
+    await wait_for_texts(
+        jonas, ["before", *said, "after", *map(str, range(1, demo_app.MAX_KEPT + 1))]
+    )
+    assert await notices.last.text_content() == "Connected again. Some messages may be missing."
+
+
+async def test_a_page_takes_whatever_the_server_sends(serve, browser, demo_app):
     server = await serve(demo_app.app)
     context = await browser.new_context()
     page = await open_tab(context, server)
@@ -196,7 +241,7 @@ async def test_a_page_takes_whatever_the_server_sends(serve, browser):
     assert errors == []
 
 
-async def test_a_ticker_without_ticks_is_dimmed(serve, browser, monkeypatch):
+async def test_a_ticker_without_ticks_is_dimmed(serve, browser, monkeypatch, demo_app):
     async def away(*args, **kwargs):
         raise BackendUnavailable("the broker did not answer in time")
 
@@ -209,7 +254,7 @@ async def test_a_ticker_without_ticks_is_dimmed(serve, browser, monkeypatch):
     await wait_for(page, "!document.querySelector('#ticker').matches('.off')")
 
 
-async def test_a_page_says_that_the_broker_is_away(serve, browser, monkeypatch):
+async def test_a_page_says_that_the_broker_is_away(serve, browser, monkeypatch, demo_app):
     server = await serve(demo_app.app)
     page = await open_tab(await browser.new_context(), server)
     amber = "getComputedStyle(document.querySelector('#status'), '::before').color"
@@ -222,7 +267,7 @@ async def test_a_page_says_that_the_broker_is_away(serve, browser, monkeypatch):
     assert await page.evaluate(amber) == green
 
 
-async def test_a_page_adds_up_what_the_workers_say(serve, browser):
+async def test_a_page_adds_up_what_the_workers_say(serve, browser, demo_app):
     server = await serve(demo_app.app)
     page = await open_tab(await browser.new_context(), server)
     number = demo_app.WORKER.partition("-")[0]
@@ -237,7 +282,9 @@ async def test_a_page_adds_up_what_the_workers_say(serve, browser):
     await wait_for(page, "document.querySelector('#status').textContent === '1 here'")
 
 
-async def test_names_keep_different_colours_and_messages_show_their_latency(serve, browser):
+async def test_names_keep_different_colours_and_messages_show_their_latency(
+    serve, browser, demo_app
+):
     server = await serve(demo_app.app)
     page = await open_tab(await browser.new_context(), server)
     names = [f"{number}" for number in range(12)]
@@ -256,7 +303,7 @@ async def test_names_keep_different_colours_and_messages_show_their_latency(serv
 
 
 async def test_a_message_that_the_broker_does_not_take_is_in_the_input_line_again(
-    serve, browser, monkeypatch
+    serve, browser, monkeypatch, demo_app
 ):
     async def away(*args, **kwargs):
         raise BackendUnavailable("the broker did not answer in time")
@@ -274,7 +321,7 @@ async def test_a_message_that_the_broker_does_not_take_is_in_the_input_line_agai
     await wait_for_texts(page, ["kept"])
 
 
-async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser):
+async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser, demo_app):
     server = await serve(demo_app.app)
     context = await browser.new_context(viewport={"width": 360, "height": 640})
     page = await open_tab(context, server, "W" * demo_app.MAX_NAME, "?room=" + "w" * 60)
@@ -305,7 +352,7 @@ async def test_a_page_keeps_its_size_on_a_small_phone(serve, browser):
     assert await page.evaluate(f"{at_bottom}(document.querySelector('#log'))") > 100  # stays there
 
 
-async def test_a_new_tab_has_a_name_of_its_own_until_one_is_chosen(serve, browser):
+async def test_a_new_tab_has_a_name_of_its_own_until_one_is_chosen(serve, browser, demo_app):
     server = await serve(demo_app.app)
     context = await browser.new_context()
     first = await open_tab(context, server)
@@ -325,7 +372,7 @@ async def test_a_new_tab_has_a_name_of_its_own_until_one_is_chosen(serve, browse
 
 
 @pytest.mark.parametrize("storage", ["null", "(() => { throw new DOMException('no') })()"])
-async def test_a_page_works_where_storage_is_switched_off(serve, browser, storage):
+async def test_a_page_works_where_storage_is_switched_off(serve, browser, storage, demo_app):
     server = await serve(demo_app.app)
     context = await browser.new_context()
     for name in ("localStorage", "sessionStorage"):
@@ -368,7 +415,7 @@ PALE = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_every_text_has_enough_contrast(serve, browser, scheme):
+async def test_every_text_has_enough_contrast(serve, browser, scheme, demo_app):
     server = await serve(demo_app.app)
     page = await open_tab(await browser.new_context(color_scheme=scheme), server, "Mira")
     await say(page, "hello")

@@ -31,10 +31,10 @@ class Chat(BroadcastEndpoint):
     async def on_connect(self, websocket):
         self.name = websocket.query_params.get("name", "somebody")[:20]
         await super().on_connect(websocket)
-        await hub.connect(websocket, "clock")
         channel = self.get_channel(websocket)
         names[channel].append(self.name)
         say_who_is_here(channel)
+        await hub.connect(websocket, "clock")
 
     async def on_disconnect(self, websocket, close_code):
         await super().on_disconnect(websocket, close_code)
