@@ -243,9 +243,10 @@ class Broadcast(Listening, Inspection):
                 the message, `{"id": ..., "channel": ..., "data": ...}`, in a text frame. `data` is
                 the text that other clients get, so a message in JSON is JSON in a string. Bytes are
                 in Base64, and `"encoding": "base64"` says so. On a channel with a history the
-                client first gets `{"channel": ..., "id": ..., "recovered": ...}`: the id of the
-                channel's newest message and, with `since`, whether nothing is missing. Only takes
-                effect on a client's first `connect`.
+                client first gets `{"channel": ..., "id": ..., "past": ..., "recovered": ...}`: the
+                id after which its messages come, how many messages of the past follow and, with
+                `since`, whether nothing is missing. Only takes effect on a client's first
+                `connect`.
 
         Returns:
             Where the client begins, and whether it has missed nothing since the event that it

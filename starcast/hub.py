@@ -199,9 +199,10 @@ class Hub:
             raise
         else:
             assert connection is not None  # it has joined
+            first = notice(channel, wish, resumed, events)
             events = [event for event in events if connection.id not in event.exclude]
             if connection.outbox.ids:
-                events.insert(0, notice(channel, resumed))
+                events.insert(0, first)
         finally:
             replay.begin(events)
         return resumed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from starlette.websockets import WebSocket
@@ -50,9 +51,14 @@ class Past:
     complete: bool
 
 
-def notice(channel: str, resumed: Resumed) -> Notice:
-    """Return what a client gets first that wants ids."""
-    content: dict[str, object] = {"channel": channel, "id": resumed.id}
+def notice(channel: str, wish: Wish, resumed: Resumed, past: Sequence[Event]) -> Notice:
+    """Return what a client gets before its past that wants ids: the id of what it has now."""
+    id = resumed.id
+    if resumed.recovered:
+        id = wish.since or id
+    elif past and (position := past[0].position) is not None:
+        id = str(Position(position.epoch, position.offset - 1))
+    content: dict[str, object] = {"channel": channel, "id": id, "past": len(past)}
     if resumed.recovered is not None:
         content["recovered"] = resumed.recovered
     return Notice(content)

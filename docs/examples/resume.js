@@ -16,7 +16,7 @@ export function follow(url, onMessage, onHole = () => {}, onStatus = () => {}) {
     if (data !== undefined) {
       onMessage(data);
       lastId = id ?? lastId; // null if the message is not kept
-    } else if (!recovered) {
+    } else {
       if (recovered === false) onHole();
       lastId = id;
     }

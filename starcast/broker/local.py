@@ -55,6 +55,7 @@ class LocalLink:
 
     def __init__(self, registry: Registry, histories: Histories) -> None:
         self._registry = registry
+        self._histories = histories
         self._log = MemoryLog(histories) if histories.any else None
 
     def publish(
@@ -82,8 +83,7 @@ class LocalLink:
 
     def position(self, channel: str) -> Position | None:
         """Return the place that clients have reached. With the lock held."""
-        found = None if self._log is None else self._log.channel(channel)
-        return None if found is None else found.position
+        return None if self._log is None else self._log.position(channel)
 
     def unpack(self, channel: str, payload: bytes) -> Event:
         """Return the event that was kept as this."""
@@ -91,10 +91,11 @@ class LocalLink:
 
     async def read(self, channel: str, since: int | None, limit: int, reverse: bool) -> Stored:
         """Return what is kept of a channel that has a history."""
+        history = self._histories.find(channel)
+        assert history is not None
+        assert self._log is not None
         with self._registry.lock:
-            found = None if self._log is None else self._log.channel(channel)
-            assert found is not None
-            return found.read(since, limit, reverse)
+            return self._log.read(channel, history, since, limit, reverse)
 
     async def acquire(self, channel: str) -> None:
         pass

@@ -28,13 +28,13 @@ HUB = bytes(8)
 
 
 class _Channel:
-    """One channel's history."""
+    """The history of a channel to which something was published."""
 
     __slots__ = ("epoch", "history", "keys", "messages", "top")
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, epoch: str) -> None:
         self.history = history
-        self.epoch = secrets.token_hex(6)
+        self.epoch = epoch
         self.top = 0  # the offset of the newest message
         # The newest messages, each with the time at which it expires. They have no gap.
         self.messages: deque[tuple[float, bytes]] = deque()
@@ -105,22 +105,44 @@ class MemoryLog:
         # the quiet ones is their position: their messages have expired.
         self._active: dict[History, OrderedDict[str, _Channel]] = {}
         self._quiet: dict[History, OrderedDict[str, _Channel]] = {}
+        # That of the channels to which nothing was published yet. Nothing else is kept of these, or
+        # whoever joins made-up ones would drive out the others.
+        self._epoch = secrets.token_hex(6)
 
-    def channel(self, name: str) -> _Channel | None:
-        """Return the history of a channel, which is made if there is none; None if it has none."""
+    def position(self, name: str) -> Position | None:
+        """Return that of a channel; None if it has no history."""
         history = self._histories.find(name)
         if history is None:
             return None
+        found = self._find(name, history)
+        return Position(self._epoch, 0) if found is None else found.position
+
+    def read(
+        self, name: str, history: History, since: int | None, limit: int, reverse: bool
+    ) -> Stored:
+        """See `HistoryConnection.read_kept`."""
+        found = self._find(name, history) or _Channel(history, self._epoch)
+        return found.read(since, limit, reverse)
+
+    def _find(self, name: str, history: History) -> _Channel | None:
+        """Return a channel to which something was published, and note that it is in use."""
         active = self._active.setdefault(history, OrderedDict())
         quiet = self._quiet.setdefault(history, OrderedDict())
-        found = active.get(name)
-        if found is None:
-            found = active[name] = quiet.pop(name) if name in quiet else _Channel(history)
-            if len(active) + len(quiet) > history.max_channels:
-                (quiet or active).popitem(last=False)
+        if name in quiet:
+            active[name] = quiet.pop(name)
+        if name not in active:
+            return None
         active.move_to_end(name)
         self._calm(active, quiet)
-        return found
+        return active[name]
+
+    def _make(self, name: str, history: History) -> _Channel:
+        active, quiet = self._active[history], self._quiet[history]
+        active[name] = _Channel(history, self._epoch)
+        if len(active) + len(quiet) > history.max_channels:
+            (quiet or active).popitem(last=False)
+            self._epoch = secrets.token_hex(6)  # or it would be that of the channel again
+        return active[name]
 
     def _calm(self, active: OrderedDict[str, _Channel], quiet: OrderedDict[str, _Channel]) -> None:
         """Forget the messages of the channel that was used the longest ago, if all have expired."""
@@ -139,9 +161,10 @@ class MemoryLog:
         Raises:
             Full: `add` has no space for it. It is not kept.
         """
-        channel = self.channel(event.channel)
-        if channel is None:
+        history = self._histories.find(event.channel)
+        if history is None:
             return add(event)
+        channel = self._find(event.channel, history) or self._make(event.channel, history)
         if key is not None and (offset := channel.offset_of(key)) is not None:
             event.position = Position(channel.epoch, offset)
             return []

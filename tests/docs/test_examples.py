@@ -1408,8 +1408,8 @@ async def test_resume_several_channels(orders, serve):
     path = "/ws/desk?last_event_id={}&last_alert_id={}"
     async with server.connect(path.format(ids[-2], alerts[0])) as client:
         got = [json.loads(await client.recv()) for _ in range(9)]
-        assert got[0] == {"channel": "orders", "id": ids[-1], "recovered": True}
-        assert got[2] == {"channel": "alerts", "id": alerts[-1], "recovered": True}
+        assert got[0] == {"channel": "orders", "id": ids[-2], "past": 1, "recovered": True}
+        assert got[2] == {"channel": "alerts", "id": alerts[0], "past": 6, "recovered": True}
         assert numbers([got[1], *got[3:]]) == [29, 1, 2, 3, 4, 5, 6]
     async with server.connect("/ws/desk") as client:
         got = [json.loads(await client.recv()) for _ in range(27)]

@@ -165,7 +165,12 @@ async def test_step_6(typed):
             pass
         async with server.connect(f"/ws/tea?last_event_id={begin['id']}") as again:
             resumed = await receive(again)
-            assert resumed == {"channel": "room:tea", "id": content["id"], "recovered": True}
+            assert resumed == {
+                "channel": "room:tea",
+                "id": begin["id"],
+                "past": 2,
+                "recovered": True,
+            }
             assert [await receive_data(again) for _ in range(2)] == said
         async with server.connect("/ws/tea?last_event_id=5f3a9c01d2e4-17") as away:
             assert (await receive(away))["recovered"] is False

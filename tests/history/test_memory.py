@@ -107,6 +107,31 @@ async def test_the_channels_that_were_not_used_for_the_longest_time_go_first():
             assert subscriber.resumed.recovered is recovered
 
 
+async def test_who_joins_channels_without_messages_drives_out_no_history():
+    hub = Broadcast(history=History(max_channels=3))
+    id = await hub.publish("room", "text")
+    for number in range(10):
+        async with hub.subscribe(f"made up {number}", history=5) as subscriber:
+            assert subscriber.resumed.id.endswith("-0")
+        assert (await hub.history(f"made up {number}")).events == []
+    async with hub.subscribe("room", since=id) as subscriber:
+        assert subscriber.resumed.recovered
+
+
+async def test_a_channel_that_was_driven_out_begins_another_epoch():
+    hub = Broadcast(history=History(max_channels=1))
+    empty = (await hub.history("a")).id
+    ids = [await hub.publish("a", "text")]
+    await hub.publish("b", "text")
+    for _ in range(3):
+        ids.append(await hub.publish("a", "text"))
+        await hub.publish("b", "text")
+    assert len({id.partition("-")[0] for id in ids}) == 4
+    for id in (empty, *ids):
+        async with hub.subscribe("a", since=id) as subscriber:
+            assert not subscriber.resumed.recovered
+
+
 async def test_quiet_channels_go_before_others(clock):
     hub = Broadcast(history=History(max_channels=3, ttl=10))
     quiet = await hub.publish("quiet", "text")

@@ -25,6 +25,10 @@ RUNS = int(os.environ.get("STARCAST_SEAMS", "40"))  # .ci/slow does 1,000
 END = "the end"
 
 
+def offset(id: str) -> int:
+    return int(id.partition("-")[2])
+
+
 class FramesPeer(Peer):
     """A client that takes ready-made frames."""
 
@@ -82,9 +86,11 @@ class Seam:
         self.joined += 1
         await until(lambda: peer.got and END in peer.got[-1])
         notice, *events = map(json.loads, peer.got)
-        assert notice["id"] == resumed.id
+        ids = [event["id"] for event in events]
+        assert offset(notice["id"]) == offset(ids[0]) - 1
+        assert notice["past"] == sum(offset(id) <= offset(resumed.id) for id in ids)
         assert notice.get("recovered") == resumed.recovered
-        self.check(wish, resumed, [event["id"] for event in events])
+        self.check(wish, resumed, ids)
         await hub.disconnect(peer.websocket)
 
     def check(self, wish: dict[str, Any], resumed: Any, got: list[str]) -> None:
@@ -92,11 +98,11 @@ class Seam:
         self.members += 1
         epoch = resumed.id.partition("-")[0]
         assert {id.partition("-")[0] for id in got} == {epoch}
-        offsets = [int(id.partition("-")[2]) for id in got]
+        offsets = list(map(offset, got))
         assert offsets == list(range(offsets[0], offsets[-1] + 1))
-        here = int(resumed.id.partition("-")[2])
+        here = offset(resumed.id)
         if resumed.recovered:
-            assert offsets[0] == int(wish["since"].partition("-")[2]) + 1
+            assert offsets[0] == offset(wish["since"]) + 1
         else:
             assert here + 1 - wish.get("history", 0) <= offsets[0] <= here + 1
 
