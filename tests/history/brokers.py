@@ -10,7 +10,7 @@ import pytest
 from backends.redis_server import RedisServer
 
 SERVERS: dict[str, Callable[[], Any]] = {
-    "redis": lambda: RedisServer("--appendonly", "yes"),
+    "redis": lambda: RedisServer("--appendonly", "yes", "--appendfsync", "always"),
 }
 
 
