@@ -60,9 +60,9 @@ class RedisBackend:
     `:position`, and in one for each idempotency key. They expire. A history needs `+evalsha +eval
     +info +time +hmget +hget +hset +hincrby +pttl +pexpire +xadd +xrange +xrevrange +xdel +del +get
     +set` and `~starcast:history:*`. It survives a server that is killed if that has an append-only
-    file (`appendonly yes`); without one, each start of the server is a new epoch, as if the history
-    was lost. After a failover to a replica that was behind, there is a new epoch if a process that
-    had got further is back before as much was published again.
+    file (`appendonly yes`), but for what it had not written yet: with `appendfsync everysec`, the
+    default, that is up to two seconds, and whoever has got it already is told of a gap. Without
+    such a file, each start of the server is a new epoch, as if the history was lost.
 
     Args:
         url: `redis://user:password@host:6379`, `rediss://` for TLS, `unix:///path/redis.sock`;

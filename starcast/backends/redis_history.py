@@ -7,7 +7,9 @@ envelope begins with, then the event's id and a colon.
 
 A server that comes back may have an older state, in which it would give the same offsets to other
 messages. So a channel gets a new epoch if the server was started anew and does not write each
-change to an append-only file, or if a hub knows that the channel was further than it is.
+change to an append-only file, or if a hub knows that the channel was further than it is. With such
+a file, only the last moment may be lost: the offsets go on a good deal further on, and where they
+stopped is noted. Whoever is there has missed nothing. Whoever is further has got what was lost.
 
 The names of a channel's keys have the same part in braces, so that they are in one slot of a
 cluster.
@@ -35,10 +37,16 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 -- Returns the epoch: a new one if the history was lost, or a part of it.
 local function epoch_of(meta, stream, new, server, known_epoch, known_offset)
     local was = redis.call('HMGET', meta, 'epoch', 'server', 'offset')
-    local is_behind = was[1] == known_epoch and tonumber(was[3] or '0') < tonumber(known_offset)
+    local offset = tonumber(was[3] or '0')
     local run, kept = string.match(server, '^(.-)(%+?)$')
     local was_run, was_kept = string.match(was[2] or '', '^(.-)(%+?)$')
-    local is_same = run == was_run or (kept == '+' and was_kept == '+')
+    local is_same = run == was_run
+    if was[1] and not is_same and kept == '+' and was_kept == '+' then
+        redis.call('HSET', meta, 'stopped', integer(offset), 'went_on', integer(offset + 1e9))
+        offset = redis.call('HINCRBY', meta, 'offset', 1000000000)
+        is_same = true
+    end
+    local is_behind = was[1] == known_epoch and offset < tonumber(known_offset)
     if was[1] and is_same and not is_behind then
         if was[2] ~= server then redis.call('HSET', meta, 'server', server) end
         return was[1]
@@ -48,7 +56,7 @@ local function epoch_of(meta, stream, new, server, known_epoch, known_offset)
     return new
 end
 
--- Removes the messages that are older than so many milliseconds, and returns the first one left.
+-- Removes the messages that are older than so many milliseconds.
 local function expire(stream, ttl)
     local count = 1  -- most of the time, the first one is left
     while true do
@@ -59,7 +67,7 @@ local function expire(stream, ttl)
             table.insert(old, entry[1])
         end
         if #old > 0 then redis.call('XDEL', stream, unpack(old)) end
-        if #old < #entries or #entries == 0 then return entries[#old + 1] end
+        if #old < #entries or #entries == 0 then return end
         count = 100
     end
 end
@@ -105,10 +113,15 @@ local offset = tonumber(redis.call('HGET', meta, 'offset') or '0')
 -- It lives as long as somebody asks, but not much longer if nothing was ever published.
 if offset == 0 then meta_ttl = math.min(meta_ttl, ttl + 600000) end
 if redis.call('PTTL', meta) < meta_ttl / 2 then redis.call('PEXPIRE', meta, integer(meta_ttl)) end
-local first = expire(stream, tonumber(ttl))
-first = first and tonumber(string.match(first[1], '^(%d+)'))
+expire(stream, tonumber(ttl))
 since = tonumber(since)
-local complete = not since or since >= offset or (first and first <= since + 1)
+local complete = not since or since >= offset
+if not complete then  -- nothing is missing after a message that is there, or before one
+    local stopped = redis.call('HMGET', meta, 'stopped', 'went_on')
+    local from = since == tonumber(stopped[1] or '') and tonumber(stopped[2]) or since
+    local next = redis.call('XRANGE', stream, integer(from), integer(from + 1), 'COUNT', 1)
+    complete = from >= offset or #next > 0
+end
 local entries = {}
 if tonumber(limit) == 0 then
 elseif reverse == '1' then

@@ -210,6 +210,45 @@ async def test_a_hub_that_knows_more_than_the_server(server):
         assert (await subscriber.get()).message == "newer"
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2])
+async def test_a_server_that_comes_back_without_what_it_had_not_written_yet(lost):
+    """Even if it has an append-only file, unless that is written before each answer."""
+    history = {"room": History(size=100, ttl=60)}
+    stream = "starcast:history:{both:room}"
+    with RedisServer("--appendonly", "yes", "--appendfsync", "always") as server:
+        async with Broadcast(server.url, name="both", history=history) as other:
+            for number in range(3):
+                old = await other.publish("room", str(number))
+            async with (
+                Broadcast(server.url, name="both", history=history) as hub,
+                hub.subscribe("room", gaps=True) as subscriber,
+            ):
+                for number in range(lost):
+                    old = await other.publish("room", f"lost {number}")
+                    assert (await subscriber.get()).id == old
+                server.command("HINCRBY", f"{stream}:position", "offset", -lost)
+                for id, _ in server.command("XRANGE", stream, "4", "+"):
+                    server.command("XDEL", stream, id)
+                server.kill()
+                await until(lambda: hub.stats().backend.state == "reconnecting")
+                server.start()
+                await until(lambda: other.stats().backend.state == "connected")
+                for number in range(lost + 1):
+                    await other.publish("room", f"new {number}")
+                got = [await subscriber.get() for _ in range(lost + 1 + bool(lost))]
+                assert isinstance(got[0], Gap) is bool(lost)
+                assert [event.message for event in got[bool(lost) :]] == [
+                    f"new {number}" for number in range(lost + 1)
+                ]
+            async with other.subscribe("room", since=old) as subscriber:
+                assert subscriber.resumed.recovered is not bool(lost)
+            first = (await other.history("room")).events[0]
+            async with other.subscribe("room", since=first.id) as subscriber:
+                assert subscriber.resumed.recovered
+                got = [(await subscriber.get()).message for _ in range(3 + lost)]
+                assert got == ["1", "2", *(f"new {number}" for number in range(lost + 1))]
+
+
 async def test_a_server_that_begins_to_keep_what_is_written_to_it():
     """What hubs have asked it before still holds: they do not take turns in emptying histories."""
     with RedisServer() as server:

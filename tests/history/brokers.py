@@ -12,7 +12,7 @@ from backends.postgres_server import PostgresServer
 from backends.redis_server import RedisServer
 
 SERVERS: dict[str, Callable[[], Any]] = {
-    "redis": lambda: RedisServer("--appendonly", "yes"),
+    "redis": lambda: RedisServer("--appendonly", "yes", "--appendfsync", "always"),
     "postgres": PostgresServer,
     "nats": lambda: NatsServer(jetstream=True),
 }
