@@ -35,8 +35,7 @@ class Overflowed:
         overflow: The policy that was applied.
         dropped: The messages that it will not get. For `disconnect` and a client: what was waiting
             and the one that was too much; it is being closed with 1013, or its stream ends. For a
-            subscriber: the one
-            that was too much; what was waiting is still handed out.
+            subscriber: the one that was too much; what was waiting is still handed out.
     """
 
     client: Any

@@ -321,5 +321,5 @@ class Stream(Subscription):
         self.outbox.clear()
         self._leave(self)
         if not self.finished.done():
-            watch.limit_silence(self.transport, 0)  # the client may use its connection again
             self.finished.set_result(here)
+            watch.limit_silence(self.transport, 0)  # the client may use its connection again

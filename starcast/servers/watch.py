@@ -59,9 +59,12 @@ def limit_silence(transport: Any, seconds: float) -> None:
     Without pings of its own, a protocol would not notice for a quarter of an hour that the client's
     machine or network is gone (RFC 5482, on Linux). 0 stands for the default of the system.
     """
-    sock = None if transport is None else transport.get_extra_info("socket")
-    if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-        with contextlib.suppress(OSError):  # it is closed, or is no TCP socket
+    if transport is None or transport.is_closing():
+        return  # uvloop closes the socket at once, and another one may have its number now
+    sock = transport.get_extra_info("socket")
+    usable = sock is not None and hasattr(socket, "TCP_USER_TIMEOUT")
+    if usable:  # pragma: no branch  # on other systems it is not
+        with contextlib.suppress(OSError):  # it is no TCP socket
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
 

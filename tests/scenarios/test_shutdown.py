@@ -137,6 +137,8 @@ async def test_a_server_ends_with_open_streams(name, tmp_path):
     command, code, warnings = SERVERS[name]
     with started(command, tmp_path) as process:
         await serving(process, workers=2 if "2" in command else 1)
+        async with listening(process, *STREAMS):
+            pass  # these leave before, and nothing of them must stay
         async with listening(process, *STREAMS) as listeners:
             await until(lambda: process.log.count(WARNING) >= warnings)
             assert await ended(process) == code
