@@ -150,6 +150,7 @@ class MemoryLog:
         expires = oldest.messages[-1][0] if oldest.messages else -math.inf
         if len(active) > 1 and expires <= time.monotonic():
             oldest.messages.clear()
+            oldest.keys = None  # they have expired, too
             quiet[name] = active.pop(name)
 
     def publish(self, event: Event, key: str | None, add: Callable[[Event], list[T]]) -> list[T]:
