@@ -230,7 +230,7 @@ class Connection:
                 if isinstance(item, Event):
                     await self._send_events(cast("Sequence[Event]", outbox.in_flight))
                 elif isinstance(item, Replay):
-                    await self._send_events(await item.events)
+                    await self._send_events(await item.take())
                 elif isinstance(item, Send):
                     await self._send(item)
                 elif isinstance(item, Close):

@@ -141,6 +141,8 @@ class Hub:
             daphne.adapt(websocket)
         if websocket.application_state is WebSocketState.CONNECTING:
             await self.settings.origins.check(websocket)
+        if (known := self.find(websocket)) and (known.outbox.ids or not wish.is_empty):
+            await known.outbox.wait_replayed()
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
         registered = False
@@ -171,6 +173,7 @@ class Hub:
                     and (not wish.is_empty or connection.outbox.ids)
                 ):
                     replay = Replay(asyncio.get_running_loop())
+                    connection.outbox.replayed = replay.taken
                     wake = self.registry.queue(replay, connection)
             self.registry.wake(wake)
             self.link.take_over()  # if the loop that it was on has ended

@@ -82,17 +82,33 @@ class Replay:
 
     They are kept by whoever keeps the history, so they do not count in the client's buffer, and it
     takes them as fast as it can. What is published meanwhile does count.
+
+    Attributes:
+        taken: Done when the client begins to get them, or will not get them.
     """
 
-    __slots__ = ("events",)
+    __slots__ = ("events", "taken")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.events: asyncio.Future[Sequence[Event]] = loop.create_future()
+        self.taken: asyncio.Future[None] = loop.create_future()
 
     def begin(self, events: Sequence[Event]) -> None:
         """Let them be sent. On the loop of the client."""
         if not self.events.done():
             self.events.set_result(events)
+
+    async def take(self) -> Sequence[Event]:
+        """Return them, once they are there."""
+        events = await self.events
+        self.discard()
+        return events
+
+    def discard(self) -> None:
+        """Let whoever waits for this go on."""
+        if not self.taken.done():
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no task waits
+                self.taken.set_result(None)
 
 
 class Send:
@@ -120,8 +136,8 @@ class Send:
 
 
 # What a client gets, in order. Control items cost nothing and are never dropped. A client has one
-# Close and one Leave at most, one Replay for each channel that it joins, and one Send for each task
-# of its handler that is sending.
+# Close and one Leave at most, one Replay and one Send for each task of its handler that joins a
+# channel or sends.
 Item = Event | Gap | Close | Leave | Send | Replay
 
 
@@ -135,6 +151,8 @@ def discard(item: Item) -> None:
         item.finish(False)
     elif isinstance(item, Leave):
         item.reached()
+    elif isinstance(item, Replay):
+        item.discard()
 
 
 class LatestQueue:
@@ -188,6 +206,7 @@ class Outbox:
         "max_buffer",
         "overflow",
         "promised",
+        "replayed",
         "size",
         "space",
     )
@@ -215,12 +234,21 @@ class Outbox:
         # None until it is needed: an empty deque takes 760 bytes.
         self.items: deque[Item] | LatestQueue | None = None
         self.draining: Draining | None = None  # once senders had to wait for it, until it is empty
+        self.replayed: asyncio.Future[None] | None = None  # `taken` of the last Replay
         # Guarded by the hub's lock:
         self.promised = 0  # the cost of messages to this client alone that are not here yet
         self.space: SpaceQueue | None = None  # where their senders wait; None until one has to
 
     def __len__(self) -> int:
         return len(self.items or ())
+
+    async def wait_replayed(self) -> None:
+        """Wait until the client begins to get the past of the channel that it has joined last.
+
+        Otherwise the pasts of more and more channels could wait for a client that does not read.
+        """
+        if self.replayed is not None:
+            await asyncio.wait([self.replayed])
 
     def offer(self, item: Item) -> list[Event]:
         """Add an item at the end and return what was dropped for it, which may be the item itself.

@@ -13,7 +13,7 @@ from history.conftest import HISTORY
 from history.keeping import TUNING, KeepingBus
 from history.test_tracks import CHANNEL, kept, take, take_all
 from starcast import BackendUnavailable, Broadcast, History
-from support import OtherLoop, starcast_tasks, until
+from support import OtherLoop, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -52,6 +52,8 @@ async def test_a_channel_released_and_acquired_while_its_position_is_asked_for(b
         assert await take(second, 1) == ["text"]
         await second.__aexit__()
         await until(lambda: hub.stats().backend.channels == 0)
+    assert not hub._hub.registry.positions
+    assert not hub._hub.link._tracks._tracks
 
 
 class SlowBus(KeepingBus):
@@ -172,3 +174,35 @@ async def test_channels_come_and_go_on_another_loop_while_positions_are_checked(
         finally:
             sys.setswitchinterval(interval)
         assert hub.stats().backend.error is None
+
+
+async def test_channels_that_were_only_asked_for_go_first():
+    """Clients may ask for any number of channels. What was published elsewhere stays."""
+    hub = Broadcast(history=History(max_channels=10))
+    id = await hub.publish("room", "0")
+    await hub.publish("room", "1")
+    for number in range(50):
+        async with hub.subscribe(f"other {number}", history=1):
+            pass
+    async with hub.subscribe("room", since=id) as subscriber:
+        assert subscriber.resumed.recovered
+    log = hub._hub.link._log
+    assert sum(len(it) for part in (log._active, log._quiet) for it in part.values()) <= 10
+
+
+async def test_a_client_that_joins_and_leaves_without_reading_piles_up_nothing(road):
+    """It gets no history that it does not read."""
+    hub = Broadcast(history=History(size=100))
+    for number in range(100):
+        await hub.publish("room", f"{number:01000}")
+    peer = await joined(hub, "other")
+    peer.open.clear()
+    await hub.publish("other", "first")
+    with contextlib.suppress(TimeoutError):
+        for _ in range(200):
+            async with asyncio.timeout(0.1):
+                await hub.connect(peer.websocket, "room", history=100)
+                await hub.disconnect(peer.websocket, "room")
+                await asyncio.sleep(0)
+    connection = hub._hub.find(peer.websocket)
+    assert connection.ended or connection.code is not None or len(connection.outbox) <= 2
