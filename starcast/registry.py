@@ -306,8 +306,7 @@ class Registry:
 
     def is_behind(self) -> bool:
         """Whether a loop has half of what may wait for it to deliver, and misses nothing yet."""
-        queues = [shard.queue for shard in list(self.shards.values()) if shard not in self._missed]
-        return any(queue.size > queue.bound // 2 for queue in queues)
+        return any(it.queue.half_full for it in [*self.shards.values()] if it not in self._missed)
 
     def _end_missed(self, missed: Missed) -> None:
         del self._missed[missed.shard]

@@ -53,6 +53,11 @@ class BoundedQueue(Generic[Entry]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def half_full(self) -> bool:
+        """Whether more than half of what may wait does. From any thread."""
+        return self.size > self.bound // 2
+
     # With the lock held
 
     def has_space(self, cost: int) -> bool:
