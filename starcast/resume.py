@@ -200,6 +200,7 @@ class Reader:
             if len(stored.messages) < PAGE:
                 break
             offset = stored.messages[-1].offset
+            await asyncio.sleep(0)  # others have a turn after each page, in memory too
         return events
 
     async def _read_last(self, channel: str, count: int, here: Position) -> list[Event]:
@@ -214,6 +215,7 @@ class Reader:
                 break
             count -= PAGE
             offset = stored.messages[-1].offset
+            await asyncio.sleep(0)
         events.reverse()
         return events
 

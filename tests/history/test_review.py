@@ -206,3 +206,25 @@ async def test_a_client_that_joins_and_leaves_without_reading_piles_up_nothing(r
                 await asyncio.sleep(0)
     connection = hub._hub.find(peer.websocket)
     assert connection.ended or connection.code is not None or len(connection.outbox) <= 2
+
+
+@pytest.mark.parametrize("wish", ["since", "history"])
+async def test_a_long_past_in_memory_is_read_in_several_turns(wish):
+    hub = Broadcast(history=History(size=100_000))
+    ids = [await hub.publish("room", str(number)) for number in range(5500)]
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    wishes = {"since": {"since": ids[0]}, "history": {"history": 5499}}
+    async with hub.subscribe("room", **wishes[wish]) as subscriber:
+        assert turns >= 5
+        counting.cancel()
+        ids.append(await hub.publish("room", "live"))
+        async with asyncio.timeout(5):
+            assert [(await subscriber.get()).id for _ in range(5500)] == ids[1:]
