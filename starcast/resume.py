@@ -27,8 +27,9 @@ from .history import Histories, Position, Resumed, Wish, check_count, parse_id
 # Messages that are read at once.
 PAGE = 1000
 
-# Events that members of one event loop share at most, and for how many seconds.
-MAX_SHARED = 10_000
+# Bytes of events that members of one event loop share at most, but for the last page that was read,
+# and for how many seconds.
+MAX_SHARED = 16 * 1024 * 1024
 SHARED_FOR = 1.0
 
 # Characters of an idempotency key, at most.
@@ -75,23 +76,23 @@ class _Shared:
         self.reads: dict[tuple[str, int | None, int, bool], asyncio.Task[Stored]] = {}
         self._loop = loop
         self._events: dict[tuple[str, str], dict[int, Event]] = {}  # by channel, epoch and offset
-        self._count = 0
+        self._size = 0
         self._used = False
         self._timer: asyncio.TimerHandle | None = None
 
     def events(self, channel: str, epoch: str) -> dict[int, Event]:
         """Return the events of a channel that somebody has read a moment ago, to be added to."""
-        if self._count > MAX_SHARED:
+        if self._size > MAX_SHARED:
             self._events.clear()
-            self._count = 0
+            self._size = 0
         self._used = True
         if self._timer is None:
             self._timer = self._loop.call_later(SHARED_FOR, self._let_go)
         return self._events.setdefault((channel, epoch), {})
 
-    def count(self, events: int) -> None:
-        """Note that so many were added."""
-        self._count += events
+    def count(self, size: int) -> None:
+        """Note that events of so many bytes were added."""
+        self._size += size
 
     def _let_go(self) -> None:
         self._timer = None
@@ -100,7 +101,7 @@ class _Shared:
             self._timer = self._loop.call_later(SHARED_FOR, self._let_go)
         else:
             self._events.clear()
-            self._count = 0
+            self._size = 0
 
 
 class Reader:
@@ -273,7 +274,7 @@ class Reader:
         epoch = stored.position.epoch
         shared = self._shared_here()
         known = shared.events(channel, epoch)
-        before = len(known)
+        added = 0
         events = []
         for offset, payload in stored.messages:
             event = known.get(offset)
@@ -284,8 +285,9 @@ class Reader:
                     continue
                 event.position = Position(epoch, offset)
                 known[offset] = event
+                added += event.cost
             events.append(event)
-        shared.count(len(known) - before)
+        shared.count(added)
         return events
 
 
