@@ -77,7 +77,6 @@ class _Shared:
         self._loop = loop
         self._events: dict[tuple[str, str], dict[int, Event]] = {}  # by channel, epoch and offset
         self._size = 0
-        self._used = False
         self._timer: asyncio.TimerHandle | None = None
 
     def events(self, channel: str, epoch: str) -> dict[int, Event]:
@@ -85,7 +84,6 @@ class _Shared:
         if self._size > MAX_SHARED:
             self._events.clear()
             self._size = 0
-        self._used = True
         if self._timer is None:
             self._timer = self._loop.call_later(SHARED_FOR, self._let_go)
         return self._events.setdefault((channel, epoch), {})
@@ -96,12 +94,8 @@ class _Shared:
 
     def _let_go(self) -> None:
         self._timer = None
-        if self._used:
-            self._used = False
-            self._timer = self._loop.call_later(SHARED_FOR, self._let_go)
-        else:
-            self._events.clear()
-            self._size = 0
+        self._events.clear()
+        self._size = 0
 
 
 class Reader:

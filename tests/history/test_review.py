@@ -228,3 +228,13 @@ async def test_a_long_past_in_memory_is_read_in_several_turns(wish):
         ids.append(await hub.publish("room", "live"))
         async with asyncio.timeout(5):
             assert [(await subscriber.get()).id for _ in range(5500)] == ids[1:]
+
+
+async def test_channels_are_not_remembered_because_others_are_asked_for(monkeypatch):
+    monkeypatch.setattr("starcast.resume.SHARED_FOR", 0.01)
+    hub = Broadcast(history=History())
+    for number in range(200):
+        await hub.history(f"room {number}")
+        await asyncio.sleep(0.001)
+    (shared,) = hub._hub.past._shared.values()
+    assert len(shared._events) < 100
