@@ -15,6 +15,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from starcast import exceptions
 from starcast.backends.base import LoginRefused, MessagesRefused, SubscriptionRevoked
+from starcast.backends.nats_jetstream import JetStreamError
 from starcast.exceptions import (
     BackendUnavailable,
     ClientGone,
@@ -112,7 +113,10 @@ EVERY_ERROR = [
     Full("what was wrong", BoundedQueue(contextlib.nullcontext(), 1)),
     *(
         cls("what was wrong")
-        for cls in [*ERRORS.values(), LoginRefused, MessagesRefused, SubscriptionRevoked]
+        for cls in [
+            *ERRORS.values(),
+            *(LoginRefused, MessagesRefused, SubscriptionRevoked, JetStreamError),
+        ]
         if cls not in (OriginRefused, InvalidMessage, ClientGone)
     ),
 ]
