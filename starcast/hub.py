@@ -167,11 +167,7 @@ class Hub:
                 here = self.link.position(channel) if registered else None
                 connection = self.find(websocket)
                 replay = None
-                if (
-                    here is not None
-                    and connection is not None
-                    and (not wish.is_empty or connection.outbox.ids)
-                ):
+                if here is not None and connection and (connection.outbox.ids or not wish.is_empty):
                     replay = Replay(asyncio.get_running_loop())
                     connection.outbox.replayed = replay.taken
                     wake = self.registry.queue(replay, connection)
