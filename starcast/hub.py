@@ -22,7 +22,7 @@ from .broker.claims import Claim
 from .broker.link import Link, Owner
 from .broker.local import LocalLink
 from .broker.naming import DEFAULT_NAME, NamedBackend, check_name
-from .close_codes import ABNORMAL, GOING_AWAY
+from .close_codes import ABNORMAL, GOING_AWAY, TRY_AGAIN_LATER
 from .codec import Channel, Encoding
 from .connection import Connection
 from .dispatcher import Dispatcher
@@ -113,7 +113,11 @@ class Hub:
     def _tell_missed(self, missed: Missed) -> None:
         """Tell the members that have missed messages because their event loop was blocked."""
         gap = missed.gap()
-        self.registry.tell_gap(gap, self.settings.gap_close(), missed.members())
+        # Clients with a history come back and get what they have missed. Otherwise they would name
+        # an id behind it.
+        kept, others = missed.members(self.settings.histories)
+        self.registry.tell_gap(gap, Close(TRY_AGAIN_LATER, "messages were missed"), kept)
+        self.registry.tell_gap(gap, self.settings.gap_close(), others)
         assert isinstance(self.link, Link)  # only messages from a broker are missed
         # Later, because the lock is held now.
         missed.shard.loop.call_soon(self.link.report, gap, self.settings.tell_gap)
@@ -296,7 +300,7 @@ class Hub:
                 positions = {channel: self.link.position(channel) for channel in acquired}
         finally:
             if not registered:
-                for channel in acquired:
+                for channel in acquired:  # pragma: no branch  # it raises
                     self._release(channel)
         self.registry.journal.write()
         self.link.take_over()

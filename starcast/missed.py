@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from .event import Gap
 from .group import Member
+from .history import Histories
 from .shard import Shard
 
 
@@ -48,7 +49,11 @@ class Missed:
         error = f"an event loop was blocked or too slow and missed {self._count} messages"
         return Gap(self._since, seconds, error)
 
-    def members(self) -> dict[Member, Shard]:
-        """Return the members that may have missed something."""
-        channels = (self.shard.channels.get(channel, {}) for channel in self._channels)
-        return {member: self.shard for members in channels for member in members}
+    def members(self, histories: Histories) -> tuple[dict[Member, Shard], dict[Member, Shard]]:
+        """Return those that may have missed something of channels with a history, and others."""
+        kept: dict[Member, Shard] = {}
+        others: dict[Member, Shard] = {}
+        for channel in self._channels:
+            found = others if histories.find(channel) is None else kept
+            found |= dict.fromkeys(self.shard.channels.get(channel, {}), self.shard)
+        return kept, {member: shard for member, shard in others.items() if member not in kept}

@@ -246,9 +246,9 @@ class Reader:
         reads[key] = reading
 
         def ended(reading: asyncio.Task[Stored]) -> None:
-            if reads.get(key) is reading:
+            if reads.get(key) is reading:  # pragma: no branch  # or another one has begun
                 del reads[key]
-            if not reading.cancelled():
+            if not reading.cancelled():  # pragma: no branch  # only with the event loop
                 reading.exception()  # whoever wanted it may have been cancelled
 
         reading.add_done_callback(ended)

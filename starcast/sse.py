@@ -144,7 +144,7 @@ class EventStreamResponse(Response):
             self._outbox,
             heartbeat=self._sse.heartbeat,
             objects=self._outbox.ids or not one,
-            gaps=hub.settings.after_gap == "close",
+            gaps=hub.settings.after_gap == "close" or all(map(hub.settings.histories.find, names)),
             join=hub.join,
             leave=hub.registry.unsubscribe,
         )

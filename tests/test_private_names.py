@@ -39,6 +39,8 @@ ALLOWED: dict[str, dict[str, str]] = {
     "history/test_memory.py": {
         "starcast.broker.memory_log.MAX_KEYS": "it would take 10,000 messages",
         "starcast.broker.memory_log.time": "a clock that the test moves",
+        "starcast.resume.MAX_SHARED": "it would take 16 MiB",
+        "starcast.resume.SHARED_FOR": "it would take seconds",
     },
     "scenarios/test_shutdown.py": {"_num_workers": "of gunicorn, which is not started for this"},
     "servers/test_server.py": {"workers.worker_processes": "no other processes are started"},

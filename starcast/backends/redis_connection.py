@@ -150,7 +150,7 @@ class RedisConnection:
     def _make_stream(self, socket: AbstractConnection) -> Stream:
         """Return the stream of another node."""
         stream = Stream(socket, self._receive, self._break)
-        if self._error is not None:  # it was closed while the socket was opened
+        if self._error is not None:  # pragma: no cover  # it was closed while the socket was opened
             stream.close(self._error)
             raise self._error
         return stream

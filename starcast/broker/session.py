@@ -224,7 +224,7 @@ class Session:
                 answer.set()
 
         def begin() -> None:
-            if self._closing:
+            if self._closing:  # pragma: no cover  # since a moment ago
                 answer.fail(LOST)
             else:
                 self.run(answer_it())

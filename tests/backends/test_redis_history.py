@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from redis.asyncio.sentinel import Sentinel
 
 from backends.redis_server import RedisServer
 from starcast import BackendUnavailable, Broadcast, Gap, History, Publisher, Tuning
@@ -141,6 +142,19 @@ async def test_keys_of_another_type(server):
         server.command("HSET", "starcast:history:{default:b}:position", "epoch", "not - one")
         server.command("HSET", "starcast:history:{default:b}:position", "server", "x")
         assert await hub.publish("b", "text")  # of another server, so it is not used
+
+
+async def test_an_epoch_that_is_none(server):
+    async with Broadcast(server.url, history=History()) as hub:
+        await hub.publish("room", "text")
+        server.command("HSET", "starcast:history:{default:room}:position", "epoch", "not - one")
+        with pytest.raises(BackendUnavailable, match="something else where the history should be"):
+            await hub.publish("room", "text")
+
+
+def test_the_address_of_a_server_that_sentinel_names():
+    backend = RedisBackend(client=Sentinel([("127.0.0.1", 1)]).master_for("shop"))
+    assert backend.address == "the Redis that Sentinel calls 'shop', prefix 'starcast:'"
 
 
 async def test_one_message_of_a_batch_is_refused(server):

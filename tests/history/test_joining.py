@@ -1,4 +1,4 @@
-"""Tests of what a review has found."""
+"""Tests of members that join, leave and come back at awkward moments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import sys
+import threading
 
 import pytest
 
@@ -13,7 +14,7 @@ from history.conftest import HISTORY
 from history.keeping import TUNING, KeepingBus
 from history.test_tracks import CHANNEL, kept, take, take_all
 from starcast import BackendUnavailable, Broadcast, History
-from support import OtherLoop, joined, starcast_tasks, until
+from support import OtherLoop, Peer, joined, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -225,3 +226,31 @@ async def test_a_long_past_in_memory_is_read_in_several_turns(wish):
         ids.append(await hub.publish("room", "live"))
         async with asyncio.timeout(5):
             assert [(await subscriber.get()).id for _ in range(5500)] == ids[1:]
+
+
+async def test_a_client_that_has_missed_messages_comes_back_for_them(broker, other):
+    """Its event loop was blocked. It does not go on with an id behind what it has missed."""
+    tuning = dataclasses.replace(TUNING, max_pending=300)
+    hub = Broadcast(backend=KeepingBus(broker), history=HISTORY, tuning=tuning)
+    async with hub:
+        peers = {channel: Peer() for channel in ("room", "plain", "quiet")}
+        for channel, peer in peers.items():
+            await asyncio.to_thread(other.run, hub.connect(peer.websocket, channel))
+        go, blocked = threading.Event(), threading.Event()
+        other.loop.call_soon_threadsafe(lambda: (blocked.set(), go.wait(20)))
+        await asyncio.to_thread(blocked.wait, 20)
+        ids = [await hub.publish("room", f"{number}".ljust(60)) for number in range(5)]
+        await hub.publish("plain", "text")
+        go.set()
+        await until(lambda: peers["room"].closed == 1013)
+        got = len(peers["room"].got)
+        assert 0 < got < 5
+        again = Peer()
+        connecting = hub.connect(again.websocket, "room", since=ids[got - 1])
+        resumed = await asyncio.to_thread(other.run, connecting)
+        assert resumed.recovered
+        await until(lambda: len(again.got) == 5 - got)
+        for channel in ("plain", "quiet"):
+            await hub.publish(channel, "end")
+            await until(lambda: peers[channel].got == ["end"])  # noqa: B023  # awaited here
+            assert peers[channel].closed is None

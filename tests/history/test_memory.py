@@ -191,3 +191,35 @@ async def test_a_history_takes_little_memory():
     finally:
         tracemalloc.stop()
     assert after - before < 45_000  # 100 messages of 200 bytes
+
+
+async def test_a_past_that_is_shared_is_bounded(monkeypatch):
+    monkeypatch.setattr("starcast.resume.MAX_SHARED", 1000)
+    hub = Broadcast(history=History())
+    ids = [await hub.publish("room", f"{number:0200}") for number in range(20)]
+    for number in range(20):
+        async with hub.subscribe("room", since=ids[number]) as subscriber:
+            for id in ids[number + 1 :]:
+                assert (await subscriber.get()).id == id
+
+
+async def test_a_past_that_is_shared_is_let_go_of(monkeypatch):
+    monkeypatch.setattr("starcast.resume.SHARED_FOR", 0.01)
+    hub = Broadcast(history=History())
+    await hub.publish("room", "text")
+    for _ in range(3):
+        assert await texts(hub) == ["text"]
+        await asyncio.sleep(0.03)
+
+
+async def test_event_loops_that_have_ended_are_forgotten():
+    hub = Broadcast(history=History())
+    await hub.publish("room", "text")
+
+    async def resume() -> str | bytes:
+        async with hub.subscribe("room", history=1) as subscriber:
+            return (await subscriber.get()).message
+
+    for _ in range(2):
+        assert await asyncio.to_thread(asyncio.run, resume()) == "text"
+    assert await resume() == "text"

@@ -17,6 +17,7 @@ from starcast import (
     Gap,
     GapSubscriber,
     History,
+    Resumed,
     Subscriber,
 )
 from starcast.backends.base import Kept, MessagesRefused
@@ -194,6 +195,13 @@ async def test_a_new_epoch_without_an_outage(hub, broker):
         one, *others = await take_all(subscriber, "3")
         assert isinstance(one, Gap)
         assert others == ["2", "3"]
+        broker.forget()  # once more, which is not logged again so soon
+        broker.dropped = 1
+        await hub.publish("room", "4")
+        await hub.publish("room", "5")
+        one, *others = await take_all(subscriber, "5")
+        assert isinstance(one, Gap)
+        assert others == ["4", "5"]
 
 
 async def test_after_an_outage_only_channels_without_a_history_have_a_gap(broker):
@@ -476,3 +484,70 @@ async def test_a_track_survives_its_event_loop(broker, filling):
         assert await take(subscriber, 1) == ["after"]
     await hub.disconnect()
     await until(lambda: not starcast_tasks())
+
+
+async def test_a_channel_that_is_left_while_it_is_filled(hub, broker):
+    async with hub.subscribe("room"):
+        await hub.publish("room", "0")
+        broker.open.clear()
+        broker.dropped = 1
+        for text in ("1", "2"):
+            broker.keep(kept(text))
+        await until(lambda: broker.stalled)
+    broker.open.set()
+    await until(lambda: not hub.stats().backend.channels)
+    assert await hub.publish("room", "3")
+
+
+async def test_a_channel_that_is_left_while_it_cannot_be_read(hub, broker, caplog):
+    async with hub.subscribe("room"):
+        await hub.publish("room", "0")
+        broker.dropped, broker.unreadable = 1, 10**6
+        for text in ("1", "2"):
+            await hub.publish("room", text)
+        await until(lambda: "does not return the history" in caplog.text)
+    await until(lambda: not hub.stats().backend.channels)
+    left = broker.unreadable
+    await asyncio.sleep(4 * TUNING.subscribe_backoff)
+    assert broker.unreadable >= left - 1  # it has ended
+
+
+async def test_a_connection_that_breaks_while_the_past_is_read(hub, broker):
+    await hub.publish("room", "0")
+    broker.open.clear()
+    reading = asyncio.create_task(hub.history("room"))
+    await until(lambda: broker.stalled)
+    broker.kill()
+    with pytest.raises(BackendUnavailable):
+        await reading
+    broker.open.set()
+    broker.up = True
+    await until(lambda: hub.stats().backend.state == "connected")
+    assert len((await hub.history("room")).events) == 1
+
+
+async def test_a_history_that_is_lost_between_joining_and_reading(hub, broker):
+    async with hub.subscribe("room"):
+        for text in "01":
+            old = await hub.publish("room", text)
+        broker.forget()
+        async with hub.subscribe("room", history=2) as subscriber:
+            assert subscriber.resumed == Resumed(old)
+            await hub.publish("room", "new")
+            assert await take(subscriber, 1) == ["new"]
+
+
+async def test_a_client_that_is_given_up_while_its_past_is_read(broker, road):
+    tuning = dataclasses.replace(TUNING, close_timeout=0.05)
+    async with Broadcast(backend=KeepingBus(broker), history=HISTORY, tuning=tuning) as hub:
+        async with hub.subscribe("room"):
+            await hub.publish("room", "0")
+            peer = await joined(hub, "other")
+            broker.open.clear()
+            connecting = asyncio.create_task(hub.connect(peer.websocket, "room", history=1))
+            await until(lambda: broker.stalled)
+            await hub.close(peer.websocket)
+            assert len(hub) == 0
+            broker.open.set()
+            await connecting
+        assert peer.got == []

@@ -467,8 +467,8 @@ async def test_a_publisher_in_a_tight_loop_over_real_sockets(all_back, serve):
 
         publisher = asyncio.create_task(publish())
         for _ in range(3):
-            await read(one, 1000)
-            await read(two, 1000)
+            await read(one, 300)
+            await read(two, 300)
             assert hub.stats().buffered <= 3 * 256 * KIB
             assert hub.stats().pending <= 2
         stop.set()
