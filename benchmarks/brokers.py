@@ -73,7 +73,8 @@ def _redis(port: str, folder: Path) -> list[str]:
 
 def _nats(port: str, folder: Path) -> list[str]:
     wheel = Path(sysconfig.get_path("scripts")) / "nats-server"
-    return [_which("nats-server", wheel=wheel), "-a", HOST, "-p", port]
+    command = [_which("nats-server", wheel=wheel), "-a", HOST, "-p", port]
+    return [*command, "-js", "-sd", str(folder)]  # for histories
 
 
 def _postgres(port: str, folder: Path) -> list[str]:
