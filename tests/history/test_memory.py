@@ -190,7 +190,7 @@ async def test_a_history_takes_little_memory():
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert after - before < 45_000  # 100 messages of 200 bytes
+    assert after - before < 40 * 1024  # 100 messages of 200 bytes
 
 
 async def test_a_past_that_is_shared_is_bounded(monkeypatch):
