@@ -202,10 +202,10 @@ class Hub:
             raise
         else:
             assert connection is not None  # it has joined
-            first = notice(channel, wish, resumed, events)
+            everything = events
             events = [event for event in events if connection.id not in event.exclude]
             if connection.outbox.ids:
-                events.insert(0, first)
+                events.insert(0, notice(channel, wish, resumed, everything, len(events)))
         finally:
             replay.begin(events)
         return resumed

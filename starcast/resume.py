@@ -52,14 +52,17 @@ class Past:
     complete: bool
 
 
-def notice(channel: str, wish: Wish, resumed: Resumed, past: Sequence[Event]) -> Notice:
-    """Return what a client gets before its past that wants ids: the id of what it has now."""
+def notice(channel: str, wish: Wish, resumed: Resumed, past: Sequence[Event], count: int) -> Notice:
+    """Return what a client gets before its past that wants ids: the id of what it has now.
+
+    `count` is how many events of the past it gets: from some it may be excluded.
+    """
     id = resumed.id
     if resumed.recovered:
         id = wish.since or id
     elif past and (position := past[0].position) is not None:
         id = str(Position(position.epoch, position.offset - 1))
-    content: dict[str, object] = {"channel": channel, "id": id, "past": len(past)}
+    content: dict[str, object] = {"channel": channel, "id": id, "past": count}
     if resumed.recovered is not None:
         content["recovered"] = resumed.recovered
     return Notice(content)
@@ -82,8 +85,7 @@ class _Shared:
     def events(self, channel: str, epoch: str) -> dict[int, Event]:
         """Return the events of a channel that somebody has read a moment ago, to be added to."""
         if self._size > MAX_SHARED:
-            self._events.clear()
-            self._size = 0
+            self._clear()
         if self._timer is None:
             self._timer = self._loop.call_later(SHARED_FOR, self._let_go)
         return self._events.setdefault((channel, epoch), {})
@@ -94,6 +96,9 @@ class _Shared:
 
     def _let_go(self) -> None:
         self._timer = None
+        self._clear()
+
+    def _clear(self) -> None:
         self._events.clear()
         self._size = 0
 

@@ -53,8 +53,8 @@ class _Node:
             commands[0] = ("EVAL", script.source, *arguments[0])
         answers = await self._execute(commands)
         if NoScriptError in map(type, answers):
-            # Not seen by coverage on Python 3.11, after the error that `_execute` has suppressed.
-            self.unknown.add(script.digest)  # pragma: no cover
+            # Coverage does not see this on Python 3.11, after the error that `_execute` suppresses.
+            self.unknown.add(script.digest)  # pragma: no cover  # see above
         return answers
 
     async def _ask(self) -> None:

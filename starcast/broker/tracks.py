@@ -275,17 +275,17 @@ class Tracks:
             self._tell_gap(channel, since)
         end = time.monotonic() + self._tuning.publish_timeout
         for offset, payload in stored.messages:
-            # Nothing tells when a loop has delivered something.
-            while self._loops_are_behind() and time.monotonic() < end:  # noqa: ASYNC110
+            while (  # noqa: ASYNC110  # nothing tells when a loop has delivered something
+                self._loops_are_behind() and time.monotonic() < end
+            ):
                 await asyncio.sleep(PAUSE)
-            if self._tracks.get(channel) is not track:  # pragma: no cover  # as above
+            if self._tracks.get(channel) is not track:  # pragma: no cover  # left, as above
                 return True
             self._receive(channel, payload, Position(stored.position.epoch, offset))
         is_all = len(stored.messages) < PAGE
         if is_all:
             with self._lock:
-                # Another thread may leave the channel at this moment.
-                if channel in self.positions:  # pragma: no branch
+                if channel in self.positions:  # pragma: no branch  # another thread may leave it
                     self.positions[channel] = stored.position
             track.heard_at = time.monotonic()
             is_all = track.seen is None or not _is_behind(stored.position, track.seen)

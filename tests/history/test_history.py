@@ -202,6 +202,20 @@ async def test_who_was_excluded_does_not_get_it_from_the_past_either(room):
     await until(lambda: one.got == ["for both"])
 
 
+async def test_the_past_is_counted_without_what_a_client_is_excluded_from(room):
+    peer = Peer()
+    await room.connect(peer.websocket, "other", ids=True)
+    excluded = await room.publish("room", "for others", exclude=peer.websocket)
+    (last,) = await publish(room, "for all")
+    before = excluded.replace("-1", "-0")
+    await room.connect(peer.websocket, "room", history=10)
+    await until(lambda: len(peer.got) == 2)
+    assert list(map(json.loads, peer.got)) == [
+        {"channel": "room", "id": before, "past": 1},
+        {"id": last, "channel": "room", "data": "for all"},
+    ]
+
+
 async def test_who_comes_back_is_no_longer_excluded(room):
     """It is another connection."""
     peer = Peer()
