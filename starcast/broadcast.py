@@ -27,11 +27,13 @@ from .broker.opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .close_codes import NORMAL
 from .codec import DEFAULT_CHANNEL, Channel, Dumps, Encoding
 from .event import Gap
+from .frames import PLAIN, WITH_ID
 from .heartbeats import Heartbeats
 from .history import Histories, History, Resumed, check_count
-from .hub import Headers, Hub
+from .hub import Hub
 from .inbound import MAX_MESSAGE
 from .inspection import Inspection
+from .joining import Headers
 from .lifespan import with_handlers
 from .listening import Listening
 from .mount import Authorize, make_app
@@ -276,7 +278,7 @@ class Broadcast(Listening, Inspection):
         timeout = settings.tuning.close_timeout
         async with refusals.prepared(websocket, settings.refuse, subprotocol, timeout):
             channel = check_channel(websocket, channel)
-            outbox = settings.outbox(max_buffer, overflow, ids)
+            outbox = settings.outbox(max_buffer, overflow, WITH_ID if ids else PLAIN)
             wish = self._hub.past.wish(channel, since, history)
             return await self._hub.connect(websocket, channel, outbox, subprotocol, headers, wish)
 
@@ -438,10 +440,7 @@ class Broadcast(Listening, Inspection):
         catches these errors.
         """
         event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
-        key = self._hub.past.key(event.channel, idempotency_key)
-        await self._hub.lifecycle.reopen()
-        await self._hub.dispatcher.publish_and_wait(event, key)
-        return event.id
+        return await self._hub.publish(event, idempotency_key)
 
     def publish_nowait(
         self,
@@ -604,7 +603,7 @@ class Broadcast(Listening, Inspection):
             ConfigurationError: An argument is not valid.
             TypeError: `request` is not a request.
         """
-        outbox = self._hub.settings.outbox(max_buffer, overflow, ids)
+        outbox = self._hub.settings.outbox(max_buffer, overflow, WITH_ID if ids else PLAIN)
         settings = SSE() if sse is None else sse
         return EventStreamResponse(self._hub, request, channel, outbox, last=history, sse=settings)
 

@@ -74,14 +74,23 @@ def check_encoding(encoding: Encoding | None) -> Encoding | None:
     return encoding
 
 
+def is_json(data: Any, encoding: Encoding | None) -> bool:
+    """Whether `encode` writes it as JSON."""
+    return encoding == "json" or (
+        encoding is None and not isinstance(data, (str, bytes, bytearray, memoryview))
+    )
+
+
 def encode(data: Any, encoding: Encoding | None, dumps: Dumps) -> tuple[str | bytes, bytes]:
     """Return the content of a frame, `str` (text) or `bytes` (binary), and the same as bytes.
 
     Raises:
         EncodingError: The data does not fit the encoding or cannot be serialised.
     """
-    if encoding is None and not isinstance(data, str):
-        encoding = "bytes" if isinstance(data, (bytes, bytearray, memoryview)) else "json"
+    if is_json(data, encoding):
+        encoding = "json"
+    elif encoding is None and not isinstance(data, str):
+        encoding = "bytes"
     if encoding == "bytes":
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise EncodingError(f'encoding="bytes" needs bytes, not {type(data).__name__}')

@@ -115,7 +115,7 @@ class Connection:
         wire = fastpath.open_wire(websocket, protocol) if ready_frames else fastpath.READY_FRAMES
         self.asgi_reason = wire if isinstance(wire, str) else None  # None on the fast path
         if not isinstance(wire, str):
-            self.frames = FrameWriter(wire, self, with_ids=outbox.ids)
+            self.frames = FrameWriter(wire, self)
         self._handler = Handler(self, None if isinstance(wire, str) else wire)
         if self.frames is not None:
             self.frames.resume()
@@ -268,7 +268,7 @@ class Connection:
                 self.end(ABNORMAL)
                 return
             self._presence.sends += 1
-            sent = event.with_id if self.outbox.ids else event
+            sent = event.in_form(self.outbox.form)
             # A fresh dict each time: middleware may change what it is given.
             await self._handler.send_event({"type": "websocket.send", sent.kind: sent.message})
             self.shard.counters.delivered += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import event_stream, frames
@@ -27,6 +28,8 @@ class Event:
         message: The content, a `str` or bytes.
         payload: The content as bytes. Default: `message`, in UTF-8 if it is a `str`.
         exclude: The ids of the connections that do not receive it. Default: none.
+        is_json: Whether a `str` is JSON that was written for the publisher, and not a `str` that
+            was published; None if that is not known.
 
     Raises:
         TypeError: The message is neither a `str` nor bytes.
@@ -39,11 +42,12 @@ class Event:
         cost: What it counts for in a buffer, in bytes.
         kind: The type of its frame: `"text"` or `"bytes"`.
         position: Its place in the history of its channel; None if the channel has none.
+        info: Who published it, as JSON, if that is a client whose messages say so; otherwise None.
     """
 
     __slots__ = (
-        *("_frames", "_with_id", "channel", "cost", "exclude", "kind", "message", "payload"),
-        "position",
+        *("_forms", "_frames", "_is_json", "channel", "cost", "exclude", "info", "kind"),
+        *("message", "payload", "position"),
     )
 
     def __init__(
@@ -52,6 +56,7 @@ class Event:
         message: str | bytes,
         payload: bytes | None = None,
         exclude: frozenset[int] = frozenset(),
+        is_json: bool | None = None,
     ) -> None:
         if payload is None:
             if not isinstance(message, (str, bytes)):
@@ -64,8 +69,10 @@ class Event:
         self.cost = len(payload) + OVERHEAD
         self.kind = "text" if isinstance(message, str) else "bytes"
         self.position: Position | None = None
+        self.info: str | None = None
+        self._is_json = is_json
         self._frames: dict[frames.WireFormat, bytes] = {}
-        self._with_id: Event | None = None
+        self._forms: dict[frames.WireFormat, Event] | None = None
 
     @property
     def id(self) -> str | None:
@@ -76,8 +83,8 @@ class Event:
         """Return the message's frame in a wire format. It is made on first use, and kept."""
         frame = self._frames.get(wire_format)
         if frame is None:
-            if wire_format & frames.WITH_ID:
-                return self.with_id.frame(wire_format ^ frames.WITH_ID)
+            if form := wire_format & frames.FORMS:
+                return self.in_form(form).frame(wire_format ^ form)
             frame = self._frames[wire_format] = self._make_frame(wire_format)
         return frame
 
@@ -87,20 +94,27 @@ class Event:
         opcode = frames.TEXT if self.kind == "text" else frames.BINARY
         return frames.make(opcode, self.payload, wire_format)
 
+    def in_form(self, form: frames.WireFormat) -> Event:
+        """Return the event whose message is what clients with this form get. It is made once."""
+        if not form:
+            return self
+        if self._forms is None:
+            self._forms = {}
+        made = self._forms.get(form)
+        if made is None:
+            made = self._forms[form] = MAKERS[form](self)
+        return made
+
     @property
-    def with_id(self) -> Event:
-        """What clients get that want ids: an object with the message and its id, made once."""
-        if self._with_id is None:
-            content: dict[str, Any] = {"id": self.id, "channel": self.channel}
-            if isinstance(self.message, str):
-                content["data"] = self.message
-            else:
-                content |= {
-                    "data": base64.b64encode(self.message).decode(),
-                    "encoding": "base64",
-                }
-            self._with_id = Event(self.channel, json.dumps(content, ensure_ascii=False))
-        return self._with_id
+    def is_json(self) -> bool:
+        """Whether the message is JSON and was not published as a `str`.
+
+        A text that another program has given to the broker counts as JSON if it is an object or an
+        array.
+        """
+        if self._is_json is None:
+            self._is_json = looks_like_json(self.payload) and is_json(self.message)
+        return self._is_json
 
     def json(self) -> Any:
         """Return the message parsed as JSON.
@@ -128,7 +142,17 @@ class Event:
         return f"Event(channel={self.channel!r}, message={self.message!r})"
 
 
-class Notice(Event):
+class Ready(Event):
+    """A message that is in its client's form already."""
+
+    __slots__ = ()
+
+    def in_form(self, form: frames.WireFormat) -> Event:
+        """Return itself."""
+        return self
+
+
+class Notice(Ready):
     """An object for one client that wants ids: what became of its `since`, say."""
 
     __slots__ = ()
@@ -136,10 +160,58 @@ class Notice(Event):
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__("", json.dumps(content, ensure_ascii=False))
 
-    @property
-    def with_id(self) -> Event:
-        """Itself, but not as a reference to itself: that would be a cycle."""
-        return self
+
+def with_id(event: Event) -> Event:
+    """Return what clients get that want ids: an object with the message and its id."""
+    content: dict[str, Any] = {"id": event.id, "channel": event.channel}
+    if isinstance(event.message, str):
+        content["data"] = event.message
+    else:
+        content |= {
+            "data": base64.b64encode(event.message).decode(),
+            "encoding": "base64",
+        }
+    return Event(event.channel, json.dumps(content, ensure_ascii=False))
+
+
+# What makes the event for a form; a module that knows another form adds it.
+MAKERS: dict[frames.WireFormat, Callable[[Event], Event]] = {frames.WITH_ID: with_id}
+
+
+def part(event: Event, wire_format: frames.WireFormat) -> bytes:
+    """Return what `join` takes of an event."""
+    form = wire_format & frames.FORMS
+    if form in frames.SEPARATORS:
+        return event.in_form(form).payload
+    return event.frame(wire_format)
+
+
+def join(parts: Sequence[bytes], wire_format: frames.WireFormat) -> bytes:
+    """Return the frames of several events, or one frame of them all in a form that allows that."""
+    form = wire_format & frames.FORMS
+    separator = frames.SEPARATORS.get(form)
+    if separator is None:
+        return b"".join(parts)
+    opcode = frames.TEXT if form == frames.PROTOCOL_JSON else frames.BINARY
+    return frames.make(opcode, separator.join(parts), wire_format ^ form)
+
+
+def looks_like_json(payload: bytes) -> bool:
+    """Whether it begins as a JSON object or array does."""
+    return payload[:1] in (b"{", b"[")
+
+
+def is_json(text: str | bytes) -> bool:
+    """Whether it is JSON that every parser reads, as Python's also reads `NaN`."""
+    try:
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,6 +25,16 @@ WITH_ID: WireFormat = 16
 # The wire format of a stream of server-sent events.
 EVENT_STREAM: WireFormat = 32
 
+# Added to the wire format of a client that speaks the protocol of `starcast.channels`.
+PROTOCOL_JSON: WireFormat = 64
+PROTOCOL_PROTOBUF: WireFormat = 128
+
+# The forms that a message may have for a client, besides what was published.
+FORMS: WireFormat = WITH_ID | PROTOCOL_JSON | PROTOCOL_PROTOBUF
+
+# In these forms, several messages may go into one frame, with this between them.
+SEPARATORS: dict[WireFormat, bytes] = {PROTOCOL_JSON: b"\n", PROTOCOL_PROTOBUF: b""}
+
 # Smaller payloads are not compressed, in bytes. A short JSON object would hardly become shorter,
 # and each client would have to inflate it.
 WORTH_COMPRESSING = 128

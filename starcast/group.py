@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from .connection import Connection
-from .event import Event
+from .event import Event, join, part
 from .frames import WireFormat
 from .outbox import Item
 from .servers.wire import MAX_JOIN
@@ -92,8 +92,8 @@ class Group:
             self._joined = {}
         joined = self._joined.get(wire_format)
         if joined is None:
-            frames = [item.frame(wire_format) for item in self.items if isinstance(item, Event)]
-            joined = self._joined[wire_format] = b"".join(frames)
+            parts = [part(item, wire_format) for item in self.items if isinstance(item, Event)]
+            joined = self._joined[wire_format] = join(parts, wire_format)
         return joined
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from .exceptions import ConfigurationError
+from .internal import is_internal
 from .tuning import check_positive
 
 # A publish that is tried again with the same idempotency key is recognised for this long, in
@@ -154,7 +155,7 @@ class Histories:
 
     def find(self, channel: str) -> History | None:
         """Return the setting of a channel; None if it has no history."""
-        if not self.any:
+        if not self.any or is_internal(channel):
             return None
         try:
             return self._found[channel]

@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
-from collections.abc import Iterable
 from typing import Any
 
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from . import backends, codec, logs, personal
 from .arguments import Exclude, check_excluded
@@ -22,36 +20,27 @@ from .broker.claims import Claim
 from .broker.link import Link, Owner
 from .broker.local import LocalLink
 from .broker.naming import DEFAULT_NAME, NamedBackend, check_name
-from .close_codes import ABNORMAL, GOING_AWAY, TRY_AGAIN_LATER
+from .close_codes import TRY_AGAIN_LATER
 from .codec import Channel, Encoding
-from .connection import Connection
 from .dispatcher import Dispatcher
 from .event import Event, Gap
-from .exceptions import BackendUnavailable, ClientGone
+from .exceptions import ClientGone
 from .group import Member
 from .handler import is_gone
-from .history import Position, Resumed, Wish
+from .joining import Joining
 from .lifecycle import Lifecycle
 from .missed import Missed
-from .outbox import Close, Outbox, Replay
+from .outbox import Close
 from .registry import Registry
-from .resume import Reader, notice
-from .servers import daphne, served
+from .resume import Reader
+from .servers import daphne
 from .settings import Settings
-from .shard import Shard
 from .stats import Stats
-from .subscriber import Subscription
 from .sync.bounded import Full
 from .sync.waiter import Waiter
 
-Headers = Iterable[tuple[bytes, bytes]]
 
-# The ids of connections. They are unique in the process, because a task notes the ids that it
-# serves, of any hub.
-_ids = itertools.count(1)
-
-
-class Hub:
+class Hub(Joining):
     """See the module. Made on any thread.
 
     Args:
@@ -124,124 +113,6 @@ class Hub:
 
     # Clients and subscribers
 
-    async def connect(
-        self,
-        websocket: WebSocket,
-        channel: str,
-        outbox: Outbox,
-        subprotocol: str | None,
-        headers: Headers | None,
-        wish: Wish,
-    ) -> Resumed | None:
-        """Accept a client, unless that was done, and put it on a channel.
-
-        Returns:
-            Where it begins, if the channel has a history and the client was not on it before.
-        """
-        protocol = served.find_protocol(websocket)
-        if not self.is_registered(websocket):
-            served.check_loop(protocol)
-        if protocol is None:
-            daphne.adapt(websocket)
-        if websocket.application_state is WebSocketState.CONNECTING:
-            await self.settings.origins.check(websocket)
-        if (known := self.find(websocket)) and (known.outbox.ids or not wish.is_empty):
-            await known.outbox.wait_replayed()
-        await self.lifecycle.ensure_open()
-        closings = self.lifecycle.closings
-        registered = False
-        if self._is_on(websocket, channel):
-            self.link.acquire_again(channel)  # it need not be waited for
-        else:
-            await self.link.acquire(channel)
-        wake: list[Shard] = []
-        try:
-            await self.past.catch_up(channel, wish)
-            if websocket.application_state is WebSocketState.CONNECTING:
-                try:
-                    await websocket.accept(subprotocol=subprotocol, headers=headers)
-                except OSError:
-                    raise ClientGone(ABNORMAL) from None
-            if is_gone(websocket) or websocket.application_state is not WebSocketState.CONNECTED:
-                raise ClientGone(ABNORMAL)
-            with self.lock:
-                closed = self.lifecycle.closings != closings
-                if not closed:
-                    registered = self._register(websocket, channel, outbox, protocol)
-                here = self.link.position(channel) if registered else None
-                connection = self.find(websocket)
-                replay = None
-                if here is not None and connection and (connection.outbox.ids or not wish.is_empty):
-                    replay = Replay(asyncio.get_running_loop())
-                    connection.outbox.replayed = replay.taken
-                    wake = self.registry.queue(replay, connection)
-            self.registry.wake(wake)
-            self.link.take_over()  # if the loop that it was on has ended
-            if closed:  # while the websocket was being accepted
-                await websocket.close(GOING_AWAY)
-                raise ClientGone(GOING_AWAY)
-        finally:
-            if not registered:
-                self._release(channel)
-        if here is None:
-            return None
-        if replay is None:
-            return Resumed(str(here))
-        return await self._replay(websocket, channel, wish, here, replay)
-
-    async def _replay(
-        self, websocket: WebSocket, channel: str, wish: Wish, here: Position, replay: Replay
-    ) -> Resumed:
-        """Let a client that has joined at this position have what it wants of the past."""
-        events: list[Event] = []
-        connection = self.find(websocket)
-        try:
-            events, resumed = await self.past.read(channel, wish, here)
-        except BaseException:
-            self.leave(websocket, channel)
-            raise
-        else:
-            assert connection is not None  # it has joined
-            everything = events
-            events = [event for event in events if connection.id not in event.exclude]
-            if connection.outbox.ids:
-                events.insert(0, notice(channel, wish, resumed, everything, len(events)))
-        finally:
-            replay.begin(events)
-        return resumed
-
-    def _register(self, websocket: WebSocket, channel: str, outbox: Outbox, protocol: Any) -> bool:
-        """Put it on the channel; False if it was there already."""
-        connection = self.find(websocket)
-        if connection is not None and connection.code is not None:
-            raise ClientGone(connection.code)
-        if connection is None or connection.ended:
-            connection = Connection(
-                websocket,
-                self.registry.here(),
-                outbox,
-                id=next(_ids),
-                ready_frames=self.settings.ready_frames,
-                protocol=protocol,
-            )
-            websocket.scope.setdefault("starcast", {})[self] = connection
-            served.add_served(connection.id)
-        connection.leaving = None
-        return self.registry.join(connection, channel)
-
-    def is_registered(self, websocket: WebSocket) -> bool:
-        """Whether the client is on any channel of this hub."""
-        return self.find(websocket) in self.registry.connections
-
-    def _is_on(self, websocket: WebSocket, channel: str) -> bool:
-        connection = self.find(websocket)
-        return connection is not None and channel in connection.channels
-
-    def find(self, websocket: WebSocket) -> Connection | None:
-        """Return what was registered for this websocket last, even if it has left since."""
-        found: Connection | None = websocket.scope.get("starcast", {}).get(self)
-        return found
-
     def has_left(self, websocket: WebSocket) -> bool:
         """Whether the client has left or was closed, as far as the app or the hub was told."""
         connection = self.find(websocket)
@@ -281,41 +152,6 @@ class Hub:
             async with asyncio.timeout(self.settings.tuning.close_timeout + 1):
                 await connection.wait_ended()
 
-    async def join(self, subscriber: Subscription) -> None:
-        """Put a subscriber of this loop on its channels."""
-        await self.lifecycle.ensure_open()
-        closings = self.lifecycle.closings
-        acquired: list[str] = []
-        registered = False
-        try:
-            for channel, wish in subscriber.wishes.items():
-                await self.link.acquire(channel)
-                acquired.append(channel)
-                await self.past.catch_up(channel, wish)
-            with self.lock:
-                if self.lifecycle.closings != closings:
-                    raise BackendUnavailable("the hub was closed")
-                self.registry.subscribe(subscriber)
-                registered = True
-                positions = {channel: self.link.position(channel) for channel in acquired}
-        finally:
-            if not registered:
-                for channel in acquired:  # pragma: no branch  # it raises
-                    self._release(channel)
-        self.registry.journal.write()
-        self.link.take_over()
-        try:
-            for channel, here in positions.items():
-                if here is not None:
-                    past = await self.past.read(channel, subscriber.wishes[channel], here)
-                    subscriber.begin(channel, *past)
-        except BaseException:
-            self.registry.unsubscribe(subscriber)
-            raise
-
-    def _release(self, channel: str) -> None:
-        self.link.release(channel)
-
     # Messages
 
     def event(
@@ -329,11 +165,19 @@ class Hub:
         if encoding is not None:
             codec.check_encoding(encoding)
         content, payload = codec.encode(message, encoding, self.settings.dumps)
+        is_json = codec.is_json(message, encoding)
         if exclude is None:
-            return Event(channel, content, payload)
+            return Event(channel, content, payload, is_json=is_json)
         found = [self.find(websocket) for websocket in check_excluded(exclude)]
         ids = frozenset(connection.id for connection in found if connection is not None)
-        return Event(channel, content, payload, ids)
+        return Event(channel, content, payload, ids, is_json)
+
+    async def publish(self, event: Event, key: str | None = None) -> str | None:
+        """Publish an event, and return its id: see `Broadcast.publish`."""
+        key = self.past.key(event.channel, key)
+        await self.lifecycle.reopen()
+        await self.dispatcher.publish_and_wait(event, key)
+        return event.id
 
     async def send(self, event: Event, websocket: WebSocket) -> bool:
         """Send an event to one client, and wait for it; False if it has left."""
@@ -364,7 +208,7 @@ class Hub:
             return Stats(
                 open=self.lifecycle.open,
                 clients=len(registry),
-                subscribers=len(registry.connections) + len(registry.subscribers) - len(registry),
+                subscribers=registry.counts.subscribers,
                 channels=channels,
                 published=self.dispatcher.published,
                 failed=self.dispatcher.failed,

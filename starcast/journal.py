@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 
 from .connection import Connection
 from .event import Event
+from .internal import is_internal
 from .shard import Shard
 
 logger = logging.getLogger("starcast")
@@ -31,7 +32,7 @@ class Journal:
 
     def note(self, what: str, channel: str) -> None:
         """Keep something for `write`. With the lock held."""
-        if logger.isEnabledFor(logging.DEBUG):
+        if logger.isEnabledFor(logging.DEBUG) and not is_internal(channel):
             self._noted.append((what, channel))
 
     def write(self) -> None:
@@ -49,7 +50,7 @@ class Journal:
             what: That, with places for the message's size and its channel.
             event: The message.
         """
-        if logger.isEnabledFor(logging.DEBUG):
+        if logger.isEnabledFor(logging.DEBUG) and not is_internal(event.channel):
             size = len(event.payload)
             logger.debug(what + ": %s", size, event.channel, self._describe(event.channel))
 

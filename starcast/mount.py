@@ -20,6 +20,7 @@ from .admission.hooks import Refuse, check_refuse
 from .arguments import check_channel
 from .codec import Encoding
 from .exceptions import ConfigurationError
+from .frames import PLAIN, WITH_ID
 from .heartbeats import Heartbeats
 from .history import check_count
 from .hub import Hub
@@ -94,7 +95,7 @@ def make_app(
             hub,
             request,
             [*([path] if path else []), *named] if named else path,
-            hub.settings.outbox(ids=ids),
+            hub.settings.outbox(form=WITH_ID if ids else PLAIN),
             last=history,
             sse=streams or SSE(),
             authorize=functools.partial(admit, request),

@@ -15,6 +15,7 @@ from starlette.types import Message
 
 from .event import Event, Gap
 from .exceptions import ConfigurationError
+from .frames import PLAIN, WITH_ID, WireFormat
 from .sync.space import Draining, SpaceQueue
 from .sync.waiter import Waiter
 
@@ -200,7 +201,7 @@ class Outbox:
     __slots__ = (
         "_on_overflow",
         "draining",
-        "ids",
+        "form",
         "in_flight",
         "items",
         "max_buffer",
@@ -216,7 +217,7 @@ class Outbox:
         max_buffer: int = MAX_BUFFER,
         overflow: Overflow = "disconnect",
         on_overflow: OnOverflow | None = None,
-        ids: bool = False,
+        form: WireFormat = PLAIN,
     ) -> None:
         if not isinstance(max_buffer, int) or isinstance(max_buffer, bool) or max_buffer < 1:
             raise ConfigurationError(f"max_buffer is a number of bytes above 0, not {max_buffer!r}")
@@ -227,7 +228,7 @@ class Outbox:
         self.max_buffer = max_buffer
         self.overflow: Overflow = overflow
         self._on_overflow = on_overflow
-        self.ids = ids  # whether the client gets each message in an object with its id
+        self.form = form  # what each message is put into for this client
         self.size = 0
         # What is being sent, or is about to be: one item, or the events of one delivery.
         self.in_flight: Sequence[Item] | None = None
@@ -241,6 +242,11 @@ class Outbox:
 
     def __len__(self) -> int:
         return len(self.items or ())
+
+    @property
+    def ids(self) -> bool:
+        """Whether the client gets each message in an object with its id."""
+        return self.form == WITH_ID
 
     async def wait_replayed(self) -> None:
         """Wait until the client begins to get the past of the channel that it has joined last.

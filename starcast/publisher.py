@@ -26,6 +26,7 @@ from .backends import Backend
 from .broadcast import Broadcast
 from .broker.opening import Backoff
 from .codec import Channel, Dumps, Encoding
+from .event import Event
 from .exceptions import BackendUnavailable, ConfigurationError, StarcastError
 from .history import History
 from .stats import BackendStats
@@ -198,9 +199,10 @@ class Publisher:
         if timeout is not None:
             _check_seconds("timeout", timeout)
         # Here and not on the other thread: a model's own code may expect the caller's thread.
-        content, _ = codec.encode(message, encoding, self._dumps)
+        content, payload = codec.encode(message, encoding, self._dumps)
+        event = Event(name, content, payload, is_json=codec.is_json(message, encoding))
         seconds = self._timeout if timeout is None else timeout
-        return self._get_worker().publish(name, content, seconds, idempotency_key)
+        return self._get_worker().publish(event, seconds, idempotency_key)
 
     def _get_worker(self) -> _Worker:
         """Return this process's worker, started if need be."""
@@ -288,11 +290,9 @@ class _Worker:
         """Whether it belongs to this process and has not ended."""
         return self._pid == os.getpid() and not self._loop.is_closed()
 
-    def publish(
-        self, channel: str, content: str | bytes, timeout: float, key: str | None = None
-    ) -> str | None:
+    def publish(self, event: Event, timeout: float, key: str | None = None) -> str | None:
         """Publish, wait for it, and return the event's id."""
-        work = self._publish(channel, content, key)
+        work = self._publish(event, key)
         try:
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
         except RuntimeError:  # another thread has closed the publisher meanwhile
@@ -376,7 +376,7 @@ class _Worker:
             return self._idle
         return max(0, self._used + self._idle - self._loop.time())
 
-    async def _publish(self, channel: str, content: str | bytes, key: str | None) -> str | None:
+    async def _publish(self, event: Event, key: str | None) -> str | None:
         if self._stop.is_set():
             raise BackendUnavailable(CLOSED)
         self._publishing += 1
@@ -388,7 +388,7 @@ class _Worker:
                     await asyncio.sleep(0)
             if self._backend.state != "connected":
                 await self._connect()
-            return await self._hub.publish(channel, content, idempotency_key=key)
+            return await self._hub._hub.publish(event, key)
         finally:
             self._publishing -= 1
             self._used = self._loop.time()

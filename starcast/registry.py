@@ -90,7 +90,7 @@ class Registry:
                 return False
             connection.channels.add(channel)
             shard.join(connection, channel)
-            self.counts.change(self.counts.by_channel, channel, 1)
+            self.counts.channel(channel, 1)
             reason = connection.asgi_reason
             path = "the fast path" if reason is None else f"ASGI ({reason})"
             self.journal.note(f"a client on {path} joined", channel)
@@ -135,7 +135,7 @@ class Registry:
 
     def _leave_channel(self, connection: Connection, channel: str, shard: Shard) -> None:
         shard.leave(connection, channel)
-        self.counts.change(self.counts.by_channel, channel, -1)
+        self.counts.channel(channel, -1)
         self._release(channel)
         self.journal.note("a client left", channel)
 

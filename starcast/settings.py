@@ -15,6 +15,7 @@ from .close_codes import SERVICE_RESTART
 from .codec import Dumps
 from .event import Gap
 from .exceptions import ConfigurationError
+from .frames import PLAIN, WireFormat
 from .history import Histories
 from .outbox import Close, OnOverflow, Outbox, Overflow
 from .tuning import Tuning
@@ -62,14 +63,14 @@ class Settings:
         self,
         max_buffer: int | None = None,
         overflow: Overflow | None = None,
-        ids: bool = False,
+        form: WireFormat = PLAIN,
     ) -> Outbox:
         """Return an outbox. Arguments that are given override the settings."""
         return Outbox(
             self.max_buffer if max_buffer is None else max_buffer,
             self.overflow if overflow is None else overflow,
             self.on_overflow,
-            ids,
+            form,
         )
 
     def gap_close(self) -> Close | None:

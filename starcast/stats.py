@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .internal import is_internal
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BackendStats:
@@ -84,13 +86,20 @@ class Stats:
 
 
 class ClientCounts:
-    """How many clients there are, by channel and by the way to them. Guarded by the hub's lock."""
+    """How many clients and subscribers there are. Guarded by the hub's lock.
 
-    __slots__ = ("by_channel", "by_reason")
+    Attributes:
+        by_channel: The clients of each channel that has any.
+        by_reason: The clients by why they are on ASGI; None: the fast path.
+        subscribers: Code on the server that subscribes.
+    """
+
+    __slots__ = ("by_channel", "by_reason", "subscribers")
 
     def __init__(self) -> None:
         self.by_channel: dict[str, int] = {}
-        self.by_reason: dict[str | None, int] = {}  # why they are on ASGI; None: the fast path
+        self.by_reason: dict[str | None, int] = {}
+        self.subscribers = 0
 
     @staticmethod
     def change(counts: dict[Any, int], key: object, difference: int) -> None:
@@ -102,11 +111,19 @@ class ClientCounts:
             del counts[key]
 
     def subscriber(self, kind: str | None, channels: Iterable[str], difference: int) -> None:
-        """Count a subscription that is a client of some kind; one of None is not."""
-        if kind is not None:
+        """Count a subscription, which is a client of some kind, or code if that is None."""
+        if kind is None:
+            if not all(map(is_internal, channels)):  # otherwise it is the hub's own
+                self.subscribers += difference
+        else:
             self.change(self.by_reason, kind, difference)
             for channel in channels:
-                self.change(self.by_channel, channel, difference)
+                self.channel(channel, difference)
+
+    def channel(self, channel: str, difference: int) -> None:
+        """Count a client of a channel, unless that is an internal one."""
+        if not is_internal(channel):
+            self.change(self.by_channel, channel, difference)
 
     @property
     def total(self) -> int:

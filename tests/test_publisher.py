@@ -27,6 +27,7 @@ from starcast import (
     Broadcast,
     ConfigurationError,
     EncodingError,
+    Event,
     InvalidChannel,
     PayloadTooLarge,
     Publisher,
@@ -734,8 +735,10 @@ async def test_close_waits_for_what_is_being_published():
     worker = pub._worker
     closing = asyncio.create_task(asyncio.to_thread(pub.close))
     await until(worker._stop.is_set)
-    with pytest.raises(BackendUnavailable, match="the publisher is closed"):
-        await asyncio.to_thread(worker.publish, "room", "third", 5)  # it had the worker already
+    with pytest.raises(BackendUnavailable, match="the publisher is closed"):  # it had the worker
+        await asyncio.to_thread(
+            worker.publish, Event("room", "third"), 5
+        )  # it had the worker already
     worker._loop.call_soon_threadsafe(broker.open.set)  # where it is waited for
     await closing
     await publishing

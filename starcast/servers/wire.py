@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from ..event import Event
-from ..frames import WITH_ID, WireFormat
+from ..event import Event, join, part
+from ..frames import WireFormat
 from ..handler import Reader
 from ..outbox import Item, Outbox
 
@@ -79,9 +79,9 @@ class FrameWriter:
 
     __slots__ = ("_client", "direct", "wire", "wire_format")
 
-    def __init__(self, wire: Wire, client: Client, with_ids: bool = False) -> None:
+    def __init__(self, wire: Wire, client: Client) -> None:
         self.wire = wire
-        self.wire_format = wire.wire_format | (WITH_ID if with_ids else 0)
+        self.wire_format = wire.wire_format | client.outbox.form
         self.direct: Callable[[bytes], None] | None = None
         self._client = client
         wire.changed = self._look
@@ -122,18 +122,18 @@ class FrameWriter:
         while events:
             if not await self.wire.drain():
                 return 0
-            frames: list[bytes] = []
+            parts: list[bytes] = []
             size = 0
             while (event := events[0] if events else outbox.next_event()) is not None:
-                frame = event.frame(self.wire_format)
-                size += len(frame)
-                if frames and size > limit:
+                item = part(event, self.wire_format)
+                size += len(item)
+                if parts and size > limit:
                     break
-                frames.append(frame)
+                parts.append(item)
                 if events:
                     events.popleft()
                 else:
                     outbox.take()
-            self.wire.write(b"".join(frames))
-            written += len(frames)
+            self.wire.write(join(parts, self.wire_format))
+            written += len(parts)
         return written

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from starcast import Event
 from starcast.broker.envelope import Malformed, pack, unpack
+from starcast.event import is_json as is_valid
 
 US, THEM = b"12345678", b"87654321"
 IDS = st.frozensets(st.integers(0, 2**64 - 1), max_size=20)
@@ -39,12 +40,39 @@ def test_plain_text_travels_bare_and_is_never_taken_for_an_envelope(text):
     assert unpack("room", text.encode(), US).message == text
 
 
+JSONS = st.sampled_from(['{"a":1}', "[1]", "5", '"x"', "null", "{", "[bot] hello", "NaN", "[NaN]"])
+
+
+@given(JSONS | st.text(st.characters(exclude_categories=["Cs"])), st.booleans())
+def test_json_stays_json_and_a_text_that_looks_like_it_stays_a_text(text, is_json):
+    event = Event("room", text, is_json=is_json)
+    assert unpack("room", pack(event, US), US).is_json == is_json or not is_valid(text)
+
+
+@pytest.mark.parametrize("text", ['{"a":1}', "[1]", "hello", "[bot] hello", "{", "[NaN]"])
+def test_other_programs_read_objects_and_most_texts_as_they_are(text):
+    is_json = is_valid(text)
+    assert pack(Event("room", text, is_json=is_json), US) == text.encode()
+    assert unpack("room", text.encode(), US).is_json == is_json
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_who_has_published_it_travels_too(info):
+    event = Event("room", "hello", exclude=frozenset({7}))
+    event.info = info
+    arrived = unpack("room", pack(event, US), US)
+    assert (arrived.info, arrived.message, arrived.exclude) == (info, "hello", {7})
+
+
 @given(st.binary())
 @example(b"\xff")
 @example(b"\xff\x01")
 @example(b"\xff\x01\x02")
 @example(b"\xff\x01\x02" + US + b"\xff\xff\xff\xff")
 @example(b"\xff\x01\x04x")
+@example(b"\xff\x01\x08\x00\x00\x00\x05x")
+@example(b"\xff\x01\x08\x00\x00\x00\x01\xff")
+@example(b"\xff\x01\x10x")
 @example(b"\xff\x02\x00x")
 @example(b"\xff\x01\x00\xff")
 @example(b"\xfe")
