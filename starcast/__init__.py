@@ -1,12 +1,16 @@
 """starcast broadcasts messages to many WebSocket clients of Starlette and FastAPI apps."""
 
 from .broadcast import Broadcast
+from .channels.model import Client, Limits, Subscription
+from .channels_endpoint import ChannelsEndpoint
 from .endpoint import BroadcastEndpoint
 from .event import Event, Gap
 from .exceptions import (
     BackendUnavailable,
     ClientGone,
+    CommandError,
     ConfigurationError,
+    DisconnectClient,
     EncodingError,
     InvalidChannel,
     InvalidMessage,
@@ -36,9 +40,13 @@ __all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the
     "BackendUnavailable",
     "Broadcast",
     "BroadcastEndpoint",
+    "ChannelsEndpoint",
+    "Client",
     "ClientGone",
+    "CommandError",
     "ConfigurationError",
     "ConnectionManager",
+    "DisconnectClient",
     "EncodingError",
     "Event",
     "Gap",
@@ -46,6 +54,7 @@ __all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the
     "History",
     "InvalidChannel",
     "InvalidMessage",
+    "Limits",
     "NotConnected",
     "OriginRefused",
     "Overflowed",
@@ -60,6 +69,7 @@ __all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the
     "Stats",
     "Subscriber",
     "SubscriberLagged",
+    "Subscription",
     "Tuning",
     "Unsubscribed",
     "__version__",

@@ -54,7 +54,7 @@ def check(cls: type, base: type) -> None:
             f"{cls.__name__}.broadcast needs a Broadcast, not {type(hub).__name__}: write "
             "broadcast = Broadcast(url)"
         )
-    if inspect.iscoroutinefunction(inspect.getattr_static(cls, "get_channel")):
+    if inspect.iscoroutinefunction(inspect.getattr_static(cls, "get_channel", None)):
         raise TypeError(
             f"{cls.__name__}.get_channel is not awaited: write def, and look up what it needs in "
             "on_connect, before it calls super().on_connect(...)"

@@ -11,6 +11,8 @@
     ├── PublishQueueFull     (503, 1013)             too many messages are waiting to be sent
     ├── BackendUnavailable   (503, 1013)             there is no connection to the broker
     ├── PayloadTooLarge      (ValueError, 413, 1009) a message is larger than the broker accepts
+    ├── CommandError                                 what a hook of `ChannelsEndpoint` answers
+    ├── DisconnectClient                             a hook of `ChannelsEndpoint` closes the client
     ├── SubscriberLagged                             a subscriber fell behind its buffer
     └── Unsubscribed                                 `Subscriber.get` after the subscription's end
 
@@ -160,3 +162,40 @@ class SubscriberLagged(StarcastError):
 
 class Unsubscribed(StarcastError):
     """`Subscriber.get` was called, and no further event will come: the subscription has ended."""
+
+
+class CommandError(StarcastError):
+    """Raise it in a hook of `ChannelsEndpoint` to answer the client's command with an error.
+
+    Args:
+        code: 100 to 399 are the protocol's own; use 400 to 1999 for yours.
+        message: What the client is told.
+        temporary: Whether the client should try again.
+    """
+
+    def __init__(self, code: int, message: str, temporary: bool = False) -> None:
+        super().__init__(code, message, temporary)
+        self.code = code
+        self.message = message
+        self.temporary = temporary
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.code})"
+
+
+class DisconnectClient(StarcastError):
+    """Raise it in a hook of `ChannelsEndpoint` to close the client.
+
+    Args:
+        code: After 3000 to 3499 and 4000 to 4499 the client comes back, after 3500 to 3999 and 4500
+            to 4999 it does not. Use 4000 to 4999 for your own.
+        reason: What the client is told, up to 123 bytes.
+    """
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.code})"

@@ -120,7 +120,7 @@ class Joining:
                 if here is not None and connection and (connection.outbox.ids or not wish.is_empty):
                     replay = Replay(asyncio.get_running_loop())
                     connection.outbox.replayed = replay.taken
-                    wake = self.registry.queue(replay, connection)
+                    wake = self.registry.queue(replay, (connection,))
             self.registry.wake(wake)
             self.link.take_over()  # if the loop that it was on has ended
             if closed:  # while the websocket was being accepted
@@ -172,12 +172,12 @@ class Joining:
         return resumed
 
     async def add_channel(
-        self, connection: Connection, channel: str, wish: Wish, compose: Compose
+        self, client: tuple[Connection, ...], channel: str, wish: Wish, compose: Compose
     ) -> None:
         """Put a client that is registered on one more channel.
 
         Args:
-            connection: The client, on this event loop.
+            client: The client, on this event loop, in a tuple.
             channel: The channel. The client must not be on it.
             wish: What the client wants of its past.
             compose: Makes what the client gets first.
@@ -186,6 +186,7 @@ class Joining:
             ClientGone: The client has left.
             BackendUnavailable: The broker did not confirm it. The client gets nothing then.
         """
+        (connection,) = client
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
         await self._acquire(channel)
@@ -200,7 +201,7 @@ class Joining:
                 here = self.link.position(channel)
                 replay = None if here is None else Replay(asyncio.get_running_loop())
                 first = [replay] if replay else compose(None, [])
-                wake = [it for item in first for it in self.registry.queue(item, connection)]
+                wake = [it for item in first for it in self.registry.queue(item, client)]
         finally:
             if not registered:
                 self._release(channel)

@@ -312,14 +312,14 @@ class Registry:
         del self._missed[missed.shard]
         self._on_missed(missed)
 
-    def queue(self, item: Item, connection: Connection) -> list[Shard]:
-        """Queue an item for one client that is registered. With the lock held.
+    def queue(self, item: Item, client: tuple[Connection, ...]) -> list[Shard]:
+        """Queue an item for one client that is registered, in a tuple. With the lock held.
 
         Returns:
             What to pass to `wake` once the lock is released.
         """
-        shard = self.connections[connection]
-        return [shard] if shard.add(item, (connection,)) else []
+        shard = self.connections[client[0]]
+        return [shard] if shard.add(item, client) else []
 
     def post(self, event: Event, connection: Connection) -> bool:
         """Queue an event for one client; False if it is not registered any more.

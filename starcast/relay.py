@@ -127,6 +127,18 @@ class Relay:
                 logger.error("messages of clients are being lost: %s", exc)
             await self._tell(data, exc)
 
+    async def publish_and_wait(self, event: Event) -> None:
+        """Publish an event as soon as the channel's members can take it, and wait until it is.
+
+        Raises:
+            BackendUnavailable, PayloadTooLarge, PublishQueueFull: See `Broadcast.publish`.
+        """
+        if not self.hub.lifecycle.running:
+            await self.hub.lifecycle.reopen()
+        if self._is_crowded(event):
+            await pressure.wait(self.hub, self.shard, event)
+        await self.hub.dispatcher.publish_and_wait(event)
+
     def _is_crowded(self, event: Event) -> bool:
         """Whether so much is on its way that the event may have to wait."""
         shard = self.shard

@@ -19,7 +19,9 @@ from starcast.backends.nats_jetstream import JetStreamError
 from starcast.exceptions import (
     BackendUnavailable,
     ClientGone,
+    CommandError,
     ConfigurationError,
+    DisconnectClient,
     EncodingError,
     InvalidChannel,
     InvalidMessage,
@@ -110,6 +112,11 @@ EVERY_ERROR = [
     *(OriginRefused("what was wrong"), OriginRefused(message="what was wrong")),
     *(InvalidMessage(1007, "what was wrong"), InvalidMessage(code=1007, reason="what was wrong")),
     *(ClientGone(4000, "what was wrong"), ClientGone(code=4000, reason="what was wrong")),
+    *(CommandError(400, "what was wrong"), CommandError(code=400, message="what was wrong")),
+    *(
+        DisconnectClient(4500, "what was wrong"),
+        DisconnectClient(code=4500, reason="what was wrong"),
+    ),
     Full("what was wrong", BoundedQueue(contextlib.nullcontext(), 1)),
     *(
         cls("what was wrong")
@@ -117,7 +124,7 @@ EVERY_ERROR = [
             *ERRORS.values(),
             *(LoginRefused, MessagesRefused, SubscriptionRevoked, JetStreamError),
         ]
-        if cls not in (OriginRefused, InvalidMessage, ClientGone)
+        if cls not in (OriginRefused, InvalidMessage, ClientGone, CommandError, DisconnectClient)
     ),
 ]
 

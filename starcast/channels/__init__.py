@@ -1,0 +1,1 @@
+"""One connection with many channels: Centrifugo's client protocol, for its official clients."""
