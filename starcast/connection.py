@@ -114,10 +114,10 @@ class Connection:
         self._presence = Presence(self, websocket, protocol)
         wire = fastpath.open_wire(websocket, protocol) if ready_frames else fastpath.READY_FRAMES
         self.asgi_reason = wire if isinstance(wire, str) else None  # None on the fast path
-        if not isinstance(wire, str):
-            self.frames = FrameWriter(wire, self)
-        self._handler = Handler(self, None if isinstance(wire, str) else wire)
-        if self.frames is not None:
+        reader = None if isinstance(wire, str) else wire
+        self._handler = Handler(self, reader)
+        if reader is not None:
+            self.frames = FrameWriter(reader, self)
             self.frames.resume()
 
     @property
@@ -188,6 +188,8 @@ class Connection:
 
     def offer(self, items: Sequence[Item]) -> None:
         """Take one item, or several events: send them if the client is idle, or let them wait."""
+        if self.outbox.cut and not (items := self.outbox.without_cut(items)):
+            return
         if self.idle and not isinstance(items[0], Leave):
             self._set_close(items[0])
             self.outbox.in_flight = items
@@ -236,17 +238,15 @@ class Connection:
                 elif isinstance(item, Close):
                     await self._close(item)
                 else:
-                    assert isinstance(item, Leave)  # a Gap is for subscribers
-                    self._leave(item)
+                    self._leave(cast(Leave, item))  # a Gap is for subscribers
                 following = outbox.take() if outbox.items else None
                 outbox.in_flight = None if following is None else (following,)
-        except asyncio.CancelledError:
-            self.failed()
-            raise
-        except Exception:
+        except (Exception, asyncio.CancelledError) as exc:
             # Servers disagree about what a send to a client that is gone raises, so every error
             # means that. Whoever published is not to blame for it.
             self.failed()
+            if isinstance(exc, asyncio.CancelledError):
+                raise
         finally:
             self._task = None
             unsent, outbox.in_flight = outbox.in_flight, None

@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 
 from starlette.types import Message
 
-from .event import Event, Gap
+from .event import Event, Gap, Ready
 from .exceptions import ConfigurationError
 from .frames import PLAIN, WITH_ID, WireFormat
+from .internal import is_internal
 from .sync.space import Draining, SpaceQueue
 from .sync.waiter import Waiter
 
@@ -136,6 +137,12 @@ class Send:
                 self.sent.set_result(sent)
 
 
+class Unsubscribed(Ready):
+    """Tells a client that it is off a channel that it could not follow: see `Outbox.shed`."""
+
+    __slots__ = ()
+
+
 # What a client gets, in order. Control items cost nothing and are never dropped. A client has one
 # Close and one Leave at most, one Replay and one Send for each task of its handler that joins a
 # channel or sends.
@@ -196,10 +203,19 @@ class Outbox:
     A single event may be larger than the bound if no other one waits. Whatever the policy drops,
     the rest is sent in the order in which it was offered. So with `latest`, a new event does not
     take the place of the older one, but goes to the end.
+
+    Attributes:
+        shed: Called with a channel when the policy is `disconnect` and the buffer is full: it takes
+            the client off that channel, and queues an `Unsubscribed`. It returns False if it cannot
+            do that. None for a client that is disconnected instead.
+        cut: The channels for which that has been done. What the client would still get of these is
+            dropped until it gets the `Unsubscribed`: otherwise it would believe that it has
+            everything before that.
     """
 
     __slots__ = (
         "_on_overflow",
+        "cut",
         "draining",
         "form",
         "in_flight",
@@ -208,6 +224,7 @@ class Outbox:
         "overflow",
         "promised",
         "replayed",
+        "shed",
         "size",
         "space",
     )
@@ -229,6 +246,8 @@ class Outbox:
         self.overflow: Overflow = overflow
         self._on_overflow = on_overflow
         self.form = form  # what each message is put into for this client
+        self.shed: Callable[[str], bool] | None = None
+        self.cut: set[str] | None = None
         self.size = 0
         # What is being sent, or is about to be: one item, or the events of one delivery.
         self.in_flight: Sequence[Item] | None = None
@@ -264,11 +283,17 @@ class Outbox:
         """
         dropped: list[Event] = []
         if isinstance(item, Event):
+            if self.cut and item.channel in self.cut and not isinstance(item, Unsubscribed):
+                return [item]
             if self.overflow == "latest" and item.channel and isinstance(self.items, LatestQueue):
                 self._drop(dropped, self.items.pop(item.channel))
             while self.size and self.size + item.cost > self.max_buffer:
                 if self.overflow == "disconnect":
-                    raise OutboxFull
+                    if not self._shed(item, dropped):
+                        raise OutboxFull
+                    if self.cut and item.channel in self.cut:
+                        return [*dropped, item]
+                    continue
                 if self.overflow == "drop_newest":
                     return [item]
                 self._drop_first(dropped)
@@ -277,6 +302,39 @@ class Outbox:
             self.items = LatestQueue() if self.overflow == "latest" else deque()
         self.items.append(item)
         return dropped
+
+    def _shed(self, item: Event, dropped: list[Event]) -> bool:
+        """Take the client off the channel that fills most of the buffer; False if there is none."""
+        if self.shed is None:
+            return False
+        sizes: dict[str, int] = {}
+        for each in (*(self.items or ()), item):
+            if isinstance(each, Event) and each.channel and not is_internal(each.channel):
+                sizes[each.channel] = sizes.get(each.channel, 0) + each.cost
+        if not sizes:
+            return False
+        channel = max(sizes, key=sizes.__getitem__)
+        self.cut = (self.cut or set()) | {channel}
+        if not self.shed(channel):
+            return False
+        items, self.items = self.items or (), deque()
+        for each in items:
+            if isinstance(each, Event) and each.channel == channel:
+                self._drop(dropped, each)
+            else:
+                self.items.append(each)
+        return True
+
+    def without_cut(self, items: Sequence[Item]) -> list[Item]:
+        """Return what is left of items if some are of channels that were cut off."""
+        left: list[Item] = []
+        for item in items:
+            if isinstance(item, Unsubscribed) and self.cut:
+                self.cut = (self.cut - {item.channel}) or None
+            elif isinstance(item, Event) and self.cut and item.channel in self.cut:
+                continue
+            left.append(item)
+        return left
 
     def tell_dropped(self, client: Any, dropped: list[Event]) -> None:
         """Tell the hook, if there is one, which messages the client will not get."""

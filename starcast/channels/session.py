@@ -80,7 +80,8 @@ class Session:
 
     async def accept(self, subprotocol: str | None) -> None:
         """Accept the client, which has to send its first command soon."""
-        outbox = self.hub.settings.outbox(form=self.writer.form)
+        outbox = self.hub.settings.outbox(overflow="disconnect", form=self.writer.form)
+        outbox.shed = self.channels.shed
         await self.hub.connect(self.websocket, EVERYBODY, outbox, subprotocol, None, Wish())
         connection = self.hub.find(self.websocket)
         assert connection is not None
@@ -237,7 +238,7 @@ class Session:
             raise DisconnectClient(*codes.SERVER_ERROR[:2]) from None
         finally:
             hold.begin([] if reply is None else [reply])
-        self._ping()
+        self.clock.call("ping", self.limits.ping_interval, self._ping)
 
     async def _refresh(self, id: int, params: dict[str, Any]) -> None:
         expires_at = await self.hooks.refresh(self.websocket, text(params, "token"))
@@ -280,7 +281,8 @@ class Session:
         self.clock.close()
         for task in self._calls:
             task.cancel()
-        self.channels.close()
+        for connection in self.members:
+            connection.outbox.shed = None  # which refers to the connection
         if self.client is not None:
             await self.hooks.disconnect(self.websocket, code)
 

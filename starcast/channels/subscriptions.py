@@ -10,6 +10,7 @@ from .. import codec
 from ..event import Event
 from ..exceptions import CommandError, InvalidChannel
 from ..history import Position, Resumed, Wish, parse_id
+from ..outbox import Unsubscribed
 from . import codes
 from .clock import remaining, ttl
 from .codes import Code
@@ -182,6 +183,26 @@ class Subscriptions:
             content = {"code": code.number, "reason": code.reason}
             self._session.send(self._session.writer.push(channel, "unsubscribe", content))
 
+    def shed(self, channel: str) -> bool:
+        """Unsubscribe the client from a channel that it does not follow, so that it resumes.
+
+        A client that has not even taken that after some time is given up.
+        """
+        session = self._session
+        if not self._remove(channel):
+            return False
+        content = {"code": codes.INSUFFICIENT.number, "reason": codes.INSUFFICIENT.reason}
+        told = Unsubscribed(channel, session.writer.push(channel, "unsubscribe", content).message)
+        session.send(told)
+        (connection,) = session.members
+
+        def give_up() -> None:
+            if told in (connection.outbox.items or ()):
+                connection.kill()
+
+        session.clock.call("slow", self._hub.settings.tuning.close_timeout, give_up)
+        return True
+
     def _remove(self, channel: str) -> bool:
         subscription = self._subscriptions.get(channel)
         if subscription is None:
@@ -242,10 +263,6 @@ class Subscriptions:
                 "offset": position.offset,
             },
         )
-
-    def close(self) -> None:
-        """Let go of everything: the connection has ended."""
-        self._subscriptions.clear()
 
 
 def check_channel(params: Mapping[str, Any]) -> str:

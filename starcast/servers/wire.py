@@ -97,7 +97,7 @@ class FrameWriter:
         """Let frames be written at once if the wire takes them. Only while the client is idle."""
         client, wire = self._client, self.wire
         # A client with a smaller buffer might not have space for what a group joins.
-        if wire.ready and client.outbox.max_buffer >= MAX_JOIN:
+        if wire.ready and client.outbox.max_buffer >= MAX_JOIN and not client.outbox.cut:
             self.direct = wire.write
             client.shard.version += 1
         else:
