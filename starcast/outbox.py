@@ -314,9 +314,9 @@ class Outbox:
         if not sizes:
             return False
         channel = max(sizes, key=sizes.__getitem__)
-        self.cut = (self.cut or set()) | {channel}
         if not self.shed(channel):
             return False
+        self.cut = (self.cut or set()) | {channel}
         items, self.items = self.items or (), deque()
         for each in items:
             if isinstance(each, Event) and each.channel == channel:

@@ -189,8 +189,8 @@ class Subscriptions:
         A client that has not even taken that after some time is given up.
         """
         session = self._session
-        if not self._remove(channel):
-            return False
+        if channel in self._subscriptions and not self._remove(channel):
+            return False  # it is just being subscribed to
         content = {"code": codes.INSUFFICIENT.number, "reason": codes.INSUFFICIENT.reason}
         told = Unsubscribed(channel, session.writer.push(channel, "unsubscribe", content).message)
         session.send(told)
