@@ -20,6 +20,9 @@ from ..exceptions import InvalidMessage
 from ..history import Position
 from ..internal import is_internal
 
+# What a client offers that wants Protobuf. It is here because `protobuf` is imported when needed.
+PROTOBUF_SUBPROTOCOL = "centrifuge-protobuf"
+
 
 class Raw(str):
     """JSON that was written already, on one line."""
