@@ -25,9 +25,13 @@ from .formats import PROTOBUF_SUBPROTOCOL, Malformed, Raw, published, write
 from .schema import CLASSES, MESSAGES, Field
 
 Convert = Callable[[Any], Any]
+ConvertMessage = Callable[[str, Any], Any]
 
 # Bytes of the varint in front of a message. Five are enough for the longest that Protobuf allows.
 MAX_VARINT = 5
+
+# Numbers in data that is parsed to be written again stay as they are.
+_parse = json.JSONDecoder(parse_int=Raw, parse_float=Raw).decode
 
 
 def _load(content: bytes) -> Any:
@@ -51,21 +55,30 @@ def _read(kind: str, record: Record) -> dict[str, Any]:
 
 def _write(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the class of a message takes. A newer hub may say more than that of a client."""
-    if isinstance(content, Raw):  # who has published something: numbers in it stay as they are
-        content = json.loads(content, parse_int=Raw, parse_float=Raw)
+    if isinstance(content, Raw):  # who has published something
+        content = _parse(content)
     convert = _WRITERS[kind]
     return {name: convert[name](value) for name, value in content.items() if name in convert}
 
 
-def _converter(
-    field: Field, convert_data: Convert, convert_message: Callable[[str, Any], Any]
-) -> Convert:
-    """Return what converts the value of a field."""
+def _make(kind: str, content: Mapping[str, Any]) -> Record:
+    """Return a message."""
+    return CLASSES[kind](**_write(kind, content))
+
+
+def _converter(field: Field, data: Convert, inner: ConvertMessage, item: ConvertMessage) -> Convert:
+    """Return what converts the value of a field.
+
+    Args:
+        data: Converts data of the app's.
+        inner: Converts a message in the message.
+        item: Converts a message in a dict of them.
+    """
     one: Convert = _keep
     if field.type == "bytes":
-        one = convert_data
+        one = data
     elif field.type in MESSAGES:
-        one = functools.partial(convert_message, field.type)
+        one = functools.partial(item if field.of == "dict" else inner, field.type)
     if field.of == "list":
         return lambda values: [one(value) for value in values]
     if field.of == "dict":
@@ -79,10 +92,11 @@ def _keep(value: Any) -> Any:
 
 _READERS, _WRITERS = (
     {
-        kind: {name: _converter(field, data, message) for name, field in fields.items()}
+        kind: {name: _converter(field, *converters) for name, field in fields.items()}
         for kind, fields in MESSAGES.items()
     }
-    for data, message in ((_load, _read), (_dump, _write))
+    # Protobuf 5 takes no dict of dicts.
+    for converters in ((_load, _read, _read), (_dump, _write, _make))
 )
 
 
@@ -145,8 +159,7 @@ class ProtobufFormat:
         return self._ready({"push": {"channel": channel, kind: content}})
 
     def _ready(self, reply: Mapping[str, Any]) -> Ready:
-        record = CLASSES["Reply"](**_write("Reply", reply))
-        return Ready("", _with_length(record.SerializeToString()))
+        return Ready("", _with_length(_make("Reply", reply).SerializeToString()))
 
 
 PROTOBUF = ProtobufFormat()
