@@ -25,6 +25,7 @@ from .exceptions import (
 from .history import History, Resumed
 from .manager import ConnectionManager
 from .outbox import Overflowed
+from .people import ConnectedClient
 from .publisher import Publisher
 from .resume import Past
 from .sse import SSE
@@ -45,6 +46,7 @@ __all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the
     "ClientGone",
     "CommandError",
     "ConfigurationError",
+    "ConnectedClient",
     "ConnectionManager",
     "DisconnectClient",
     "EncodingError",

@@ -8,7 +8,7 @@ delivers it. In memory there is no broker and no link.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from starlette.websockets import WebSocket
@@ -32,15 +32,17 @@ from .joining import Headers
 from .lifespan import with_handlers
 from .listening import Listening
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
+from .people import Identity, check_info, check_user
 from .reception import Reception
 from .settings import AfterGap, Settings
 from .tuning import Tuning
+from .users import Users
 
 if TYPE_CHECKING:
     pass
 
 
-class Broadcast(Reception, Listening, Inspection):
+class Broadcast(Reception, Users, Listening, Inspection):
     """A hub: what is published to a channel reaches every client and subscriber of the channel.
 
     Create one for the app, on any thread; it does not need an event loop yet. Clients may live on
@@ -194,6 +196,8 @@ class Broadcast(Reception, Listening, Inspection):
         since: str | None = None,
         history: int = 0,
         ids: bool = False,
+        user: object = None,
+        info: Any = None,
     ) -> Resumed | None: ...
 
     async def connect(
@@ -208,6 +212,8 @@ class Broadcast(Reception, Listening, Inspection):
         since: str | None = None,
         history: int = 0,
         ids: bool = False,
+        user: object = None,
+        info: Any = None,
     ) -> Resumed | None:
         """Register a client on a channel; without a websocket, open the hub.
 
@@ -245,6 +251,9 @@ class Broadcast(Reception, Listening, Inspection):
                 id after which its messages come, how many messages of the past follow and, with
                 `since`, whether nothing is missing. Only takes effect on a client's first
                 `connect`.
+            user: Whose client it is: see `send_user`. None, the default, leaves it as it was, or
+                unknown.
+            info: What `clients_of` says about it, and what others see: JSON data of up to 2 KiB.
 
         Returns:
             Where the client begins, and whether it has missed nothing since the event that it
@@ -260,8 +269,8 @@ class Broadcast(Reception, Listening, Inspection):
                 not confirm the subscription to the channel within two seconds. If nothing catches
                 this, the client gets 503 (403 if the server does not support that), or is closed
                 with 1013 if it was accepted before.
-            ConfigurationError: `max_buffer`, `overflow` or `history` is not valid, or there is a
-                `since` or a `history` and the channel has no history.
+            ConfigurationError: `max_buffer`, `overflow`, `history`, `user` or `info` is not valid,
+                or there is a `since` or a `history` and the channel has no history.
             TypeError: `websocket` is None or not a websocket.
             RuntimeError: It was called on another event loop than the client's. Only uvicorn lets
                 the hub notice this; on other servers the behaviour is undefined.
@@ -276,7 +285,13 @@ class Broadcast(Reception, Listening, Inspection):
             channel = check_channel(websocket, channel)
             outbox = settings.outbox(max_buffer, overflow, WITH_ID if ids else PLAIN)
             wish = self._hub.past.wish(channel, since, history)
-            return await self._hub.connect(websocket, channel, outbox, subprotocol, headers, wish)
+            check_info(info)
+            identity = None
+            if user is not None or info is not None:
+                identity = Identity(None if user is None else check_user(user), info)
+            return await self._hub.connect(
+                websocket, channel, outbox, subprotocol, headers, wish, identity
+            )
 
     @overload
     async def disconnect(self) -> None: ...
@@ -390,10 +405,11 @@ class Broadcast(Reception, Listening, Inspection):
 
     async def publish(
         self,
-        channel: Channel,
+        channel: Channel | Sequence[Channel],
         message: Any,
         *,
         exclude: Exclude = None,
+        exclude_user: object = None,
         encoding: Encoding | None = None,
         idempotency_key: str | None = None,
     ) -> str | None:
@@ -405,11 +421,14 @@ class Broadcast(Reception, Listening, Inspection):
 
         Args:
             channel: 1 to 200 characters without control characters. An int or a UUID names the
-                channel of its `str()`.
+                channel of its `str()`. A list of several: a client that is on more than one of them
+                gets the message once, on the first of these. They must have no history, in which
+                that client would have gaps.
             message: `str` goes out as a text frame, bytes as a binary frame, anything else as JSON
                 in a text frame. It is encoded once, however many clients there are.
             exclude: A websocket or several that do not get it. None, alone or in a list,
                 excludes no client. Websockets that are not registered are ignored.
+            exclude_user: A user whose clients do not get it, on any worker. None: nobody.
             encoding: `"json"` sends a `str` as JSON too; `"text"` and `"bytes"` require that type.
             idempotency_key: On a channel that has a history, 1 to 200 characters that stand for
                 this message. If a message was published to the channel with it within the history's
@@ -418,11 +437,13 @@ class Broadcast(Reception, Listening, Inspection):
 
         Returns:
             The id of the event, that of the first one if it is tried again. None if the channel has
-            no history.
+            no history, and for several channels.
 
         Raises:
             EncodingError: The message does not fit the encoding or cannot be written as JSON.
-            ConfigurationError: `idempotency_key` is not valid, or the channel has no history.
+            ConfigurationError: `idempotency_key` or `exclude_user` is not valid, or there is an
+                `idempotency_key` and the channel has no history, or several channels and one of
+                them has a history.
             InvalidChannel: The name is not valid.
             PublishQueueFull: An event loop that has clients on the channel had no space for it
                 within two seconds, or more than 16 MiB are waiting for the broker. Nobody got the
@@ -435,15 +456,18 @@ class Broadcast(Reception, Listening, Inspection):
         `starcast.exceptions` explains how HTTP routes and WebSocket routes answer if nothing
         catches these errors.
         """
-        event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
-        return await self._hub.publish(event, idempotency_key)
+        id = None
+        for event in self._hub.events(channel, message, exclude, exclude_user, encoding):
+            id = await self._hub.publish(event, idempotency_key)
+        return id
 
     def publish_nowait(
         self,
-        channel: Channel,
+        channel: Channel | Sequence[Channel],
         message: Any,
         *,
         exclude: Exclude = None,
+        exclude_user: object = None,
         encoding: Encoding | None = None,
     ) -> None:
         """Publish a message and return immediately: a plain function, for any thread and any loop.
@@ -461,5 +485,5 @@ class Broadcast(Reception, Listening, Inspection):
                 `lifespan`; then one log line says so too. A hub in memory that was never opened
                 has no clients, so the message goes nowhere.
         """
-        event = self._hub.event(codec.check_channel(channel), message, exclude, encoding)
-        self._hub.dispatcher.publish_nowait(event)
+        for event in self._hub.events(channel, message, exclude, exclude_user, encoding):
+            self._hub.dispatcher.publish_nowait(event)

@@ -17,7 +17,7 @@ from . import forks, logs
 from .broker.link import Link
 from .broker.local import LocalLink
 from .broker.sender import Ack, OnLost
-from .event import Event
+from .event import Command, Event
 from .exceptions import BackendUnavailable, ConfigurationError, PublishQueueFull
 from .history import Histories
 from .registry import Registry
@@ -139,6 +139,8 @@ class Dispatcher:
             Whether it was written or queued. If not, publish it in another way.
         """
         if self.state is not State.OPEN or event.exclude or not self._link.is_local:
+            return False
+        if isinstance(event, Command):
             return False
         if self._histories.find(event.channel) is not None:
             return False

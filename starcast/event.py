@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import event_stream, frames
 from .history import Position
@@ -14,6 +14,18 @@ from .history import Position
 # Bytes that an event counts for in a buffer besides its payload, so that empty messages are bounded
 # too. An estimate of the object, the headers of its strings and its slot in a queue.
 OVERHEAD = 64
+
+
+class Unless(NamedTuple):
+    """Who does not get an event, wherever it is delivered.
+
+    Attributes:
+        user: The connections of this user; None for nobody's.
+        channels: Those that are on one of these channels, and get it there.
+    """
+
+    user: str | None = None
+    channels: tuple[str, ...] = ()
 
 
 class Event:
@@ -43,11 +55,13 @@ class Event:
         kind: The type of its frame: `"text"` or `"bytes"`.
         position: Its place in the history of its channel; None if the channel has none.
         info: Who published it, as JSON, if that is a client whose messages say so; otherwise None.
+        unless: Who else does not receive it: see `Unless`. They are added to `exclude` where it is
+            delivered.
     """
 
     __slots__ = (
         *("_forms", "_frames", "_is_json", "channel", "cost", "exclude", "info", "kind"),
-        *("message", "payload", "position"),
+        *("message", "payload", "position", "unless"),
     )
 
     def __init__(
@@ -70,6 +84,7 @@ class Event:
         self.kind = "text" if isinstance(message, str) else "bytes"
         self.position: Position | None = None
         self.info: str | None = None
+        self.unless: Unless | None = None
         self._is_json = is_json
         self._frames: dict[frames.WireFormat, bytes] = {}
         self._forms: dict[frames.WireFormat, Event] | None = None
@@ -150,6 +165,12 @@ class Ready(Event):
     def in_form(self, form: frames.WireFormat) -> Event:
         """Return itself."""
         return self
+
+
+class Command(Event):
+    """What every hub is to do with its clients on a channel, as JSON: see `orders`."""
+
+    __slots__ = ()
 
 
 class Notice(Ready):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import TypeGuard
 
 from .connection import Connection
-from .event import Event, join, part
+from .event import Command, Event, join, part
 from .frames import WireFormat
 from .outbox import Item
 from .servers.wire import MAX_JOIN
@@ -59,6 +60,11 @@ _NOTHING: list[Done] = []
 _NOBODY: frozenset[int] = frozenset()
 
 
+def is_message(item: Item | None) -> TypeGuard[Event]:
+    """Whether it is an event that is sent to members."""
+    return isinstance(item, Event) and not isinstance(item, Command)
+
+
 class Group:
     """Items for the same members: events of up to `MAX_JOIN` bytes together, or one other item."""
 
@@ -68,15 +74,15 @@ class Group:
         self.items = [] if item is None else [item]
         self.members = members
         self.done = _NOTHING
-        self.has_events = isinstance(item, Event)
+        self.has_events = is_message(item)
         self.exclude, self._size = _NOBODY, 0  # those of all events
-        if isinstance(item, Event):
+        if is_message(item):
             self.exclude, self._size = item.exclude, item.cost
         self._joined: dict[WireFormat, bytes] | None = None
 
     def add(self, item: Item | None) -> bool:
         """Take one more item, if it fits."""
-        if isinstance(item, Event) and self.has_events and item.exclude == self.exclude:
+        if is_message(item) and self.has_events and item.exclude == self.exclude:
             size = self._size + item.cost
             if size <= MAX_JOIN:
                 self.items.append(item)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -23,14 +24,16 @@ from .broker.naming import DEFAULT_NAME, NamedBackend, check_name
 from .close_codes import TRY_AGAIN_LATER
 from .codec import Channel, Encoding
 from .dispatcher import Dispatcher
-from .event import Event, Gap
-from .exceptions import ClientGone
+from .event import Command, Event, Gap, Unless
+from .exceptions import ClientGone, ConfigurationError
 from .group import Member
 from .handler import is_gone
+from .history import Wish
 from .joining import Joining
 from .lifecycle import Lifecycle
 from .missed import Missed
 from .outbox import Close
+from .people import People, check_user
 from .registry import Registry
 from .resume import Reader
 from .servers import daphne
@@ -50,7 +53,8 @@ class Hub(Joining):
 
     def __init__(self, backend: Backend | None, settings: Settings) -> None:
         self.settings = settings
-        self.registry = Registry(settings.tuning, self._release, self._tell_missed)
+        self.registry = Registry(settings.tuning, self._release, self._tell_missed, self._carry_out)
+        self.people = People(self.registry, self._join_again, self._publish_nowait)
         self.lock = self.registry.lock
         name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
@@ -70,7 +74,7 @@ class Hub(Joining):
         if settings.histories.any:
             backends.check_history(backend)
         owner = Owner(
-            registry.deliver_remote,
+            self._deliver_remote,
             self._on_link_gap,
             registry.loops,
             self._reopen,
@@ -83,6 +87,21 @@ class Hub(Joining):
 
     async def _reopen(self) -> None:
         await self.lifecycle.reopen()
+
+    # People
+
+    def _carry_out(self, command: Command, members: Sequence[Member]) -> None:
+        self.people.carry_out(command, members)
+
+    async def _join_again(self, websocket: WebSocket, channel: str) -> None:
+        await self.connect(websocket, channel, self.settings.outbox(), None, None, Wish())
+
+    def _publish_nowait(self, event: Event) -> None:
+        self.dispatcher.publish_nowait(event)
+
+    def _deliver_remote(self, event: Event, since: float) -> bool:
+        self.people.resolve(event)
+        return self.registry.deliver_remote(event, since)
 
     # Gaps
 
@@ -165,12 +184,44 @@ class Hub(Joining):
         if encoding is not None:
             codec.check_encoding(encoding)
         content, payload = codec.encode(message, encoding, self.settings.dumps)
-        is_json = codec.is_json(message, encoding)
-        if exclude is None:
-            return Event(channel, content, payload, is_json=is_json)
-        found = [self.find(websocket) for websocket in check_excluded(exclude)]
-        ids = frozenset(connection.id for connection in found if connection is not None)
-        return Event(channel, content, payload, ids, is_json)
+        ids = frozenset[int]()
+        if exclude is not None:
+            found = [self.find(websocket) for websocket in check_excluded(exclude)]
+            ids = frozenset(connection.id for connection in found if connection is not None)
+        return Event(channel, content, payload, ids, codec.is_json(message, encoding))
+
+    def events(
+        self,
+        channels: Channel | Sequence[Channel],
+        message: Any,
+        exclude: Exclude,
+        exclude_user: object,
+        encoding: Encoding | None,
+    ) -> list[Event]:
+        """Make the events of a message to one channel or to several: see `Broadcast.publish`."""
+        if isinstance(channels, (list, tuple)):
+            names = list(dict.fromkeys(codec.check_channel(channel) for channel in channels))
+        else:
+            names = [codec.check_channel(channels)]
+        if len(names) > 1 and (kept := next(filter(self.settings.histories.find, names), None)):
+            raise ConfigurationError(
+                f"{kept!r} has a history: publish to it alone, or its clients that are on another "
+                "of the channels would have a gap in it"
+            )
+        user = None if exclude_user is None else check_user(exclude_user)
+        events: list[Event] = []
+        for number, name in enumerate(names):
+            if not events:
+                event = self.event(name, message, exclude, encoding)
+                ids = event.exclude
+            else:  # encoded once
+                event = Event(name, event.message, event.payload, ids, event.is_json)
+            if user is not None or number:
+                event.unless = Unless(user, tuple(names[:number]))
+                if self.link.is_local:  # otherwise where it is delivered
+                    self.people.resolve(event)
+            events.append(event)
+        return events
 
     async def publish(self, event: Event, key: str | None = None) -> str | None:
         """Publish an event, and return its id: see `Broadcast.publish`."""

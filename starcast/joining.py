@@ -24,7 +24,9 @@ from .handler import is_gone
 from .history import Position, Resumed, Wish
 from .internal import LOCAL
 from .lifecycle import Lifecycle
+from .orders import user_channel
 from .outbox import Outbox, Replay
+from .people import Identity, People
 from .registry import Registry
 from .resume import Reader, notice
 from .servers import daphne, served
@@ -51,6 +53,7 @@ class Joining:
     lock: AbstractContextManager[object]
     link: Link | LocalLink
     past: Reader
+    people: People
     lifecycle: Lifecycle
 
     def find(self, websocket: WebSocket) -> Connection | None:
@@ -78,8 +81,11 @@ class Joining:
         subprotocol: str | None,
         headers: Headers | None,
         wish: Wish,
+        identity: Identity | None = None,
     ) -> Resumed | None:
         """Accept a client, unless that was done, and put it on a channel.
+
+        `identity` says whose it is; None leaves that as it was.
 
         Returns:
             Where it begins, if the channel has a history and the client was not on it before.
@@ -116,6 +122,8 @@ class Joining:
                     registered = self._register(websocket, channel, outbox, protocol)
                 here = self.link.position(channel) if registered else None
                 connection = self.find(websocket)
+                if identity is not None and connection is not None:
+                    self.people.identify(connection, identity)
                 replay = None
                 if here is not None and connection and (connection.outbox.ids or not wish.is_empty):
                     replay = Replay(asyncio.get_running_loop())
@@ -129,6 +137,8 @@ class Joining:
         finally:
             if not registered:
                 self._release(channel)
+        if identity is not None and identity.user is not None:
+            await self.connect(websocket, user_channel(identity.user), outbox, None, None, Wish())
         if here is None:
             return None
         if replay is None:
@@ -143,7 +153,8 @@ class Joining:
         assert connection is not None  # it has joined
 
         def compose(resumed: Resumed | None, everything: list[Event]) -> list[Event]:
-            events = [event for event in everything if connection.id not in event.exclude]
+            excluded = self.people.is_excluded
+            events = [event for event in everything if not excluded(connection, event)]
             if resumed is not None and connection.outbox.ids:
                 events.insert(0, notice(channel, wish, resumed, everything, len(events)))
             return events

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .connection import Connection
-from .event import Event, Gap
+from .event import Command, Event, Gap
 from .group import Done, Member
 from .handler import is_gone
 from .history import Position
@@ -38,6 +38,7 @@ class Registry:
         release: Called with a channel whenever a member has left it, with the lock held.
         on_missed: Called with what an event loop has missed of what a broker sent, on that loop and
             with the lock held.
+        on_command: See `Shard`.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Registry:
         tuning: Tuning,
         release: Callable[[str], None],
         on_missed: Callable[[Missed], None],
+        on_command: Callable[[Command, Sequence[Member]], None],
     ) -> None:
         self.tuning = tuning
         self.lock = threading.RLock()
         self._release = release
         self._on_missed = on_missed
+        self._on_command = on_command
         self.shards: dict[asyncio.AbstractEventLoop, Shard] = {}
         self.connections: dict[Connection, Shard] = {}
         self.subscribers: dict[Subscription, Shard] = {}
@@ -70,7 +73,8 @@ class Registry:
         if shard is None:  # only the loop itself adds it
             with self.lock:
                 self._sweep()
-                shard = self.shards[loop] = Shard(loop, self.lock, self.tuning, self.forget)
+                shard = Shard(loop, self.lock, self.tuning, self.forget, self._on_command)
+                self.shards[loop] = shard
         return shard
 
     def loops(self) -> list[asyncio.AbstractEventLoop]:
@@ -91,8 +95,7 @@ class Registry:
             connection.channels.add(channel)
             shard.join(connection, channel)
             self.counts.channel(channel, 1)
-            reason = connection.asgi_reason
-            path = "the fast path" if reason is None else f"ASGI ({reason})"
+            path = f"ASGI ({connection.asgi_reason})" if connection.asgi_reason else "the fast path"
             self.journal.note(f"a client on {path} joined", channel)
             return True
 
@@ -196,8 +199,7 @@ class Registry:
         """Return all members, or those of a channel, each with its shard."""
         if channel is None:
             return itertools.chain(self.connections.items(), self.subscribers.items())
-        shards = self.shards.values()
-        return ((member, shard) for shard in shards for member in shard.channels.get(channel, {}))
+        return ((m, it) for it in self.shards.values() for m in it.channels.get(channel, {}))
 
     def _sweep(self) -> None:
         for shard in [shard for shard in self.shards.values() if shard.loop.is_closed()]:

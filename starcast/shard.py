@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
 from .connection import Connection
-from .event import Event
+from .event import Command, Event
 from .frames import WireFormat
 from .group import Done, Entry, Group, Member, Snapshot, grouped
 from .outbox import Item, Send
@@ -56,6 +56,7 @@ class Shard:
         lock: The hub's.
         tuning: The hub's timings and bounds.
         forget: Called with a client that has ended, to take it off the hub.
+        on_command: Called with a command and the members that it is about. It does not raise.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Shard:
         lock: AbstractContextManager[object],
         tuning: Tuning,
         forget: Callable[[Connection], object],
+        on_command: Callable[[Command, Sequence[Member]], None],
     ) -> None:
         self.loop = loop
         self.tuning = tuning
         self.counters = Counters()
         self.watch = Watch(loop, tuning.watch_interval)
         self.forget = forget
+        self.on_command = on_command
         self.awake = False  # a delivery is scheduled or under way
         self.version = 0  # changes when a member may, or may no longer, be written to at once
         self.queue = BoundedQueue[Entry](lock, tuning.max_pending)
@@ -279,6 +282,9 @@ class Shard:
 
     def _deliver(self, group: Group) -> Iterator[None]:
         members: Sequence[Member] = group.members
+        if group.items and isinstance(command := group.items[0], Command):
+            self.on_command(command, members)
+            return
         if group.exclude:
             members = [member for member in members if member.id not in group.exclude]
         if group.has_events:

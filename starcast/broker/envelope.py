@@ -5,9 +5,10 @@ Plain text travels as it is, so other programs can read it and write it. Anythin
     byte 0      255, which no text in UTF-8 can begin with (RFC 3629 section 1)
     byte 1      the version of the header, 1
     byte 2      flags: 1 for a binary message, 2 for a list of excluded connections, 4 for JSON, 8
-                for who has published it
+                for who has published it, 16 for who else is excluded, 32 for a command to hubs
     with flag 2: the hub whose connections they are (8 bytes), their number (4), their ids (8 each)
     with flag 8: the length of what says that (4 bytes), and what says it, in UTF-8
+    with flag 16: the same for a JSON array of the user, or null, and of the names of channels
     the rest    the message
 
 JSON that is an object or an array travels as it is too, so a `str` that can be read as one has a
@@ -18,15 +19,19 @@ All numbers are unsigned, the most significant byte first.
 
 from __future__ import annotations
 
+import json
 import struct
 
-from ..event import Event, is_json, looks_like_json
+from ..event import Command, Event, Unless, is_json, looks_like_json
 
 _MARK = b"\xff\x01"
 _BINARY = 1
 _EXCLUDE = 2
 _JSON = 4
 _INFO = 8
+_UNLESS = 16
+_COMMAND = 32
+_KNOWN = 63
 _LIST = struct.Struct("!8sI")
 _LENGTH = struct.Struct("!I")
 
@@ -38,19 +43,29 @@ class Malformed(ValueError):
 def pack(event: Event, hub: bytes) -> bytes:
     """Return what a broker carries; `hub` are the eight bytes that name the publishing hub."""
     binary = isinstance(event.message, bytes)
-    if not (binary or event.exclude or event.info or _is_mistakable(event)):
+    unless, is_command = event.unless, isinstance(event, Command)
+    if not (binary or event.exclude or event.info or unless or is_command) and (
+        not _is_mistakable(event)
+    ):
         return event.payload
-    info = (event.info or "").encode()
-    flags = _BINARY * binary | _EXCLUDE * bool(event.exclude) | _INFO * bool(info)
+    flags = _BINARY * binary | _EXCLUDE * bool(event.exclude) | _INFO * (event.info is not None)
+    flags |= _UNLESS * (unless is not None) | _COMMAND * is_command
     if not binary and event.is_json:
         flags |= _JSON
     head = _MARK + bytes((flags,))
     if event.exclude:
         ids = event.exclude
         head += _LIST.pack(hub, len(ids)) + struct.pack(f"!{len(ids)}Q", *ids)
-    if info:
-        head += _LENGTH.pack(len(info)) + info
+    if event.info is not None:
+        head += _with_length(event.info)
+    if unless is not None:
+        head += _with_length(json.dumps(unless))
     return head + event.payload
+
+
+def _with_length(text: str) -> bytes:
+    data = text.encode()
+    return _LENGTH.pack(len(data)) + data
 
 
 def _is_mistakable(event: Event) -> bool:
@@ -73,9 +88,9 @@ def unpack(channel: str, data: bytes, hub: bytes) -> Event:
             raise Malformed(str(exc)) from None
     try:
         flags = data[2]
-        if not data.startswith(_MARK) or flags > _BINARY | _EXCLUDE | _JSON | _INFO:
+        if not data.startswith(_MARK) or flags > _KNOWN:
             raise Malformed("unknown version")
-        start, exclude, info = 3, frozenset[int](), None
+        start, exclude, info, unless = 3, frozenset[int](), None, None
         if flags & _EXCLUDE:
             origin, count = _LIST.unpack_from(data, start)
             start += _LIST.size
@@ -85,16 +100,34 @@ def unpack(channel: str, data: bytes, hub: bytes) -> Event:
                 exclude = frozenset(struct.unpack_from(f"!{count}Q", data, start))
             start += 8 * count
         if flags & _INFO:
-            (length,) = _LENGTH.unpack_from(data, start)
-            start += _LENGTH.size
-            if length > len(data) - start:
-                raise Malformed("cut off")
-            info = data[start : start + length].decode()
-            start += length
+            info, start = _read(data, start)
+        if flags & _UNLESS:
+            text, start = _read(data, start)
+            unless = _read_unless(text)
         payload = data[start:]
         message = payload if flags & _BINARY else payload.decode()
     except (IndexError, struct.error, UnicodeDecodeError) as exc:
         raise Malformed(str(exc)) from None
-    event = Event(channel, message, payload, exclude, bool(flags & _JSON))
-    event.info = info
+    kind = Command if flags & _COMMAND else Event
+    event = kind(channel, message, payload, exclude, bool(flags & _JSON))
+    event.info, event.unless = info, unless
     return event
+
+
+def _read(data: bytes, start: int) -> tuple[str, int]:
+    """Return a text that has its length before it, and where it ends."""
+    (length,) = _LENGTH.unpack_from(data, start)
+    start += _LENGTH.size
+    if length > len(data) - start:
+        raise Malformed("cut off")
+    return data[start : start + length].decode(), start + length
+
+
+def _read_unless(text: str) -> Unless:
+    try:
+        user, channels = json.loads(text)
+        if not isinstance(user, str | None) or not all(isinstance(name, str) for name in channels):
+            raise Malformed("wrong types")
+        return Unless(user, tuple(channels))
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise Malformed(str(exc)) from None

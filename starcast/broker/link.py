@@ -33,7 +33,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..backends.base import Backend, Stored
-from ..event import Event, Gap
+from ..event import Command, Event, Gap
 from ..exceptions import BackendUnavailable, PayloadTooLarge, PublishQueueFull
 from ..history import Histories, Position
 from ..logs import LogLimit
@@ -204,7 +204,8 @@ class Link:
                 f"the message takes {len(data)} bytes, and the broker at most "
                 f"{self._sender.max_payload}"
             )
-        kept = self._parts.tracks.kept(event.channel, data, key)
+        is_command = isinstance(event, Command)
+        kept = None if is_command else self._parts.tracks.kept(event.channel, data, key)
         try:
             return self._sender.put(event.channel, data, wait, on_lost, kept)
         except PublishQueueFull as exc:

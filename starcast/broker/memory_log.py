@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ..backends.base import Stored, StoredMessage
-from ..event import Event
+from ..event import Command, Event
 from ..history import Histories, History, Position
 from . import envelope
 
@@ -163,7 +163,7 @@ class MemoryLog:
             Full: `add` has no space for it. It is not kept.
         """
         history = self._histories.find(event.channel)
-        if history is None:
+        if history is None or isinstance(event, Command):
             return add(event)
         channel = self._find(event.channel, history) or self._make(event.channel, history)
         if key is not None and (offset := channel.offset_of(key)) is not None:

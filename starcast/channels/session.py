@@ -32,6 +32,7 @@ from ..history import Wish
 from ..hub import Hub
 from ..internal import LOCAL
 from ..outbox import Item, Replay
+from ..people import Identity
 from ..relay import Relay, close_sender
 from . import codes
 from .clock import Clock, remaining, ttl
@@ -220,6 +221,9 @@ class Session:
             raise CommandError(*codes.TOKEN_EXPIRED)
         self.clock.cancel("connect")
         self.client = client
+        identity = Identity(client.user or None, client.info, self.channels)
+        outbox = self.hub.settings.outbox()  # it has one already
+        await self.hub.connect(self.websocket, EVERYBODY, outbox, None, None, Wish(), identity)
         hold = Replay(asyncio.get_running_loop())  # what is published goes behind the reply
         self.send(hold)
         reply = None

@@ -34,6 +34,7 @@ class Subscriptions:
         self._hub = session.hub
         # None while it is being subscribed to.
         self._subscriptions: dict[str, Subscription | None] = {}
+        self._unwanted: dict[str, Code] = {}  # those of them that are to end at once
 
     # Subscribe
 
@@ -91,7 +92,8 @@ class Subscriptions:
         wish = self._wish(channel, params)
 
         def tell(resumed: Resumed | None, events: list[Event]) -> Sequence[Event]:
-            past = [event for event in events if connection.id not in event.exclude]
+            excluded = self._hub.people.is_excluded
+            past = [event for event in events if not excluded(connection, event)]
             return compose(self._result(subscription, wish, resumed, past, params))
 
         self._subscriptions[channel] = None
@@ -99,8 +101,12 @@ class Subscriptions:
             await self._hub.add_channel(session.members, channel, wish, tell)
         except BaseException:
             del self._subscriptions[channel]
+            self._unwanted.pop(channel, None)
             raise
         self._subscriptions[channel] = subscription
+        if (code := self._unwanted.pop(channel, None)) is not None:
+            self.end(channel, code)
+            return
         if subscription.expires_at is not None:
             self._expire(channel, subscription.expires_at)
 
@@ -179,9 +185,34 @@ class Subscriptions:
 
     def end(self, channel: str, code: Code) -> None:
         """Unsubscribe the client, and tell it."""
+        if self._subscriptions.get(channel, code) is None:
+            self._unwanted[channel] = code
         if self._remove(channel):
             content = {"code": code.number, "reason": code.reason}
             self._session.send(self._session.writer.push(channel, "unsubscribe", content))
+
+    # What the server does with all clients of a user or a channel: see `people.Agent`
+
+    def subscribe_from_server(self, channel: str) -> None:
+        """Subscribe the client, and tell it."""
+        if channel not in self._subscriptions:
+            self._subscriptions[channel] = None
+            push = self._session.writer.push
+            self._session.spawn(
+                self._add(
+                    channel, Subscription(), {}, lambda result: [push(channel, "subscribe", result)]
+                )
+            )
+
+    def unsubscribe_from_server(self, channel: str, code: int | None, reason: str) -> None:
+        """Unsubscribe the client, and tell it."""
+        number, text, _ = codes.UNSUBSCRIBED
+        self.end(channel, Code(code or number, reason or text))
+
+    def disconnect(self, code: int | None, reason: str, reconnect: bool) -> None:
+        """Close the client."""
+        number, text, _ = codes.FORCE_RECONNECT if reconnect else codes.FORCE_DISCONNECT
+        self._session.disconnect(Code(code or number, reason or text))
 
     def shed(self, channel: str) -> bool:
         """Unsubscribe the client from a channel that it does not follow, so that it resumes.

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from starcast import Event
 from starcast.broker.envelope import Malformed, pack, unpack
+from starcast.event import Command, Unless
 from starcast.event import is_json as is_valid
 
 US, THEM = b"12345678", b"87654321"
@@ -64,6 +65,24 @@ def test_who_has_published_it_travels_too(info):
     assert (arrived.info, arrived.message, arrived.exclude) == (info, "hello", {7})
 
 
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(st.none() | TEXT, st.lists(TEXT, max_size=3), st.booleans())
+def test_who_does_not_get_it_and_commands_travel_too(user, channels, is_command):
+    event = (Command if is_command else Event)("room", "{}")
+    event.unless = Unless(user, tuple(channels))
+    arrived = unpack("room", pack(event, US), US)
+    assert arrived.unless == event.unless
+    assert type(arrived) is type(event)
+
+
+@pytest.mark.parametrize("text", [b"{", b"5", b"[1]", b"[5,[]]", b'[null,["a",5]]', b"[" * 10000])
+def test_what_is_no_list_of_those_is_malformed(text):
+    with pytest.raises(Malformed):
+        unpack("room", b"\xff\x01\x10" + len(text).to_bytes(4) + text + b"hello", US)
+
+
 @given(st.binary())
 @example(b"\xff")
 @example(b"\xff\x01")
@@ -73,6 +92,7 @@ def test_who_has_published_it_travels_too(info):
 @example(b"\xff\x01\x08\x00\x00\x00\x05x")
 @example(b"\xff\x01\x08\x00\x00\x00\x01\xff")
 @example(b"\xff\x01\x10x")
+@example(b"\xff\x01\x40x")
 @example(b"\xff\x02\x00x")
 @example(b"\xff\x01\x00\xff")
 @example(b"\xfe")
