@@ -23,6 +23,10 @@ from ..internal import is_internal
 # What a client offers that wants Protobuf. It is here because `protobuf` is imported when needed.
 PROTOBUF_SUBPROTOCOL = "centrifuge-protobuf"
 
+# Commands in one message of a client's. A client that comes back subscribes to all of its channels
+# at once, but while the commands of a message are read, nobody else is served.
+MAX_COMMANDS = 5_000
+
 
 class Raw(str):
     """JSON that was written already, on one line."""
@@ -107,6 +111,8 @@ class JsonFormat:
         text = message.get("text")
         if text is None:
             raise Malformed("text frames only")
+        if text.count("\n") > MAX_COMMANDS:
+            raise Malformed("too many commands")
         return [self._command(line) for line in text.split("\n") if line and not line.isspace()]
 
     def _command(self, line: str) -> dict[str, Any]:

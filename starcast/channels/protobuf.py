@@ -21,7 +21,7 @@ from starlette.types import Message
 from .. import codec, event, frames
 from ..event import Ready
 from ..exceptions import InvalidMessage
-from .formats import PROTOBUF_SUBPROTOCOL, Malformed, Raw, published, write
+from .formats import MAX_COMMANDS, PROTOBUF_SUBPROTOCOL, Malformed, Raw, published, write
 from .schema import CLASSES, MESSAGES, Field
 
 Convert = Callable[[Any], Any]
@@ -102,8 +102,11 @@ _READERS, _WRITERS = (
 
 def _split(frame: bytes) -> Iterator[bytes]:
     """Yield the messages of a frame."""
-    start = 0
+    start = count = 0
     while start < len(frame):
+        count += 1
+        if count > MAX_COMMANDS:
+            raise Malformed("too many commands")
         length = 0
         for place, byte in enumerate(frame[start : start + MAX_VARINT]):
             length |= (byte & 0x7F) << 7 * place

@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,7 +24,8 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from starcast import Broadcast, ChannelsEndpoint, Client, Event, History, Subscription
-from starcast.channels.formats import JSON, Malformed, Raw
+from starcast.channels.clock import ttl
+from starcast.channels.formats import JSON, MAX_COMMANDS, Malformed, Raw
 from starcast.channels.protobuf import PROTOBUF
 from starcast.channels.schema import MESSAGES, Field
 from starcast.frames import PROTOCOL_JSON, PROTOCOL_PROTOBUF
@@ -129,7 +131,7 @@ def test_each_field_is_the_protocols(message):
             official = kind.fields_by_name["value"]
             kind = official.message_type
         elif field.of == "list":
-            assert isinstance(getattr(OFFICIAL[message]._concrete_class(), field.name)[:], list)
+            assert isinstance(getattr(getattr(client_pb2, message)(), field.name)[:], list)
         assert is_dict is (field.of == "dict")
         if kind is not None:
             assert field.type == kind.name
@@ -237,6 +239,14 @@ def test_pings_and_pongs_are_empty():
     assert read(b"") == []
 
 
+def test_no_time_is_longer_than_a_client_can_be_told():
+    longest = ttl(time.time() + 1e12)  # who has meant milliseconds, say
+    result = {"expires": True, "ttl": longest}
+    assert unpacked(PROTOBUF.reply(1, "sub_refresh", result).payload) == [
+        {"id": 1, "sub_refresh": {"expires": True, "ttl": 2**32 - 1}}
+    ]
+
+
 # Publications
 
 
@@ -330,6 +340,19 @@ def test_what_is_malformed_is_refused(frame):
         read(frame)
     assert len(str(refused.value)) < 80
     assert refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize("command", [b"\0", b"\x02\x08\x01"])
+def test_a_frame_has_a_bounded_number_of_commands(command):
+    line = "{}\n" if command == b"\0" else '{"id":1}\n'
+    for count, is_too_many in ((MAX_COMMANDS, False), (MAX_COMMANDS + 1, True)):
+        for format, message in (
+            (PROTOBUF, {"bytes": command * count}),
+            (JSON, {"text": line * count}),
+        ):
+            refused = pytest.raises(Malformed, match="too many commands")
+            with refused if is_too_many else contextlib.nullcontext():
+                assert len(format.read(message)) == count
 
 
 def test_binary_frames_only():
@@ -591,6 +614,20 @@ async def test_what_was_missed_is_recovered(live):
         assert reply == {"publications": missed[1:], "epoch": position["epoch"], "offset": 3}
         lost = {"channel": "past", "limit": -1, "since": {"offset": 1, "epoch": "other"}}
         assert (await client.ask(history=lost))["error"]["code"] == 112
+
+
+def test_it_needs_no_fast_path():
+    app, hub = make_app()
+    with TestClient(app) as client, client.websocket_connect("/live?cf_protocol=protobuf") as peer:
+        subscribe = {"channel": "tea"}
+        peer.send_bytes(packed({"id": 1, "connect": {}}, {"id": 2, "subscribe": subscribe}))
+        replies: list[dict[str, Any]] = []
+        while len(replies) < 2:
+            replies += filter(None, unpacked(peer.receive_bytes()))
+        hub.publish_nowait("tea", {"a": 1})
+        assert unpacked(peer.receive_bytes()) == [
+            {"push": {"channel": "tea", "pub": {"data": {"a": 1}}}}
+        ]
 
 
 # The official client for Python
