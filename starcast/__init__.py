@@ -24,6 +24,7 @@ from .exceptions import (
 )
 from .history import History, Resumed
 from .manager import ConnectionManager
+from .members import Member, MemberCounts, Presence
 from .outbox import Overflowed
 from .people import ConnectedClient
 from .publisher import Publisher
@@ -57,11 +58,14 @@ __all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the
     "InvalidChannel",
     "InvalidMessage",
     "Limits",
+    "Member",
+    "MemberCounts",
     "NotConnected",
     "OriginRefused",
     "Overflowed",
     "Past",
     "PayloadTooLarge",
+    "Presence",
     "PublishQueueFull",
     "Publisher",
     "Resumed",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket, WebSocketState
@@ -17,6 +17,13 @@ from . import codec, logs
 from .exceptions import ConfigurationError, InvalidChannel
 
 Exclude = WebSocket | Iterable[WebSocket | None] | None
+
+
+# Characters of a user's name, so that the name of its channel is one that brokers take.
+MAX_USER = 150
+
+# Bytes of what an app may say about a client, as JSON: others get it with each message.
+MAX_INFO = 2048
 
 
 class Omitted(enum.Enum):
@@ -106,3 +113,37 @@ def check_close(code: int, reason: str) -> None:
         raise ConfigurationError(f"{code!r} is not a close code that may be sent")
     if len(reason.encode()) > 123:
         raise ConfigurationError("a close reason has at most 123 bytes")
+
+
+def check_user(user: object) -> str:
+    """Return the name of a user, which is what a channel's may be, but shorter.
+
+    Raises:
+        ConfigurationError: It is none.
+        TypeError: It is None: programs look up a user, and pass on that they found none.
+    """
+    if user is None:
+        raise TypeError("None is no user; check whether your look-up found one")
+    try:
+        name = codec.check_channel(user)
+    except InvalidChannel as exc:
+        raise ConfigurationError(str(exc).replace("channel's name", "user")) from None
+    if len(name) > MAX_USER:
+        raise ConfigurationError(f"a user must have 1 to {MAX_USER} characters, not {len(name)}")
+    return name
+
+
+def check_info(info: Any) -> Any:
+    """Return what an app says about a client if it is JSON data of a moderate size.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if info is not None:
+        try:
+            size = len(codec.dumps(info))
+        except Exception as exc:
+            raise ConfigurationError(f"info must be JSON data: {exc}") from None
+        if size > MAX_INFO:
+            raise ConfigurationError(f"info may have {MAX_INFO} bytes as JSON, not {size}")
+    return info

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import Any, Self, overload
 
 from starlette.websockets import WebSocket
 
@@ -17,7 +17,16 @@ from . import arguments, backends, codec
 from .admission import refusals
 from .admission.hooks import Refuse
 from .admission.origins import Allowed, Origins
-from .arguments import OMITTED, Exclude, Omitted, check_channel, check_client, check_close
+from .arguments import (
+    OMITTED,
+    Exclude,
+    Omitted,
+    check_channel,
+    check_client,
+    check_close,
+    check_info,
+    check_user,
+)
 from .backends import Backend
 from .broker.opening import OPEN_TIMEOUT, PROBE_INTERVAL
 from .close_codes import NORMAL
@@ -31,18 +40,17 @@ from .inspection import Inspection
 from .joining import Headers
 from .lifespan import with_handlers
 from .listening import Listening
+from .members import Member, Presence
+from .membership import Membership
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
-from .people import Identity, check_info, check_user
+from .people import Identity
 from .reception import Reception
 from .settings import AfterGap, Settings
 from .tuning import Tuning
 from .users import Users
 
-if TYPE_CHECKING:
-    pass
 
-
-class Broadcast(Reception, Users, Listening, Inspection):
+class Broadcast(Reception, Users, Membership, Listening, Inspection):
     """A hub: what is published to a channel reaches every client and subscriber of the channel.
 
     Create one for the app, on any thread; it does not need an event loop yet. Clients may live on
@@ -112,6 +120,8 @@ class Broadcast(Reception, Users, Listening, Inspection):
             all that begin so, and the longest one that fits decides. None, the default: nothing is
             kept. All programs that publish to a channel need the same setting: what is published
             without it is delivered and not kept.
+        presence: How the members of channels are kept: see `members`. Nothing is done about them
+            until a client is one.
         tuning: Timings and bounds that few programs have to change: see `Tuning`.
 
     Raises:
@@ -137,6 +147,7 @@ class Broadcast(Reception, Users, Listening, Inspection):
         open_timeout: float = OPEN_TIMEOUT,
         probe_interval: float = PROBE_INTERVAL,
         history: History | Mapping[str, History | None] | None = None,
+        presence: Presence | None = None,
         tuning: Tuning | None = None,
     ) -> None:
         settings = Settings(
@@ -155,6 +166,7 @@ class Broadcast(Reception, Users, Listening, Inspection):
             probe_interval=probe_interval,
             tuning=Tuning() if tuning is None else tuning,
             histories=Histories(history),
+            presence=presence,
         )
         self._hub = Hub(backends.from_url(url) if backend is None else backend, settings)
         scheme = str(url).strip().partition("://")[0]
@@ -198,6 +210,8 @@ class Broadcast(Reception, Users, Listening, Inspection):
         ids: bool = False,
         user: object = None,
         info: Any = None,
+        member: Member | None = None,
+        join_leave: bool = False,
     ) -> Resumed | None: ...
 
     async def connect(
@@ -214,6 +228,8 @@ class Broadcast(Reception, Users, Listening, Inspection):
         ids: bool = False,
         user: object = None,
         info: Any = None,
+        member: Member | None = None,
+        join_leave: bool = False,
     ) -> Resumed | None:
         """Register a client on a channel; without a websocket, open the hub.
 
@@ -253,7 +269,11 @@ class Broadcast(Reception, Users, Listening, Inspection):
                 `connect`.
             user: Whose client it is: see `send_user`. None, the default, leaves it as it was, or
                 unknown.
-            info: What `clients_of` says about it, and what others see: JSON data of up to 2 KiB.
+            info: What `clients_of` says about it: JSON data of up to 2 KiB.
+            member: Who it is on this channel, for `members`; None if it is no member.
+            join_leave: Whether the client is told who joins and leaves this channel, in text frames
+                of `{"channel": ..., "joined": [...], "left": [...]}`, with objects that have an
+                `id` and an `info`. It is told at most ten times a second.
 
         Returns:
             Where the client begins, and whether it has missed nothing since the event that it
@@ -289,9 +309,12 @@ class Broadcast(Reception, Users, Listening, Inspection):
             identity = None
             if user is not None or info is not None:
                 identity = Identity(None if user is None else check_user(user), info)
-            return await self._hub.connect(
+            resumed = await self._hub.connect(
                 websocket, channel, outbox, subprotocol, headers, wish, identity
             )
+            if member is not None or join_leave:
+                await self._hub.take_in(websocket, channel, member, join_leave)
+            return resumed
 
     @overload
     async def disconnect(self) -> None: ...

@@ -83,8 +83,8 @@ class Connection:
 
     # Slots take less memory, and a fan-out finds little of it in any cache.
     __slots__ = (
-        *("_deadline", "_ended", "_handler", "_presence", "_task", "_waiters", "asgi_reason"),
-        *("channels", "code", "frames", "id", "leaving", "outbox", "shard", "websocket"),
+        *("_deadline", "_ended", "_handler", "_presence", "_task", "asgi_reason"),
+        *("channels", "code", "frames", "id", "leaving", "on_end", "outbox", "shard", "websocket"),
     )
 
     def __init__(
@@ -110,7 +110,7 @@ class Connection:
         self._ended = False
         self._task: asyncio.Task[None] | None = None  # sends to this client now
         self._deadline: TimerHandle | None = None
-        self._waiters: list[Waiter] = []
+        self.on_end: list[Callable[[], None]] = []  # called when the hub is done with the client
         self._presence = Presence(self, websocket, protocol)
         wire = fastpath.open_wire(websocket, protocol) if ready_frames else fastpath.READY_FRAMES
         self.asgi_reason = wire if isinstance(wire, str) else None  # None on the fast path
@@ -368,13 +368,13 @@ class Connection:
             self._handler.limit()
             if self._presence.has_unsent:
                 self.call_after_close_timeout(self._presence.abort)
-        for waiter in self._waiters:
-            waiter.set()
+        for callback in self.on_end:
+            callback()
 
     async def wait_ended(self) -> None:
         """Wait until the hub is done with the client. From any loop."""
         waiter = Waiter()
-        self._waiters.append(waiter)
+        self.on_end.append(waiter.set)
         if not self._ended:
             await waiter
 

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from . import backends, codec, logs, personal
-from .arguments import Exclude, check_excluded
+from .arguments import Exclude, check_excluded, check_user
 from .backends import Backend
 from .broker.claims import Claim
 from .broker.link import Link, Owner
@@ -29,11 +29,13 @@ from .exceptions import ClientGone, ConfigurationError
 from .group import Member
 from .handler import is_gone
 from .history import Wish
+from .internal import LOCAL, announcements
 from .joining import Joining
 from .lifecycle import Lifecycle
+from .members import Member as _Member
 from .missed import Missed
 from .outbox import Close
-from .people import People, check_user
+from .people import People
 from .registry import Registry
 from .resume import Reader
 from .servers import daphne
@@ -41,6 +43,9 @@ from .settings import Settings
 from .stats import Stats
 from .sync.bounded import Full
 from .sync.waiter import Waiter
+
+if TYPE_CHECKING:
+    from .presence.gathering import Gathering
 
 
 class Hub(Joining):
@@ -54,7 +59,7 @@ class Hub(Joining):
     def __init__(self, backend: Backend | None, settings: Settings) -> None:
         self.settings = settings
         self.registry = Registry(settings.tuning, self._release, self._tell_missed, self._carry_out)
-        self.people = People(self.registry, self._join_again, self._publish_nowait)
+        self.people = People(self.registry, self._join_again, self._publish_nowait, self.leave)
         self.lock = self.registry.lock
         name = DEFAULT_NAME if settings.name is None else check_name(settings.name)
         self.claim = Claim(getattr(backend, "address", None), name, settings.name is not None)
@@ -93,6 +98,28 @@ class Hub(Joining):
     def _carry_out(self, command: Command, members: Sequence[Member]) -> None:
         self.people.carry_out(command, members)
 
+    @functools.cached_property
+    def presence(self) -> Gathering:
+        """Who is on the channels, on all workers."""
+        from .presence.gathering import Gathering  # not for those who do not use it
+
+        return Gathering(self)
+
+    async def take_in(
+        self, websocket: WebSocket, channel: str, member: _Member | None, join_leave: bool
+    ) -> None:
+        """Let a client that is on a channel be one of its members, and know of the others."""
+        connection = self.find(websocket)
+        assert connection is not None  # it has joined
+        try:
+            if join_leave:
+                await self.presence.announce(connection, channel)
+            if member is not None:
+                await self.presence.enter(connection, channel, str(connection.id), member)
+        except BaseException:
+            self.leave(websocket, channel)
+            raise
+
     async def _join_again(self, websocket: WebSocket, channel: str) -> None:
         await self.connect(websocket, channel, self.settings.outbox(), None, None, Wish())
 
@@ -116,7 +143,8 @@ class Hub(Joining):
         self.settings.tell_gap(gap)
 
     def _misses_nothing(self, member: Member) -> bool:
-        return all(map(self.settings.histories.find, member.channels))
+        find = self.settings.histories.find
+        return all(find(channel) for channel in member.channels if not channel.startswith(LOCAL))
 
     def _tell_missed(self, missed: Missed) -> None:
         """Tell the members that have missed messages because their event loop was blocked."""
@@ -151,6 +179,9 @@ class Hub(Joining):
     def leave(self, websocket: WebSocket, channel: str | None = None) -> Waiter | None:
         """Take a client off one channel, or off all; return what may be waited for."""
         connection = self.find(websocket)
+        if connection is not None and channel is not None and "presence" in vars(self):
+            self.presence.leave(connection, channel)
+            self.registry.leave(connection, announcements(channel))
         return None if connection is None else self.registry.leave(connection, channel)
 
     async def close_client(self, websocket: WebSocket, code: int, reason: str) -> None:

@@ -10,6 +10,11 @@ SHARED = "\x01"
 LOCAL = "\x02"
 
 
+def announcements(channel: str) -> str:
+    """Return the channel of those who are told who joins and leaves a channel."""
+    return f"{LOCAL}joins:{channel}"
+
+
 def is_internal(channel: str) -> bool:
     """Whether it is an internal channel."""
     return "" < channel < " "

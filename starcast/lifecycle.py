@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from .answers import Answered
 from .broker.claims import Claim
@@ -37,6 +37,7 @@ class Lifecycle:
     Attributes:
         switching: Held while the connection to the broker starts or stops.
         closings: How often the hub was closed.
+        before_close: Called before it is closed, while messages can still be published.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Lifecycle:
         self._open_timeout = open_timeout
         self._failures = 0
         self._failure: Exception | None = None  # why it did not start last
+        self.before_close: Callable[[], None] | None = None
 
     @property
     def open(self) -> bool:
@@ -110,6 +112,8 @@ class Lifecycle:
         self._link.stop_opening()
         try:
             async with self.switching:
+                if self.before_close is not None and self.open:
+                    self.before_close()
                 self._dispatcher.state = State.CLOSED
                 self.closings += 1
                 connections = self._registry.close_all(Close(GOING_AWAY, "going away"))

@@ -20,6 +20,7 @@ class Listener(Subscription):
         channels: The channels.
         on_event: Called with each event.
         on_gap: Called when the broker is back after an outage: events before that may be missing.
+        on_close: Called when the hub is closed.
     """
 
     gaps = True
@@ -28,12 +29,14 @@ class Listener(Subscription):
         self,
         channels: Iterable[str],
         on_event: Callable[[Event], None],
-        on_gap: Callable[[Gap], None],
+        on_gap: Callable[[Gap], None] = lambda gap: None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         # Nothing ever waits in the outbox: the functions take everything at once.
         super().__init__({channel: Wish() for channel in channels}, Outbox())
         self._on_event = on_event
         self._on_gap = on_gap
+        self._on_close = on_close
 
     def begin(self, channel: str, past: Iterable[Event], resumed: Resumed) -> None:
         """Not called: internal channels have no history."""
@@ -46,8 +49,8 @@ class Listener(Subscription):
                 self._on_event(item)
             elif isinstance(item, Gap):
                 self._on_gap(item)
-            else:
-                assert isinstance(item, Close)  # the hub was closed
+            elif isinstance(item, Close):
+                self._on_close()
 
     def lose(self, *, drop: bool = False) -> None:
         """Not called: it belongs to no client."""

@@ -13,9 +13,6 @@ from typing import Any, NamedTuple
 from .event import Command
 from .internal import SHARED
 
-# Characters of a user's name, so that the name of its channel is one that brokers take.
-MAX_USER = 150
-
 # What an order may say, and the type of each part.
 _PARTS = {"do": str, "channel": str, "code": int, "reason": str, "reconnect": bool, "ask": str}
 DEEDS = ("subscribe", "unsubscribe", "disconnect", "close", "count")

@@ -14,17 +14,14 @@ from starlette.websockets import WebSocket
 from . import orders
 from .arguments import check_close
 from .close_codes import POLICY_VIOLATION, SERVICE_RESTART
-from .codec import check_channel, dumps
+from .codec import check_channel
 from .connection import Connection
 from .event import Command, Event
-from .exceptions import ConfigurationError, InvalidChannel, StarcastError
+from .exceptions import StarcastError
 from .group import Member
-from .orders import MAX_USER, Order, user_channel
+from .orders import Order, user_channel
 from .outbox import Close
 from .registry import Registry
-
-# Bytes of what an app may say about a client, as JSON: others get it with each message.
-MAX_INFO = 2048
 
 logger = logging.getLogger("starcast")
 
@@ -79,6 +76,7 @@ class People:
         registry: The hub's.
         join: Puts a websocket that is registered on one more channel.
         publish: Publishes an event, without waiting.
+        leave: Takes a websocket off a channel.
     """
 
     def __init__(
@@ -86,10 +84,12 @@ class People:
         registry: Registry,
         join: Callable[[WebSocket, str], Coroutine[Any, Any, object]],
         publish: Callable[[Event], object],
+        leave: Callable[[WebSocket, str], object],
     ) -> None:
         self._registry = registry
         self._join = join
         self._publish = publish
+        self._leave = leave
         self._joining: set[asyncio.Task[None]] = set()
 
     def identify(self, connection: Connection, identity: Identity) -> None:
@@ -169,7 +169,7 @@ class People:
             if agent is not None:
                 agent.unsubscribe_from_server(name, order.code, order.reason)
             elif name in connection.channels:
-                self._registry.leave(connection, name)
+                self._leave(connection.websocket, name)
 
     def _close(self, connection: Connection, code: int, reason: str) -> None:
         check_close(code, reason)
@@ -185,37 +185,3 @@ class People:
         # Who has asked may be gone, and the broker away.
         with contextlib.suppress(StarcastError):
             self._publish(Event(orders.answer_channel(order.ask), str(count)))
-
-
-def check_user(user: object) -> str:
-    """Return the name of a user, which is what a channel's may be, but shorter.
-
-    Raises:
-        ConfigurationError: It is none.
-        TypeError: It is None: programs look up a user, and pass on that they found none.
-    """
-    if user is None:
-        raise TypeError("None is no user; check whether your look-up found one")
-    try:
-        name = check_channel(user)
-    except InvalidChannel as exc:
-        raise ConfigurationError(str(exc).replace("channel's name", "user")) from None
-    if len(name) > MAX_USER:
-        raise ConfigurationError(f"a user must have 1 to {MAX_USER} characters, not {len(name)}")
-    return name
-
-
-def check_info(info: Any) -> Any:
-    """Return what an app says about a client if it is JSON data of a moderate size.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if info is not None:
-        try:
-            size = len(dumps(info))
-        except Exception as exc:
-            raise ConfigurationError(f"info must be JSON data: {exc}") from None
-        if size > MAX_INFO:
-            raise ConfigurationError(f"info may have {MAX_INFO} bytes as JSON, not {size}")
-    return info

@@ -17,6 +17,7 @@ from .event import Gap
 from .exceptions import ConfigurationError
 from .frames import PLAIN, WireFormat
 from .history import Histories
+from .members import Presence
 from .outbox import Close, OnOverflow, Outbox, Overflow
 from .tuning import Tuning
 
@@ -48,6 +49,7 @@ class Settings:
     probe_interval: float
     tuning: Tuning
     histories: Histories
+    presence: Presence | None
 
     def __post_init__(self) -> None:
         check_timing(self.open_timeout, self.probe_interval)

@@ -8,13 +8,13 @@ import uuid
 from typing import Any
 
 from . import codec
-from .arguments import check_close
+from .arguments import check_close, check_user
 from .codec import Channel, Encoding
-from .event import Event, Gap
+from .event import Event
 from .hub import Hub
 from .listener import Listener
 from .orders import Order, answer_channel, user_channel
-from .people import ConnectedClient, check_user
+from .people import ConnectedClient
 
 
 class Users(abc.ABC):
@@ -76,7 +76,7 @@ class Users(abc.ABC):
             return count
         ask = uuid.uuid4().hex
         counts: list[int] = []
-        listener = Listener([answer_channel(ask)], lambda it: _count(counts, it), _ignore)
+        listener = Listener([answer_channel(ask)], lambda it: _count(counts, it))
         await self._hub.join(listener)
         try:
             await self._hub.publish(event)
@@ -164,7 +164,3 @@ class Users(abc.ABC):
 def _count(counts: list[int], answer: Event) -> None:
     if isinstance(answer.message, str) and answer.message.isdecimal():
         counts.append(int(answer.message))
-
-
-def _ignore(gap: Gap) -> None:
-    """After an outage some answers are missing, as documented."""

@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..arguments import check_info, check_user
 from ..codec import check_channel
 from ..exceptions import ConfigurationError
 from ..tuning import check_positive
-
-# Characters of a user, so that the name of the user's own channel is one that brokers take.
-MAX_USER = 150
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,7 +21,8 @@ class Subscription:
         join_leave: Whether it is told who joins and leaves.
         history: Whether it may ask for the channel's history. A client that has missed messages of
             a channel with a history gets them in any case.
-        info: What others see of it on this channel, besides what `Client` says: JSON data.
+        info: What others see of it on this channel, besides what `Client` says: JSON data of up to
+            2 KiB.
         data: What the client gets with the answer: JSON data.
         expires_at: When it ends, in seconds since 1970, unless the client renews it with another
             token; None for never. `on_subscribe` is called with the new token.
@@ -41,6 +40,7 @@ class Subscription:
 
     def __post_init__(self) -> None:
         check_time(self.expires_at)
+        check_info(self.info)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,8 +48,9 @@ class Client:
     """Who a client is: `on_connect` returns one to let it connect.
 
     Args:
-        user: The name of its user, up to 150 characters; empty, the default, if that is not known.
-        info: What others see of it: JSON data.
+        user: Its user, up to 150 characters without control characters; an `int` and a `UUID` stand
+            for their `str()`. Empty, the default, if that is not known.
+        info: What others see of it: JSON data of up to 2 KiB.
         data: What the client gets with the answer: JSON data.
         expires_at: When the connection ends, in seconds since 1970, unless the client renews it
             with another token, which `on_refresh` gets; None, the default, for never.
@@ -58,6 +59,7 @@ class Client:
 
     Raises:
         ConfigurationError: A value is not valid.
+        TypeError: `user` is None, or cannot be one.
     """
 
     user: str = ""
@@ -67,14 +69,9 @@ class Client:
     channels: Sequence[str] | Mapping[str, Subscription] = ()
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.user, str)
-            or len(self.user) > MAX_USER
-            or not self.user.isprintable()
-        ):
-            raise ConfigurationError(
-                f"a user is a str of up to {MAX_USER} printable characters, not {self.user!r}"
-            )
+        if self.user != "":
+            object.__setattr__(self, "user", check_user(self.user))
+        check_info(self.info)
         if isinstance(self.channels, str):
             raise ConfigurationError(f"channels is a list, such as [{self.channels!r}]")
         for name in self.channels:

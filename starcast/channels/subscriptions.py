@@ -10,6 +10,7 @@ from .. import codec
 from ..event import Event
 from ..exceptions import CommandError, InvalidChannel
 from ..history import Position, Resumed, Wish, parse_id
+from ..members import Member
 from ..outbox import Unsubscribed
 from . import codes
 from .clock import remaining, ttl
@@ -104,11 +105,28 @@ class Subscriptions:
             self._unwanted.pop(channel, None)
             raise
         self._subscriptions[channel] = subscription
+        if subscription.presence or subscription.join_leave:
+            await self._take_in(channel, subscription)
         if (code := self._unwanted.pop(channel, None)) is not None:
             self.end(channel, code)
             return
         if subscription.expires_at is not None:
             self._expire(channel, subscription.expires_at)
+
+    async def _take_in(self, channel: str, subscription: Subscription) -> None:
+        """Let the client be a member of a channel, and be told who joins and leaves."""
+        from . import members  # not for those who do not use it
+
+        session = self._session
+        (connection,) = session.members
+        members.learn(session.writer)
+        if subscription.join_leave:
+            await self._hub.presence.announce(connection, channel)
+        if subscription.presence:
+            assert session.client is not None
+            client = session.client
+            member = Member(client.user or session.id, client.info, subscription.info)
+            await self._hub.presence.enter(connection, channel, session.id, member)
 
     def _wish(self, channel: str, params: Mapping[str, Any]) -> Wish:
         """Return what a client wants of the past: what came after its position."""
@@ -240,8 +258,7 @@ class Subscriptions:
             return False
         del self._subscriptions[channel]
         self._session.clock.cancel(f"channel {channel}")
-        (connection,) = self._session.members
-        self._hub.registry.leave(connection, channel)
+        self._hub.leave(self._session.websocket, channel)
         return True
 
     # The other commands
@@ -295,6 +312,26 @@ class Subscriptions:
             },
         )
 
+    async def presence(self, id: int, params: dict[str, Any]) -> None:
+        """Answer with the clients that are on a channel."""
+        from . import members
+
+        clients = await self._hub.presence.clients(self._present(params))
+        found = {client: members.describe(client, member) for client, member in clients.items()}
+        self._session.reply(id, "presence", {"presence": found})
+
+    async def presence_stats(self, id: int, params: dict[str, Any]) -> None:
+        """Answer with how many clients and users are on a channel."""
+        clients, users = await self._hub.presence.counts(self._present(params))
+        self._session.reply(id, "presence_stats", {"num_clients": clients, "num_users": users})
+
+    def _present(self, params: dict[str, Any]) -> str:
+        """Return the channel of a command about members, if the client may look at them."""
+        channel, subscription = self._find(params)
+        if not subscription.presence:
+            raise CommandError(*codes.PERMISSION_DENIED)
+        return channel
+
 
 def check_channel(params: Mapping[str, Any]) -> str:
     """Return the channel that a command names."""
@@ -316,4 +353,6 @@ CHANNEL_COMMANDS: dict[str, Handler] = {
     "sub_refresh": Subscriptions.refresh,
     "publish": Subscriptions.publish,
     "history": Subscriptions.history,
+    "presence": Subscriptions.presence,
+    "presence_stats": Subscriptions.presence_stats,
 }

@@ -607,7 +607,10 @@ async def test_a_foreign_page_is_not_let_in():
 
 
 def test_values_that_make_no_sense_are_refused():
-    for wrong in [{"user": 7}, {"user": "x" * 151}, {"user": "a\nb"}, {"channels": "room"}]:
+    assert Client(user=7) == Client(user="7")
+    with pytest.raises(TypeError, match="None is no user"):
+        Client(user=None)
+    for wrong in [{"user": 7.5}, {"user": "x" * 151}, {"user": "a\nb"}, {"channels": "room"}]:
         with pytest.raises(ConfigurationError):
             Client(**wrong)
     for wrong in [{"expires_at": "soon"}, {"expires_at": True}]:

@@ -1,0 +1,67 @@
+"""Members: who is on a channel, and the settings for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from .arguments import check_info, check_user
+from .tuning import check_positive
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """Somebody who is on a channel, with any number of clients.
+
+    Args:
+        id: Who it is, most often a user: 1 to 150 characters without control characters; an `int`
+            and a `UUID` stand for their `str()`.
+        info: What others see of it: JSON data of up to 2 KiB.
+        channel_info: What they see of it on this channel only: the same.
+
+    Raises:
+        ConfigurationError: A value is not valid.
+        TypeError: `id` is None, or cannot be one.
+    """
+
+    id: str
+    info: Any = None
+    channel_info: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", check_user(self.id))
+        check_info(self.info)
+        check_info(self.channel_info)
+
+
+class MemberCounts(NamedTuple):
+    """How many clients and how many members a channel has."""
+
+    clients: int
+    users: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Presence:
+    """How the members of channels are kept: `Broadcast(url, presence=Presence())`.
+
+    Args:
+        ttl: How long the members of a worker that has been killed, or that cannot be reached any
+            more, stay at most, in seconds: 30 by default. Workers say that they are there three
+            times as often.
+        grace: How long after its last client is gone others are told that a member has left, in
+            seconds: 5 by default. So nobody is told of a page that is loaded again. Who leaves a
+            channel and stays connected has left at once.
+        interval: How long changes are collected before others are told, in seconds: 0.1 by default.
+
+    Raises:
+        ConfigurationError: A value is not more than 0.
+    """
+
+    ttl: float = 30.0
+    grace: float = 5.0
+    interval: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_positive(field.name, getattr(self, field.name))

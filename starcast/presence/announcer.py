@@ -1,0 +1,134 @@
+"""Announcer: tells the clients of one event loop that want to know who joins and leaves.
+
+It compares who was announced last with who is there now, at most once in an interval. So a member
+with several clients, or one that is back in time, is announced once, and those who come at the same
+time are announced together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import ClassVar
+
+from ..event import Event
+from ..frames import WireFormat
+from ..internal import announcements
+from ..members import Member, Presence
+from .node import Clients, describe
+
+Announced = dict[str, tuple[str, Member]]  # by id: one of its clients, and who it is
+
+
+class Announcement(Event):
+    """Who has joined a channel, and who has left it: each with one of its clients."""
+
+    __slots__ = ("joined", "left", "where")
+
+    # What makes the event for a form; a module that knows another form adds it.
+    makers: ClassVar[dict[WireFormat, Callable[[Announcement], Event]]] = {}
+
+    def __init__(
+        self, channel: str, joined: list[tuple[str, Member]], left: list[tuple[str, Member]]
+    ) -> None:
+        self.where, self.joined, self.left = channel, joined, left
+        content = {
+            "channel": channel,
+            "joined": [describe(member) for _, member in joined],
+            "left": [describe(member) for _, member in left],
+        }
+        text = json.dumps(content, ensure_ascii=False)
+        super().__init__(announcements(channel), text, is_json=True)
+
+    def in_form(self, form: WireFormat) -> Event:
+        """Return it in a form; clients that want ids get it as it is."""
+        maker = self.makers.get(form)
+        if maker is None:
+            return self
+        if self._forms is None:
+            self._forms = {}
+        if form not in self._forms:
+            self._forms[form] = maker(self)
+        return self._forms[form]
+
+
+class Announcer:
+    """See the module.
+
+    Args:
+        settings: The hub's.
+        clients: Returns who is a member of a channel now.
+        announce: Sends an announcement; False if nobody wants it any more.
+    """
+
+    def __init__(
+        self,
+        settings: Presence,
+        clients: Callable[[str], Clients],
+        announce: Callable[[Announcement], None],
+        is_wanted: Callable[[str], bool],
+    ) -> None:
+        self._settings = settings
+        self._clients = clients
+        self._announce = announce
+        self._is_wanted = is_wanted
+        self._loop = asyncio.get_running_loop()
+        self._announced: dict[str, Announced] = {}
+        self._missing: dict[str, dict[str, float]] = {}  # until when a member may come back
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def follow(self, channel: str) -> None:
+        """Announce from now on who joins and leaves."""
+        if channel not in self._announced:
+            self._announced[channel] = _by_id(self._clients(channel))
+            self._missing[channel] = {}
+
+    def changed(self, channel: str, left: str | None) -> None:
+        """Note that a channel has other members, and who has left for good."""
+        if channel in self._announced:
+            if left is not None:
+                self._missing[channel][left] = float("-inf")
+            self._compare_later(channel, self._settings.interval)
+
+    def _compare_later(self, channel: str, seconds: float) -> None:
+        when = self._loop.time() + seconds
+        timer = self._timers.get(channel)
+        if timer is None or timer.when() > when:
+            if timer is not None:
+                timer.cancel()
+            self._timers[channel] = self._loop.call_later(seconds, self._compare, channel)
+
+    def _compare(self, channel: str) -> None:
+        del self._timers[channel]
+        if not self._is_wanted(channel):
+            del self._announced[channel], self._missing[channel]
+            return
+        announced, missing = self._announced[channel], self._missing[channel]
+        current = _by_id(self._clients(channel))
+        joined = [entry for id, entry in current.items() if id not in announced]
+        for id in [id for id in missing if id in current or id not in announced]:
+            del missing[id]
+        now = self._loop.time()
+        left: list[tuple[str, Member]] = []
+        for id in announced.keys() - current.keys():
+            if missing.setdefault(id, now + self._settings.grace) <= now:
+                left.append(announced.pop(id))
+                del missing[id]
+        announced |= {member.id: (client, member) for client, member in joined}
+        if missing:
+            self._compare_later(channel, max(min(missing.values()) - now, self._settings.interval))
+        if joined or left:
+            self._announce(Announcement(channel, joined, left))
+
+    def end(self) -> None:
+        """Announce nothing any more."""
+        for timer in self._timers.values():
+            timer.cancel()
+
+
+def _by_id(clients: Clients) -> Announced:
+    found: Announced = {}
+    for client, member in clients.items():
+        found.setdefault(member.id, (client, member))
+    return found

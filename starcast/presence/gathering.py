@@ -1,0 +1,169 @@
+"""Gathering: the presence of one hub, with a node for each of its event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any, Protocol
+
+from ..connection import Connection
+from ..internal import announcements
+from ..listener import Listener
+from ..members import Member, MemberCounts, Presence
+from ..registry import Registry
+from ..settings import Settings
+from ..shard import Shard
+from .announcer import Announcement, Announcer
+from .node import CHANNEL, Clients, Node
+
+
+class Hub(Protocol):
+    """What presence needs of its hub."""
+
+    settings: Settings
+    registry: Registry
+    link: Any
+    lifecycle: Any
+
+    @property
+    def lock(self) -> Any:
+        """The hub's."""
+
+    async def join(self, subscriber: Any) -> None:
+        """Put a subscriber of this loop on its channels."""
+
+    def _publish_nowait(self, event: Any) -> None:
+        """Publish an event, or raise a `StarcastError`."""
+
+
+class Place:
+    """One event loop: its node, its announcer and what they listen to."""
+
+    def __init__(self, hub: Hub, settings: Presence, on_close: Any) -> None:
+        self._hub = hub
+        self.shard: Shard = hub.registry.here()
+        self.announcer = Announcer(settings, self._clients, self._announce, self._is_wanted)
+        self.node = Node(settings, hub._publish_nowait, self.announcer.changed)
+        self.listener = Listener([CHANNEL], self.node.on_event, self.node.on_gap, on_close)
+        # By connection: the channels of which it is a member, and its name there.
+        self.memberships: dict[Connection, dict[str, str]] = {}
+
+    def _clients(self, channel: str) -> Clients:
+        return self.node.clients(channel)
+
+    def _is_wanted(self, channel: str) -> bool:
+        return announcements(channel) in self.shard.channels
+
+    def _announce(self, announcement: Announcement) -> None:
+        shard, registry = self.shard, self._hub.registry
+        with self._hub.lock:
+            members = shard.members(announcement.channel)
+            wake = [shard] if members and shard.add(announcement, members) else []
+        registry.wake(wake)
+
+
+class Gathering:
+    """See the module. Each call is about the event loop that it is made on."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._settings = hub.settings.presence or Presence()
+        self._places: dict[asyncio.AbstractEventLoop, Place] = {}
+        self._opening: dict[asyncio.AbstractEventLoop, asyncio.Task[Place]] = {}
+        hub.lifecycle.before_close = self._say_bye
+
+    def _say_bye(self) -> None:
+        """Tell the others that the members here are gone, while the hub is still open."""
+        for place in [*self._places.values()]:
+            place.node.say_bye()
+
+    async def _here(self) -> Place:
+        """Return this loop's place, which is opened when it is needed first."""
+        loop = asyncio.get_running_loop()
+        if (place := self._places.get(loop)) is not None:
+            return place
+        opening = self._opening.get(loop)
+        if opening is None:
+            opening = self._opening[loop] = loop.create_task(self._open(loop))
+        return await asyncio.shield(opening)
+
+    async def _open(self, loop: asyncio.AbstractEventLoop) -> Place:
+        try:
+            place = Place(self._hub, self._settings, functools.partial(self._close, loop))
+            await self._hub.join(place.listener)
+            for ended in [other for other in self._places if other.is_closed()]:
+                del self._places[ended]
+            self._places[loop] = place
+            place.node.begin()
+            return place
+        finally:
+            del self._opening[loop]
+
+    def _close(self, loop: asyncio.AbstractEventLoop) -> None:
+        place = self._places.pop(loop)
+        self._hub.registry.unsubscribe(place.listener)
+        place.node.end()
+        place.announcer.end()
+
+    async def enter(
+        self, connection: Connection, channel: str, client: str, member: Member
+    ) -> None:
+        """Let a client that is on a channel be one of its members.
+
+        Args:
+            connection: The client, on this event loop.
+            channel: The channel.
+            client: The name of the client, which no other one has.
+            member: Who it is.
+
+        Raises:
+            BackendUnavailable: The broker is away.
+        """
+        place = await self._here()
+        if connection.ended or channel not in connection.channels:
+            return  # it has left meanwhile
+        if connection not in place.memberships:
+            place.memberships[connection] = {}
+            connection.on_end.append(functools.partial(self._lost, place, connection))
+        place.memberships[connection][channel] = client
+        place.node.put(channel, client, member)
+
+    def leave(self, connection: Connection, channel: str) -> None:
+        """Let a client be no member of a channel any more, which it leaves. On any loop."""
+        place = self._places.get(connection.shard.loop)
+        if place is not None:
+            connection.shard.loop.call_soon_threadsafe(self._leave, place, connection, channel)
+
+    def _leave(self, place: Place, connection: Connection, channel: str) -> None:
+        client = place.memberships.get(connection, {}).pop(channel, None)
+        if client is not None:
+            place.node.take(channel, client, left=True)
+
+    def _lost(self, place: Place, connection: Connection) -> None:
+        for channel, client in place.memberships.pop(connection, {}).items():
+            place.node.take(channel, client, left=False)
+
+    async def announce(self, connection: Connection, channel: str) -> None:
+        """Tell a client of this loop from now on who joins and leaves a channel."""
+        place = await self._here()
+        registry = self._hub.registry
+        with self._hub.lock:
+            if connection in registry.connections and channel in connection.channels:
+                place.announcer.follow(channel)
+                registry.join(connection, announcements(channel))
+
+    async def clients(self, channel: str) -> dict[str, Member]:
+        """Return the clients that are members of a channel, on all workers.
+
+        Raises:
+            BackendUnavailable: The broker is away.
+        """
+        place = await self._here()
+        if len(self._places) > 1 or not self._hub.link.is_local:
+            await asyncio.shield(place.node.settled)
+        return place.node.clients(channel)
+
+    async def counts(self, channel: str) -> MemberCounts:
+        """Return how many clients and how many members a channel has."""
+        clients = await self.clients(channel)
+        return MemberCounts(len(clients), len({member.id for member in clients.values()}))

@@ -1,0 +1,261 @@
+"""Node: what one event loop knows of the members of all channels, and what it tells the others.
+
+Everything here runs on that loop, so that nothing needs a lock. Several event loops of one process
+are nodes of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..event import Event, Gap
+from ..exceptions import StarcastError
+from ..internal import SHARED
+from ..members import Member, Presence
+from . import wire
+from .wire import In, Out
+
+CHANNEL = SHARED + "presence"
+
+# How long a node that has just begun waits for what the others know, in seconds.
+SETTLE = 0.3
+
+# How often another node is asked for its members at most, in seconds.
+ASK_INTERVAL = 1.0
+
+Clients = dict[str, Member]
+
+
+class Known:
+    """What is known of a node: its clients by channel, up to the change of a number."""
+
+    def __init__(self, now: float) -> None:
+        self.channels: dict[str, Clients] = {}
+        self.number = -1
+        self.heard = now
+        self.asked = float("-inf")
+        self.parts: dict[int, tuple[In, ...]] = {}  # of a whole that has not arrived as such
+        self.parts_of = -1  # the number of that
+
+    def put(self, entry: In) -> None:
+        self.channels.setdefault(entry.channel, {})[entry.client] = entry.member
+
+    def take(self, channel: str, client: str) -> Member | None:
+        clients = self.channels.get(channel, {})
+        member = clients.pop(client, None)
+        if not clients:
+            self.channels.pop(channel, None)
+        return member
+
+
+class Node:
+    """See the module.
+
+    Args:
+        settings: The hub's.
+        publish: Publishes an event without waiting; may raise a `StarcastError`.
+        on_change: Called with a channel whose members have changed, and with the id of one that has
+            left for good, or None.
+    """
+
+    def __init__(
+        self,
+        settings: Presence,
+        publish: Callable[[Event], object],
+        on_change: Callable[[str, str | None], None],
+    ) -> None:
+        self.id = secrets.token_hex(8)
+        self._settings = settings
+        self._publish = publish
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self.own = Known(self._loop.time())
+        self.own.number = 0
+        self._others: dict[str, Known] = {}
+        self._ins: dict[tuple[str, str], In] = {}  # that the others are still to be told
+        self._outs: dict[tuple[str, str], Out] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._ended = False
+        self.settled = self._loop.create_future()
+
+    # What is known
+
+    def clients(self, channel: str) -> Clients:
+        """Return the clients that are members of a channel now."""
+        found: Clients = {}
+        for known in self._all():
+            found |= known.channels.get(channel, {})
+        return found
+
+    def _all(self) -> Iterator[Known]:
+        yield self.own
+        yield from self._others.values()
+
+    # This node's own
+
+    def begin(self) -> None:
+        """Let the others know of this node, and ask them. It listens already."""
+        self._say(wire.beat(self.id, 0), wire.ask(self.id))
+        self._call("beat", self._settings.ttl / 3, self._beat)
+        self._call("settle", SETTLE, self._settle)
+
+    def _settle(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
+
+    def say_bye(self) -> None:
+        """Let the others know that this node ends. From any thread."""
+        self._say(wire.bye(self.id))
+
+    def end(self) -> None:
+        """Do nothing any more: the hub is closed."""
+        self._ended = True
+        self._settle()
+        for timer in self._timers.values():
+            timer.cancel()
+
+    def put(self, channel: str, client: str, member: Member) -> None:
+        """Let a client be a member."""
+        entry = In(channel, client, member)
+        self.own.put(entry)
+        self._outs.pop((channel, client), None)
+        self._ins[channel, client] = entry
+        self._changed(channel)
+
+    def take(self, channel: str, client: str, *, left: bool) -> None:
+        """Let a client be none any more; `left` if that is its own will."""
+        member = self.own.take(channel, client)
+        if member is not None:
+            self._ins.pop((channel, client), None)
+            self._outs[channel, client] = Out(channel, client, left)
+            self._changed(channel, member.id if left else None)
+
+    def _changed(self, channel: str, left: str | None = None) -> None:
+        self._on_change(channel, left)
+        if "flush" not in self._timers:
+            self._call("flush", self._settings.interval, self._flush)
+
+    def _flush(self) -> None:
+        ins, outs = list(self._ins.values()), list(self._outs.values())
+        self._ins, self._outs = {}, {}
+        for text in wire.changes(self.id, self.own.number + 1, ins, outs):
+            self.own.number += 1
+            self._say(text)
+
+    def _beat(self) -> None:
+        """Say that this node is there, and forget those that have not said so for long."""
+        self._say(wire.beat(self.id, self.own.number))
+        now = self._loop.time()
+        for id, known in list(self._others.items()):
+            if now - known.heard > self._settings.ttl:
+                self._forget(id, left=True)
+        self._call("beat", self._settings.ttl / 3, self._beat)
+
+    def _tell_all(self) -> None:
+        entries = [
+            In(channel, client, member)
+            for channel, clients in self.own.channels.items()
+            for client, member in clients.items()
+        ]
+        self._flush()
+        self._say(*wire.whole(self.id, self.own.number, entries))
+
+    def _call(self, name: str, seconds: float, callback: Callable[[], None]) -> None:
+        def call() -> None:
+            del self._timers[name]
+            callback()
+
+        if not self._ended:
+            self._timers[name] = self._loop.call_later(seconds, call)
+
+    def _say(self, *texts: str) -> None:
+        for text in texts:
+            try:
+                self._publish(Event(CHANNEL, text))
+            except StarcastError:
+                return  # the broker is away: once it is back, everybody asks everybody
+
+    # The others
+
+    def on_gap(self, gap: Gap) -> None:
+        """Something may be missing: tell the others everything, and ask them."""
+        self._tell_all()
+        self._say(wire.ask(self.id))
+
+    def on_event(self, event: Event) -> None:
+        """Take what another node says."""
+        message = wire.read(event.message)
+        if message is None or message.node == self.id:
+            return
+        if message.kind == "ask":
+            if message.asked in ("", self.id) and "tell" not in self._timers:
+                # Others ask at about the same time.
+                self._call("tell", self._settings.interval / 2, self._tell_all)
+            return
+        if message.kind == "bye":
+            self._forget(message.node, left=False)
+            return
+        known = self._others.get(message.node)
+        if known is None:
+            known = self._others[message.node] = Known(self._loop.time())
+        known.heard = self._loop.time()
+        if message.kind == "whole":
+            self._take_whole(known, message)
+        elif message.number == known.number + 1 and message.kind == "change" and known.number >= 0:
+            self._take_change(known, message)
+        elif message.kind == "beat" and message.number == 0:
+            known.number = max(known.number, 0)  # it has no members yet
+        elif message.number > known.number:
+            self._ask(message.node, known)
+
+    def _ask(self, node: str, known: Known) -> None:
+        now = self._loop.time()
+        if now - known.asked > ASK_INTERVAL:
+            known.asked = now
+            self._say(wire.ask(self.id, node))
+
+    def _take_change(self, known: Known, message: wire.Message) -> None:
+        known.number = message.number
+        for entry in message.ins:
+            known.put(entry)
+            self._on_change(entry.channel, None)
+        for channel, client, left in message.outs:
+            member = known.take(channel, client)
+            if member is not None:
+                self._on_change(channel, member.id if left else None)
+
+    def _take_whole(self, known: Known, message: wire.Message) -> None:
+        if message.number < known.number:
+            return  # it was sent before changes that are known
+        if message.number != known.parts_of:
+            known.parts, known.parts_of = {}, message.number
+        known.parts[message.part] = message.ins
+        if len(known.parts) < message.parts:
+            return
+        before = known.channels
+        known.channels, known.number, known.parts_of = {}, message.number, -1
+        for entries in known.parts.values():
+            for entry in entries:
+                known.put(entry)
+        known.parts = {}
+        for channel in before.keys() | known.channels.keys():
+            self._on_change(channel, None)
+
+    def _forget(self, node: str, *, left: bool) -> None:
+        known = self._others.pop(node, None)
+        for channel, clients in () if known is None else known.channels.items():
+            for member in clients.values():
+                self._on_change(channel, member.id if left else None)
+
+
+def describe(member: Member) -> dict[str, Any]:
+    """Return what clients without the protocol are told of a member."""
+    content: dict[str, Any] = {"id": member.id}
+    if member.info is not None:
+        content["info"] = member.info
+    if member.channel_info is not None:
+        content["channel_info"] = member.channel_info
+    return content

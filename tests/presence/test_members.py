@@ -1,0 +1,435 @@
+"""Who is on a channel, on all workers together, and who is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator
+
+import pytest
+
+from channels.speaking import Open, serving
+from history.brokers import kept_url as kept_url  # a fixture
+from starcast import (
+    BackendUnavailable,
+    Broadcast,
+    Client,
+    ConfigurationError,
+    Member,
+    MemberCounts,
+    Presence,
+    Subscription,
+    Tuning,
+)
+from support import Broker, Bus, OtherLoop, Peer, starcast_tasks, until
+
+pytestmark = pytest.mark.anyio
+
+QUICK = Presence(ttl=0.6, grace=0.3, interval=0.02)
+TUNING = Tuning(first_backoff=0.01, max_backoff=0.05)
+
+
+@contextlib.asynccontextmanager
+async def hubs(count: int, presence: Presence = QUICK) -> AsyncIterator[list[Broadcast]]:
+    """Those of so many workers."""
+    broker = Broker()
+    async with contextlib.AsyncExitStack() as stack:
+        made = [
+            Broadcast(backend=Bus(broker), presence=presence, tuning=TUNING) for _ in range(count)
+        ]
+        yield [await stack.enter_async_context(hub) for hub in made]
+    await until(lambda: not starcast_tasks())
+
+
+async def member(hub: Broadcast, id: str, channel: str = "room", **options: object) -> Peer:
+    peer = Peer()
+    await hub.connect(peer.websocket, channel, member=Member(id), **options)
+    return peer
+
+
+async def ids(hub: Broadcast, channel: str = "room") -> list[str]:
+    return sorted(it.id for it in await hub.members(channel))
+
+
+async def are(hub: Broadcast, *expected: str) -> None:
+    """Wait until these are the members, as this hub sees it."""
+    for _ in range(1000):
+        if await ids(hub) == sorted(expected):
+            return
+        await asyncio.sleep(0.01)
+    assert await ids(hub) == sorted(expected)
+
+
+def told(peer: Peer) -> list[tuple[list[str], list[str]]]:
+    """Who joined and who left, as a client was told it."""
+    texts = [json.loads(it["text"]) for it in peer.sent if it.get("text") is not None]
+    return [
+        ([it["id"] for it in text["joined"]], [it["id"] for it in text["left"]]) for text in texts
+    ]
+
+
+async def test_members_are_the_same_on_all_workers():
+    async with hubs(3) as (one, two, three):
+        ada = await member(one, "ada")
+        await member(two, "ada")
+        await member(two, "bob")
+        await member(two, "eve", "other")
+        for hub in (one, two, three):
+            await are(hub, "ada", "bob")
+            counts = await hub.member_counts(["room", "other", "empty"])
+            assert counts == {
+                "room": MemberCounts(3, 2),
+                "other": MemberCounts(1, 1),
+                "empty": MemberCounts(0, 0),
+            }
+        await one.disconnect(ada.websocket, "room")
+        for hub in (one, two, three):
+            await until_counts(hub, MemberCounts(2, 2))
+        # Nothing of this is among the app's own.
+        assert one.channels == {}
+        assert three.stats().subscribers == 0
+
+
+async def until_counts(hub: Broadcast, counts: MemberCounts) -> None:
+    for _ in range(1000):
+        if (await hub.member_counts(["room"]))["room"] == counts:
+            return
+        await asyncio.sleep(0.01)
+    assert (await hub.member_counts(["room"]))["room"] == counts
+
+
+async def test_a_worker_that_has_just_begun_knows_all():
+    async with hubs(2) as (one, two):
+        for number in range(300):  # more than one message takes
+            await member(one, f"{number} {'x' * 100}")
+        assert len(await two.members("room")) == 300
+
+
+async def test_what_others_see_of_a_member():
+    async with Broadcast(presence=QUICK) as hub:
+        peer = Peer()
+        ada = Member(uuid.UUID(int=7), {"name": "Ada"}, {"role": "host"})
+        await hub.connect(peer.websocket, "room", member=ada)
+        assert await hub.members("room") == [ada]
+        assert ada.id == str(uuid.UUID(int=7))
+
+
+async def test_nobody_is_told_of_a_page_that_is_loaded_again():
+    async with hubs(2) as (one, two):
+        watcher = Peer()
+        await two.connect(watcher.websocket, "room", join_leave=True)
+        tabs = [await member(one, "ada") for _ in range(3)]
+        await until(lambda: told(watcher) == [(["ada"], [])])
+        for tab in tabs:
+            tab.leave()
+            await receive_all(tab)
+            await one.disconnect(tab.websocket)
+        again = await member(two, "ada")
+        await member(two, "bob")
+        await until(lambda: told(watcher)[1:] == [(["bob"], [])])
+        again.leave()
+        await receive_all(again)
+        await two.disconnect(again.websocket)
+        await are(two, "bob")  # at once
+        await until(lambda: told(watcher)[2:] == [([], ["ada"])])
+
+
+async def receive_all(peer: Peer) -> None:
+    with contextlib.suppress(Exception):
+        while True:
+            await peer.websocket.receive_text()
+
+
+async def test_who_leaves_the_channel_has_left_at_once():
+    async with hubs(2, Presence(ttl=60, grace=60, interval=0.02)) as (one, two):
+        watcher = Peer()
+        await two.connect(watcher.websocket, "room", join_leave=True)
+        ada = await member(one, "ada")
+        await one.connect(ada.websocket, "other", user="7")
+        await until(lambda: told(watcher) == [(["ada"], [])])
+        await one.disconnect(ada.websocket, "room")
+        await until(lambda: told(watcher)[1:] == [([], ["ada"])])
+        await one.connect(ada.websocket, "room", member=Member("ada"))
+        await until(lambda: told(watcher)[2:] == [(["ada"], [])])
+        await two.unsubscribe_user("7", "room")
+        await until(lambda: told(watcher)[3:] == [([], ["ada"])])
+        # One that wants to know no more is told nothing.
+        await two.disconnect(watcher.websocket, "room")
+        await member(two, "bob")
+        await are(one, "bob")
+
+
+async def test_those_who_join_together_are_announced_together():
+    async with Broadcast(presence=Presence(interval=0.2)) as hub:
+        watcher = Peer()
+        await hub.connect(watcher.websocket, "room", join_leave=True)
+        for number in range(50):
+            await member(hub, str(number))
+        await until(lambda: sum(len(joined) for joined, _ in told(watcher)) == 50)
+        assert len(told(watcher)) == 1
+
+
+async def test_a_client_that_wants_to_know_is_told_with_the_others():
+    async with Broadcast(presence=QUICK) as hub:
+        ada = Peer()
+        info = {"name": "Ada"}
+        await hub.connect(
+            ada.websocket, "room", member=Member("ada", info, 5), join_leave=True, ids=True
+        )
+        await until(lambda: told(ada))
+        assert json.loads(ada.sent[-1]["text"]) == {
+            "channel": "room",
+            "joined": [{"id": "ada", "info": info, "channel_info": 5}],
+            "left": [],
+        }
+
+
+WORKER = """
+import asyncio, sys
+from starcast import Broadcast, Member, Presence
+from support import Peer
+
+async def main():
+    presence = Presence(ttl=0.6, grace=0.3, interval=0.02)
+    async with Broadcast(sys.argv[1], name=sys.argv[2], presence=presence) as hub:
+        await hub.connect(Peer().websocket, "room", member=Member("ada"))
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_the_members_of_a_worker_go_with_it_and_come_back_with_it(valkey_url):
+    name = uuid.uuid4().hex
+    path = os.pathsep.join(sys.path)
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", WORKER, valkey_url, name), env={**os.environ, "PYTHONPATH": path}
+    )
+    async with Broadcast(valkey_url, name=name, presence=QUICK) as hub:
+        watcher = Peer()
+        await hub.connect(watcher.websocket, "room", join_leave=True, member=Member("me"))
+        await are(hub, "ada", "me")
+        worker.send_signal(signal.SIGSTOP)
+        await are(hub, "me")
+        await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
+        worker.send_signal(signal.SIGCONT)
+        await are(hub, "ada", "me")
+        worker.kill()
+        await are(hub, "me")
+        await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
+    await worker.wait()
+
+
+async def test_a_worker_that_leaves_in_good_order_says_so():
+    broker = Broker()
+    patient = Presence(ttl=600, grace=0.3, interval=0.02)
+    async with Broadcast(backend=Bus(broker), presence=patient) as one:
+        watcher = Peer()
+        await one.connect(watcher.websocket, "room", join_leave=True)
+        async with Broadcast(backend=Bus(broker), presence=QUICK) as two:
+            await member(two, "ada")
+            await are(one, "ada")
+        await are(one)
+        await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
+
+
+async def test_members_come_back_after_an_outage():
+    broker = Broker()
+    async with (
+        Broadcast(backend=Bus(broker), presence=QUICK, tuning=TUNING) as one,
+        Broadcast(backend=Bus(broker), presence=QUICK, tuning=TUNING) as two,
+    ):
+        await member(one, "ada")
+        await member(two, "bob")
+        await are(one, "ada", "bob")
+        broker.kill()
+        await are(one, "ada")  # the others cannot be heard of any more
+        broker.restart()
+        for hub in (one, two):
+            await are(hub, "ada", "bob")
+
+
+async def test_loops_of_one_process_know_each_other():
+    other = OtherLoop()
+    async with Broadcast(presence=QUICK) as hub:
+        other.run(member(hub, "ada"))
+        await member(hub, "bob")
+        await are(hub, "ada", "bob")
+        assert other.run(ids(hub)) == ["ada", "bob"]
+        other.close()
+        await are(hub, "bob")
+
+
+async def test_two_hubs_are_two_rooms():
+    broker = Broker()
+    async with (
+        Broadcast(backend=Bus(broker), name="one", presence=QUICK) as one,
+        Broadcast(backend=Bus(broker), name="two", presence=QUICK) as two,
+    ):
+        await member(one, "ada")
+        assert await ids(two) == []
+        await are(one, "ada")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "5",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"node":5,"beat":1}',
+        '{"node":"x","beat":"y"}',
+        '{"node":"x","change":1,"in":[["room"]]}',
+        '{"node":"x","change":1,"in":[["room","1","",null,null]]}',
+        '{"node":"x","whole":1,"part":9,"parts":1,"in":[],"more":1}',
+        '{"node":"x","ask":["y"]}',
+        '{"node":"x","bye":null}',
+        '{"node":"x","unheard of":1}',
+        '{"node":"x","whole":5,"part":0,"parts":1000000000,"in":[]}',
+    ],
+    ids=lambda text: text[:30],
+)
+async def test_what_others_write_to_the_broker_breaks_nothing(text):
+    broker = Broker()
+    async with Broadcast(backend=Bus(broker), presence=QUICK) as hub:
+        await member(hub, "ada")
+        backend = await Bus(broker).connect(lambda *message: None, lambda error: None)
+        await backend.publish([("default:\x01presence", text.encode())])
+        await backend.close()
+        await are(hub, "ada")
+        await member(hub, "bob")
+        await are(hub, "ada", "bob")
+
+
+def test_values_that_make_no_sense():
+    for wrong in [{"ttl": 0}, {"grace": -1}, {"interval": "x"}]:
+        with pytest.raises(ConfigurationError):
+            Presence(**wrong)
+    with pytest.raises(TypeError, match="None is no user"):
+        Member(None)
+    with pytest.raises(ConfigurationError):
+        Member("x" * 151)
+    with pytest.raises(ConfigurationError, match="2048 bytes"):
+        Member("x", info="x" * 3000)
+
+
+async def test_a_client_that_leaves_while_it_enters_is_no_member():
+    async with hubs(1) as (hub,):
+        peer = Peer()
+        connecting = asyncio.create_task(
+            hub.connect(peer.websocket, "room", member=Member("ada"), join_leave=True)
+        )
+        await until(lambda: hub.channels)
+        await hub.disconnect(peer.websocket)
+        await connecting
+        await are(hub)
+
+
+async def test_a_client_that_cannot_enter_is_not_on_the_channel():
+    broker = Broker()
+    broker.refused.add("default:\x01presence")
+    async with Broadcast(backend=Bus(broker), tuning=Tuning(publish_timeout=0.1)) as hub:
+        peer = Peer()
+        await hub.connect(peer.websocket, "other")
+        with pytest.raises(BackendUnavailable):
+            await hub.connect(peer.websocket, "room", member=Member("ada"))
+        assert hub.channels == {"other": 1}
+
+
+async def test_it_holds_at_rest_whatever_happens():
+    """Random joins, leaves and losses on three workers, compared with a model in the end."""
+    chance = random.Random(7)
+    async with hubs(3) as workers:
+        here: list[tuple[Broadcast, Peer, str]] = []
+        for _ in range(300):
+            action = chance.random()
+            if action < 0.5 or not here:
+                hub, id = chance.choice(workers), str(chance.randrange(20))
+                here.append((hub, await member(hub, id), id))
+            elif action < 0.75:
+                hub, peer, _ = here.pop(chance.randrange(len(here)))
+                await hub.disconnect(peer.websocket, chance.choice(["room", None]))
+            else:
+                hub, peer, _ = here.pop(chance.randrange(len(here)))
+                await hub.close(peer.websocket)
+            if chance.random() < 0.1:
+                await asyncio.sleep(0.01)
+        expected = sorted({id for _, _, id in here})
+        for hub in workers:
+            await are(hub, *expected)
+            assert (await hub.member_counts(["room"]))["room"].clients == len(here)
+
+
+async def test_it_is_the_same_over_each_broker(kept_url):
+    name = uuid.uuid4().hex
+    async with (
+        Broadcast(kept_url, name=name, presence=QUICK) as one,
+        Broadcast(kept_url, name=name, presence=QUICK) as two,
+    ):
+        watcher = Peer()
+        await two.connect(watcher.websocket, "room", join_leave=True)
+        ada = await member(one, "ada")
+        for number in range(200):  # more than one message takes
+            await member(one, f"{number} {'x' * 100}")
+        await until_counts(two, MemberCounts(201, 201))
+        await one.disconnect(ada.websocket, "room")
+        await until(lambda: any("ada" in left for _, left in told(watcher)))
+
+
+# Clients of channels
+
+
+class Gathering(Open):
+    async def on_connect(self, websocket, token, data):
+        return Client(user=token, info={"name": token}) if token else Client()
+
+    async def on_subscribe(self, websocket, channel, token, data):
+        return Subscription(presence=True, join_leave=True, info=data)
+
+
+async def test_clients_of_the_protocol_are_members():
+    async with (
+        serving(Gathering, Broadcast(presence=QUICK)) as room,
+        room.talker("ada") as ada,
+        room.talker("bob") as bob,
+        room.talker() as stranger,
+    ):
+        await ada.get("subscribe", channel="room", data={"role": "host"})
+        join = await ada.push()
+        info = join["join"]["info"]
+        assert info.pop("client")
+        assert join == {
+            "channel": "room",
+            "join": {
+                "info": {
+                    "user": "ada",
+                    "conn_info": {"name": "ada"},
+                    "chan_info": {"role": "host"},
+                }
+            },
+        }
+        await bob.get("subscribe", channel="room")
+        await stranger.get("subscribe", channel="room")
+        users = {(await ada.push())["join"]["info"]["user"] for _ in range(2)}
+        assert users == {"bob", ""}
+        presence = (await ada.get("presence", channel="room"))["presence"]
+        assert {it["user"] for it in presence.values()} == {"ada", "bob", ""}
+        assert all(client == it["client"] for client, it in presence.items())
+        assert await bob.get("presence_stats", channel="room") == {
+            "num_clients": 3,
+            "num_users": 3,
+        }
+        assert {"ada", "bob"} < {it.id for it in await room.hub.members("room")}
+        await bob.get("unsubscribe", channel="room")
+        assert (await ada.push())["leave"]["info"]["user"] == "bob"
+        await stranger.socket.close()
+        assert (await ada.push())["leave"]["info"]["user"] == ""
+        assert await bob.error("presence", channel="room") == 103
