@@ -403,7 +403,8 @@ class Live(ChannelsEndpoint):
         return Client(user="7", info={"name": "Ann"}, data={"you said": data})
 
     async def on_subscribe(self, websocket, channel, token, data):
-        return Subscription(history=True, info=data)
+        is_hall = channel == "hall"
+        return Subscription(history=True, info=data, presence=is_hall, join_leave=is_hall)
 
     async def on_publish(self, websocket, channel, data):
         return data
@@ -614,6 +615,34 @@ async def test_what_was_missed_is_recovered(live):
         assert reply == {"publications": missed[1:], "epoch": position["epoch"], "offset": 3}
         lost = {"channel": "past", "limit": -1, "since": {"offset": 1, "epoch": "other"}}
         assert (await client.ask(history=lost))["error"]["code"] == 112
+
+
+async def test_members_are_told_of_each_other(live):
+    server, _ = live
+    async with connected(server) as one:
+        await one.send({"id": 2, "subscribe": {"channel": "hall", "data": "first"}})
+        (reply, join) = await one.take(2)
+        assert reply == {"id": 2, "subscribe": {}}
+        info = join["push"]["join"]["info"]
+        member = {"user": "7", "conn_info": {"name": "Ann"}, "chan_info": "first"}
+        assert info == {**member, "client": info["client"]}
+        async with connected(server, protobuf=False) as other:
+            await asked(other, subscribe={"channel": "hall"})
+            for client in (one, other):
+                reply = await asked(client, presence={"channel": "hall"})
+                assert len(reply["presence"]["presence"]) == 2
+                assert reply["presence"]["presence"][info["client"]] == info
+                reply = await asked(client, presence_stats={"channel": "hall"})
+                assert reply == {"presence_stats": {"num_clients": 2, "num_users": 1}}
+
+
+async def asked(client: Connection, **command: Any) -> dict[str, Any]:
+    """The reply to a command, without what comes before it."""
+    await client.send({"id": 8, **command})
+    while True:
+        for reply in await client.receive():
+            if reply.pop("id", None) == 8:
+                return reply
 
 
 def test_it_needs_no_fast_path():
