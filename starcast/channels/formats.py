@@ -87,7 +87,7 @@ def publication(published: Event) -> dict[str, Any]:
     if isinstance(published.message, bytes):
         content["data"] = base64.b64encode(published.message).decode()
         content["tags"] = {"encoding": "base64"}
-    elif published.is_json and event.is_json(published.message):
+    elif published.is_json:
         content["data"] = one_line(published.message)
     else:
         content["data"] = published.message
