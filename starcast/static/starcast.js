@@ -269,7 +269,7 @@ export function connect(url, options = {}) {
     const { publications = [], epoch, offset = 0, recovered = false, data } = result;
     const context = { channel: it.name, missed: publications.length, data };
     if (it.seen) context.recovered = recovered;
-    if (!recovered) it.offset = 0;
+    if (!recovered) it.offset = offset;
     Object.assign(it, { seen: true, epoch, server });
     clearTimeout(it.timer);
     begin(it, result);
