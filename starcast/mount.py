@@ -6,12 +6,12 @@ import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import Scope
 from starlette.websockets import WebSocket
 
-from . import codec, inbound, sse
+from . import assets, codec, inbound, sse
 from . import heartbeats as _heartbeats
 from .admission import hooks as admission
 from .admission import refusals
@@ -48,7 +48,8 @@ def make_app(
 ) -> Router:
     """Return an ASGI app that serves `/{channel}` with `serve`, after `authorize`.
 
-    With `streams`, it answers GET with server-sent events.
+    With `streams`, it answers GET with server-sent events. It always answers GET of `starcast.js`
+    and `starcast.d.ts`, which are everybody's, with these files.
     """
     check_refuse(refuse)
     serve = functools.partial(
@@ -101,12 +102,19 @@ def make_app(
             authorize=functools.partial(admit, request),
         )
 
-    routes: list[BaseRoute] = [WebSocketRoute("/{channel:path}", guarded)]
+    async def get(request: Request) -> Response:
+        name = _channel(request.scope)
+        if name in assets.TYPES:
+            return assets.respond(request, name)
+        if streams is None:
+            return PlainTextResponse("Not Found", status_code=404)
+        return await events(request)
+
     if streams is not None:
         sse.check(streams)
-        route = Route("/{channel:path}", events)
-        route.methods = {"GET"}  # Starlette adds HEAD
-        routes.append(route)
+    route = Route("/{channel:path}", get)
+    route.methods = {"GET"}  # Starlette adds HEAD
+    routes: list[BaseRoute] = [WebSocketRoute("/{channel:path}", guarded), route]
     return Router(routes, lifespan=hub.lifecycle.lifespan)
 
 

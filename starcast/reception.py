@@ -248,6 +248,9 @@ class Reception(abc.ABC):
         on several channels, which are added to that of the path, if there is one:
         `/live/?channel=a&channel=b`. Its events are then JSON objects that name their channel.
 
+        It also answers GET of `starcast.js`, the client for the pages of a `ChannelsEndpoint`, and
+        of its types, `starcast.d.ts`, without asking `authorize`.
+
         Clients may ask for any channel of the hub, including those that an endpoint guards
         elsewhere. Decide with `authorize` who may join which, or mount a hub that has no secrets.
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,9 @@ def demo_app() -> Any:
     return program(Path(__file__).parents[1] / "demo_app.py")
 
 
-@pytest.fixture
-async def browser(anyio_backend):
+@contextlib.asynccontextmanager
+async def chromium() -> AsyncIterator[Any]:
+    """Yield a headless Chromium, or skip the test if there is none."""
     path = os.environ.get("STARCAST_CHROMIUM") or next(
         filter(None, map(shutil.which, BROWSERS)), None
     )
@@ -135,6 +137,12 @@ async def browser(anyio_backend):
     except ImportError:
         missing("playwright is not installed")
     async with async_playwright() as playwright:
-        chromium = await playwright.chromium.launch(executable_path=path, args=BROWSER_ARGS)
-        yield chromium
-        await chromium.close()
+        browser = await playwright.chromium.launch(executable_path=path, args=BROWSER_ARGS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+async def browser(anyio_backend):
+    async with chromium() as browser:
+        yield browser

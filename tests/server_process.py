@@ -20,19 +20,25 @@ SHUTDOWN = 30.0  # seconds that a server may take to end after SIGTERM
 
 
 class ServerProcess:
-    """A server on a port of loopback that was free.
+    """A server on a port of loopback.
 
     Args:
         command: A module to run with its arguments; `{port}` stands for the port.
         log: Where its output goes.
         folder: Where it runs. It finds what is there, in tests/ and in starcast.
+        port: Instead of one that was free: that of an earlier server, which was killed.
         environment: Variables that it gets besides those of the tests.
     """
 
     def __init__(
-        self, command: list[str], log: Path, folder: Path = HERE, **environment: str
+        self,
+        command: list[str],
+        log: Path,
+        folder: Path = HERE,
+        port: int | None = None,
+        **environment: str,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self._log = log
         self._command = [sys.executable, "-m", *(it.format(port=self.port) for it in command)]
         self._folder = folder

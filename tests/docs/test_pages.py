@@ -89,6 +89,35 @@ async def test_the_page_of_the_tutorial(serve, browser, tmp_path):
         await second.stop()
 
 
+async def test_the_page_of_starcast_js(serve, browser):
+    rooms = program(EXAMPLES / "rooms.py")
+    server = await serve(rooms.app)
+    url = f"http://127.0.0.1:{server.port}/?name="
+    ann, ben = await tab(browser, url + "Ann"), await tab(browser, url + "Ben")
+    assert await ann.title() in (EXAMPLES / "rooms.html").read_text()
+    for page in (ann, ben):
+        await shows(page, "#here", "Ann")
+        await shows(page, "#here", "Ben")
+    await ann.fill("input", "hello <b>")
+    await ann.press("input", "Enter")
+    await shows(ben, "li", "Ann: hello <b>")
+    cleo = await tab(browser, url + "Cleo")
+    await shows(cleo, "li", "Ann: hello <b>")
+
+    await ben.context.set_offline(True)
+    for client in rooms.hub.clients("room:tea")[1:2]:
+        await rooms.hub.close(client, 3012)
+    await shows(ben, "#status", "Next try in")
+    await cleo.fill("input", "meanwhile")
+    await cleo.press("input", "Enter")
+    await shows(ann, "li:last-child", "Cleo: meanwhile")
+    await ben.context.set_offline(False)
+    await shows(ben, "li:last-child", "Cleo: meanwhile")
+    for page in (ann, ben, cleo):
+        assert await lines(page) == ["Ann: hello <b>", "Cleo: meanwhile"]
+        assert page.errors == []
+
+
 async def lines(page):
     return await page.locator("li").all_text_contents()
 
