@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import codec
 from ..event import Event
-from ..exceptions import CommandError, InvalidChannel
+from ..exceptions import BackendUnavailable, CommandError, InvalidChannel
 from ..history import Position, Resumed, Wish, parse_id
 from ..members import Member
 from ..outbox import Unsubscribed
@@ -106,7 +106,11 @@ class Subscriptions:
             raise
         self._subscriptions[channel] = subscription
         if subscription.presence or subscription.join_leave:
-            await self._take_in(channel, subscription)
+            try:
+                await self._take_in(channel, subscription)
+            except BackendUnavailable:
+                self.end(channel, codes.INSUFFICIENT)  # the client tries again
+                return
         if (code := self._unwanted.pop(channel, None)) is not None:
             self.end(channel, code)
             return
