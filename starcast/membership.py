@@ -22,9 +22,10 @@ class Membership:
     async def members(self, channel: Channel) -> list[Member]:
         """Return the members of a channel, on all workers, each of them once.
 
-        Every worker that uses presence knows all members, so this asks nobody. What happens on
-        another worker is known here a little later: in a tenth of a second, mostly. The first call
-        of an event loop waits 0.3 seconds for what the other workers know.
+        A member stays for `Presence.grace` after its last client was lost: that may be a page that
+        is loaded again. Every worker that uses presence knows all members, so this asks nobody.
+        What happens on another worker is known here a little later: in a tenth of a second, mostly.
+        The first call of an event loop waits 0.3 seconds for what the other workers know.
 
         Raises:
             InvalidChannel: The name is not valid.
