@@ -42,6 +42,10 @@ class ChannelsEndpoint(WebSocketEndpoint):
     client may do nothing but connect unless a hook allows it. There is one instance for each
     client.
 
+    Those for Flutter, Swift and Java speak the protocol in Protobuf, and others may choose it. That
+    needs `pip install 'starcast[protobuf]'`. Hooks get the same data, and clients the same
+    messages, in either form: JSON data, and in base64 what the app publishes as bytes.
+
     A hook may be a plain function, which runs in a thread. It refuses by raising `PermissionError`
     (error 103), or `CommandError` for an error of its own, and closes the client by raising
     `DisconnectClient`. What it returns allows what was asked for; None refuses it, and a log line

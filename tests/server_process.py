@@ -40,14 +40,22 @@ class ServerProcess:
     ) -> None:
         self.port = port or free_port()
         self._log = log
+        self._command = [sys.executable, "-m", *(it.format(port=self.port) for it in command)]
+        self._folder = folder
         path = os.pathsep.join([str(folder), str(HERE), str(HERE.parent)])
-        with log.open("wb") as output:
+        self._environment = {**os.environ, "PYTHONPATH": path, **environment}
+        log.write_bytes(b"")
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again if it was killed."""
+        with self._log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *(part.format(port=self.port) for part in command)],
+                self._command,
                 stdout=output,
                 stderr=output,
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": path, **environment},
+                cwd=self._folder,
+                env=self._environment,
                 start_new_session=True,  # a server may have workers
             )
         try:

@@ -109,7 +109,7 @@ def unpack(channel: str, data: bytes, hub: bytes) -> Event:
     except (IndexError, struct.error, UnicodeDecodeError) as exc:
         raise Malformed(str(exc)) from None
     kind = Command if flags & _COMMAND else Event
-    event = kind(channel, message, payload, exclude, bool(flags & _JSON))
+    event = kind(channel, message, payload, exclude, bool(flags & _JSON) and is_json(payload))
     event.info, event.unless = info, unless
     return event
 

@@ -13,6 +13,9 @@ from .model import Limits
 LEAD_PART = 4
 MAX_LEAD = 10.0
 
+# The longest time that a client can be told: in Protobuf, it is a number of 32 bits.
+MAX_TTL = 2**32 - 1
+
 
 class Clock:
     """See the module. It belongs to the event loop of the connection."""
@@ -60,4 +63,4 @@ def remaining(expires_at: float) -> float:
 def ttl(expires_at: float) -> int:
     """Return in how many seconds a client has to renew something that expires then."""
     left = remaining(expires_at)
-    return max(1, int(left - min(MAX_LEAD, left / LEAD_PART)))
+    return min(MAX_TTL, max(1, int(left - min(MAX_LEAD, left / LEAD_PART))))

@@ -42,6 +42,7 @@ BAD_COMMAND: Final = Code(3501, "bad request")
 STALE: Final = Code(3502, "stale")
 FORCE_DISCONNECT: Final = Code(3503, "force disconnect")
 SEND_NOT_AVAILABLE: Final = Code(3508, "not available")
+PROTOBUF_NOT_AVAILABLE: Final = Code(3508, "protobuf is not available")
 
 # Unsubscribes
 UNSUBSCRIBED: Final = Code(2000, "server unsubscribe")

@@ -20,6 +20,13 @@ from ..exceptions import InvalidMessage
 from ..history import Position
 from ..internal import is_internal
 
+# What a client offers that wants Protobuf. It is here because `protobuf` is imported when needed.
+PROTOBUF_SUBPROTOCOL = "centrifuge-protobuf"
+
+# Commands in one message of a client's. A client that comes back subscribes to all of its channels
+# at once, but while the commands of a message are read, nobody else is served.
+MAX_COMMANDS = 5_000
+
 
 class Raw(str):
     """JSON that was written already, on one line."""
@@ -80,7 +87,7 @@ def publication(published: Event) -> dict[str, Any]:
     if isinstance(published.message, bytes):
         content["data"] = base64.b64encode(published.message).decode()
         content["tags"] = {"encoding": "base64"}
-    elif published.is_json and event.is_json(published.message):
+    elif published.is_json:
         content["data"] = one_line(published.message)
     else:
         content["data"] = published.message
@@ -104,6 +111,8 @@ class JsonFormat:
         text = message.get("text")
         if text is None:
             raise Malformed("text frames only")
+        if text.count("\n") > MAX_COMMANDS:
+            raise Malformed("too many commands")
         return [self._command(line) for line in text.split("\n") if line and not line.isspace()]
 
     def _command(self, line: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from starlette.exceptions import WebSocketException
@@ -43,6 +43,9 @@ from .model import Client, Limits
 from .subscriptions import CHANNEL_COMMANDS, Subscriptions
 
 logger = logging.getLogger("starcast")
+
+# Commands of one message after which other tasks have a turn, if none of them had to wait.
+COMMANDS_AT_ONCE = 64
 
 # What every connection is a member of, so that it is one of the hub's clients without a channel.
 EVERYBODY = LOCAL + "protocol"
@@ -104,9 +107,11 @@ class Session:
             raise DisconnectClient(codes.BAD_COMMAND.number, f"bad request: {exc}") from None
         self._busy += 1
         try:
-            for command in commands:
+            for number, command in enumerate(commands):
                 if command:  # an empty one is a pong
                     await self._handle(command)
+                if number % COMMANDS_AT_ONCE == COMMANDS_AT_ONCE - 1:
+                    await asyncio.sleep(0)
         finally:
             self._busy -= 1
             self._heard = True
@@ -126,7 +131,7 @@ class Session:
         if not self.clock.take():
             self.fail(id, codes.TOO_MANY_REQUESTS)
         elif method == "rpc":
-            await self._begin_call(self._guard(id, self._rpc(id, params)))
+            await self._begin_call(lambda: self._guard(id, self._rpc(id, params)))
         elif method in COMMANDS:
             await self._guard(id, COMMANDS[method](self, id, params))
         elif method in CHANNEL_COMMANDS:
@@ -156,17 +161,17 @@ class Session:
             logger.exception("a hook of the channels endpoint raised")
             self.fail(id, codes.INTERNAL)
 
-    async def _begin_call(self, call: Coroutine[Any, Any, None]) -> None:
+    async def _begin_call(self, call: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if len(self._calls) >= self.limits.max_calls:
             await asyncio.wait(self._calls, return_when=asyncio.FIRST_COMPLETED)
         self.spawn(call)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Do something for as long as the connection lasts."""
 
         async def run() -> None:
             try:
-                await work
+                await work()
             except DisconnectClient as exc:
                 await self.hub.close_client(self.websocket, exc.code, exc.reason)
             except Exception as exc:
@@ -278,7 +283,7 @@ class Session:
 
     def disconnect(self, code: Code) -> None:
         """Close the client with a code of the protocol, after what it still has to get."""
-        self.spawn(self.hub.close_client(self.websocket, code.number, code.reason))
+        self.spawn(lambda: self.hub.close_client(self.websocket, code.number, code.reason))
 
     async def close(self, code: int) -> None:
         """Let go of everything, once the connection has ended."""

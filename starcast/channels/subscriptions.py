@@ -217,7 +217,7 @@ class Subscriptions:
             self._subscriptions[channel] = None
             push = self._session.writer.push
             self._session.spawn(
-                self._add(
+                lambda: self._add(
                     channel, Subscription(), {}, lambda result: [push(channel, "subscribe", result)]
                 )
             )
