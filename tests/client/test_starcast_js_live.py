@@ -169,7 +169,7 @@ async def test_every_number_once_and_in_order(context, tmp_path):
                         await hub.publish("room:tea", number, idempotency_key=str(number))
                         break
 
-    with RedisServer("--appendonly", "yes") as broker:
+    with RedisServer("--appendonly", "yes", "--appendfsync", "always") as broker:
         server = start(tmp_path / "log", STARCAST_URL=broker.url)
         publishing = None
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import os
 import random
 import re
@@ -23,13 +24,15 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from backends.redis_server import RedisServer
+from server_process import ServerProcess
 from starcast import BackendUnavailable, Broadcast
-from support import DEADLINE, Served, program, until
+from support import DEADLINE, Served, until
 from test_frames import content
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
 
 ATTACK = "<img src=x onerror=window.hacked=1>"
 TALK = [
@@ -119,6 +122,7 @@ async def take_pictures(page, folder: Path) -> None:
     await page.focus("#text")
     await page.screenshot(path=folder / "demo-desktop.png")
     await page.set_viewport_size({"width": 390, "height": 844})
+    await page.evaluate("document.querySelector('#code').open = false")
     await page.emulate_media(color_scheme="dark")
     await page.screenshot(path=folder / "demo-phone.png")
 
@@ -220,37 +224,36 @@ async def test_a_tab_that_was_away_gets_what_was_said_meanwhile_once(serve, brow
     assert await notices.last.text_content() == "Connected again. Some messages may be missing."
 
 
-async def test_a_server_that_is_started_again_loses_no_line(browser, monkeypatch):
+async def test_a_server_that_is_killed_and_started_again_loses_no_line(browser, tmp_path):
     """With a broker, which keeps what the others say meanwhile."""
-    path = Path(__file__).parents[2] / "demo_app.py"
-    with RedisServer() as broker:
-        monkeypatch.setenv("STARCAST_URL", broker.url)
-        one, two = Served(program(path).app), Served(program(path).app)
-        again = None
-        try:
-            await asyncio.gather(one.start(), two.start())
-            mira = await open_tab(await browser.new_context(), one, "Mira")
-            jonas = await open_tab(await browser.new_context(), two, "Jonas")
-            for tab in (mira, jonas):
-                await wait_for(tab, "document.querySelector('#status').textContent === '2 here'")
-            await say(mira, "before")
-            await wait_for_texts(jonas, ["before"])
-            await one.stop()
-            await wait_for(mira, "document.querySelector('#status').textContent.includes('try')")
-            said = [f"meanwhile {number}" for number in range(5)]
-            for text in said:
-                await say(jonas, text)
-            await wait_for_texts(jonas, ["before", *said])
-            again = Served(program(path).app, sock=socket.create_server(("127.0.0.1", one.port)))
-            await again.start()
-            await wait_for_texts(mira, ["before", *said])
-            assert await mira.locator(".rule").last.text_content() == "While you were away"
-            await say(mira, "after")
-            await wait_for_texts(jonas, ["before", *said, "after"])
-            await wait_for_texts(mira, ["before", *said, "after"])
-        finally:
-            for server in filter(None, (one, two, again)):
-                await server.stop()
+
+    def start(name: str, port: int | None = None) -> ServerProcess:
+        command = ["uvicorn", "demo_app:app", "--port", "{port}"]
+        return ServerProcess(command, tmp_path / name, ROOT, port, STARCAST_URL=broker.url)
+
+    with RedisServer() as broker, contextlib.ExitStack() as stack:
+        one, two = start("one"), start("two")
+        stack.callback(two.kill)
+        stack.callback(lambda: one.kill())  # whichever it is then
+        mira = await open_tab(await browser.new_context(), one, "Mira")
+        jonas = await open_tab(await browser.new_context(), two, "Jonas")
+        for tab in (mira, jonas):
+            await wait_for(tab, "document.querySelector('#status').textContent === '2 here'")
+        await say(mira, "before")
+        await wait_for_texts(jonas, ["before"])
+        one.kill()
+        await wait_for(mira, "document.querySelector('#status').textContent.includes('Next try')")
+        said = [f"meanwhile {number}" for number in range(5)]
+        for text in said:
+            await say(jonas, text)
+        await wait_for_texts(jonas, ["before", *said])
+        one = start("one", one.port)
+        await wait_for_texts(mira, ["before", *said])
+        assert await mira.locator(".rule").last.text_content() == "While you were away"
+        await say(mira, "after")
+        for tab in (mira, jonas):
+            await wait_for_texts(tab, ["before", *said, "after"])
+        await wait_for(mira, "document.querySelector('#status').textContent === '2 here'")
 
 
 async def test_a_page_takes_whatever_the_server_sends(serve, browser, demo_app):
