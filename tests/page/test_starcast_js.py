@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from starlette.routing import WebSocketRoute
 
-from client.scripted import Peer, Script, app, open_page, run, seen, wait
-from conftest import chromium
+from chromium import chromium
+from page.scripted import Peer, Script, app, open_page, run, seen, wait
 from support import Served, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
