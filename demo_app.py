@@ -72,9 +72,7 @@ class Live(ChannelsEndpoint):
 
     broadcast = hub
 
-    async def on_connect(  # type: ignore[override]  # Starlette's endpoint has another one
-        self, websocket: WebSocket, token: str, data: Any
-    ) -> Client:
+    async def on_connect(self, websocket: WebSocket, token: str, data: Any) -> Client:
         match data:
             case {"name": str(name)} if 0 < len(name) <= MAX_NAME:
                 pass
