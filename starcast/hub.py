@@ -115,7 +115,7 @@ class Hub(Joining):
             if join_leave:
                 await self.presence.announce(connection, channel)
             if member is not None:
-                await self.presence.enter(connection, channel, str(connection.id), member)
+                await self.presence.enter(connection, channel, None, member)
         except BaseException:
             self.leave(websocket, channel)
             raise

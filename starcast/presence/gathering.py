@@ -106,14 +106,15 @@ class Gathering:
         place.announcer.end()
 
     async def enter(
-        self, connection: Connection, channel: str, client: str, member: Member
+        self, connection: Connection, channel: str, client: str | None, member: Member
     ) -> None:
         """Let a client that is on a channel be one of its members.
 
         Args:
             connection: The client, on this event loop.
             channel: The channel.
-            client: The name of the client, which no other one has.
+            client: The name of the client, which no other one of any worker has; None for one that
+                is made here.
             member: Who it is.
 
         Raises:
@@ -125,6 +126,9 @@ class Gathering:
         if connection not in place.memberships:
             place.memberships[connection] = {}
             connection.on_end.append(functools.partial(self._lost, place, connection))
+        if client is None:
+            # The connection's id is unique in this process only.
+            client = f"{place.node.id}-{connection.id}"
         place.memberships[connection][channel] = client
         place.node.put(channel, client, member)
 

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import uuid
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 
 import pytest
@@ -198,32 +199,59 @@ from support import Peer
 async def main():
     presence = Presence(ttl=0.6, grace=0.3, interval=0.02)
     async with Broadcast(sys.argv[1], name=sys.argv[2], presence=presence) as hub:
-        await hub.connect(Peer().websocket, "room", member=Member("ada"))
+        for _ in range(int(sys.argv[3])):
+            await hub.connect(Peer().websocket, "room", member=Member("ada"))
+        print("here", flush=True)
         await asyncio.Event().wait()
 
 asyncio.run(main())
 """
 
 
+@contextlib.asynccontextmanager
+async def worker(url: str, name: str, clients: int = 1) -> AsyncIterator[Process]:
+    """Another worker, in a process of its own, with so many clients of one member."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", WORKER, url, name, str(clients)),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert await process.stdout.readline() == b"here\n"
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def test_clients_of_several_processes_are_told_apart(valkey_url):
+    name = uuid.uuid4().hex
+    async with (
+        worker(valkey_url, name, 20) as _,
+        worker(valkey_url, name, 20) as _,
+        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
+    ):
+        await until_counts(hub, MemberCounts(40, 1))
+
+
 async def test_the_members_of_a_worker_go_with_it_and_come_back_with_it(valkey_url):
     name = uuid.uuid4().hex
-    path = os.pathsep.join(sys.path)
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WORKER, valkey_url, name), env={**os.environ, "PYTHONPATH": path}
-    )
-    async with Broadcast(valkey_url, name=name, presence=QUICK) as hub:
+    async with (
+        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
+        worker(valkey_url, name) as process,
+    ):
         watcher = Peer()
         await hub.connect(watcher.websocket, "room", join_leave=True, member=Member("me"))
         await are(hub, "ada", "me")
-        worker.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         await are(hub, "me")
         await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
-        worker.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         await are(hub, "ada", "me")
-        worker.kill()
+        process.kill()
         await are(hub, "me")
         await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
-    await worker.wait()
 
 
 async def test_a_worker_that_leaves_in_good_order_says_so():
