@@ -262,6 +262,7 @@ async def test_a_worker_that_leaves_in_good_order_says_so():
         await one.connect(watcher.websocket, "room", join_leave=True)
         async with Broadcast(backend=Bus(broker), presence=QUICK) as two:
             await member(two, "ada")
+            await until(lambda: told(watcher) == [(["ada"], [])])
             await are(one, "ada")
         await are(one)
         await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
