@@ -17,6 +17,7 @@ from ..registry import Registry
 from ..settings import Settings
 from ..shard import Shard
 from ..sync.waiter import running_loop
+from ..watching import MemberWatch
 from .announcer import Announcement, Announcer
 from .node import CHANNEL, Clients, Node
 
@@ -190,6 +191,16 @@ class Gathering:
             if connection in registry.connections and channel in connection.channels:
                 place.announcer.follow(channel)
                 registry.join(connection, announcements(channel))
+
+    async def watch(self, watch: MemberWatch) -> None:
+        """Let code on this loop know from now on who joins and leaves a channel.
+
+        Raises:
+            BackendUnavailable: The broker is away.
+        """
+        place = await self._settled()
+        await self._hub.join(watch)
+        watch.members = place.announcer.follow(watch.channel)
 
     async def clients(self, channel: str) -> dict[str, Member]:
         """Return the clients that are members of a channel, on all workers.

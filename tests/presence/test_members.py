@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import datetime
 import json
-import os
 import random
 import signal
-import sys
 import uuid
-from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
 
 import pytest
 
 from channels.speaking import Open, serving
 from history.brokers import kept_url as kept_url  # a fixture
+from presence.rooms import (
+    QUICK,
+    TUNING,
+    are,
+    hubs,
+    ids,
+    member,
+    receive_all,
+    told,
+    until_counts,
+    worker,
+)
 from starcast import (
     BackendUnavailable,
     Broadcast,
@@ -28,51 +36,9 @@ from starcast import (
     Subscription,
     Tuning,
 )
-from support import Broker, Bus, OtherLoop, Peer, starcast_tasks, until
+from support import Broker, Bus, OtherLoop, Peer, until
 
 pytestmark = pytest.mark.anyio
-
-QUICK = Presence(ttl=0.6, grace=0.3, interval=0.02)
-TUNING = Tuning(first_backoff=0.01, max_backoff=0.05)
-
-
-@contextlib.asynccontextmanager
-async def hubs(count: int, presence: Presence = QUICK) -> AsyncIterator[list[Broadcast]]:
-    """Those of so many workers."""
-    broker = Broker()
-    async with contextlib.AsyncExitStack() as stack:
-        made = [
-            Broadcast(backend=Bus(broker), presence=presence, tuning=TUNING) for _ in range(count)
-        ]
-        yield [await stack.enter_async_context(hub) for hub in made]
-    await until(lambda: not starcast_tasks())
-
-
-async def member(hub: Broadcast, id: str, channel: str = "room", **options: object) -> Peer:
-    peer = Peer()
-    await hub.connect(peer.websocket, channel, member=Member(id), **options)
-    return peer
-
-
-async def ids(hub: Broadcast, channel: str = "room") -> list[str]:
-    return sorted(it.id for it in await hub.members(channel))
-
-
-async def are(hub: Broadcast, *expected: str) -> None:
-    """Wait until these are the members, as this hub sees it."""
-    for _ in range(1000):
-        if await ids(hub) == sorted(expected):
-            return
-        await asyncio.sleep(0.01)
-    assert await ids(hub) == sorted(expected)
-
-
-def told(peer: Peer) -> list[tuple[list[str], list[str]]]:
-    """Who joined and who left, as a client was told it."""
-    texts = [json.loads(it["text"]) for it in peer.sent if it.get("text") is not None]
-    return [
-        ([it["id"] for it in text["joined"]], [it["id"] for it in text["left"]]) for text in texts
-    ]
 
 
 async def test_members_are_the_same_on_all_workers():
@@ -95,14 +61,6 @@ async def test_members_are_the_same_on_all_workers():
         # Nothing of this is among the app's own.
         assert one.channels == {}
         assert three.stats().subscribers == 0
-
-
-async def until_counts(hub: Broadcast, counts: MemberCounts) -> None:
-    for _ in range(1000):
-        if (await hub.member_counts(["room"]))["room"] == counts:
-            return
-        await asyncio.sleep(0.01)
-    assert (await hub.member_counts(["room"]))["room"] == counts
 
 
 async def test_a_worker_that_has_just_begun_knows_all():
@@ -139,12 +97,6 @@ async def test_nobody_is_told_of_a_page_that_is_loaded_again():
         await two.disconnect(again.websocket)
         await are(two, "bob")  # at once
         await until(lambda: told(watcher)[2:] == [([], ["ada"])])
-
-
-async def receive_all(peer: Peer) -> None:
-    with contextlib.suppress(Exception):
-        while True:
-            await peer.websocket.receive_text()
 
 
 async def test_who_leaves_the_channel_has_left_at_once():
@@ -189,40 +141,6 @@ async def test_a_client_that_wants_to_know_is_told_with_the_others():
             "joined": [{"id": "ada", "info": info, "channel_info": 5}],
             "left": [],
         }
-
-
-WORKER = """
-import asyncio, sys
-from starcast import Broadcast, Member, Presence
-from support import Peer
-
-async def main():
-    presence = Presence(ttl=0.6, grace=0.3, interval=0.02)
-    async with Broadcast(sys.argv[1], name=sys.argv[2], presence=presence) as hub:
-        for _ in range(int(sys.argv[3])):
-            await hub.connect(Peer().websocket, "room", member=Member("ada"))
-        print("here", flush=True)
-        await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
-
-
-@contextlib.asynccontextmanager
-async def worker(url: str, name: str, clients: int = 1) -> AsyncIterator[Process]:
-    """Another worker, in a process of its own, with so many clients of one member."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WORKER, url, name, str(clients)),
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    try:
-        assert await process.stdout.readline() == b"here\n"
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 async def test_clients_of_several_processes_are_told_apart(valkey_url):
@@ -346,8 +264,44 @@ def test_values_that_make_no_sense():
         Member(None)
     with pytest.raises(ConfigurationError):
         Member("x" * 151)
-    with pytest.raises(ConfigurationError, match="2048 bytes"):
-        Member("x", info="x" * 3000)
+    for info in ("x" * 3000, "\u20ac" * 1000):
+        with pytest.raises(ConfigurationError, match="2048 bytes"):
+            Member("x", info)
+    for info in (float("nan"), "\ud800", object()):
+        with pytest.raises(ConfigurationError, match="must be JSON data"):
+            Member("x", info)
+
+
+async def test_what_is_no_member_is_refused_before_the_client_joins():
+    async with Broadcast(presence=QUICK) as hub:
+        with pytest.raises(TypeError, match="member needs a Member"):
+            await hub.connect(Peer().websocket, "room", member="ada")
+        assert hub.channels == {}
+
+
+async def test_info_is_what_it_was_when_the_member_was_made():
+    """Otherwise an app that changes it would break what workers tell each other."""
+    info = {"since": datetime.date(2026, 1, 1), 5: (1,)}
+    ada = Member("ada", info, channel_info=info)
+    info["more"] = object()
+    plain = {"since": "2026-01-01", "5": [1]}
+    async with hubs(2) as (one, two):
+        await one.connect(Peer().websocket, "room", member=ada)
+        await are(two, "ada")
+        assert await two.members("room") == [Member("ada", plain, plain)]
+
+
+async def test_who_leaves_and_comes_back_at_once_is_a_member():
+    async with hubs(2) as (one, two):
+        ada = await member(one, "ada")
+        await one.connect(ada.websocket, "other")
+        for _ in range(3):
+            await one.disconnect(ada.websocket, "room")
+            await one.connect(ada.websocket, "room", member=Member("ada"))
+        await one.connect(ada.websocket, "room", member=Member("eve"))  # it is somebody else now
+        await until_counts(two, MemberCounts(1, 1))
+        await are(one, "eve")
+        await are(two, "eve")
 
 
 async def test_a_client_that_leaves_while_it_enters_is_no_member():
