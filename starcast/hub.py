@@ -128,7 +128,7 @@ class Hub(Joining):
         await self.connect(websocket, channel, self.settings.outbox(), None, None, Wish())
 
     def _publish_nowait(self, event: Event) -> None:
-        self.dispatcher.publish_nowait(event)
+        self.dispatcher.publish_nowait(event, counts=False)
 
     def _deliver_remote(self, event: Event, since: float) -> bool:
         self.people.resolve(event)

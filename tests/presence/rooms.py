@@ -76,7 +76,7 @@ from starcast import Broadcast, Member, Presence
 from support import Peer
 
 async def main():
-    presence = Presence(ttl=0.6, grace=0.3, interval=0.02)
+    presence = Presence(ttl=float(sys.argv[4]), grace=0.3, interval=0.02)
     async with Broadcast(sys.argv[1], name=sys.argv[2], presence=presence) as hub:
         for _ in range(int(sys.argv[3])):
             await hub.connect(Peer().websocket, "room", member=Member("ada"))
@@ -88,10 +88,12 @@ asyncio.run(main())
 
 
 @contextlib.asynccontextmanager
-async def worker(url: str, name: str, clients: int = 1) -> AsyncIterator[Process]:
+async def worker(
+    url: str, name: str, ttl: float = QUICK.ttl, clients: int = 1
+) -> AsyncIterator[Process]:
     """Another worker, in a process of its own, with so many clients of one member."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WORKER, url, name, str(clients)),
+        *(sys.executable, "-c", WORKER, url, name, str(clients), str(ttl)),
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )

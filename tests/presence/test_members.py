@@ -146,8 +146,8 @@ async def test_a_client_that_wants_to_know_is_told_with_the_others():
 async def test_clients_of_several_processes_are_told_apart(valkey_url):
     name = uuid.uuid4().hex
     async with (
-        worker(valkey_url, name, 20) as _,
-        worker(valkey_url, name, 20) as _,
+        worker(valkey_url, name, clients=20),
+        worker(valkey_url, name, clients=20),
         Broadcast(valkey_url, name=name, presence=QUICK) as hub,
     ):
         await until_counts(hub, MemberCounts(40, 1))
