@@ -39,13 +39,13 @@ async def ids(hub: Broadcast, channel: str = "room") -> list[str]:
     return sorted(it.id for it in await hub.members(channel))
 
 
-async def are(hub: Broadcast, *expected: str) -> None:
+async def are(hub: Broadcast, *expected: str, channel: str = "room") -> None:
     """Wait until these are the members, as this hub sees it."""
     for _ in range(1000):
-        if await ids(hub) == sorted(expected):
+        if await ids(hub, channel) == sorted(expected):
             return
         await asyncio.sleep(0.01)
-    assert await ids(hub) == sorted(expected)
+    assert await ids(hub, channel) == sorted(expected)
 
 
 def told(peer: Peer) -> list[tuple[list[str], list[str]]]:
@@ -56,12 +56,13 @@ def told(peer: Peer) -> list[tuple[list[str], list[str]]]:
     ]
 
 
-async def until_counts(hub: Broadcast, counts: MemberCounts) -> None:
+async def until_counts(hub: Broadcast, counts: MemberCounts, channel: str = "room") -> None:
+    """Wait until a channel has so many clients and members, as this hub sees it."""
     for _ in range(1000):
-        if (await hub.member_counts(["room"]))["room"] == counts:
+        if (await hub.member_counts([channel]))[channel] == counts:
             return
         await asyncio.sleep(0.01)
-    assert (await hub.member_counts(["room"]))["room"] == counts
+    assert (await hub.member_counts([channel]))[channel] == counts
 
 
 async def receive_all(peer: Peer) -> None:

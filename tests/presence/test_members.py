@@ -241,6 +241,17 @@ async def test_two_hubs_are_two_rooms():
         '{"node":"x","bye":null}',
         '{"node":"x","unheard of":1}',
         '{"node":"x","whole":5,"part":0,"parts":1000000000,"in":[]}',
+        '{"node":"x","whole":5,"part":0,"parts":-1,"in":[]}',
+        '{"node":"x","whole":1,"in":[["room","\\ud800","ada",null,null]]}',
+        '{"node":"x","whole":1,"in":[["\\ud800","1","ada",null,null]]}',
+        '{"node":"x","whole":1,"in":[["room","1","ada",NaN,null]]}',
+        '{"node":"x","whole":1,"in":[["room",1,"ada",null,null]]}',
+        '{"node":"x","whole":true,"in":[["room","1","eve",null,null]]}',
+        '{"node":"x","change":-1,"in":[["room","1","eve",null,null]]}',
+        '{"node":"x","beat":1e400}',
+        '{"node":"' + "x" * 1000 + '","beat":5}',
+        '{"node":"x","out":[],"change":' + "9" * 5000 + "}",
+        "\ud7ff\x00",
     ],
     ids=lambda text: text[:30],
 )
@@ -252,7 +263,9 @@ async def test_what_others_write_to_the_broker_breaks_nothing(text):
         await backend.publish([("default:\x01presence", text.encode())])
         await backend.close()
         await are(hub, "ada")
-        await member(hub, "bob")
+        async with hub.watch_members("room") as watch:
+            await member(hub, "bob")
+            assert (await watch.get()).joined == [Member("bob")]
         await are(hub, "ada", "bob")
 
 
