@@ -24,7 +24,7 @@ from .exceptions import (
 )
 from .history import History, Resumed
 from .manager import ConnectionManager
-from .members import Member, MemberCounts, Presence
+from .members import Member, MemberChange, MemberCounts, Presence
 from .outbox import Overflowed
 from .people import ConnectedClient
 from .publisher import Publisher
@@ -34,6 +34,7 @@ from .sse_endpoint import SSEEndpoint
 from .stats import BackendStats, Stats
 from .subscriber import GapSubscriber, Subscriber
 from .tuning import Tuning
+from .watching import MemberWatch
 
 __version__ = "0.1.0"
 
@@ -59,7 +60,9 @@ __all__ = [  # noqa: RUF022  # SSE is a class, and no constant that would be the
     "InvalidMessage",
     "Limits",
     "Member",
+    "MemberChange",
     "MemberCounts",
+    "MemberWatch",
     "NotConnected",
     "OriginRefused",
     "Overflowed",

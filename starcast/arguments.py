@@ -7,6 +7,7 @@ is an error, and never means every client. Only an omitted argument has its docu
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -134,16 +135,21 @@ def check_user(user: object) -> str:
 
 
 def check_info(info: Any) -> Any:
-    """Return what an app says about a client if it is JSON data of a moderate size.
+    """Return what an app says about a client as plain JSON data, if it is of a moderate size.
+
+    It may be what `publish` takes, such as a datetime: others get what that is written as. It is a
+    copy, so that whoever writes it down later finds what was checked.
 
     Raises:
         ConfigurationError: It is not.
     """
-    if info is not None:
-        try:
-            size = len(codec.dumps(info))
-        except Exception as exc:
-            raise ConfigurationError(f"info must be JSON data: {exc}") from None
-        if size > MAX_INFO:
-            raise ConfigurationError(f"info may have {MAX_INFO} bytes as JSON, not {size}")
-    return info
+    if info is None:
+        return None
+    try:
+        text = codec.dumps(info)
+        size = len(text.encode())
+    except Exception as exc:
+        raise ConfigurationError(f"info must be JSON data: {exc}") from None
+    if size > MAX_INFO:
+        raise ConfigurationError(f"info may have {MAX_INFO} bytes as JSON, not {size}")
+    return json.loads(text)

@@ -54,11 +54,12 @@ def check(cls: type, base: type) -> None:
             f"{cls.__name__}.broadcast needs a Broadcast, not {type(hub).__name__}: write "
             "broadcast = Broadcast(url)"
         )
-    if inspect.iscoroutinefunction(inspect.getattr_static(cls, "get_channel", None)):
-        raise TypeError(
-            f"{cls.__name__}.get_channel is not awaited: write def, and look up what it needs in "
-            "on_connect, before it calls super().on_connect(...)"
-        )
+    for name in ("get_channel", "get_member"):
+        if inspect.iscoroutinefunction(inspect.getattr_static(cls, name, None)):
+            raise TypeError(
+                f"{cls.__name__}.{name} is not awaited: write def, and look up what it needs in "
+                "on_connect, before it calls super().on_connect(...)"
+            )
     encoding = inspect.getattr_static(cls, "encoding", None)
     if not hasattr(type(encoding), "__get__"):
         codec.check_encoding(encoding)

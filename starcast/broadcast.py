@@ -40,7 +40,7 @@ from .inspection import Inspection
 from .joining import Headers
 from .lifespan import with_handlers
 from .listening import Listening
-from .members import Member, Presence
+from .members import Member, Presence, check_member
 from .membership import Membership
 from .outbox import MAX_BUFFER, OnOverflow, Overflow
 from .people import Identity
@@ -291,7 +291,7 @@ class Broadcast(Reception, Users, Membership, Listening, Inspection):
                 with 1013 if it was accepted before.
             ConfigurationError: `max_buffer`, `overflow`, `history`, `user` or `info` is not valid,
                 or there is a `since` or a `history` and the channel has no history.
-            TypeError: `websocket` is None or not a websocket.
+            TypeError: `websocket` is None or not a websocket, or `member` is no `Member`.
             RuntimeError: It was called on another event loop than the client's. Only uvicorn lets
                 the hub notice this; on other servers the behaviour is undefined.
         """
@@ -306,6 +306,7 @@ class Broadcast(Reception, Users, Membership, Listening, Inspection):
             outbox = settings.outbox(max_buffer, overflow, WITH_ID if ids else PLAIN)
             wish = self._hub.past.wish(channel, since, history)
             check_info(info)
+            check_member(member)
             identity = None
             if user is not None or info is not None:
                 identity = Identity(None if user is None else check_user(user), info)

@@ -89,14 +89,14 @@ class Dispatcher:
         if self.state is State.INHERITED:
             raise ConfigurationError(forks.INHERITED)
 
-    def publish_nowait(self, event: Event) -> None:
-        """Hand an event over, or raise at once."""
+    def publish_nowait(self, event: Event, counts: bool = True) -> None:
+        """Hand an event over, or raise at once. What the hub tells other hubs does not count."""
         not_open = not self._link.is_local and self.state in (State.NEW, State.CLOSED)
         if not_open and not self.published:
             # A route answers the error with 503, and the reason would be seen nowhere.
             logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
         try:
-            self.publish(event)
+            self.publish(event, counts=counts)
         except PublishQueueFull:
             with self._lock:
                 self.failed += 1
@@ -108,6 +108,7 @@ class Dispatcher:
         wait: bool = False,
         on_lost: OnLost | None = None,
         key: str | None = None,
+        counts: bool = True,
     ) -> Ack | None:
         """Publish an event, unless one was published with this idempotency key.
 
@@ -120,8 +121,9 @@ class Dispatcher:
             self.check_fork()
             raise BackendUnavailable(NOT_OPEN)
         ack = link.publish(event, wait, on_lost, key)
-        with self._lock:
-            self.published += 1
+        if counts:
+            with self._lock:
+                self.published += 1
         self._registry.journal.message(LOCAL if link.is_local else REMOTE, event)
         return ack
 

@@ -21,6 +21,7 @@ from .codec import DEFAULT_CHANNEL, Channel
 from .exceptions import BackendUnavailable, PublishQueueFull
 from .heartbeats import Heartbeats
 from .history import check_count
+from .members import Member
 from .relay import Relay
 from .shortcut import Shortcut
 
@@ -65,6 +66,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
             missed instead, if all of that is still kept.
         ids: Whether clients get each message as a JSON object with its id. See
             `Broadcast.connect`.
+        join_leave: Whether clients are told who joins and leaves their channel. See
+            `Broadcast.connect`, and `get_member`.
         refuse: How a client is turned away before it is accepted, `"http"` or `"close"`; None, the
             default, stands for the hub's setting. See `Broadcast`.
 
@@ -83,6 +86,7 @@ class BroadcastEndpoint(WebSocketEndpoint):
     max_message: int | None = None
     history: int = 0
     ids: bool = False
+    join_leave: bool = False
     refuse: Refuse | None = None
 
     # FastAPI reads this to know what to call the class with.
@@ -131,6 +135,13 @@ class BroadcastEndpoint(WebSocketEndpoint):
         """
         return str(websocket.path_params.get("channel", DEFAULT_CHANNEL))
 
+    def get_member(self, websocket: WebSocket) -> Member | None:
+        """Return who the client is on its channel, for `Broadcast.members`; None: no member.
+
+        Override it to return a `Member`. By default, nobody is one.
+        """
+        return None
+
     async def on_connect(self, websocket: WebSocket) -> None:
         """Accept and register the client."""
         subprotocol = subprotocols.choose(websocket, self.subprotocols)
@@ -143,6 +154,8 @@ class BroadcastEndpoint(WebSocketEndpoint):
             since=wish.since,
             history=wish.last,
             ids=self.ids,
+            member=self.get_member(websocket),
+            join_leave=self.join_leave,
         )
 
     async def on_receive(self, websocket: WebSocket, data: Any) -> None:

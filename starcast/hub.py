@@ -69,6 +69,7 @@ class Hub(Joining):
         self.lifecycle = Lifecycle(
             self.dispatcher, self.registry, self.link, self.claim, settings.open_timeout
         )
+        self._presence: Gathering | None = None
         self.lost_limit = logs.LogLimit()  # for the line that clients' messages are being lost
 
     def _make_link(self, backend: Backend | None, name: str) -> Link | LocalLink:
@@ -98,12 +99,15 @@ class Hub(Joining):
     def _carry_out(self, command: Command, members: Sequence[Member]) -> None:
         self.people.carry_out(command, members)
 
-    @functools.cached_property
+    @property
     def presence(self) -> Gathering:
         """Who is on the channels, on all workers."""
-        from .presence.gathering import Gathering  # not for those who do not use it
+        if self._presence is None:
+            from .presence.gathering import Gathering  # not for those who do not use it
 
-        return Gathering(self)
+            with self.lock:  # several event loops may need it first
+                self._presence = self._presence or Gathering(self)
+        return self._presence
 
     async def take_in(
         self, websocket: WebSocket, channel: str, member: _Member | None, join_leave: bool
@@ -115,7 +119,7 @@ class Hub(Joining):
             if join_leave:
                 await self.presence.announce(connection, channel)
             if member is not None:
-                await self.presence.enter(connection, channel, str(connection.id), member)
+                await self.presence.enter(connection, channel, None, member)
         except BaseException:
             self.leave(websocket, channel)
             raise
@@ -124,7 +128,7 @@ class Hub(Joining):
         await self.connect(websocket, channel, self.settings.outbox(), None, None, Wish())
 
     def _publish_nowait(self, event: Event) -> None:
-        self.dispatcher.publish_nowait(event)
+        self.dispatcher.publish_nowait(event, counts=False)
 
     def _deliver_remote(self, event: Event, since: float) -> bool:
         self.people.resolve(event)
@@ -179,8 +183,8 @@ class Hub(Joining):
     def leave(self, websocket: WebSocket, channel: str | None = None) -> Waiter | None:
         """Take a client off one channel, or off all; return what may be waited for."""
         connection = self.find(websocket)
-        if connection is not None and channel is not None and "presence" in vars(self):
-            self.presence.leave(connection, channel)
+        if connection is not None and channel is not None and self._presence is not None:
+            self._presence.leave(connection, channel, now=not self.has_left(websocket))
             self.registry.leave(connection, announcements(channel))
         return None if connection is None else self.registry.leave(connection, channel)
 

@@ -30,8 +30,19 @@ class Member:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", check_user(self.id))
-        check_info(self.info)
-        check_info(self.channel_info)
+        object.__setattr__(self, "info", check_info(self.info))
+        object.__setattr__(self, "channel_info", check_info(self.channel_info))
+
+
+def check_member(member: object) -> Member | None:
+    """Return a member, or None for none.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if member is None or isinstance(member, Member):
+        return member
+    raise TypeError(f"member needs a Member, such as Member(7), not {type(member).__name__}")
 
 
 class MemberCounts(NamedTuple):
@@ -39,6 +50,13 @@ class MemberCounts(NamedTuple):
 
     clients: int
     users: int
+
+
+class MemberChange(NamedTuple):
+    """Who has joined a channel, and who has left it: see `Broadcast.watch_members`."""
+
+    joined: list[Member]
+    left: list[Member]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

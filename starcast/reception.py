@@ -21,6 +21,7 @@ from .heartbeats import Heartbeats
 from .history import check_count
 from .hub import Hub
 from .joining import Headers
+from .members import Member
 from .mount import Authorize, make_app
 from .outbox import Overflow
 from .relay import OnPublishError
@@ -55,6 +56,8 @@ class Reception(abc.ABC):
         overflow: Overflow | None = None,
         history: int = 0,
         ids: bool = False,
+        member: Member | None = None,
+        join_leave: bool = False,
         max_message: int | None = None,
         on_publish_error: OnPublishError | None = None,
     ) -> int:
@@ -78,6 +81,7 @@ class Reception(abc.ABC):
                 that the client offers, or with none.
             history, ids: See `connect`. On a channel that has a history, a client that adds
                 `?last_event_id=` to its URL gets what it has missed, as with `since`.
+            member, join_leave: See `connect`.
             max_message: For this client instead of the hub's, in bytes.
             on_publish_error: Called as `on_publish_error(websocket, data, exc)` when a message of
                 the client could not be published; `exc` is a `BackendUnavailable` or a
@@ -109,6 +113,8 @@ class Reception(abc.ABC):
             since=wish.since,
             history=wish.last,
             ids=ids,
+            member=member,
+            join_leave=join_leave,
         )
         return await serving.serve(
             self._hub,

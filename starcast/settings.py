@@ -57,6 +57,8 @@ class Settings:
             raise ConfigurationError(f"after_gap must be keep or close, not {self.after_gap!r}")
         if not isinstance(self.tuning, Tuning):
             raise ConfigurationError(f"tuning must be a Tuning, not {self.tuning!r}")
+        if not (self.presence is None or isinstance(self.presence, Presence)):
+            raise ConfigurationError(f"presence must be a Presence, not {self.presence!r}")
         inbound.check(self.max_message)
         check_refuse(self.refuse)
         self.outbox()  # raises if its settings are not valid

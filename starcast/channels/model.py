@@ -40,7 +40,7 @@ class Subscription:
 
     def __post_init__(self) -> None:
         check_time(self.expires_at)
-        check_info(self.info)
+        object.__setattr__(self, "info", check_info(self.info))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Client:
     def __post_init__(self) -> None:
         if self.user != "":
             object.__setattr__(self, "user", check_user(self.user))
-        check_info(self.info)
+        object.__setattr__(self, "info", check_info(self.info))
         if isinstance(self.channels, str):
             raise ConfigurationError(f"channels is a list, such as [{self.channels!r}]")
         for name in self.channels:

@@ -17,6 +17,9 @@ from ..internal import announcements
 from ..members import Member, Presence
 from .node import Clients, describe
 
+# Channels that are followed before those are looked for of which nobody wants to know any more.
+MIN_FOLLOWED = 64
+
 Announced = dict[str, tuple[str, Member]]  # by id: one of its clients, and who it is
 
 
@@ -58,7 +61,8 @@ class Announcer:
     Args:
         settings: The hub's.
         clients: Returns who is a member of a channel now.
-        announce: Sends an announcement; False if nobody wants it any more.
+        announce: Sends an announcement.
+        is_wanted: Returns whether anybody wants to know who joins and leaves a channel.
     """
 
     def __init__(
@@ -74,12 +78,22 @@ class Announcer:
         self._is_wanted = is_wanted
         self._loop = asyncio.get_running_loop()
         self._announced: dict[str, Announced] = {}
+        self._followed = MIN_FOLLOWED  # channels, when those that nobody wants were dropped last
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
-    def follow(self, channel: str) -> None:
-        """Announce from now on who joins and leaves."""
+    def follow(self, channel: str) -> list[Member]:
+        """Announce from now on who joins and leaves, beside those that are returned."""
         if channel not in self._announced:
+            if len(self._announced) > 2 * self._followed:
+                self._drop_unwanted()
             self._announced[channel] = _by_id(self._clients(channel))
+        return [member for _, member in self._announced[channel].values()]
+
+    def _drop_unwanted(self) -> None:
+        """Forget the channels that nobody wants to know of any more, and that did not change."""
+        for channel in [it for it in self._announced if not self._is_wanted(it)]:
+            del self._announced[channel]
+        self._followed = max(MIN_FOLLOWED, len(self._announced))
 
     def changed(self, channel: str) -> None:
         """Note that a channel has other members."""
@@ -89,6 +103,8 @@ class Announcer:
 
     def _compare(self, channel: str) -> None:
         del self._timers[channel]
+        if channel not in self._announced:
+            return  # nobody has wanted to know of it for a time
         if not self._is_wanted(channel):
             del self._announced[channel]
             return

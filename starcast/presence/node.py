@@ -7,6 +7,7 @@ are nodes of their own.
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,11 +21,19 @@ from .wire import In, Out
 
 CHANNEL = SHARED + "presence"
 
-# How long a node that has just begun waits for what the others know, in seconds.
+# How long a node that asks all others waits for the first words of each, in seconds, once it has
+# heard its own question.
 SETTLE = 0.3
+
+# How soon a node answers, in seconds: several may ask at about the same time.
+ANSWER = 0.05
 
 # How often another node is asked for its members at most, in seconds.
 ASK_INTERVAL = 1.0
+
+# Parts of the ttl. A node that was not heard of in SILENCE is gone, so within the ttl, and two of
+# its messages may be lost before that.
+BEAT, SILENCE, LOOK = 0.25, 0.9, 0.1
 
 Clients = dict[str, Member]
 
@@ -37,6 +46,7 @@ class Known:
         self.number = -1
         self.heard = now
         self.asked = float("-inf")
+        self.complete = False  # since all were asked
         self.parts: dict[int, tuple[In, ...]] = {}  # of a whole that has not arrived as such
         self.parts_of = -1  # the number of that
 
@@ -56,20 +66,29 @@ class Node:
 
     Args:
         settings: The hub's.
+        patience: How long others are waited for at most, in seconds.
         publish: Publishes an event without waiting; may raise a `StarcastError`.
         on_change: Called with a channel whose members have changed.
+        on_look: Called whenever it looks for nodes that are gone.
+
+    Attributes:
+        settled: Done when everybody who could be heard has answered since all were asked.
     """
 
     def __init__(
         self,
         settings: Presence,
+        patience: float,
         publish: Callable[[Event], object],
         on_change: Callable[[str], None],
+        on_look: Callable[[], None],
     ) -> None:
         self.id = secrets.token_hex(8)
         self._settings = settings
+        self._patience = patience
         self._publish = publish
         self._on_change = on_change
+        self._on_look = on_look
         self._loop = asyncio.get_running_loop()
         self.own = Known(self._loop.time())
         self.own.number = 0
@@ -80,6 +99,7 @@ class Node:
         self._outs: dict[tuple[str, str], Out] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._ended = False
+        self._listened = False  # for SETTLE
         self.settled = self._loop.create_future()
 
     # What is known
@@ -102,9 +122,27 @@ class Node:
 
     def begin(self) -> None:
         """Let the others know of this node, and ask them. It listens already."""
-        self._say(wire.beat(self.id, 0), wire.ask(self.id))
-        self._call("beat", self._settings.ttl / 3, self._beat)
-        self._call("settle", SETTLE, self._settle)
+        self._beat()
+        self._look(self._loop.time())
+        self._ask_all()
+
+    def _ask_all(self) -> None:
+        if self.settled.done():
+            self.settled = self._loop.create_future()
+        self._listened = False
+        for known in self._others.values():
+            known.complete = False
+        self._say(wire.ask(self.id))
+        if "patience" not in self._timers:
+            self._call("patience", self._patience, self._settle)
+
+    def _listen(self) -> None:
+        self._listened = True
+        self._settle_if_complete()
+
+    def _settle_if_complete(self) -> None:
+        if self._listened and all(known.complete for known in self._others.values()):
+            self._settle()
 
     def _settle(self) -> None:
         if not self.settled.done():
@@ -171,13 +209,21 @@ class Node:
             self._say(text)
 
     def _beat(self) -> None:
-        """Say that this node is there, and forget those that have not said so for long."""
+        """Say that this node is there."""
         self._say(wire.beat(self.id, self.own.number))
-        now = self._loop.time()
+        self._call("beat", self._settings.ttl * BEAT, self._beat)
+
+    def _look(self, expected: float) -> None:
+        """Forget the nodes that were not heard of for long."""
+        ttl, now = self._settings.ttl, self._loop.time()
+        late = now - expected
+        self._on_look()
         for id, known in list(self._others.items()):
-            if now - known.heard > self._settings.ttl:
-                self._forget(id, left=True)
-        self._call("beat", self._settings.ttl / 3, self._beat)
+            if late > ttl * LOOK:  # what they said while this loop was blocked is still to be read
+                known.heard = min(now, known.heard + late)
+            if now - known.heard > ttl * SILENCE:
+                self.forget(id, left=True)
+        self._call("look", ttl * LOOK, functools.partial(self._look, now + ttl * LOOK))
 
     def _tell_all(self) -> None:
         entries = [
@@ -194,6 +240,8 @@ class Node:
             callback()
 
         if not self._ended:
+            if name in self._timers:
+                self._timers[name].cancel()
             self._timers[name] = self._loop.call_later(seconds, call)
 
     def _say(self, *texts: str) -> None:
@@ -208,21 +256,25 @@ class Node:
     def on_gap(self, gap: Gap) -> None:
         """Something may be missing: tell the others everything, and ask them."""
         self._tell_all()
-        self._say(wire.ask(self.id))
+        self._ask_all()
 
     def on_event(self, event: Event) -> None:
         """Take what another node says."""
         message = wire.read(event.message)
-        if message is None or message.node == self.id:
+        if message is None:
             return
-        if message.kind == "ask":
+        if message.node == self.id:
+            if message.kind == "ask" and not message.asked:
+                self._call("listen", SETTLE, self._listen)
+        elif message.kind == "ask":
             if message.asked in ("", self.id) and "tell" not in self._timers:
-                # Others ask at about the same time.
-                self._call("tell", self._settings.interval / 2, self._tell_all)
-            return
-        if message.kind == "bye":
-            self._forget(message.node, left=False)
-            return
+                self._call("tell", min(ANSWER, self._settings.interval / 2), self._tell_all)
+        elif message.kind == "bye":
+            self.forget(message.node, left=False)
+        else:
+            self._take(message)
+
+    def _take(self, message: wire.Message) -> None:
         known = self._others.get(message.node)
         if known is None:
             known = self._others[message.node] = Known(self._loop.time())
@@ -233,8 +285,10 @@ class Node:
             self._take_change(known, message)
         elif message.kind == "beat" and message.number == 0:
             known.number = max(known.number, 0)  # it has no members yet
+            known.complete = True
         elif message.number > known.number:
             self._ask(message.node, known)
+        self._settle_if_complete()
 
     def _ask(self, node: str, known: Known) -> None:
         now = self._loop.time()
@@ -255,7 +309,8 @@ class Node:
 
     def _take_whole(self, known: Known, message: wire.Message) -> None:
         if message.number < known.number:
-            return  # it was sent before changes that are known
+            known.complete = True  # it was sent before changes that are known
+            return
         if message.number != known.parts_of:
             known.parts, known.parts_of = {}, message.number
         known.parts[message.part] = message.ins
@@ -266,16 +321,18 @@ class Node:
         for entries in known.parts.values():
             for entry in entries:
                 known.put(entry)
-        known.parts = {}
+        known.parts, known.complete = {}, True
         for channel in before.keys() | known.channels.keys():
             self._on_change(channel)
 
-    def _forget(self, node: str, *, left: bool) -> None:
+    def forget(self, node: str, *, left: bool) -> None:
+        """Forget a node, whose members are gone, or are sure not to come back if `left`."""
         known = self._others.pop(node, None)
         for channel, clients in () if known is None else known.channels.items():
             for client, member in clients.items():
                 self._gone(channel, client, member, left)
             self._on_change(channel)
+        self._settle_if_complete()
 
 
 def describe(member: Member) -> dict[str, Any]:

@@ -19,10 +19,16 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ..codec import check_channel
 from ..members import Member
 
 # Bytes of a message, about, if it has more than one entry.
 MAX_SIZE = 16 * 1024
+
+# What is not believed any more: a whole of this many parts, which would have 1.6 GB, and a number
+# that no node reaches.
+MAX_PARTS = 100_000
+MAX_NUMBER = 1 << 53
 
 
 class In(NamedTuple):
@@ -95,12 +101,9 @@ def read(text: str | bytes) -> Message | None:
     """Return what has arrived; None if it is nothing that this version knows."""
     try:
         content = json.loads(text)
-        node = content["node"]
-        if not isinstance(node, str):
-            return None
         for kind in ("change", "whole", "beat", "ask", "bye"):
             if kind in content:
-                return _read(node, kind, content[kind], content)
+                return _read(_name(content["node"]), kind, content[kind], content)
     except Exception:  # whatever others write to the broker
         return None
     return None
@@ -108,17 +111,31 @@ def read(text: str | bytes) -> Message | None:
 
 def _read(node: str, kind: str, value: Any, content: dict[str, Any]) -> Message:
     if kind == "ask":
-        return Message(node, kind, asked=str(value))
+        return Message(node, kind, asked=_name(value) if value else "")
     ins = tuple(
-        In(str(channel), str(client), Member(id, info, channel_info))
+        In(_name(channel), _name(client), Member(id, info, channel_info))
         for channel, client, id, info, channel_info in content.get("in", ())
     )
     outs = tuple(
-        Out(str(channel), str(client), bool(left))
+        Out(_name(channel), _name(client), bool(left))
         for channel, client, left in content.get("out", ())
     )
-    part, parts = int(content.get("part", 0)), int(content.get("parts", 1))
-    return Message(node, kind, int(value), ins, outs, part, parts)
+    parts = _number(content.get("parts", 1), MAX_PARTS + 1)
+    part = _number(content.get("part", 0), parts)
+    return Message(node, kind, _number(value, MAX_NUMBER), ins, outs, part, parts)
+
+
+def _name(value: Any) -> str:
+    # The names of channels, of clients and of nodes are told to clients, or kept.
+    if not isinstance(value, str):
+        raise TypeError
+    return check_channel(value)
+
+
+def _number(value: Any, end: int) -> int:
+    if type(value) is not int or not 0 <= value < end:
+        raise ValueError
+    return value
 
 
 def _write_in(entry: In) -> list[Any]:

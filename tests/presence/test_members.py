@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import datetime
 import json
-import os
 import random
 import signal
-import sys
 import uuid
-from collections.abc import AsyncIterator
 
 import pytest
 
 from channels.speaking import Open, serving
 from history.brokers import kept_url as kept_url  # a fixture
+from presence.rooms import (
+    QUICK,
+    TUNING,
+    are,
+    hubs,
+    ids,
+    member,
+    receive_all,
+    told,
+    until_counts,
+    worker,
+)
 from starcast import (
     BackendUnavailable,
     Broadcast,
@@ -27,51 +36,9 @@ from starcast import (
     Subscription,
     Tuning,
 )
-from support import Broker, Bus, OtherLoop, Peer, starcast_tasks, until
+from support import Broker, Bus, OtherLoop, Peer, until
 
 pytestmark = pytest.mark.anyio
-
-QUICK = Presence(ttl=0.6, grace=0.3, interval=0.02)
-TUNING = Tuning(first_backoff=0.01, max_backoff=0.05)
-
-
-@contextlib.asynccontextmanager
-async def hubs(count: int, presence: Presence = QUICK) -> AsyncIterator[list[Broadcast]]:
-    """Those of so many workers."""
-    broker = Broker()
-    async with contextlib.AsyncExitStack() as stack:
-        made = [
-            Broadcast(backend=Bus(broker), presence=presence, tuning=TUNING) for _ in range(count)
-        ]
-        yield [await stack.enter_async_context(hub) for hub in made]
-    await until(lambda: not starcast_tasks())
-
-
-async def member(hub: Broadcast, id: str, channel: str = "room", **options: object) -> Peer:
-    peer = Peer()
-    await hub.connect(peer.websocket, channel, member=Member(id), **options)
-    return peer
-
-
-async def ids(hub: Broadcast, channel: str = "room") -> list[str]:
-    return sorted(it.id for it in await hub.members(channel))
-
-
-async def are(hub: Broadcast, *expected: str) -> None:
-    """Wait until these are the members, as this hub sees it."""
-    for _ in range(1000):
-        if await ids(hub) == sorted(expected):
-            return
-        await asyncio.sleep(0.01)
-    assert await ids(hub) == sorted(expected)
-
-
-def told(peer: Peer) -> list[tuple[list[str], list[str]]]:
-    """Who joined and who left, as a client was told it."""
-    texts = [json.loads(it["text"]) for it in peer.sent if it.get("text") is not None]
-    return [
-        ([it["id"] for it in text["joined"]], [it["id"] for it in text["left"]]) for text in texts
-    ]
 
 
 async def test_members_are_the_same_on_all_workers():
@@ -94,14 +61,6 @@ async def test_members_are_the_same_on_all_workers():
         # Nothing of this is among the app's own.
         assert one.channels == {}
         assert three.stats().subscribers == 0
-
-
-async def until_counts(hub: Broadcast, counts: MemberCounts) -> None:
-    for _ in range(1000):
-        if (await hub.member_counts(["room"]))["room"] == counts:
-            return
-        await asyncio.sleep(0.01)
-    assert (await hub.member_counts(["room"]))["room"] == counts
 
 
 async def test_a_worker_that_has_just_begun_knows_all():
@@ -139,12 +98,6 @@ async def test_nobody_is_told_of_a_page_that_is_loaded_again():
         assert await ids(one) == ["ada", "bob"]  # for a while
         await until(lambda: told(watcher)[2:] == [([], ["ada"])])
         assert await ids(two) == ["bob"]
-
-
-async def receive_all(peer: Peer) -> None:
-    with contextlib.suppress(Exception):
-        while True:
-            await peer.websocket.receive_text()
 
 
 async def test_who_leaves_the_channel_has_left_at_once():
@@ -191,40 +144,33 @@ async def test_a_client_that_wants_to_know_is_told_with_the_others():
         }
 
 
-WORKER = """
-import asyncio, sys
-from starcast import Broadcast, Member, Presence
-from support import Peer
-
-async def main():
-    presence = Presence(ttl=0.6, grace=0.3, interval=0.02)
-    async with Broadcast(sys.argv[1], name=sys.argv[2], presence=presence) as hub:
-        await hub.connect(Peer().websocket, "room", member=Member("ada"))
-        await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
+async def test_clients_of_several_processes_are_told_apart(valkey_url):
+    name = uuid.uuid4().hex
+    async with (
+        worker(valkey_url, name, clients=20),
+        worker(valkey_url, name, clients=20),
+        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
+    ):
+        await until_counts(hub, MemberCounts(40, 1))
 
 
 async def test_the_members_of_a_worker_go_with_it_and_come_back_with_it(valkey_url):
     name = uuid.uuid4().hex
-    path = os.pathsep.join(sys.path)
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WORKER, valkey_url, name), env={**os.environ, "PYTHONPATH": path}
-    )
-    async with Broadcast(valkey_url, name=name, presence=QUICK) as hub:
+    async with (
+        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
+        worker(valkey_url, name) as process,
+    ):
         watcher = Peer()
         await hub.connect(watcher.websocket, "room", join_leave=True, member=Member("me"))
         await are(hub, "ada", "me")
-        worker.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         await are(hub, "me")
         await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
-        worker.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         await are(hub, "ada", "me")
-        worker.kill()
+        process.kill()
         await are(hub, "me")
         await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
-    await worker.wait()
 
 
 async def test_a_worker_that_leaves_in_good_order_says_so():
@@ -235,6 +181,7 @@ async def test_a_worker_that_leaves_in_good_order_says_so():
         await one.connect(watcher.websocket, "room", join_leave=True)
         async with Broadcast(backend=Bus(broker), presence=QUICK) as two:
             await member(two, "ada")
+            await until(lambda: told(watcher) == [(["ada"], [])])
             await are(one, "ada")
         await are(one)
         await until(lambda: told(watcher)[-1:] == [([], ["ada"])])
@@ -295,6 +242,17 @@ async def test_two_hubs_are_two_rooms():
         '{"node":"x","bye":null}',
         '{"node":"x","unheard of":1}',
         '{"node":"x","whole":5,"part":0,"parts":1000000000,"in":[]}',
+        '{"node":"x","whole":5,"part":0,"parts":-1,"in":[]}',
+        '{"node":"x","whole":1,"in":[["room","\\ud800","ada",null,null]]}',
+        '{"node":"x","whole":1,"in":[["\\ud800","1","ada",null,null]]}',
+        '{"node":"x","whole":1,"in":[["room","1","ada",NaN,null]]}',
+        '{"node":"x","whole":1,"in":[["room",1,"ada",null,null]]}',
+        '{"node":"x","whole":true,"in":[["room","1","eve",null,null]]}',
+        '{"node":"x","change":-1,"in":[["room","1","eve",null,null]]}',
+        '{"node":"x","beat":1e400}',
+        '{"node":"' + "x" * 1000 + '","beat":5}',
+        '{"node":"x","out":[],"change":' + "9" * 5000 + "}",
+        "\ud7ff\x00",
     ],
     ids=lambda text: text[:30],
 )
@@ -306,7 +264,9 @@ async def test_what_others_write_to_the_broker_breaks_nothing(text):
         await backend.publish([("default:\x01presence", text.encode())])
         await backend.close()
         await are(hub, "ada")
-        await member(hub, "bob")
+        async with hub.watch_members("room") as watch:
+            await member(hub, "bob")
+            assert (await watch.get()).joined == [Member("bob")]
         await are(hub, "ada", "bob")
 
 
@@ -318,8 +278,44 @@ def test_values_that_make_no_sense():
         Member(None)
     with pytest.raises(ConfigurationError):
         Member("x" * 151)
-    with pytest.raises(ConfigurationError, match="2048 bytes"):
-        Member("x", info="x" * 3000)
+    for info in ("x" * 3000, "\u20ac" * 1000):
+        with pytest.raises(ConfigurationError, match="2048 bytes"):
+            Member("x", info)
+    for info in (float("nan"), "\ud800", object()):
+        with pytest.raises(ConfigurationError, match="must be JSON data"):
+            Member("x", info)
+
+
+async def test_what_is_no_member_is_refused_before_the_client_joins():
+    async with Broadcast(presence=QUICK) as hub:
+        with pytest.raises(TypeError, match="member needs a Member"):
+            await hub.connect(Peer().websocket, "room", member="ada")
+        assert hub.channels == {}
+
+
+async def test_info_is_what_it_was_when_the_member_was_made():
+    """Otherwise an app that changes it would break what workers tell each other."""
+    info = {"since": datetime.date(2026, 1, 1), 5: (1,)}
+    ada = Member("ada", info, channel_info=info)
+    info["more"] = object()
+    plain = {"since": "2026-01-01", "5": [1]}
+    async with hubs(2) as (one, two):
+        await one.connect(Peer().websocket, "room", member=ada)
+        await are(two, "ada")
+        assert await two.members("room") == [Member("ada", plain, plain)]
+
+
+async def test_who_leaves_and_comes_back_at_once_is_a_member():
+    async with hubs(2) as (one, two):
+        ada = await member(one, "ada")
+        await one.connect(ada.websocket, "other")
+        for _ in range(3):
+            await one.disconnect(ada.websocket, "room")
+            await one.connect(ada.websocket, "room", member=Member("ada"))
+        await one.connect(ada.websocket, "room", member=Member("eve"))  # it is somebody else now
+        await until_counts(two, MemberCounts(1, 1))
+        await are(one, "eve")
+        await are(two, "eve")
 
 
 async def test_a_client_that_leaves_while_it_enters_is_no_member():
