@@ -124,13 +124,6 @@ async def test_a_client_that_leaves_while_it_subscribes_is_on_no_channel():
         await asyncio.sleep(0)
         broker.open.set()
         await until(lambda: not len(room.hub))
-        print(
-            "AT",
-            broker.calls[-8:],
-            room.hub.stats().backend,
-            room.hub._hub.link._subscriptions._wanted,
-            room.hub._hub.link._subscriptions._confirmed,
-        )
         await until(lambda: room.hub.stats().backend.channels == 0)
         assert room.hub.channels == {}
 
