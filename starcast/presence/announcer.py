@@ -46,13 +46,7 @@ class Announcement(Event):
     def in_form(self, form: WireFormat) -> Event:
         """Return it in a form; clients that want ids get it as it is."""
         maker = self.makers.get(form)
-        if maker is None:
-            return self
-        if self._forms is None:
-            self._forms = {}
-        if form not in self._forms:
-            self._forms[form] = maker(self)
-        return self._forms[form]
+        return self if maker is None else maker(self)
 
 
 class Announcer:
@@ -91,8 +85,9 @@ class Announcer:
 
     def _drop_unwanted(self) -> None:
         """Forget the channels that nobody wants to know of any more, and that did not change."""
-        for channel in [it for it in self._announced if not self._is_wanted(it)]:
-            del self._announced[channel]
+        for channel in self._announced.keys() - self._timers.keys():
+            if not self._is_wanted(channel):
+                del self._announced[channel]
         self._followed = max(MIN_FOLLOWED, len(self._announced))
 
     def changed(self, channel: str) -> None:
@@ -103,8 +98,6 @@ class Announcer:
 
     def _compare(self, channel: str) -> None:
         del self._timers[channel]
-        if channel not in self._announced:
-            return  # nobody has wanted to know of it for a time
         if not self._is_wanted(channel):
             del self._announced[channel]
             return

@@ -170,7 +170,7 @@ class Node:
     def take(self, channel: str, client: str, *, left: bool) -> None:
         """Let a client be none any more; `left` if that is its own will."""
         member = self.own.take(channel, client)
-        if member is not None:
+        if member is not None:  # pragma: no branch  # whoever is taken was put before
             self._ins.pop((channel, client), None)
             self._outs[channel, client] = Out(channel, client, left)
             self._gone(channel, client, member, left)
