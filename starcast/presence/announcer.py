@@ -49,11 +49,10 @@ class Announcement(Event):
         maker = self.makers.get(form)
         if maker is None:
             return self
-        if self._forms is None:
-            self._forms = {}
-        if form not in self._forms:
-            self._forms[form] = maker(self)
-        return self._forms[form]
+        forms = self._forms = self._forms or {}
+        if form not in forms:
+            forms[form] = maker(self)
+        return forms[form]
 
 
 class Announcer:
@@ -100,6 +99,8 @@ class Announcer:
 
     def _drop(self, channel: str) -> None:
         del self._announced[channel], self._missing[channel]
+        if channel in self._timers:
+            self._timers.pop(channel).cancel()
 
     def changed(self, channel: str, left: str | None) -> None:
         """Note that a channel has other members, and who has left for good."""
@@ -118,8 +119,6 @@ class Announcer:
 
     def _compare(self, channel: str) -> None:
         del self._timers[channel]
-        if channel not in self._announced:
-            return  # nobody has wanted to know of it for a time
         if not self._is_wanted(channel):
             self._drop(channel)
             return

@@ -166,10 +166,10 @@ class Node:
     def take(self, channel: str, client: str, *, left: bool) -> None:
         """Let a client be none any more; `left` if that is its own will."""
         member = self.own.take(channel, client)
-        if member is not None:
-            self._ins.pop((channel, client), None)
-            self._outs[channel, client] = Out(channel, client, left)
-            self._changed(channel, member.id if left else None)
+        assert member is not None  # it was put
+        self._ins.pop((channel, client), None)
+        self._outs[channel, client] = Out(channel, client, left)
+        self._changed(channel, member.id if left else None)
 
     def _changed(self, channel: str, left: str | None = None) -> None:
         self._on_change(channel, left)
