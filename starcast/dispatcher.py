@@ -92,7 +92,7 @@ class Dispatcher:
     def publish_nowait(self, event: Event, counts: bool = True) -> None:
         """Hand an event over, or raise at once. What the hub tells other hubs does not count."""
         not_open = not self._link.is_local and self.state in (State.NEW, State.CLOSED)
-        if not_open and not self.published:
+        if not_open and counts and not self.published:
             # A route answers the error with 503, and the reason would be seen nowhere.
             logs.once(("not open",), "publish_nowait failed: %s", NOT_OPEN)
         try:

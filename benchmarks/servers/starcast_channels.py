@@ -13,7 +13,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 
-from starcast import Broadcast, BroadcastEndpoint, ChannelsEndpoint, Client, Limits, Subscription
+from starcast import (
+    Broadcast,
+    BroadcastEndpoint,
+    ChannelsEndpoint,
+    Client,
+    Limits,
+    Member,
+    Subscription,
+)
 
 hub = Broadcast(os.environ.get("BROKER_URL") or "memory://")
 
@@ -23,6 +31,17 @@ class Plain(BroadcastEndpoint):
 
     def get_channel(self, websocket):
         return "plain"
+
+
+class Present(BroadcastEndpoint):
+    broadcast = hub
+    join_leave = True
+
+    def get_channel(self, websocket):
+        return "present"
+
+    def get_member(self, websocket):
+        return Member(websocket.query_params["user"])
 
 
 class Channels(ChannelsEndpoint):
@@ -64,6 +83,7 @@ app = Starlette(
         Route("/publish", publish),
         Route("/look", look),
         WebSocketRoute("/plain", Plain),
+        WebSocketRoute("/present", Present),
         WebSocketRoute("/channels", Channels),
     ],
     lifespan=hub.lifespan,

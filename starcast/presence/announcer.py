@@ -46,7 +46,12 @@ class Announcement(Event):
     def in_form(self, form: WireFormat) -> Event:
         """Return it in a form; clients that want ids get it as it is."""
         maker = self.makers.get(form)
-        return self if maker is None else maker(self)
+        if maker is None:
+            return self
+        forms = self._forms = self._forms or {}
+        if form not in forms:
+            forms[form] = maker(self)
+        return forms[form]
 
 
 class Announcer:

@@ -101,7 +101,8 @@ class Gathering:
             # Not in the context of the client that needs it first, which its timers would keep.
             opening = loop.create_task(self._open(loop), context=contextvars.Context())
             self._opening[loop] = opening
-            opening.add_done_callback(_look_at)  # nobody may be waiting for it any more
+            # Nobody may be waiting any more for what it raises.
+            opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(opening)
 
     async def _open(self, loop: asyncio.AbstractEventLoop) -> Place:
@@ -223,8 +224,3 @@ class Gathering:
         """Return how many clients and how many members a channel has."""
         clients = await self.clients(channel)
         return MemberCounts(len(clients), len({member.id for member in clients.values()}))
-
-
-def _look_at(task: asyncio.Task[Place]) -> None:
-    if not task.cancelled():  # pragma: no branch  # only with the event loop
-        task.exception()

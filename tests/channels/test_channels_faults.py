@@ -248,6 +248,8 @@ async def test_senders_wait_for_a_member_that_is_behind():
             push = await ada.push()
             assert push["pub"]["data"].startswith(f"{number} ")
         await publishing
+        for _ in range(300):
+            assert await bob.next() == {"id": 9, "publish": {}}
         assert hub.stats().dropped == 0
 
 

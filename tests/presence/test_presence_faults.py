@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 import uuid
 
@@ -102,6 +103,14 @@ async def test_a_hub_that_is_closed_meanwhile_has_no_members():
         with pytest.raises(BackendUnavailable):
             await asking
     assert not starcast_tasks()
+
+
+async def test_a_hub_that_is_closed_twice_is_closed():
+    hub = Broadcast(presence=LONG)
+    for _ in range(2):
+        assert await ids(hub) == []
+        await hub.disconnect()
+        await hub.disconnect()
 
 
 # Event loops
@@ -208,6 +217,56 @@ async def test_what_is_lost_on_the_way_is_asked_for():
         await asyncio.sleep(0.1)
         losing = False
         await are(two, "ada", "bob")  # a beat tells that there was something
+
+
+async def say(broker: Broker, *messages: dict[str, object]) -> None:
+    """Let another worker say something."""
+    backend = await Bus(broker).connect(lambda *message: None, lambda error: None)
+    for message in messages:
+        text = json.dumps({"node": "x", **message})
+        await backend.publish([("default:\x01presence", text.encode())])
+    await backend.close()
+
+
+async def test_what_arrives_late_changes_nothing():
+    broker = Broker()
+    ada, bob = ([["room", id, id, None, None]] for id in ("ada", "bob"))
+    async with Broadcast(backend=Bus(broker), presence=LONG) as hub:
+        assert await ids(hub) == []
+        await say(broker, {"whole": 5, "in": ada}, {"whole": 3, "in": bob})
+        await say(broker, {"change": 5, "in": bob}, {"beat": 2}, {"change": 9, "in": bob})
+        await are(hub, "ada")
+        # It has asked for what it has missed.
+        asked = [data for _, batch in broker.asked("publish") for _, data in batch]
+        assert any(b'"ask": "x"' in data for data in asked)
+        await say(broker, {"whole": 9, "in": bob})
+        await are(hub, "bob")
+        await say(broker, {"bye": 1}, {"bye": 1})
+        await are(hub)
+
+
+async def test_what_cannot_be_said_is_said_later():
+    """While the broker is slow, more may be said than waits for it."""
+    broker = Broker()
+    presence = Presence(ttl=2, grace=0.3, interval=0.02)
+    small = Tuning(max_queued=2000, publish_timeout=1)
+    async with (
+        Broadcast(backend=Bus(broker), presence=presence, tuning=small) as one,
+        Broadcast(backend=Bus(broker), presence=presence) as two,
+    ):
+        await one.connect(Peer().websocket, "room")
+        first = await member(one, "ada")
+        await are(two, "ada")
+        broker.open.clear()
+        for number in range(100):
+            peer = await member(one, f"{number} {'x' * 100}", "room")
+            await one.disconnect(peer.websocket, "room")
+            await asyncio.sleep(0.001)
+        await one.disconnect(first.websocket, "room")
+        await member(one, "bob")
+        await asyncio.sleep(0.1)
+        broker.open.set()
+        await are(two, "bob")
 
 
 # Brokers

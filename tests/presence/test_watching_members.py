@@ -14,6 +14,7 @@ from starcast import (
     BackendUnavailable,
     Broadcast,
     BroadcastEndpoint,
+    Event,
     InvalidChannel,
     Member,
     MemberChange,
@@ -21,6 +22,7 @@ from starcast import (
     SubscriberLagged,
     Unsubscribed,
 )
+from starcast.presence.announcer import Announcement
 from support import Broker, Bus, OtherLoop, Peer, starcast_tasks, until
 
 pytestmark = pytest.mark.anyio
@@ -89,8 +91,13 @@ async def test_a_watch_that_cannot_begin_says_so():
 
 
 async def test_channels_that_were_watched_once_are_forgotten():
-    """Those in which nobody joins or leaves are not remembered for ever."""
-    async with Broadcast(presence=QUICK) as hub:
+    """Those in which nobody joins or leaves are not remembered forever."""
+    async with Broadcast(presence=Presence(ttl=60, grace=60, interval=0.02)) as hub:
+        ada = await member(hub, "ada", "hall")
+        async with hub.watch_members("hall") as watch:
+            await hub.close(ada.websocket)  # of which it would be told later
+            await member(hub, "bob", "hall")
+            assert (await watch.get()).joined == [Member("bob")]
         for number in range(500):
             async with hub.watch_members(f"room {number}") as watch:
                 assert watch.members == []
@@ -181,3 +188,17 @@ async def test_a_handler_that_leaves_the_channel_of_a_client_that_is_gone_loses_
         await are(hub)
         assert told(watcher) == [(["ada"], [])]
         await until(lambda: told(watcher)[1:] == [([], ["ada"])])
+
+
+def test_an_announcement_is_made_once_in_a_form(monkeypatch):
+    made = []
+
+    def make(announcement: Announcement) -> Event:
+        made.append(announcement.left)
+        return Event("", "in another form")
+
+    monkeypatch.setitem(Announcement.makers, 1 << 30, make)
+    announcement = Announcement("room", [], [("1", Member("ada"))])
+    assert announcement.in_form(0) is announcement
+    assert announcement.in_form(1 << 30) is announcement.in_form(1 << 30)
+    assert made == [[("1", Member("ada"))]]
