@@ -89,7 +89,6 @@ class Node:
         self._publish = publish
         self._on_change = on_change
         self._on_look = on_look
-        self._loop = asyncio.get_running_loop()
         self.own = Known(self._loop.time())
         self.own.number = 0
         self._others: dict[str, Known] = {}
@@ -101,6 +100,10 @@ class Node:
         self._ended = False
         self._listened = False  # for SETTLE
         self.settled = self._loop.create_future()
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
 
     # What is known
 
