@@ -91,6 +91,10 @@ class Session:
         connection = self.hub.find(self.websocket)
         assert connection is not None
         self.members = (connection,)
+        self._expect_connect()
+
+    def _expect_connect(self) -> None:
+        """Close the client unless it sends its first command soon."""
         self.clock.call("connect", self.limits.connect_timeout, self.disconnect, codes.STALE)
 
     # What comes in
@@ -223,10 +227,14 @@ class Session:
 
     async def _connect(self, id: int, params: dict[str, Any]) -> None:
         token, data = text(params, "token"), params.get("data")
-        client = await self.hooks.connect(self.websocket, token, data)
-        if client.expires_at is not None and remaining(client.expires_at) <= 0:
-            raise CommandError(*codes.TOKEN_EXPIRED)
         self.clock.cancel("connect")
+        try:
+            client = await self.hooks.connect(self.websocket, token, data)
+            if client.expires_at is not None and remaining(client.expires_at) <= 0:
+                raise CommandError(*codes.TOKEN_EXPIRED)
+        except BaseException:
+            self._expect_connect()
+            raise
         self.client = client
         identity = Identity(client.user or None, client.info, self.channels)
         outbox = self.hub.settings.outbox()  # it has one already
@@ -245,7 +253,8 @@ class Session:
                 result["subs"] = subs
             result |= {"ping": max(1, round(self.limits.ping_interval)), "pong": True}
             reply = self.writer.reply(id, "connect", result)
-        except (BackendUnavailable, CommandError):
+        except (BackendUnavailable, CommandError, EncodingError) as exc:
+            logger.warning("a client could not be connected: %s", exc)
             raise DisconnectClient(*codes.SERVER_ERROR[:2]) from None
         finally:
             hold.begin([] if reply is None else [reply])

@@ -65,6 +65,35 @@ async def test_a_client_whose_first_channels_cannot_be_had_comes_back():
         assert await ada.closed() == (3004, "internal server error")
 
 
+async def test_a_client_whose_data_cannot_be_written_is_closed(caplog):
+    class Endpoint(Open):
+        async def on_connect(self, websocket, token, data):
+            return Client(data=object())
+
+    async with serving(Endpoint) as room, room.socket() as ada:
+        await ada.send({"id": 1, "connect": {}})
+        assert await ada.closed() == (3004, "internal server error")
+        assert "a client could not be connected: the message cannot be written" in caplog.text
+
+
+async def test_a_slow_answer_is_not_the_clients_fault():
+    class Endpoint(Open):
+        limits = Limits(connect_timeout=0.2)
+
+        async def on_connect(self, websocket, token, data):
+            if token == "wrong":
+                raise PermissionError
+            await asyncio.sleep(0.4)  # longer than that
+            return Client()
+
+    async with serving(Endpoint) as room:
+        async with room.socket() as ada:
+            assert "client" in await ada.get("connect")
+        async with room.socket() as eve:
+            assert await eve.error("connect", token="wrong") == 103
+            assert await eve.closed() == (3502, "stale")
+
+
 async def test_a_message_too_large_for_the_broker_is_an_error():
     async with (
         serving(hub=Broadcast(backend=Bus(max_payload=1000))) as room,
