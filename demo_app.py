@@ -1,10 +1,12 @@
 """The starcast demo: `uvicorn demo_app:app`, then three tabs of http://127.0.0.1:8000/?room=tea.
 
-With STARCAST_URL=redis://localhost, any number of workers share their rooms.
+With STARCAST_URL=redis://localhost, any number of workers share their rooms, and a room loses no
+line when they are started again.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import os
 import secrets
@@ -12,16 +14,23 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import FileResponse
-from starlette.routing import Mount, Route, WebSocketRoute
+from fastapi import FastAPI, WebSocket
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
 
-from starcast import BackendUnavailable, Broadcast, BroadcastEndpoint, History, StarcastError
+from starcast import (
+    Broadcast,
+    ChannelsEndpoint,
+    Client,
+    CommandError,
+    History,
+    Presence,
+    StarcastError,
+    Subscription,
+)
 
 MAX_NAME = 24  # characters; the page has the same limits
 MAX_TEXT = 500
@@ -30,97 +39,73 @@ FOLDER = Path(__file__).parent
 
 # A name for this process. Processes on different machines may have the same number.
 WORKER = f"{os.getpid()}-{secrets.token_hex(2)}"
+TICKER = f"ticker:{WORKER}"  # every client of this process is on this channel
 
-# What is said in a room is kept for a while. After a broker outage, clients are closed; the page
-# reconnects, gets what it has missed, and says so if something could not be recovered.
 hub = Broadcast(
     os.environ.get("STARCAST_URL", "memory://"),
-    after_gap="close",
     history={"room:*": History(size=MAX_KEPT, ttl=3600)},
+    presence=Presence(grace=2),
 )
 
+
+@contextlib.asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with hub, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(tick(), name="ticker"), group.create_task(watch_broker())]
+        yield
+        for task in tasks:
+            task.cancel()
+
+
+app = FastAPI(lifespan=lifespan, openapi_url=None)
 
 # The chat
 
 
-class Chat(BroadcastEndpoint):
-    """The chat, as a Starlette endpoint. There is one instance for each client.
+@app.websocket("/live")
+class Live(ChannelsEndpoint):
+    """A tab has one connection, with these channels:
 
-    It has two channels: one for what is said, and one for what is not worth keeping.
+    `room:tea` for what is said, which is kept, and for who is there; `typing:tea` for what is not
+    worth keeping; and the ticker.
     """
 
     broadcast = hub
-    encoding = "json"
-    history = MAX_KEPT  # for newcomers
-    ids = True
 
-    def get_channel(self, websocket: WebSocket) -> str:
-        return "room:" + self.room
-
-    async def on_connect(self, websocket: WebSocket) -> None:
-        self.id = secrets.token_hex(8)
-        self.room = websocket.query_params.get("room") or "lobby"
-        await super().on_connect(websocket)
-        await hub.connect(websocket, "here:" + self.room)
-        welcome = {"type": "welcome", "id": self.id, "worker": WORKER, "away": broker_is_away()}
-        await hub.send(welcome, to=websocket)
-        await publish_count(self.room)
-
-    async def on_receive(self, websocket: WebSocket, data: Any) -> None:
+    async def on_connect(self, websocket: WebSocket, token: str, data: Any) -> Client:
         match data:
-            case {"type": "message", "author": str(author), "text": str(text)} if (
-                0 < len(author) <= MAX_NAME and 0 < len(text) <= MAX_TEXT
-            ):
-                await self.publish_message(websocket, author, text)
-            case {"type": "typing", "author": str(author)} if 0 < len(author) <= MAX_NAME:
-                typing = {"type": "typing", "id": self.id, "author": author}
-                hub.publish_nowait("here:" + self.room, typing, exclude=websocket)
-            case {"type": "ping"}:
-                await hub.send({"type": "pong", "time": datetime.now(UTC)}, to=websocket)
+            case {"name": str(name)} if 0 < len(name) <= MAX_NAME:
+                pass
             case _:
-                raise WebSocketException(1008, "not a message of this chat")
+                raise CommandError(107, f"a name has 1 to {MAX_NAME} characters")
+        # The token is a secret of the tab's. Nobody else can make the same user out of a name.
+        user = hashlib.sha256(f"{token or secrets.token_hex()} {name}".encode()).hexdigest()[:16]
+        welcome = {"user": user, "worker": WORKER, "away": broker_is_away(), "values": values(120)}
+        return Client(user=user, info={"name": name}, data=welcome, channels=[TICKER])
 
-    async def publish_message(self, websocket: WebSocket, author: str, text: str) -> None:
-        # Only fields that the server has checked or made itself are passed on.
-        message = {
-            "type": "message",
-            "id": self.id,
-            "author": author,
-            "text": text,
-            "time": datetime.now(UTC),
-        }
-        try:
-            await hub.publish(self.get_channel(websocket), message)
-        except BackendUnavailable:
-            await hub.send({"type": "unsent", "text": text}, to=websocket)
+    async def on_subscribe(
+        self, websocket: WebSocket, channel: str, token: str, data: Any
+    ) -> Subscription:
+        match channel.split(":"):
+            case "room", *_:
+                return Subscription(presence=True, join_leave=True, history=True)
+            case "typing", *_:
+                return Subscription()
+        raise PermissionError
 
-    async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
-        await super().on_disconnect(websocket, close_code)
-        await publish_count(self.room)
+    async def on_publish(self, websocket: WebSocket, channel: str, data: Any) -> Any:
+        # Everybody gets who says it with it, from the server.
+        match channel.split(":"), data:
+            case ("room", *_), str(text) if 0 < len(text) <= MAX_TEXT:
+                return {"text": text, "time": datetime.now(UTC)}
+            case ("typing", *_), _:
+                return {}
+        raise CommandError(107, "not a message of this chat")
 
-
-# How many are here. Each worker publishes the number of its own clients, when it changes and once
-# a second, and the page adds up the numbers of all workers.
-
-
-def rooms() -> list[str]:
-    channels = [channel.partition(":") for channel in hub.channels]
-    return [room for kind, _, room in channels if kind == "here"]
-
-
-async def publish_count(room: str) -> None:
-    count = hub.channels.get("here:" + room, 0)
-    here = {"type": "here", "worker": WORKER, "count": count}
-    with contextlib.suppress(StarcastError):  # the next one is due in a second
-        await hub.publish("here:" + room, here)
-
-
-async def publish_counts() -> None:
-    while True:
-        await asyncio.sleep(1)
-        if not broker_is_away():
-            for room in rooms():
-                await publish_count(room)
+    async def on_rpc(self, websocket: WebSocket, method: str, data: Any) -> Any:
+        if method == "time":
+            return datetime.now(UTC)
+        raise CommandError(104, "method not found")
 
 
 # Whether the broker is away
@@ -132,40 +117,23 @@ def broker_is_away() -> bool:
 
 
 async def watch_broker() -> None:
-    """Tell this worker's clients when the broker goes away and when it is back."""
+    """Tell this process's clients when the broker goes away and when it is back."""
     told = False
     while True:
         await asyncio.sleep(0.25)
         away = broker_is_away()
         if away != told:
             told = away
-            await send_to_all({"type": "broker", "away": away})
+            # To each of them, because what is published goes by way of the broker.
+            sends = [hub.send({"away": away}, to=client) for client in hub.clients(TICKER)]
+            await asyncio.gather(*sends, return_exceptions=True)  # some may be leaving
 
 
-async def send_to_all(message: dict[str, Any]) -> None:
-    """Send to this worker's clients without the broker, and without waiting for each in turn."""
-    clients = [websocket for room in rooms() for websocket in hub.clients("here:" + room)]
-    sends = [hub.send(message, to=websocket) for websocket in clients]
-    await asyncio.gather(*sends, return_exceptions=True)  # some may be leaving
-
-
-# The ticker. Each worker has its own channel, and all workers publish the same numbers.
-
-TICKER = f"ticker:{WORKER}"
-live = FastAPI()
-
-
-@live.websocket("/ticker")
-async def ticker(websocket: WebSocket, hub: Annotated[Broadcast, Depends(lambda: hub)]) -> None:
-    """The ticker, as a FastAPI function. Clients only listen, and a slow one skips ticks."""
-    with contextlib.suppress(WebSocketDisconnect):  # the client has left already
-        await hub.connect(websocket, TICKER, overflow="latest")
-        await hub.send({"values": values(120)}, to=websocket)
-        await hub.serve(websocket, TICKER, publish=False)
+# The ticker. Each process has its own channel, and all of them publish the same numbers.
 
 
 async def tick() -> None:
-    """Publish a number four times a second, through the same hub as the chat."""
+    """Publish a number four times a second."""
     while True:
         await asyncio.sleep(0.25 - time.time() % 0.25)
         with contextlib.suppress(StarcastError):  # the next one comes soon
@@ -173,7 +141,7 @@ async def tick() -> None:
 
 
 def values(count: int) -> list[float]:
-    """Return the newest numbers. They are computed from the clock, so all workers agree."""
+    """Return the newest numbers. They are computed from the clock, so all processes agree."""
     now = round(time.time() * 4)
     return [value_at(moment) for moment in range(now - count + 1, now + 1)]
 
@@ -183,39 +151,20 @@ def value_at(moment: int) -> float:
     return round(100 + sum(waves), 2)
 
 
-# The app
+# The page
 
 
-@contextlib.asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    async with hub, asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(tick(), name="ticker"),
-            group.create_task(publish_counts()),
-            group.create_task(watch_broker()),
-        ]
-        yield
-        for task in tasks:
-            task.cancel()
-
-
-async def page(request: Request) -> FileResponse:
+@app.get("/")
+async def page() -> FileResponse:
     return FileResponse(FOLDER / "demo_page.html")
 
 
-async def tutorial(request: Request) -> FileResponse:
+@app.get("/tutorial")
+async def tutorial() -> FileResponse:
     return FileResponse(FOLDER / "docs" / "tutorial.md", media_type="text/plain")
 
 
-app = Starlette(
-    routes=[
-        Route("/", page),
-        Route("/tutorial", tutorial),
-        WebSocketRoute("/ws", Chat),
-        Mount("/live", live),
-    ],
-    lifespan=lifespan,
-)
+app.mount("/js", StaticFiles(packages=[("starcast", "static")]))  # starcast.js
 
 if __name__ == "__main__":
     uvicorn.run(app)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, overload
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, overload
 
 from starlette.endpoints import WebSocketEndpoint
 from starlette.types import Receive, Scope, Send
@@ -20,8 +20,20 @@ from .channels.model import Client, Limits, Subscription
 from .channels.serve import check_limits, serve
 from .exceptions import CommandError
 
+if TYPE_CHECKING:
 
-class ChannelsEndpoint(WebSocketEndpoint):
+    class _Endpoint:
+        """A WebSocketEndpoint whose `on_connect` takes more than Starlette's does."""
+
+        def __init__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+        def __await__(self) -> Generator[Any, None, None]: ...
+
+else:
+    _Endpoint = WebSocketEndpoint
+
+
+class ChannelsEndpoint(_Endpoint):
     """Serves clients that speak Centrifugo's protocol: many channels over one connection.
 
         class Live(ChannelsEndpoint):
@@ -117,9 +129,7 @@ class ChannelsEndpoint(WebSocketEndpoint):
         super().__init__(websocket.scope, websocket._receive, websocket._send)
         self._websocket = websocket
 
-    async def on_connect(  # type: ignore[override]  # Starlette's has neither token nor data
-        self, websocket: WebSocket, token: str, data: Any
-    ) -> Client:
+    async def on_connect(self, websocket: WebSocket, token: str, data: Any) -> Client:
         """Return who a client is. By default everybody may connect, and is nobody in particular.
 
         Called once for each connection, when its first command has arrived.

@@ -25,7 +25,7 @@ from .history import Position, Resumed, Wish
 from .internal import LOCAL
 from .lifecycle import Lifecycle
 from .orders import user_channel
-from .outbox import Outbox, Replay
+from .outbox import Item, Outbox, Replay
 from .people import Identity, People
 from .registry import Registry
 from .resume import Reader, notice
@@ -69,6 +69,10 @@ class Joining:
         if not channel.startswith(LOCAL):
             await self.link.acquire(channel)
 
+    def _acquire_again(self, channel: str) -> None:
+        if not channel.startswith(LOCAL):
+            self.link.acquire_again(channel)
+
     def _release(self, channel: str) -> None:
         if not channel.startswith(LOCAL):
             self.link.release(channel)
@@ -103,7 +107,7 @@ class Joining:
         closings = self.lifecycle.closings
         registered = False
         if (known := self.find(websocket)) and channel in known.channels:
-            self.link.acquire_again(channel)  # it need not be waited for
+            self._acquire_again(channel)  # it need not be waited for
         else:
             await self._acquire(channel)
         wake: list[Shard] = []
@@ -200,6 +204,8 @@ class Joining:
         (connection,) = client
         await self.lifecycle.ensure_open()
         closings = self.lifecycle.closings
+        kept = self.settings.histories.find(channel) is not None
+        first = [] if kept else compose(None, [])
         await self._acquire(channel)
         registered = False
         try:
@@ -210,9 +216,9 @@ class Joining:
                     raise ClientGone(connection.code or ABNORMAL)
                 registered = self.registry.join(connection, channel)
                 here = self.link.position(channel)
-                replay = None if here is None else Replay(asyncio.get_running_loop())
-                first = [replay] if replay else compose(None, [])
-                wake = [it for item in first for it in self.registry.queue(item, client)]
+                replay = Replay(asyncio.get_running_loop()) if kept else None
+                items: Sequence[Item] = first if replay is None else [replay]
+                wake = [it for item in items for it in self.registry.queue(item, client)]
         finally:
             if not registered:
                 self._release(channel)

@@ -67,9 +67,9 @@ class Presence:
         ttl: How long the members of a worker that has been killed, or that cannot be reached any
             more, stay at most, in seconds: 30 by default. Workers say that they are there three
             times as often.
-        grace: How long after its last client is gone others are told that a member has left, in
-            seconds: 5 by default. So nobody is told of a page that is loaded again. Who leaves a
-            channel and stays connected has left at once.
+        grace: How long a member stays after its last client was lost, in seconds: 5 by default. So
+            nobody is told of a page that is loaded again. Who leaves a channel and stays connected
+            is gone at once.
         interval: How long changes are collected before others are told, in seconds: 0.1 by default.
 
     Raises:

@@ -24,8 +24,9 @@ class Membership:
     async def members(self, channel: Channel = DEFAULT_CHANNEL) -> list[Member]:
         """Return the members of a channel, on all workers, each of them once.
 
-        Every worker that uses presence knows all members, so this asks nobody. What happens on
-        another worker is known here a little later: in a tenth of a second, mostly.
+        A member stays for `Presence.grace` after its last client was lost: that may be a page that
+        is loaded again. Every worker that uses presence knows all members, so this asks nobody.
+        What happens on another worker is known here a little later: in a tenth of a second, mostly.
 
         The first call of an event loop, and one after an outage of the broker, waits until all
         other workers have answered: at least 0.3 seconds, and 2 at most. The members of a worker

@@ -133,8 +133,7 @@ class Relay:
         Raises:
             BackendUnavailable, PayloadTooLarge, PublishQueueFull: See `Broadcast.publish`.
         """
-        if not self.hub.lifecycle.running:
-            await self.hub.lifecycle.reopen()
+        await self.hub.lifecycle.reopen()
         if self._is_crowded(event):
             await pressure.wait(self.hub, self.shard, event)
         await self.hub.dispatcher.publish_and_wait(event)

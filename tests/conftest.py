@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
-import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 
+from chromium import chromium
 from starcast import logs
 from support import OtherLoop, Peer, Served, program
 
@@ -25,19 +24,6 @@ hypothesis.settings.register_profile(
     "starcast", deadline=None, derandomize="STARCAST_EXAMPLES" not in os.environ
 )
 hypothesis.settings.load_profile("starcast")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-# Without a sandbox, because CI runs as root; the rest keeps Chromium from calling home.
-BROWSER_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 # asyncio's debug mode logs each step of a loop that takes more than 0.1 seconds. That tells how
 # busy the machine is, and tests that count log lines are not about that.
@@ -112,34 +98,10 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def missing(reason: str) -> None:
-    if os.environ.get("CI_REQUIRE_BROWSER") == "1":
-        pytest.fail(f"CI_REQUIRE_BROWSER is set and {reason}")
-    pytest.skip(reason)
-
-
 @pytest.fixture
 def demo_app() -> Any:
     """The demo, in whose rooms nothing has been said yet."""
     return program(Path(__file__).parents[1] / "demo_app.py")
-
-
-@contextlib.asynccontextmanager
-async def chromium() -> AsyncIterator[Any]:
-    """Yield a headless Chromium, or skip the test if there is none."""
-    path = os.environ.get("STARCAST_CHROMIUM") or next(
-        filter(None, map(shutil.which, BROWSERS)), None
-    )
-    if path is None:
-        missing(f"none of {', '.join(BROWSERS)} is on the path")
-    try:
-        from playwright.async_api import async_playwright
-    except ImportError:
-        missing("playwright is not installed")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=BROWSER_ARGS)
-        yield browser
-        await browser.close()
 
 
 @pytest.fixture

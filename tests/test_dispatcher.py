@@ -277,7 +277,9 @@ class Member:
 
 
 async def test_what_is_queued_behind_a_delivery_in_progress_has_a_bound():
-    registry = Registry(Tuning(), lambda channel: None, lambda missed: None)
+    registry = Registry(
+        Tuning(), lambda channel: None, lambda missed: None, lambda command, members: None
+    )
     dispatcher = Dispatcher(registry, LocalLink(registry, Histories(None)), Histories(None))
     dispatcher.open_here()
     shard = registry.here()

@@ -20,6 +20,7 @@ from starcast.outbox import (
     Outbox,
     OutboxFull,
     Send,
+    Unsubscribed,
     discard,
 )
 from support import DEADLINE, Peer, by_another, examples, until
@@ -467,3 +468,63 @@ async def test_a_task_that_waits_for_what_is_discarded_is_told():
     discard(event())
     discard(Leave())
     assert send.sent.result() is False
+
+
+# A client of many channels
+
+
+def shedding(max_buffer: int = 1000) -> tuple[Outbox, list[str]]:
+    """An outbox that takes its client off channels, but for the one that is `pending`."""
+    outbox, shed = Outbox(max_buffer), []
+
+    def take_off(channel: str) -> bool:
+        if channel != "pending":
+            shed.append(channel)
+        return channel != "pending"
+
+    outbox.shed = take_off
+    return outbox, shed
+
+
+def big(channel: str, number: int = 0) -> Event:
+    return Event(channel, f"{number:0300}")
+
+
+def test_the_channel_that_fills_most_of_it_is_shed():
+    outbox, shed = shedding()
+    close, first, calm = Close(1000), big("flood", 1), big("calm")
+    assert outbox.offer(first) == outbox.offer(calm) == []
+    outbox.offer(close)
+    last = big("flood", 2)
+    assert outbox.offer(last) == [first, last]
+    assert shed == ["flood"]
+    assert list(outbox.items) == [calm, close]
+    assert outbox.size == calm.cost
+    # What was on its way is dropped until the client has been told.
+    stale, told = big("flood", 3), Unsubscribed("flood", "told")
+    assert outbox.offer(stale) == [stale]
+    assert outbox.without_cut([stale]) == []
+    assert outbox.without_cut([calm, stale, told, last]) == [calm, told, last]
+    assert outbox.offer(last) == []
+
+
+def test_another_channel_may_have_to_make_space():
+    outbox, shed = shedding()
+    floods = [big("flood", number) for number in range(2)]
+    for event in floods:
+        outbox.offer(event)
+    calm = big("calm")
+    assert outbox.offer(calm) == floods
+    assert list(outbox.items) == [calm]
+    assert shed == ["flood"]
+
+
+@pytest.mark.parametrize("channel", ["", "\x01user:7", "pending"])
+def test_what_belongs_to_no_channel_that_can_be_shed_overflows(channel):
+    outbox, shed = shedding()
+    for number in range(2):
+        outbox.offer(big(channel, number))
+    with pytest.raises(OutboxFull):
+        outbox.offer(big(channel, 2))
+    assert not shed
+    assert not outbox.cut

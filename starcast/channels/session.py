@@ -27,6 +27,7 @@ from ..exceptions import (
     InvalidChannel,
     PayloadTooLarge,
     PublishQueueFull,
+    StarcastError,
 )
 from ..history import Wish
 from ..hub import Hub
@@ -174,9 +175,10 @@ class Session:
                 await work()
             except DisconnectClient as exc:
                 await self.hub.close_client(self.websocket, exc.code, exc.reason)
-            except Exception as exc:
-                if not await serving.answer(self.hub, self.websocket, exc):
-                    logger.exception("the work for a client failed")
+            except (StarcastError, WebSocketException, WebSocketDisconnect) as exc:
+                # This is no task of the app's, whose handlers could answer the client.
+                code = serving.code_for(self.hub, self.websocket, exc)
+                await self.hub.close_client(self.websocket, code, getattr(exc, "reason", ""))
 
         task = asyncio.create_task(run())
         self._calls.add(task)

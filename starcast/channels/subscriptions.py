@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import codec
 from ..event import Event
-from ..exceptions import CommandError, InvalidChannel
+from ..exceptions import BackendUnavailable, CommandError, InvalidChannel
 from ..history import Position, Resumed, Wish, parse_id
 from ..members import Member
 from ..outbox import Unsubscribed
@@ -36,6 +36,8 @@ class Subscriptions:
         # None while it is being subscribed to.
         self._subscriptions: dict[str, Subscription | None] = {}
         self._unwanted: dict[str, Code] = {}  # those of them that are to end at once
+        # Those that the client has not asked for, and does not ask for again if they end.
+        self._servers: set[str] = set()
 
     # Subscribe
 
@@ -56,6 +58,7 @@ class Subscriptions:
                 results[channel] = result
                 return []
 
+            self._servers.add(channel)
             await self._add(channel, subscription, params, keep)
         return results
 
@@ -106,7 +109,11 @@ class Subscriptions:
             raise
         self._subscriptions[channel] = subscription
         if subscription.presence or subscription.join_leave:
-            await self._take_in(channel, subscription)
+            try:
+                await self._take_in(channel, subscription)
+            except BackendUnavailable:
+                self._lose(channel, codes.INSUFFICIENT, codes.SERVER_ERROR)
+                return
         if (code := self._unwanted.pop(channel, None)) is not None:
             self.end(channel, code)
             return
@@ -171,9 +178,10 @@ class Subscriptions:
         self._session.clock.call(
             f"channel {channel}",
             remaining(expires_at),
-            self.end,
+            self._lose,
             channel,
             codes.SUBSCRIPTION_EXPIRED,
+            codes.EXPIRED,
         )
 
     async def refresh(self, id: int, params: dict[str, Any]) -> None:
@@ -201,6 +209,13 @@ class Subscriptions:
         self._remove(check_channel(params))
         self._session.reply(id, "unsubscribe", {})
 
+    def _lose(self, channel: str, unsubscribe: Code, disconnect: Code) -> None:
+        """Unsubscribe the client, so that it asks again, or close it if it has never asked."""
+        if channel in self._servers:
+            self._session.disconnect(disconnect)
+        else:
+            self.end(channel, unsubscribe)
+
     def end(self, channel: str, code: Code) -> None:
         """Unsubscribe the client, and tell it."""
         if self._subscriptions.get(channel, code) is None:
@@ -215,6 +230,7 @@ class Subscriptions:
         """Subscribe the client, and tell it."""
         if channel not in self._subscriptions:
             self._subscriptions[channel] = None
+            self._servers.add(channel)
             push = self._session.writer.push
             self._session.spawn(
                 lambda: self._add(
@@ -238,6 +254,8 @@ class Subscriptions:
         A client that has not even taken that after some time is given up.
         """
         session = self._session
+        if channel in self._servers:
+            return False  # the client comes back to all its channels
         if channel in self._subscriptions and not self._remove(channel):
             return False  # it is just being subscribed to
         content = {"code": codes.INSUFFICIENT.number, "reason": codes.INSUFFICIENT.reason}
@@ -257,6 +275,7 @@ class Subscriptions:
         if subscription is None:
             return False
         del self._subscriptions[channel]
+        self._servers.discard(channel)
         self._session.clock.cancel(f"channel {channel}")
         self._hub.leave(self._session.websocket, channel)
         return True

@@ -1,8 +1,7 @@
 """Announcer: tells the clients of one event loop that want to know who joins and leaves.
 
 It compares who was announced last with who is there now, at most once in an interval. So a member
-with several clients, or one that is back in time, is announced once, and those who come at the same
-time are announced together.
+with several clients is announced once, and those who come at the same time are announced together.
 """
 
 from __future__ import annotations
@@ -79,7 +78,6 @@ class Announcer:
         self._loop = asyncio.get_running_loop()
         self._announced: dict[str, Announced] = {}
         self._followed = MIN_FOLLOWED  # channels, when those that nobody wants were dropped last
-        self._missing: dict[str, dict[str, float]] = {}  # until when a member may come back
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def follow(self, channel: str) -> list[Member]:
@@ -88,7 +86,6 @@ class Announcer:
             if len(self._announced) > 2 * self._followed:
                 self._drop_unwanted()
             self._announced[channel] = _by_id(self._clients(channel))
-            self._missing[channel] = {}
         return [member for _, member in self._announced[channel].values()]
 
     def _drop_unwanted(self) -> None:
@@ -98,23 +95,14 @@ class Announcer:
         self._followed = max(MIN_FOLLOWED, len(self._announced))
 
     def _drop(self, channel: str) -> None:
-        del self._announced[channel], self._missing[channel]
+        del self._announced[channel]
         if channel in self._timers:
             self._timers.pop(channel).cancel()
 
-    def changed(self, channel: str, left: str | None) -> None:
-        """Note that a channel has other members, and who has left for good."""
-        if channel in self._announced:
-            if left is not None:
-                self._missing[channel][left] = float("-inf")
-            self._compare_later(channel, self._settings.interval)
-
-    def _compare_later(self, channel: str, seconds: float) -> None:
-        when = self._loop.time() + seconds
-        timer = self._timers.get(channel)
-        if timer is None or timer.when() > when:
-            if timer is not None:
-                timer.cancel()
+    def changed(self, channel: str) -> None:
+        """Note that a channel has other members."""
+        if channel in self._announced and channel not in self._timers:
+            seconds = self._settings.interval
             self._timers[channel] = self._loop.call_later(seconds, self._compare, channel)
 
     def _compare(self, channel: str) -> None:
@@ -122,20 +110,14 @@ class Announcer:
         if not self._is_wanted(channel):
             self._drop(channel)
             return
-        announced, missing = self._announced[channel], self._missing[channel]
-        current = _by_id(self._clients(channel))
-        joined = [entry for id, entry in current.items() if id not in announced]
-        for id in [id for id in missing if id in current or id not in announced]:
-            del missing[id]
-        now = self._loop.time()
-        left: list[tuple[str, Member]] = []
-        for id in announced.keys() - current.keys():
-            if missing.setdefault(id, now + self._settings.grace) <= now:
-                left.append(announced.pop(id))
-                del missing[id]
-        announced |= {member.id: (client, member) for client, member in joined}
-        if missing:
-            self._compare_later(channel, max(min(missing.values()) - now, self._settings.interval))
+        announced, current = self._announced[channel], _by_id(self._clients(channel))
+        self._announced[channel] = current
+        joined = [
+            entry
+            for id, entry in current.items()
+            if id not in announced or announced[id][1] != entry[1]  # others see something new
+        ]
+        left = [entry for id, entry in announced.items() if id not in current]
         if joined or left:
             self._announce(Announcement(channel, joined, left))
 

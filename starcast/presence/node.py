@@ -68,8 +68,7 @@ class Node:
         settings: The hub's.
         patience: How long others are waited for at most, in seconds.
         publish: Publishes an event without waiting; may raise a `StarcastError`.
-        on_change: Called with a channel whose members have changed, and with the id of one that has
-            left for good, or None.
+        on_change: Called with a channel whose members have changed.
         on_look: Called whenever it looks for nodes that are gone.
 
     Attributes:
@@ -81,7 +80,7 @@ class Node:
         settings: Presence,
         patience: float,
         publish: Callable[[Event], object],
-        on_change: Callable[[str, str | None], None],
+        on_change: Callable[[str], None],
         on_look: Callable[[], None],
     ) -> None:
         self.id = secrets.token_hex(8)
@@ -94,6 +93,8 @@ class Node:
         self.own = Known(self._loop.time())
         self.own.number = 0
         self._others: dict[str, Known] = {}
+        # Clients that were lost: who they are, and until when they may come back.
+        self._lost: dict[str, dict[str, tuple[Member, float]]] = {}
         self._ins: dict[tuple[str, str], In] = {}  # that the others are still to be told
         self._outs: dict[tuple[str, str], Out] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -104,10 +105,13 @@ class Node:
     # What is known
 
     def clients(self, channel: str) -> Clients:
-        """Return the clients that are members of a channel now."""
+        """Return the clients that are members of a channel, with those that may be back soon."""
         found: Clients = {}
         for known in self._all():
             found |= known.channels.get(channel, {})
+        if lost := self._lost.get(channel):
+            here = {member.id for member in found.values()}
+            found |= {client: it for client, (it, _) in lost.items() if it.id not in here}
         return found
 
     def _all(self) -> Iterator[Known]:
@@ -169,10 +173,31 @@ class Node:
         assert member is not None  # it was put
         self._ins.pop((channel, client), None)
         self._outs[channel, client] = Out(channel, client, left)
-        self._changed(channel, member.id if left else None)
+        self._gone(channel, client, member, left)
+        self._changed(channel)
 
-    def _changed(self, channel: str, left: str | None = None) -> None:
-        self._on_change(channel, left)
+    def _gone(self, channel: str, client: str, member: Member, left: bool) -> None:
+        """Keep a client that was lost for a while. It, or a new page, may come back."""
+        if not left:
+            until = self._loop.time() + self._settings.grace
+            self._lost.setdefault(channel, {})[client] = member, until
+            if "lost" not in self._timers:
+                self._call("lost", self._settings.grace, self._forget_lost)
+
+    def _forget_lost(self) -> None:
+        now = self._loop.time()
+        for channel, lost in list(self._lost.items()):
+            for client in [client for client, (_, until) in lost.items() if until <= now]:
+                del lost[client]
+                self._on_change(channel)
+            if not lost:
+                del self._lost[channel]
+        if self._lost:
+            soonest = min(until for lost in self._lost.values() for _, until in lost.values())
+            self._call("lost", max(soonest - now, self._settings.interval), self._forget_lost)
+
+    def _changed(self, channel: str) -> None:
+        self._on_change(channel)
         if "flush" not in self._timers:
             self._call("flush", self._settings.interval, self._flush)
 
@@ -275,11 +300,12 @@ class Node:
         known.number = message.number
         for entry in message.ins:
             known.put(entry)
-            self._on_change(entry.channel, None)
+            self._on_change(entry.channel)
         for channel, client, left in message.outs:
             member = known.take(channel, client)
             if member is not None:
-                self._on_change(channel, member.id if left else None)
+                self._gone(channel, client, member, left)
+                self._on_change(channel)
 
     def _take_whole(self, known: Known, message: wire.Message) -> None:
         if message.number < known.number:
@@ -297,14 +323,15 @@ class Node:
                 known.put(entry)
         known.parts, known.complete = {}, True
         for channel in before.keys() | known.channels.keys():
-            self._on_change(channel, None)
+            self._on_change(channel)
 
     def forget(self, node: str, *, left: bool) -> None:
         """Forget a node, whose members are gone, or are sure not to come back if `left`."""
         known = self._others.pop(node, None)
         for channel, clients in () if known is None else known.channels.items():
-            for member in clients.values():
-                self._on_change(channel, member.id if left else None)
+            for client, member in clients.items():
+                self._gone(channel, client, member, left)
+            self._on_change(channel)
         self._settle_if_complete()
 
 

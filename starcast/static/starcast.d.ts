@@ -97,7 +97,7 @@ export interface Connection {
   /** Connect again after the end. Channels go on where they were. */
   open(): void;
 
-  /** End it. */
+  /** End it, after what was published in this turn. */
   close(): void;
 }
 

@@ -387,6 +387,6 @@ export function connect(url, options = {}) {
     publish: (channel, data) => ask(channels.get(channel) ?? me, "publish", { channel, data }),
     rpc: async (method, data) => (await ask(me, "rpc", { method, data })).data,
     open,
-    close: () => me.ended || lose(1000, "closed", true),
+    close: () => me.ended || (flush(), lose(1000, "closed", true)),
   });
 }

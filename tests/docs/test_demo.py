@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -13,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import websockets
 import yaml
 
 from backends.redis_server import RedisServer
+from docs.chatting import Tab, tab
 from starcast import cli
 from support import DEADLINE, free_port, until_sync
 
@@ -78,8 +79,8 @@ class Shell:
         until_sync(lambda: self.started(workers) or self.process.poll() is not None, 30)
         assert self.process.poll() is None, self.log
 
-    def connect(self, path: str) -> websockets.connect:
-        return websockets.connect(f"ws://127.0.0.1:{self.port}{path}", proxy=None)
+    def connect(self, path: str, **options: Any) -> websockets.connect:
+        return websockets.connect(f"ws://127.0.0.1:{self.port}{path}", proxy=None, **options)
 
 
 @contextlib.contextmanager
@@ -94,20 +95,6 @@ def running(script: str, url: str, folder: Path) -> Iterator[Shell]:
             os.killpg(shell.process.pid, signal.SIGKILL)
         shell.process.wait(15)
     assert "Traceback" not in shell.log, shell.log
-
-
-async def receive(client: websockets.ClientConnection, kind: str) -> dict[str, str]:
-    async with asyncio.timeout(DEADLINE):
-        while True:
-            content = json.loads(await client.recv())
-            if "data" in content:  # the first object has none
-                message: dict[str, str] = json.loads(content["data"])
-                if message["type"] == kind:
-                    return message
-
-
-async def say(client: websockets.ClientConnection, text: str) -> None:
-    await client.send(json.dumps({"type": "message", "author": "Mira", "text": text}))
 
 
 # compose.yaml
@@ -141,13 +128,12 @@ async def test_the_command(urls, tmp_path, monkeypatch):
         server.wait()
         assert f"pip install --quiet {copy}[demo,redis]" in server.log
         assert {path.name for path in copy.iterdir()} >= {"setup.cfg", "demo_app.py", "starcast"}
-        async with server.connect("/ws") as client:
-            await receive(client, "welcome")
+        async with tab(server) as client:
             other_program = shlex.split(shell_line("docs/how-to/other-programs.md", "room:lobby"))
             assert other_program[0] == "starcast"
             monkeypatch.setenv("STARCAST_URL", url)
             assert await asyncio.to_thread(cli.main, other_program[1:]) == 0
-            assert (await receive(client, "message"))["text"] == "the kettle is on"
+            assert await client.hears() == "the kettle is on"
     assert "Finished server process" in server.log  # it is uvicorn that got the signal
 
 
@@ -163,81 +149,66 @@ async def test_four_workers_are_one_room_also_after_an_outage(tmp_path):
             server.wait(workers=4)
             await one_room(server)
             await every_worker_knows_what_was_missed(server)
-            await everybody_is_counted(server)
+            await everybody_knows_who_is_here(server)
             await an_outage(server, broker)
             await one_room(server)
 
 
+async def tabs(stack: contextlib.AsyncExitStack, server: Shell, room: str, count: int) -> list[Tab]:
+    names = [f"{number}" for number in range(count)]
+    return [await stack.enter_async_context(tab(server, name, room)) for name in names]
+
+
 async def one_room(server: Shell) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(server.connect("/ws")) for _ in range(12)]
-        ids = {(await receive(client, "welcome"))["id"] for client in clients}
-        assert len(ids) == 12
+        clients = await tabs(stack, server, "lobby", 12)
+        assert len({client.welcome["user"] for client in clients}) == 12
         for number, client in enumerate(clients):
-            await say(client, str(number))
-        heard = [
-            [(await receive(client, "message"))["text"] for _ in clients] for client in clients
-        ]
+            await client.say(str(number))
+        heard = [[await client.hears() for _ in clients] for client in clients]
         assert sorted(heard[0], key=int) == [str(number) for number in range(12)]
         assert all(each == heard[0] for each in heard)
 
-        tickers = [
-            await stack.enter_async_context(server.connect("/live/ticker")) for _ in range(12)
-        ]
         async with asyncio.timeout(DEADLINE):
-            first, *others = [json.loads(await ticker.recv())["values"] for ticker in tickers]
+            first, *others = [client.welcome["values"] for client in clients]
             for past in others:  # the same numbers, some ticks later
                 assert any(first[n:] == past[: 120 - n] for n in range(60))
-            for ticker in tickers:
-                assert len(json.loads(await ticker.recv())["values"]) == 1
+            for client in clients:
+                assert len((await client.ticks())["values"]) == 1
 
 
 async def every_worker_knows_what_was_missed(server: Shell) -> None:
-    async with server.connect("/ws?room=tea") as jonas:
-        begin = json.loads(await jonas.recv())
-    async with server.connect("/ws?room=tea") as mira:
+    async with tab(server, room="tea") as mira:
+        since = {key: mira.joined[key] for key in ("epoch", "offset")}
         for number in range(5):
-            await say(mira, str(number))
-            await receive(mira, "message")
+            await mira.say(str(number))
+            await mira.heard()
     workers = set()
     for _ in range(12):
-        async with server.connect(f"/ws?room=tea&last_event_id={begin['id']}") as jonas:
-            assert json.loads(await jonas.recv())["recovered"]
-            heard = [(await receive(jonas, "message"))["text"] for _ in range(5)]
-            assert heard == [str(number) for number in range(5)]
-            workers.add((await receive(jonas, "welcome"))["worker"])
+        async with tab(server, room="tea", recover=True, **since) as jonas:
+            assert jonas.joined["recovered"]
+            said = [it["data"]["text"] for it in jonas.joined["publications"]]
+            assert said == [str(number) for number in range(5)]
+            workers.add(jonas.welcome["worker"])
     assert len(workers) > 1
 
 
-async def everybody_is_counted(server: Shell) -> None:
-    """What the workers say adds up to how many are here."""
+async def everybody_knows_who_is_here(server: Shell) -> None:
+    """Whichever worker they are on."""
     async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(server.connect("/ws?room=x")) for _ in range(8)]
-        served_by = [(await receive(client, "welcome"))["worker"] for client in clients]
+        clients = await tabs(stack, server, "x", 8)
         for client in clients:
-            counts: dict[str, object] = {}
-            while counts != {worker: served_by.count(worker) for worker in served_by}:
-                here: dict[str, object] = await receive(client, "here")
-                counts[str(here["worker"])] = here["count"]
+            await client.sees(*(f"{number}" for number in range(8)))
 
 
 async def an_outage(server: Shell, broker: RedisServer) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(server.connect("/ws")) for _ in range(8)]
-        ticker = await stack.enter_async_context(server.connect("/live/ticker"))
-        for client in clients:
-            await receive(client, "welcome")  # it is on both of its channels
+        clients = await tabs(stack, server, "lobby", 8)
         broker.kill()
         for client in clients:
-            assert (await receive(client, "broker"))["away"]
+            assert await client.told() == {"away": True}
         mira = clients[0]
-        await mira.send(json.dumps({"type": "typing", "author": "Mira"}))
-        await say(mira, "the kettle is on")
-        assert (await receive(mira, "unsent"))["text"] == "the kettle is on"
+        assert await mira.error("publish", channel="room:lobby", data="the kettle is on") == 100
         broker.start()
-        for client in (*clients, ticker):  # they shall connect again, and say why
-            with contextlib.suppress(websockets.ConnectionClosed):
-                async with asyncio.timeout(DEADLINE):
-                    async for _ in client:
-                        pass
-            assert client.close_code == 1012
+        for client in clients:
+            assert await client.told() == {"away": False}

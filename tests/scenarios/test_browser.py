@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import os
 import random
 import re
@@ -22,13 +23,16 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from backends.redis_server import RedisServer
+from server_process import ServerProcess
 from starcast import BackendUnavailable, Broadcast
 from support import DEADLINE, Served, until
 from test_frames import content
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
 
 ATTACK = "<img src=x onerror=window.hacked=1>"
 TALK = [
@@ -46,11 +50,13 @@ async def open_tab(context, server: Served, name: str | None = None, query: str 
     """Open the demo in a tab, wait until it is connected, and give its user a name."""
     page = await context.new_page()
     page.set_default_timeout(DEADLINE * 1000)
+    if name is not None:  # what an earlier visit has left
+        await page.add_init_script(f"try {{ sessionStorage.chatName ??= {name!r} }} catch {{}}")
     await page.goto(f"http://127.0.0.1:{server.port}/{query}")
-    await wait_for(page, "document.querySelector('#status').textContent.endsWith(' here')")
-    if name is not None:
+    if name is not None and await page.input_value("#name") != name:  # there is no storage
         await page.fill("#name", name)
         await page.press("#name", "Enter")
+    await wait_for(page, "document.querySelector('#status').textContent.endsWith(' here')")
     return page
 
 
@@ -116,6 +122,7 @@ async def take_pictures(page, folder: Path) -> None:
     await page.focus("#text")
     await page.screenshot(path=folder / "demo-desktop.png")
     await page.set_viewport_size({"width": 390, "height": 844})
+    await page.evaluate("document.querySelector('#code').open = false")
     await page.emulate_media(color_scheme="dark")
     await page.screenshot(path=folder / "demo-phone.png")
 
@@ -135,7 +142,8 @@ async def test_names_and_rooms_are_no_html_either(serve, browser, demo_app):
         await wait_for_texts(tab, [ATTACK, "later"])
         assert await tab.text_content("h1") == "<img src=x onerror=window.z=1>"
         await assert_no_html(tab)
-    assert await tabs[1].text_content("bdi") == name
+    assert await tabs[1].locator("article bdi").all_text_contents() == [name, name]
+    assert await tabs[1].locator("#here bdi").all_text_contents() == [name, "You"]
 
 
 async def test_a_page_reconnects_by_itself(serve, browser, demo_app):
@@ -216,6 +224,38 @@ async def test_a_tab_that_was_away_gets_what_was_said_meanwhile_once(serve, brow
     assert await notices.last.text_content() == "Connected again. Some messages may be missing."
 
 
+async def test_a_server_that_is_killed_and_started_again_loses_no_line(browser, tmp_path):
+    """With a broker, which keeps what the others say meanwhile."""
+
+    def start(name: str, port: int | None = None) -> ServerProcess:
+        command = ["uvicorn", "demo_app:app", "--port", "{port}"]
+        return ServerProcess(command, tmp_path / name, ROOT, port, STARCAST_URL=broker.url)
+
+    with RedisServer() as broker, contextlib.ExitStack() as stack:
+        one, two = start("one"), start("two")
+        stack.callback(two.kill)
+        stack.callback(lambda: one.kill())  # whichever it is then
+        mira = await open_tab(await browser.new_context(), one, "Mira")
+        jonas = await open_tab(await browser.new_context(), two, "Jonas")
+        for tab in (mira, jonas):
+            await wait_for(tab, "document.querySelector('#status').textContent === '2 here'")
+        await say(mira, "before")
+        await wait_for_texts(jonas, ["before"])
+        one.kill()
+        await wait_for(mira, "document.querySelector('#status').textContent.includes('Next try')")
+        said = [f"meanwhile {number}" for number in range(5)]
+        for text in said:
+            await say(jonas, text)
+        await wait_for_texts(jonas, ["before", *said])
+        one = start("one", one.port)
+        await wait_for_texts(mira, ["before", *said])
+        assert await mira.locator(".rule").last.text_content() == "While you were away"
+        await say(mira, "after")
+        for tab in (mira, jonas):
+            await wait_for_texts(tab, ["before", *said, "after"])
+        await wait_for(mira, "document.querySelector('#status').textContent === '2 here'")
+
+
 async def test_a_page_takes_whatever_the_server_sends(serve, browser, demo_app):
     server = await serve(demo_app.app)
     context = await browser.new_context()
@@ -233,7 +273,7 @@ async def test_a_page_takes_whatever_the_server_sends(serve, browser, demo_app):
     for odd in ({}, {"values": 7}, {"values": "x"}, {"values": [None, "1"]}, {"delivered": "x"}):
         await hub.publish(demo_app.TICKER, odd)
     await wait_for_texts(page, ["no more than a text", "odd time"])
-    assert await page.locator("bdi").first.text_content() == "Somebody"
+    assert await page.locator("article bdi").first.text_content() == "Somebody"
     await say(page, "still alive")
     await wait_for_texts(page, ["no more than a text", "odd time", "still alive"])
     ticks = await page.text_content("#facts")
@@ -267,19 +307,48 @@ async def test_a_page_says_that_the_broker_is_away(serve, browser, monkeypatch, 
     assert await page.evaluate(amber) == green
 
 
-async def test_a_page_adds_up_what_the_workers_say(serve, browser, demo_app):
+async def test_a_page_shows_who_is_here(serve, browser, demo_app):
     server = await serve(demo_app.app)
-    page = await open_tab(await browser.new_context(), server)
+    mira = await open_tab(await browser.new_context(), server, "Mira")
     number = demo_app.WORKER.partition("-")[0]
-    assert await page.text_content("#worker") == f"worker {number}"
-    for worker, count in ("7-a", 3), ("7-b", 4):
-        here = {"type": "here", "worker": worker, "count": count}
-        await demo_app.hub.publish("room:lobby", here)
-    await wait_for(page, "document.querySelector('#status').textContent === '8 here'")
-    await demo_app.hub.publish("room:lobby", here | {"count": 0})
-    await wait_for(page, "document.querySelector('#status').textContent === '4 here'")
-    # A worker that says nothing any more has ended.
-    await wait_for(page, "document.querySelector('#status').textContent === '1 here'")
+    assert await mira.text_content("#worker") == f"worker {number}"
+    context = await browser.new_context()
+    jonas = await open_tab(context, server, "Jonas")
+    here = "names => document.querySelector('#here').innerText.split(/\\s+/).join() === names"
+    await wait_for(mira, here, "You,Jonas")
+    await wait_for(jonas, here, "Mira,You")
+    elsewhere = await open_tab(context, server, "Jonas", "?room=tea")
+    await wait_for(elsewhere, here, "You")
+
+    # Who has another name comes with it, and leaves with the old one.
+    await jonas.fill("#name", "Jo")
+    await jonas.press("#name", "Enter")
+    await wait_for(mira, here, "You,Jo")
+    assert await mira.text_content("#status") == "2 here"
+
+
+async def test_a_connection_that_is_cut_comes_back_by_itself(serve, browser, demo_app):
+    server = await serve(demo_app.app)
+    mira = await open_tab(await browser.new_context(), server, "Mira")
+    context = await browser.new_context()
+    await (jonas := await context.new_page()).clock.install()
+    jonas.set_default_timeout(DEADLINE * 1000)
+    await jonas.goto(f"http://127.0.0.1:{server.port}/")
+    await wait_for(jonas, "document.querySelector('#status').textContent === '2 here'")
+    await jonas.click("#cut")
+    assert await jonas.text_content("#status") == "Cut. Back in 10 s"
+    assert await jonas.is_disabled("#cut")
+    assert await jonas.is_hidden("#here")
+    await say(mira, "Can you hear me?")
+    await jonas.clock.run_for(9000)
+    assert await jonas.text_content("#status") == "Cut. Back in 10 s"
+    await jonas.clock.run_for(1000)
+    await wait_for_texts(jonas, ["Can you hear me?"])
+    assert await jonas.locator(".rule").first.text_content() == "While you were away"
+    await wait_for(jonas, "document.querySelector('#status').textContent === '2 here'")
+    await jonas.click("#cut")
+    await jonas.clock.run_for(10_000)
+    await wait_for(jonas, "document.querySelector('#log').textContent.includes('Connected again')")
 
 
 async def test_names_keep_different_colours_and_messages_show_their_latency(
@@ -287,13 +356,14 @@ async def test_names_keep_different_colours_and_messages_show_their_latency(
 ):
     server = await serve(demo_app.app)
     page = await open_tab(await browser.new_context(), server)
-    names = [f"{number}" for number in range(12)]
+    names = [f"{number}" for number in range(11)]  # and that of this tab
     for name in names * 2:
         message = {"type": "message", "id": name, "author": name, "text": name}
         await demo_app.hub.publish("room:lobby", message)
     await wait_for_texts(page, names * 2)
+    await wait_for(page, "document.querySelector('#here').textContent === 'You'")
     colours = await page.evaluate(
-        "[...document.querySelectorAll('bdi')].map(name => getComputedStyle(name).color)"
+        "[...document.querySelectorAll('article bdi')].map(name => getComputedStyle(name).color)"
     )
     assert len(set(colours)) == len(names)
     assert colours[: len(names)] == colours[len(names) :]
@@ -305,17 +375,21 @@ async def test_names_keep_different_colours_and_messages_show_their_latency(
 async def test_a_message_that_the_broker_does_not_take_is_in_the_input_line_again(
     serve, browser, monkeypatch, demo_app
 ):
-    async def away(*args, **kwargs):
-        raise BackendUnavailable("the broker did not answer in time")
+    on_publish, is_away = demo_app.Live.on_publish, True
 
+    async def fail(*args):
+        if is_away:
+            raise BackendUnavailable("the broker did not answer in time")
+        return await on_publish(*args)
+
+    monkeypatch.setattr(demo_app.Live, "on_publish", fail)
     server = await serve(demo_app.app)
     page = await open_tab(await browser.new_context(), server)
-    with monkeypatch.context() as patch:
-        patch.setattr(demo_app.hub, "publish", away)
-        await page.fill("#text", "kept")
-        await page.press("#text", "Enter")
-        await wait_for(page, "document.querySelector('#log').textContent.includes('not sent')")
-        assert await page.locator(".rule").last.text_content() == "Perhaps not sent: kept"
+    await page.fill("#text", "kept")
+    await page.press("#text", "Enter")
+    await wait_for(page, "document.querySelector('#log').textContent.includes('not sent')")
+    assert await page.locator(".rule").last.text_content() == "Perhaps not sent: kept"
+    is_away = False
     await wait_for(page, "document.querySelector('#text').value === 'kept'")
     await page.press("#text", "Enter")
     await wait_for_texts(page, ["kept"])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from backends.redis_server import RedisServer
-from client.scripted import cable, open_page, run, seen, wait
-from conftest import chromium
+from chromium import chromium
+from page.scripted import cable, open_page, run, seen, wait
 from server_process import ServerProcess
 from starcast import BackendUnavailable, Broadcast, History
 from support import program, until
@@ -40,7 +40,7 @@ async def context(one_browser):
 
 
 def start(log: Path, port: int | None = None, **environment: str) -> ServerProcess:
-    command = ["uvicorn", "client.live_app:app", "--port", "{port}"]
+    command = ["uvicorn", "page.live_app:app", "--port", "{port}"]
     return ServerProcess(command, log, port=port, **environment)
 
 
@@ -169,7 +169,7 @@ async def test_every_number_once_and_in_order(context, tmp_path):
                         await hub.publish("room:tea", number, idempotency_key=str(number))
                         break
 
-    with RedisServer("--appendonly", "yes") as broker:
+    with RedisServer("--appendonly", "yes", "--appendfsync", "always") as broker:
         server = start(tmp_path / "log", STARCAST_URL=broker.url)
         publishing = None
         try:

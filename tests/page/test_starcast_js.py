@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from starlette.routing import WebSocketRoute
 
-from client.scripted import Peer, Script, app, open_page, run, seen, wait
-from conftest import chromium
+from chromium import chromium
+from page.scripted import Peer, Script, app, open_page, run, seen, wait
 from support import Served, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.browser, pytest.mark.timeout(180)]
@@ -507,6 +507,7 @@ async def test_errors_of_connections(page, script):
     # A token that is a text cannot be renewed; and without any, a page does not even try.
     await run(page, "live = connect('socket', { token: 't', ...logs('onDisconnect') })")
     await (await script.accept()).refuse("connect", 109)
+    await seen(page, "onDisconnect", count=5)
     await run(page, "connect('socket', { getToken: async () => null, ...logs('onDisconnect') })")
     ends = [call[0] for call in await seen(page, "onDisconnect", count=6)]
     assert [(end["code"], end["retryIn"]) for end in ends[-2:]] == [(109, None), (101, None)]
@@ -839,6 +840,7 @@ async def test_a_channel_is_left(page, script):
     await peer.send({"id": command["id"], "subscribe": {}})
     await wait(page, "other.ready")
     await run(page, "other.unsubscribe(); live.close(); live.open()")
+    await peer.next("unsubscribe")  # what was called before the end
     peer = await script.connected()
     await run(page, "live.rpc('x').then(log('rpc'))")
     await peer.answer("rpc")

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.routing import WebSocketRoute
 
-from client.scripted import app as app_with_page
+from page.scripted import app as app_with_page
 from starcast import (
     Broadcast,
     ChannelsEndpoint,
