@@ -50,11 +50,11 @@ async def test_the_members_of_a_killed_worker_are_gone_within_the_ttl(url):
         assert await ids(hub) == ["me"]
 
 
-async def test_a_blocked_loop_does_not_take_the_others_for_gone(valkey_url):
+async def test_a_blocked_loop_does_not_take_the_others_for_gone(urls):
     name = uuid.uuid4().hex
     async with (
-        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
-        worker(valkey_url, name),
+        Broadcast(urls("redis"), name=name, presence=QUICK) as hub,
+        worker(urls("redis"), name),
     ):
         await are(hub, "ada")
         watcher = Peer()
