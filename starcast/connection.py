@@ -188,9 +188,9 @@ class Connection:
 
     def offer(self, items: Sequence[Item]) -> None:
         """Take one item, or several events: send them if the client is idle, or let them wait."""
-        if self.outbox.cut and not (items := self.outbox.without_cut(items)):
-            return
-        if self.idle and not isinstance(items[0], Leave):
+        if self.outbox.cut:
+            items = self.outbox.without_cut(items)
+        if items and self.idle and not isinstance(items[0], Leave):
             self._set_close(items[0])
             self.outbox.in_flight = items
             if self.frames is not None:

@@ -41,8 +41,8 @@ class Inspection:
     def clients(self, channel: Channel | None = None) -> list[WebSocket]:
         """Return the clients of this process, or those on a channel: a new list each time.
 
-        They stand in the order in which they joined, on each event loop. From any thread. The hub
-        knows no users: what your app has put on `websocket.state` says whose they are.
+        They stand in the order in which they joined, on each event loop. From any thread.
+        `clients_of` says whose they are.
 
         Raises:
             InvalidChannel: The name is not valid.

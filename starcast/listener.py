@@ -49,7 +49,8 @@ class Listener(Subscription):
                 self._on_event(item)
             elif isinstance(item, Gap):
                 self._on_gap(item)
-            elif isinstance(item, Close):
+            else:
+                assert isinstance(item, Close)
                 self._on_close()
 
     def lose(self, *, drop: bool = False) -> None:

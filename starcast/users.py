@@ -162,5 +162,4 @@ class Users(abc.ABC):
 
 
 def _count(counts: list[int], answer: Event) -> None:
-    if isinstance(answer.message, str) and answer.message.isdecimal():
-        counts.append(int(answer.message))
+    counts.extend([int(answer.payload)] if answer.payload.isdigit() else [])

@@ -254,10 +254,10 @@ class Subscriptions:
         A client that has not even taken that after some time is given up.
         """
         session = self._session
-        if channel in self._servers:
-            return False  # the client comes back to all its channels
-        if channel in self._subscriptions and not self._remove(channel):
-            return False  # it is just being subscribed to
+        if self._subscriptions.get(channel, channel) is None or channel in self._servers:
+            # It is just being subscribed to; or the client comes back to all its channels.
+            return False
+        self._remove(channel)
         content = {"code": codes.INSUFFICIENT.number, "reason": codes.INSUFFICIENT.reason}
         told = Unsubscribed(channel, session.writer.push(channel, "unsubscribe", content).message)
         session.send(told)

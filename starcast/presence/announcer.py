@@ -90,14 +90,10 @@ class Announcer:
 
     def _drop_unwanted(self) -> None:
         """Forget the channels that nobody wants to know of any more, and that did not change."""
-        for channel in [it for it in self._announced if not self._is_wanted(it)]:
-            self._drop(channel)
+        for channel in self._announced.keys() - self._timers.keys():
+            if not self._is_wanted(channel):
+                del self._announced[channel]
         self._followed = max(MIN_FOLLOWED, len(self._announced))
-
-    def _drop(self, channel: str) -> None:
-        del self._announced[channel]
-        if channel in self._timers:
-            self._timers.pop(channel).cancel()
 
     def changed(self, channel: str) -> None:
         """Note that a channel has other members."""
@@ -108,7 +104,7 @@ class Announcer:
     def _compare(self, channel: str) -> None:
         del self._timers[channel]
         if not self._is_wanted(channel):
-            self._drop(channel)
+            del self._announced[channel]
             return
         announced, current = self._announced[channel], _by_id(self._clients(channel))
         self._announced[channel] = current

@@ -89,7 +89,6 @@ class Node:
         self._publish = publish
         self._on_change = on_change
         self._on_look = on_look
-        self._loop = asyncio.get_running_loop()
         self.own = Known(self._loop.time())
         self.own.number = 0
         self._others: dict[str, Known] = {}
@@ -101,6 +100,10 @@ class Node:
         self._ended = False
         self._listened = False  # for SETTLE
         self.settled = self._loop.create_future()
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
 
     # What is known
 
@@ -170,11 +173,11 @@ class Node:
     def take(self, channel: str, client: str, *, left: bool) -> None:
         """Let a client be none any more; `left` if that is its own will."""
         member = self.own.take(channel, client)
-        assert member is not None  # it was put
-        self._ins.pop((channel, client), None)
-        self._outs[channel, client] = Out(channel, client, left)
-        self._gone(channel, client, member, left)
-        self._changed(channel)
+        if member is not None:  # pragma: no branch  # whoever is taken was put before
+            self._ins.pop((channel, client), None)
+            self._outs[channel, client] = Out(channel, client, left)
+            self._gone(channel, client, member, left)
+            self._changed(channel)
 
     def _gone(self, channel: str, client: str, member: Member, left: bool) -> None:
         """Keep a client that was lost for a while. It, or a new page, may come back."""

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException
 from starlette.routing import WebSocketRoute
 
-from channels.speaking import Open, serving
+from channels.speaking import Open, narrow, serving
 from starcast import (
     BackendUnavailable,
     Broadcast,
@@ -191,6 +191,26 @@ async def test_the_server_unsubscribes_a_client_that_is_being_subscribed():
         assert room.hub.channels == {}
 
 
+async def test_a_channel_that_the_server_has_chosen_ends_with_the_connection():
+    """Clients do not subscribe to it again by themselves."""
+
+    class Endpoint(Open):
+        async def on_connect(self, websocket, token, data):
+            expires_at = time.time() + 0.2 if token == "short" else None
+            return Client(channels={"news": Subscription(expires_at=expires_at)})
+
+    hub = Broadcast(max_buffer=50_000, tuning=Tuning(close_timeout=0.2))
+    async with serving(Endpoint, hub, send_buffer=8192) as room:
+        async with room.talker("short") as ada:
+            assert await ada.closed() == (3005, "connection expired")
+        async with narrow(room) as ada:
+            ada.socket.transport.pause_reading()
+            while hub.channels:
+                await hub.publish("news", "x" * 2000)
+            await until(lambda: not len(hub))
+            assert hub.stats().slow_clients == 1
+
+
 async def test_data_that_cannot_be_written_subscribes_nobody(caplog):
     class Endpoint(Open):
         async def on_subscribe(self, websocket, channel, token, data):
@@ -210,20 +230,26 @@ async def test_senders_wait_for_a_member_that_is_behind():
     hub = Broadcast(max_buffer=70_000, history=History(size=1000))
     async with (
         serving(hub=hub, send_buffer=8192) as room,
-        room.talker() as ada,
+        narrow(room) as ada,
         room.talker() as bob,
     ):
         await ada.get("subscribe", channel="room")
 
         async def publish() -> None:
             for number in range(300):
-                await bob.get("publish", channel="room", data=f"{number} {'x' * 5000}")
+                data = f"{number} {'x' * 5000}"
+                await bob.send({"id": 9, "publish": {"channel": "room", "data": data}})
 
+        ada.socket.transport.pause_reading()
         publishing = asyncio.create_task(publish())
+        await until(lambda: hub.stats().waiting_senders)
+        ada.socket.transport.resume_reading()
         for number in range(300):
             push = await ada.push()
             assert push["pub"]["data"].startswith(f"{number} ")
         await publishing
+        for _ in range(300):
+            assert await bob.next() == {"id": 9, "publish": {}}
         assert hub.stats().dropped == 0
 
 
