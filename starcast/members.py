@@ -65,7 +65,7 @@ class Presence:
 
     Args:
         ttl: How long the members of a worker that has been killed, or that cannot be reached any
-            more, stay at most, in seconds: 30 by default. Workers say that they are there three
+            more, stay at most, in seconds: 30 by default. Workers say that they are there four
             times as often.
         grace: How long a member stays after its last client was lost, in seconds: 5 by default. So
             nobody is told of a page that is loaded again. Who leaves a channel and stays connected

@@ -144,21 +144,21 @@ async def test_a_client_that_wants_to_know_is_told_with_the_others():
         }
 
 
-async def test_clients_of_several_processes_are_told_apart(valkey_url):
+async def test_clients_of_several_processes_are_told_apart(urls):
     name = uuid.uuid4().hex
     async with (
-        worker(valkey_url, name, clients=20),
-        worker(valkey_url, name, clients=20),
-        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
+        worker(urls("redis"), name, clients=20),
+        worker(urls("redis"), name, clients=20),
+        Broadcast(urls("redis"), name=name, presence=QUICK) as hub,
     ):
         await until_counts(hub, MemberCounts(40, 1))
 
 
-async def test_the_members_of_a_worker_go_with_it_and_come_back_with_it(valkey_url):
+async def test_the_members_of_a_worker_go_with_it_and_come_back_with_it(urls):
     name = uuid.uuid4().hex
     async with (
-        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
-        worker(valkey_url, name) as process,
+        Broadcast(urls("redis"), name=name, presence=QUICK) as hub,
+        worker(urls("redis"), name) as process,
     ):
         watcher = Peer()
         await hub.connect(watcher.websocket, "room", join_leave=True, member=Member("me"))

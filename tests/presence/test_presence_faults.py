@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 import uuid
 
@@ -51,11 +50,11 @@ async def test_the_members_of_a_killed_worker_are_gone_within_the_ttl(url):
         assert await ids(hub) == ["me"]
 
 
-async def test_a_blocked_loop_does_not_take_the_others_for_gone(valkey_url):
+async def test_a_blocked_loop_does_not_take_the_others_for_gone(urls):
     name = uuid.uuid4().hex
     async with (
-        Broadcast(valkey_url, name=name, presence=QUICK) as hub,
-        worker(valkey_url, name),
+        Broadcast(urls("redis"), name=name, presence=QUICK) as hub,
+        worker(urls("redis"), name),
     ):
         await are(hub, "ada")
         watcher = Peer()
@@ -217,32 +216,6 @@ async def test_what_is_lost_on_the_way_is_asked_for():
         await asyncio.sleep(0.1)
         losing = False
         await are(two, "ada", "bob")  # a beat tells that there was something
-
-
-async def say(broker: Broker, *messages: dict[str, object]) -> None:
-    """Let another worker say something."""
-    backend = await Bus(broker).connect(lambda *message: None, lambda error: None)
-    for message in messages:
-        text = json.dumps({"node": "x", **message})
-        await backend.publish([("default:\x01presence", text.encode())])
-    await backend.close()
-
-
-async def test_what_arrives_late_changes_nothing():
-    broker = Broker()
-    ada, bob = ([["room", id, id, None, None]] for id in ("ada", "bob"))
-    async with Broadcast(backend=Bus(broker), presence=LONG) as hub:
-        assert await ids(hub) == []
-        await say(broker, {"whole": 5, "in": ada}, {"whole": 3, "in": bob})
-        await say(broker, {"change": 5, "in": bob}, {"beat": 2}, {"change": 9, "in": bob})
-        await are(hub, "ada")
-        # It has asked for what it has missed.
-        asked = [data for _, batch in broker.asked("publish") for _, data in batch]
-        assert any(b'"ask": "x"' in data for data in asked)
-        await say(broker, {"whole": 9, "in": bob})
-        await are(hub, "bob")
-        await say(broker, {"bye": 1}, {"bye": 1})
-        await are(hub)
 
 
 async def test_what_cannot_be_said_is_said_later():
