@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from channels.speaking import Open, Room, serving
 from starcast import Broadcast, Client, History, Limits, Subscription
-from support import DEADLINE, examples, until
+from support import DEADLINE, OtherLoop, examples, until
 
 METHODS = [
     *("connect", "subscribe", "unsubscribe", "publish", "history", "presence", "presence_stats"),
@@ -101,24 +101,30 @@ async def say(room: Room, frames: list[str]) -> None:
 
 
 def test_commands_of_any_kind(caplog):
-    async def run(frames: list[list[Any]]) -> None:
-        hub = Broadcast(history={"room": History()})
-        async with serving(Everything, hub) as room:
-            await asyncio.wait_for(
-                say(room, ["\n".join(json.dumps(it) for it in frame) for frame in frames]), DEADLINE
-            )
-            async with room.talker() as next_one:
-                assert await next_one.get("ping") == {}
-            await until(lambda: not len(hub))
-            assert hub.channels == {}
+    hub = Broadcast(history={"room": History()})
+    other = OtherLoop()  # one server for all examples
+    server = serving(Everything, hub)
+    room = other.run(server.__aenter__())
 
-    @settings(max_examples=examples(25), suppress_health_check=list(HealthCheck))
+    async def run(frames: list[list[Any]]) -> None:
+        texts = ["\n".join(json.dumps(it) for it in frame) for frame in frames]
+        await asyncio.wait_for(say(room, texts), DEADLINE)
+        async with room.talker() as next_one:
+            assert await next_one.get("ping") == {}
+        await until(lambda: not len(hub))
+        assert hub.channels == {}
+
+    @settings(max_examples=examples(60), suppress_health_check=list(HealthCheck))
     @given(st.lists(st.lists(command | anything, max_size=4), max_size=4))
     def check(frames: list[list[Any]]) -> None:
-        asyncio.run(run([[connect], *frames]))
+        other.run(run([[connect], *frames]))
         assert not [record for record in caplog.records if record.exc_info is not None]
 
-    check()
+    try:
+        check()
+    finally:
+        other.run(server.__aexit__(None, None, None))
+        other.close()
 
 
 @pytest.mark.anyio

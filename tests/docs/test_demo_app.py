@@ -118,15 +118,12 @@ async def test_who_is_here(serve, demo_app):
     server = await serve(demo_app.app)
     async with tab(server, "Mira", "tea") as mira, tab(server, "Sam", "coffee") as stranger:
         await mira.sees("Mira")
-        async with tab(server, "Jonas", "tea") as jonas:
-            await mira.sees("Jonas", "Mira")
-            await jonas.sees("Jonas", "Mira")
+        async with tab(server, "Jonas", "tea") as jonas, tab(server, "Ada", "tea") as ada:
+            await mira.sees("Ada", "Jonas", "Mira")
+            await jonas.sees("Ada", "Jonas", "Mira")
             await stranger.sees("Sam")
-        await mira.sees("Mira")
-        async with tab(server, "Ada", "tea") as ada:
-            await mira.sees("Ada", "Mira")
             ada.socket.transport.abort()  # gone without a word
-            await mira.sees("Mira")
+        await mira.sees("Mira")
 
 
 async def test_nobody_else_is_the_same_user(serve, demo_app):
