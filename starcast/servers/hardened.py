@@ -49,12 +49,15 @@ class HardenedProtocol(ReadingProtocol):
         """
         self._is_paused = vars(self).pop("read_paused")
         self.transport.set_protocol(self)
+        now = self.loop.time  # uvloop has no timer, which would tell its time, for what is due now
         if self.ping_timer is not None:
             self.ping_timer.cancel()
-            self.ping_timer = self.loop.call_at(self.ping_timer.when(), self.send_keepalive_ping)
+            when = getattr(self.ping_timer, "when", now)
+            self.ping_timer = self.loop.call_at(when(), self.send_keepalive_ping)
         if self.pong_timer is not None:
             self.pong_timer.cancel()
-            self.pong_timer = self.loop.call_at(self.pong_timer.when(), self.keepalive_timeout)
+            when = getattr(self.pong_timer, "when", now)
+            self.pong_timer = self.loop.call_at(when(), self.keepalive_timeout)
         task = served.task_of(self)
         if task is not None:
             task.add_done_callback(self._on_app_ended)
